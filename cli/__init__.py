@@ -1,0 +1,38 @@
+"""The `expertoken` command: one small module per verb, no logic. Heavy imports happen inside the verbs."""
+
+import logging
+import os
+import sys
+
+import typer
+
+from ..modeling.errors import ExpertokenError
+from . import chat, evaluate, expert, prepare, train
+
+app = typer.Typer(
+    name="expertoken",
+    help="Many LLMs answer as one: one trained token per expert, learned from benchmark results.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(prepare.prepare)
+app.command(context_settings=train.PASS_THROUGH, add_help_option=False)(train.train)
+app.command()(evaluate.evaluate)
+app.command()(chat.chat)
+app.add_typer(expert.app, name="expert")
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend end in one line, with exit status 1."""
+    # Progress bars and warnings of libraries about what nobody here can change drown our own lines.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "httpx2", "openai", "datasets", "deepspeed", "DeepSpeed", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        app()
+    except (ExpertokenError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

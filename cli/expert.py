@@ -1,0 +1,82 @@
+"""`expertoken expert`: plug an expert into a trained composite, list them, take one out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Plug an expert into a trained composite, list them, take one out.", no_args_is_help=True)
+
+_Composite = Annotated[Path, typer.Argument(help="Composite folder.")]
+_Name = Annotated[str, typer.Option(help="The expert's name.")]
+_Data = Annotated[Path | None, typer.Option(help="The composite's supervision, where it was moved.")]
+_Verify = Annotated[bool, typer.Option(help="Check the saved folder in a fresh process.")]
+
+
+@app.command()
+def add(
+    composite: _Composite,
+    name: _Name,
+    model: Annotated[str, typer.Option(help="Hub id, folder, or the model's id at its endpoint.")],
+    results: Annotated[Path, typer.Option(help="Benchmark results of the new expert.")],
+    backend: Annotated[str, typer.Option(help="transformers, adapter or openai.")] = "transformers",
+    format: Annotated[str, typer.Option(help="Of the results: table, routerdc or lm-eval.")] = "table",  # noqa: A002
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="Option of the reader, KEY=VALUE (as in prepare).")
+    ] = None,
+    description: Annotated[str, typer.Option(help="What it is good at.")] = "",
+    base: Annotated[str | None, typer.Option(help="adapter: its base. Default: the meta LLM's.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="openai: address of the endpoint.")] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="openai: NAME of the variable that holds the key.")] = None,
+    results_name: Annotated[str | None, typer.Option(help="How the results call it. Default: name or model.")] = None,
+    data: _Data = None,
+    verify: _Verify = True,
+) -> None:
+    """Fit a token for one more expert. The other tokens stay bit for bit as they are."""
+    from ..data_prep.readers import parse_options, read_results
+    from ..modeling.experts import ExpertPool
+    from ..train.plugin import add_expert
+
+    given = {
+        "name": name,
+        "backend": backend,
+        "model": model,
+        "description": description,
+        "base": base,
+        "base_url": base_url,
+        "api_key_env": api_key_env,
+        "results": results_name,
+    }
+    entry = {key: value for key, value in given.items() if value is not None}
+    [expert] = ExpertPool.parse({"experts": [entry]}, "the new expert", Path.cwd()).candidates
+    read = read_results(results, format, **parse_options(format, option or []))
+    change = add_expert(composite, expert, read, data=data, verify=verify)
+    typer.echo(f"{name} added as {expert.token}; {change}")
+
+
+@app.command("list")
+def list_experts(composite: _Composite) -> None:
+    """List the experts of a composite."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..modeling.composite import POOL_FILE, read_manifest
+    from ..modeling.experts import ExpertPool
+
+    vocabulary = read_manifest(composite).base["vocab_size"]
+    pool = ExpertPool.from_yaml(composite / POOL_FILE)
+    table = Table("id", "name", "backend", "model", "good at")
+    for index, expert in enumerate(pool):
+        table.add_row(str(vocabulary + index), expert.name, expert.backend, expert.model, expert.description)
+    if pool.self_expert:
+        table.add_row("-", pool.self_expert.name, "self", "(meta LLM)", pool.self_expert.description)
+    Console().print(table)
+
+
+@app.command()
+def remove(composite: _Composite, name: _Name, data: _Data = None, verify: _Verify = True) -> None:
+    """Take an expert out. The other tokens stay bit for bit as they are."""
+    from ..train.plugin import remove_expert
+
+    change = remove_expert(composite, name, data=data, verify=verify)
+    typer.echo(f"{name} removed" + (f"; {change}" if change else ""))

@@ -1,0 +1,58 @@
+"""`expertoken prepare`: benchmark results to supervision."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def prepare(
+    results: Annotated[list[Path], typer.Argument(help="Files or folders of benchmark results.")],
+    out: Annotated[Path, typer.Option(help="Supervision folder to write.")],
+    format: Annotated[str, typer.Option(help="table (CSV, Parquet, JSONL), routerdc or lm-eval.")] = "table",  # noqa: A002
+    pool: Annotated[Path | None, typer.Option(help="Pool file (YAML). Default: every model of the results.")] = None,
+    label: Annotated[
+        str,
+        typer.Option(help="query: each query's own winner. subject: its subject's winner. soft: softmax of scores."),
+    ] = "query",
+    temperature: Annotated[float, typer.Option(help="Of --label soft.")] = 0.25,
+    self_model: Annotated[
+        str | None, typer.Option(help="Without --pool: the results' name of the meta LLM, which becomes self.")
+    ] = None,
+    leaks: Annotated[
+        str, typer.Option(help="Train queries that stand in the test side: refuse, drop (from train) or keep.")
+    ] = "refuse",
+    validation: Annotated[float, typer.Option(min=0, max=0.9, help="Share of train that becomes validation.")] = 0.1,
+    test: Annotated[float, typer.Option(min=0, max=0.9, help="Share that becomes test, where files name none.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="Of the draws of validation and test.")] = 0,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Option of the reader, KEY=VALUE; for tables the columns: --set query=question."),
+    ] = None,
+) -> None:
+    """Make supervision from benchmark results: per query the messages and who should answer."""
+    from ..data_prep.readers import parse_options, read_results
+    from ..data_prep.results import BenchmarkResults
+    from ..data_prep.supervision import build_supervision, pool_of
+    from ..modeling.experts import ExpertPool
+    from .tables import summary_table, wide_console
+
+    options = parse_options(format, option or [])
+    merged = BenchmarkResults.merge([read_results(path, format, **options) for path in results])
+    supervision = build_supervision(
+        merged,
+        ExpertPool.from_yaml(pool) if pool else pool_of(merged, self_model),
+        strategy=label,
+        temperature=temperature,
+        leaks=leaks,
+        validation=validation,
+        test=test,
+        seed=seed,
+    )
+    supervision.save(out)
+    console = wide_console()
+    console.print(summary_table(merged.summary()))
+    sizes = ", ".join(f"{name} {count}" for name, count in supervision.info.sizes.items())
+    console.print(
+        f"supervision of {len(supervision.info.candidates)} candidates written to {out}: {sizes}", markup=False
+    )

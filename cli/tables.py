@@ -1,0 +1,54 @@
+"""Reports and summaries as tables for the terminal."""
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ..evaluation.evaluate import Report
+
+
+_WIDTH = 160
+
+
+def wide_console() -> Console:
+    """A console whose tables are never squeezed: a narrow terminal or a pipe gets whole, longer lines."""
+    console = Console()
+    return console if console.width >= _WIDTH else Console(width=_WIDTH, soft_wrap=True)
+
+
+def summary_table(summary: "pd.DataFrame") -> Table:
+    """Mean scores in percent: benchmarks down, models across."""
+    table = Table("benchmark", "queries", *(str(name) for name in summary.columns[1:]), title="mean score, %")
+    for name, row in summary.iterrows():
+        cells = ("-" if value != value else f"{100 * value:.1f}" for value in row.iloc[1:])
+        table.add_row(str(name), str(int(row.iloc[0])), *cells)
+    return table
+
+
+def report_table(report: "Report") -> Table:
+    """An evaluation: routers and models down, benchmarks across, with 95 % intervals."""
+    benchmarks = list(report.queries)
+    table = Table("", "mean [95 % interval]", *benchmarks, "share", "composite's gain", title="scores, %")
+    for column in table.columns:
+        column.no_wrap = True
+    for row in report.rows:
+        low, high = row.interval
+        gain = (
+            ""
+            if row.gain is None
+            else f"{100 * row.gain[0]:+.1f} \\[{100 * row.gain[1]:+.1f}, {100 * row.gain[2]:+.1f}]"
+        )
+        share = report.shares.get(row.name)
+        table.add_row(
+            row.name,
+            f"{100 * row.mean:.2f} \\[{100 * low:.1f}, {100 * high:.1f}]",
+            *(f"{100 * row.benchmarks[name]:.1f}" for name in benchmarks),
+            "" if share is None else f"{100 * share:.0f} %",
+            gain,
+            style="bold" if row.kind == "composite" else "dim" if row.kind == "bound" else None,
+        )
+    return table

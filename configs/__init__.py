@@ -1,0 +1,1 @@
+"""Recipes as data: training, launching, pools."""

@@ -1,0 +1,21 @@
+"""Queries of the test side that stand in the train side as well."""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+_BREAKS = re.compile(r"[\W_]+")
+
+
+def normalise(text: str) -> str:
+    """A query less what does not change it: case, white space, punctuation, compatibility forms of characters."""
+    return _BREAKS.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
+
+
+def find_leaks(train: Sequence[str], test: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs (train index, test index) of queries that are equal after normalising, one pair a train query."""
+    first: dict[str, int] = {}
+    for index, text in enumerate(test):
+        first.setdefault(normalise(text) or text, index)
+    keys = (normalise(text) or text for text in train)
+    return [(index, first[key]) for index, key in enumerate(keys) if key in first]

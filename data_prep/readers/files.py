@@ -1,0 +1,49 @@
+"""What readers share: finding files and opening them with one-line errors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..results import ResultsError
+
+
+def files_of(path: Path, *suffixes: str) -> list[Path]:
+    """`path` itself, or the files with one of the suffixes in the folder `path`, sorted.
+
+    Raises:
+        ResultsError: the folder holds none.
+    """
+    if path.is_file():
+        return [path]
+    found = sorted(file for suffix in suffixes for file in path.glob(f"*{suffix}"))
+    if not found:
+        raise ResultsError(f"{path}: empty results, no {' or '.join(suffixes)} file in the folder")
+    return found
+
+
+def read_json(file: Path) -> Any:
+    """The JSON document of a file.
+
+    Raises:
+        ResultsError: it is not JSON in UTF-8.
+    """
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ResultsError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ResultsError(f"{file}: line {error.lineno} is not JSON ({error.msg}); is the file cut short?") from None
+
+
+def number(value: Any, place: str) -> float:
+    """A score as a float; null is NaN (not measured), true and false are 1 and 0.
+
+    Raises:
+        ResultsError: it is not a number.
+    """
+    if value is None:
+        return float("nan")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ResultsError(f"{place}: expected a number, got {value!r}") from None

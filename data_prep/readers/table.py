@@ -1,0 +1,154 @@
+"""CSV, Parquet and JSONL tables: long (a row per query and model) or wide (a row per query, a column per model)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ...modeling.errors import did_you_mean
+from ..results import BenchmarkResults, ResultsError
+from .files import files_of
+
+_SUFFIXES = (".csv", ".parquet", ".jsonl")
+
+
+def read(
+    path: Path,
+    *,
+    query: str = "query",
+    model: str = "model",
+    score: str = "score",
+    models: Sequence[str] | None = None,
+    id: str = "id",  # noqa: A002 - named after the column
+    benchmark: str = "benchmark",
+    subject: str = "subject",
+    split: str = "split",
+    cost: str = "cost",
+) -> BenchmarkResults:
+    """Read one table or a folder of tables (all of one shape). Arguments name columns.
+
+    Args:
+        path: file or folder.
+        query: the question's text.
+        model: long tables: the model's name.
+        score: long tables: its score.
+        models: wide tables: the score columns. Where not given, a table with a `model` column is long, and in any other
+            every numeric column without another meaning is a model.
+        id: identity of a query; benchmark and text where there is no such column.
+        benchmark: the benchmark; the file's name where there is no such column.
+        subject: the subject within the benchmark.
+        split: train, validation or test.
+        cost: long tables: USD for this query.
+    """
+    columns = {"id": id, "prompt": query, "benchmark": benchmark, "subject": subject, "split": split}
+    parts = []
+    for file in files_of(path, *_SUFFIXES):
+        frame = _load(file)
+        if query not in frame:
+            raise ResultsError(f"{file}: no column {query!r} with the question, {did_you_mean(query, frame.columns)}")
+        queries = _queries(frame, columns, file)
+        if models is None and model in frame:
+            parts.append(_long(frame, queries, file, model, score, cost))
+        else:
+            parts.append(_wide(frame, queries, file, models, set(columns.values())))
+    return BenchmarkResults.merge(parts)
+
+
+def _load(file: Path) -> pd.DataFrame:
+    try:
+        if file.suffix == ".csv":
+            frame = pd.read_csv(file)
+        elif file.suffix == ".parquet":
+            frame = pd.read_parquet(file)
+        elif file.suffix == ".jsonl":
+            frame = pd.read_json(file, lines=True, precise_float=True)
+        else:
+            raise ResultsError(f"{file}: expected {', '.join(_SUFFIXES)}")
+    except pd.errors.EmptyDataError:
+        raise ResultsError(f"{file}: empty results, the file has no header and no rows") from None
+    except UnicodeDecodeError as error:
+        raise ResultsError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except (ValueError, OSError) as error:  # pandas and Arrow raise their parse errors as these
+        raise ResultsError(f"{file}: not a readable {file.suffix} table ({str(error).splitlines()[0]})") from None
+    if frame.empty:
+        raise ResultsError(f"{file}: empty results, the table has no rows")
+    return frame
+
+
+def _queries(frame: pd.DataFrame, columns: dict[str, str], file: Path) -> pd.DataFrame:
+    """The query columns of every row of the table, repeats included."""
+    found = {ours: frame.get(theirs) for ours, theirs in columns.items()}
+    queries = pd.DataFrame(found, index=frame.index).astype(object)
+    queries["prompt"] = _texts(queries["prompt"], file, columns["prompt"])
+    if columns["benchmark"] not in frame:
+        queries["benchmark"] = file.stem
+    if columns["id"] not in frame:
+        queries["id"] = queries["benchmark"].astype(str) + "/" + queries["prompt"]
+    queries["id"] = queries["id"].astype(str)
+    return queries.where(queries.notna(), None)
+
+
+def _texts(column: pd.Series, file: Path, name: str) -> pd.Series:
+    missing = column.isna()
+    if missing.any():
+        raise ResultsError(f"{file}: row {int(missing.to_numpy().argmax()) + 1}, column {name!r}: no text")
+    return column.astype(str)
+
+
+def _numbers(column: pd.Series, file: Path, name: str) -> np.ndarray:
+    """A column of scores; booleans (also spelled out) become 0 and 1, empty cells NaN."""
+    spelled = column.map(lambda v: {"true": 1.0, "false": 0.0}.get(str(v).lower(), v))
+    numbers = pd.to_numeric(spelled, errors="coerce")
+    wrong = numbers.isna() & column.notna()
+    if wrong.any():
+        row = int(wrong.to_numpy().argmax())
+        raise ResultsError(f"{file}: row {row + 1}, column {name!r}: expected a number, got {column.iloc[row]!r}")
+    return numbers.to_numpy(np.float32)
+
+
+def _long(
+    frame: pd.DataFrame, queries: pd.DataFrame, file: Path, model: str, score: str, cost: str
+) -> BenchmarkResults:
+    if score not in frame:
+        raise ResultsError(f"{file}: no column {score!r} with the score, {did_you_mean(score, frame.columns)}")
+    names = _texts(frame[model], file, model)
+    twice = pd.DataFrame({"id": queries["id"], "model": names}).duplicated()
+    if twice.any():
+        row = int(twice.to_numpy().argmax())
+        raise ResultsError(
+            f"{file}: row {row + 1}: query {queries['id'].iloc[row][:80]!r} and model {names.iloc[row]!r} came before; "
+            "drop the duplicate, or give repeated queries an 'id' column"
+        )
+    rows, ids = pd.factorize(queries["id"])
+    columns, models = pd.factorize(names)
+
+    def grid(column: str) -> np.ndarray:
+        values = np.full((len(ids), len(models)), np.nan, dtype=np.float32)
+        values[rows, columns] = _numbers(frame[column], file, column)
+        return values
+
+    first = queries.drop_duplicates("id")
+    return BenchmarkResults(first, list(models), grid(score), grid(cost) if cost in frame else None)
+
+
+def _wide(
+    frame: pd.DataFrame, queries: pd.DataFrame, file: Path, models: Sequence[str] | None, taken: set[str]
+) -> BenchmarkResults:
+    if models is None:
+        numeric = frame.select_dtypes(["number", "bool"]).columns
+        models = [name for name in numeric if name not in taken and not str(name).startswith("Unnamed")]
+        if not models:
+            raise ResultsError(f"{file}: no numeric column left to be a model's scores; name them with `models`")
+    for name in models:
+        if name not in frame:
+            raise ResultsError(f"{file}: no column {name!r}, {did_you_mean(name, frame.columns)}")
+    repeated = queries["id"].duplicated()
+    if repeated.any():
+        row = int(repeated.to_numpy().argmax())
+        raise ResultsError(
+            f"{file}: row {row + 1}: query {queries['id'].iloc[row][:80]!r} came before; drop the duplicate, or give "
+            "repeated queries an 'id' column"
+        )
+    scores = np.stack([_numbers(frame[name], file, name) for name in models], axis=1)
+    return BenchmarkResults(queries, [str(name) for name in models], scores)

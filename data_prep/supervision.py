@@ -1,0 +1,279 @@
+"""Supervision: per query the messages and a target over the candidates, saved with `datasets`."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..modeling.errors import ExpertokenError
+from ..modeling.experts import Expert, ExpertPool
+from ..modeling.files import atomic_folder, recover_folder
+from .labels import label
+from .leaks import find_leaks
+from .results import SPLITS, BenchmarkResults, ResultsError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+logger = logging.getLogger(__name__)
+
+INFO_FILE = "supervision.json"
+POOL_FILE = "experts.yaml"
+LEAKS = ("refuse", "drop", "keep")
+
+
+class LeakError(ExpertokenError):
+    """Test queries stand in the train side."""
+
+
+@dataclass
+class SupervisionInfo:
+    """What a supervision folder says about itself.
+
+    Attributes:
+        candidates: names, in the order of every target and score.
+        has_self: whether the last candidate is the meta LLM itself.
+        labelling: strategy and its parameters.
+        sizes: queries per split.
+        leaks: what was found between train and test, and what was done.
+        fingerprint: of the contents.
+    """
+
+    candidates: list[str]
+    has_self: bool
+    labelling: dict[str, Any]
+    sizes: dict[str, int] = field(default_factory=dict)
+    leaks: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+
+
+@dataclass
+class Supervision:
+    """Train, validation and test sides, with the pool that the targets are about.
+
+    Columns of each side: `id`, `messages` (list of role and content), `benchmark`, `subject`, `target` (list of C),
+    `weight`, `scores` (list of C, NaN where not measured), `costs` (list of C or empty).
+    """
+
+    data: "DatasetDict"
+    pool: ExpertPool
+    info: SupervisionInfo
+
+    def side(self, name: str) -> "Dataset":
+        """One side.
+
+        Raises:
+            ExpertokenError: there is none of that name, or it is empty.
+        """
+        if name not in self.data or not len(self.data[name]):
+            there = ", ".join(f"{key} ({len(part)})" for key, part in self.data.items())
+            raise ExpertokenError(f"the supervision has no {name!r} side; it has {there}")
+        return self.data[name]
+
+    def arrays(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Targets `[N, C]`, scores `[N, C]` and weights `[N]` of a side, float32."""
+        part = self.side(name).with_format("numpy")
+        return (
+            np.asarray(part["target"], np.float32),
+            np.asarray(part["scores"], np.float32),
+            np.asarray(part["weight"], np.float32),
+        )
+
+    def save(self, path: Path | str) -> None:
+        """Write the folder, completely or not at all."""
+        with atomic_folder(path) as folder:
+            with _no_bars():
+                self.data.save_to_disk(folder / "data")
+            self.pool.to_yaml(folder / POOL_FILE)
+            (folder / INFO_FILE).write_text(json.dumps(asdict(self.info), indent=2) + "\n", "utf-8")
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Supervision":
+        """Read a supervision folder.
+
+        Raises:
+            ExpertokenError: it is missing or damaged.
+        """
+        import datasets
+
+        path = Path(path)
+        recover_folder(path)
+        try:
+            info = SupervisionInfo(**json.loads((path / INFO_FILE).read_text("utf-8")))
+            with _no_bars():
+                data = datasets.load_from_disk(str(path / "data"))
+        except (OSError, ValueError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ExpertokenError(
+                f"{path}: not a supervision folder, made by `expertoken prepare` ({reason})"
+            ) from None
+        return cls(data, ExpertPool.from_yaml(path / POOL_FILE), info)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the bars of `datasets`: what they count takes milliseconds."""
+    import datasets
+
+    disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not disabled:
+            datasets.enable_progress_bars()
+
+
+def pool_of(results: BenchmarkResults, self_model: str | None = None) -> ExpertPool:
+    """A pool made from the models that results name, for those who have not written one yet."""
+    experts = []
+    for model in results.models:
+        if model == self_model:
+            experts.append(Expert("self", backend="self", results=model))
+        else:
+            name = "".join(c if c.isalnum() or c in "._-" else "-" for c in model.split("/")[-1])
+            experts.append(Expert(name.lstrip("._-") or "expert", model=model))
+    return ExpertPool(experts)
+
+
+def select_candidates(results: BenchmarkResults, pool: ExpertPool) -> BenchmarkResults:
+    """The results with one column per candidate of the pool, in its order and under its names.
+
+    Raises:
+        ResultsError: results of a candidate are missing.
+    """
+    columns = []
+    for expert in pool.candidates:
+        found = expert.find_in(results.models)
+        if found is None:
+            raise ResultsError(
+                f"expert {expert.name!r}: no results under that name nor {expert.model!r}; results are of "
+                f"{', '.join(results.models)}. Name the right one as `results:` in the pool"
+            )
+        columns.append(found)
+    chosen = results.select(columns)
+    return BenchmarkResults(chosen.queries, pool.names, chosen.scores, chosen.costs)
+
+
+def build_supervision(
+    results: BenchmarkResults,
+    pool: ExpertPool | None = None,
+    *,
+    strategy: str = "query",
+    temperature: float = 0.25,
+    leaks: str = "refuse",
+    validation: float = 0.1,
+    test: float = 0.2,
+    seed: int = 0,
+) -> Supervision:
+    """Label benchmark results.
+
+    Args:
+        results: scores of the pool's candidates; other models are left out.
+        pool: the experts; made from the results' models where not given.
+        strategy: a labelling strategy, see `labels.STRATEGIES`.
+        temperature: of the strategy `soft`.
+        leaks: what to do about train queries that stand in the test side: `refuse`, `drop` (from train) or `keep`.
+        validation: share of train that becomes validation, where the results name no validation side.
+        test: share of all that becomes test, where the results name no test side.
+        seed: of those draws.
+
+    Raises:
+        ResultsError: results of a candidate are missing.
+        LeakError: there are leaks and `leaks` is `refuse`.
+    """
+    if leaks not in LEAKS:
+        raise ExpertokenError(f"leaks: expected one of {', '.join(LEAKS)}, got {leaks!r}")
+    pool = pool or pool_of(results)
+    results = select_candidates(results, pool).split(validation=validation, test=test, seed=seed)
+    results, found = _handle_leaks(results, leaks)
+    side = results.queries["split"].to_numpy()
+    if not (side == "train").any():
+        raise ResultsError(f"no train queries (sides: {', '.join(sorted(set(side)))}); nothing could be learnt")
+    subjects = results.queries["subject"].fillna("").astype(str)
+    groups = (results.queries["benchmark"].astype(str) + "/" + subjects).tolist()
+    self_index = len(pool) if pool.has_self else None
+    targets, weights = label(
+        results.scores, groups, side == "train", strategy, self_index=self_index, temperature=temperature
+    )
+    if not weights[side == "train"].any():
+        raise ResultsError("every candidate scores alike on every train query; there is nothing to learn from")
+    data = _datasets(results, targets, weights)
+    labelling = {"strategy": strategy, "validation": validation, "test": test, "seed": seed}
+    if strategy == "soft":
+        labelling["temperature"] = temperature
+    info = SupervisionInfo(pool.names, pool.has_self, labelling, {k: len(part) for k, part in data.items()}, found)
+    info.fingerprint = _fingerprint(results, targets, weights)
+    return Supervision(data, pool, info)
+
+
+def _handle_leaks(results: BenchmarkResults, leaks: str) -> tuple[BenchmarkResults, dict[str, Any]]:
+    side = results.queries["split"].to_numpy()
+    prompts = results.queries["prompt"]
+    learnt, tested = np.flatnonzero(side != "test"), np.flatnonzero(side == "test")
+    pairs = find_leaks(prompts.iloc[learnt].tolist(), prompts.iloc[tested].tolist())
+    found = {"found": len(pairs), "handled": leaks}
+    if not pairs:
+        return results, found
+    ids = results.queries["id"]
+    first = f"{ids.iloc[learnt[pairs[0][0]]]} = {ids.iloc[tested[pairs[0][1]]]}"
+    if leaks == "refuse":
+        raise LeakError(
+            f"{len(pairs)} train or validation queries stand in the test side as well (the first: {first}); remove "
+            "them, or say `--leaks drop` (from train) or `--leaks keep`"
+        )
+    logger.warning("%d train queries stand in the test side as well (%s, ...): %s", len(pairs), first, leaks)
+    if leaks == "drop":
+        kept = np.ones(len(results), dtype=bool)
+        kept[learnt[[pair[0] for pair in pairs]]] = False
+        results = results.take(kept)
+    return results, found
+
+
+def _datasets(results: BenchmarkResults, targets: np.ndarray, weights: np.ndarray) -> "DatasetDict":
+    from datasets import Dataset, DatasetDict, Features, List, Value
+
+    numbers = List(Value("float32"))
+    features = Features(
+        {
+            "id": Value("string"),
+            "messages": List({"role": Value("string"), "content": Value("string")}),
+            "benchmark": Value("string"),
+            "subject": Value("string"),
+            "target": numbers,
+            "weight": Value("float32"),
+            "scores": numbers,
+            "costs": numbers,
+        }
+    )
+    sides = {}
+    for name in SPLITS:
+        rows = np.flatnonzero(results.queries["split"].to_numpy() == name)
+        queries = results.queries.iloc[rows]
+        columns = {
+            "id": queries["id"].tolist(),
+            "messages": [[{"role": "user", "content": prompt}] for prompt in queries["prompt"]],
+            "benchmark": queries["benchmark"].tolist(),
+            "subject": queries["subject"].tolist(),
+            "target": list(targets[rows]),
+            "weight": weights[rows],
+            "scores": list(results.scores[rows]),
+            "costs": [[]] * len(rows) if results.costs is None else list(results.costs[rows]),
+        }
+        sides[name] = Dataset.from_dict(columns, features=features)
+    return DatasetDict(sides)
+
+
+def _fingerprint(results: BenchmarkResults, targets: np.ndarray, weights: np.ndarray) -> str:
+    digest = hashlib.sha256("\n".join(results.models).encode())
+    for column in ("id", "prompt", "split"):
+        digest.update("\0".join(map(str, results.queries[column])).encode())
+    for array in (results.scores, targets, weights):
+        digest.update(np.ascontiguousarray(array, np.float32).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Runnable stories; part of the checkout, not of the wheel."""

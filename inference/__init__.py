@@ -1,0 +1,1 @@
+"""The composite in use: expert backends, generation, terminal chat. Imports `modeling` only."""

@@ -1,0 +1,30 @@
+"""Ways to reach an expert: a local model, an adapter on a shared base, an OpenAI-compatible endpoint, the meta LLM."""
+
+from ...modeling.experts import Expert
+from ...modeling.meta import Source
+from .base import Backend, Generation
+from .endpoint import EndpointBackend
+from .local import LocalModels
+
+__all__ = ["Backend", "Generation", "LocalModels", "open_backend"]
+
+
+def open_backend(expert: Expert, models: LocalModels, meta_base: Source) -> Backend:
+    """The backend of an expert (of self too: the meta LLM's plain base).
+
+    Args:
+        expert: of the pool.
+        models: local models that are shared.
+        meta_base: the meta LLM's base, which adapters without a `base` sit on.
+
+    Raises:
+        ExpertFailedError: it can't be opened.
+    """
+    if expert.backend == "openai":
+        return EndpointBackend(expert)
+    if expert.backend == "adapter":
+        base = Source(expert.base, expert.revision) if expert.base else meta_base
+        return models.adapter(base, expert.model, expert.name)
+    if expert.backend == "transformers":
+        return models.model(Source(expert.model, expert.revision))
+    return models.model(meta_base)

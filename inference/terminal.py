@@ -1,0 +1,116 @@
+"""Chat in the terminal: streams, edits lines, keeps a history, and tells who answered when asked."""
+
+import sys
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+from ..modeling.errors import ExpertokenError
+from ..modeling.files import cache_folder
+from .composite import CompositeModel, Reply
+
+_HELP = """/why      who answered last, and the dispatch probabilities
+/experts  the experts of this composite
+/reset    forget the conversation
+/help     this list
+/quit     leave (also Ctrl-D)
+Ctrl-C stops an answer."""
+
+
+class TerminalChat:
+    """A conversation with a composite.
+
+    Args:
+        composite: who answers.
+        console: where to.
+        generation: arguments of `CompositeModel.stream`.
+    """
+
+    def __init__(self, composite: CompositeModel, console: Console | None = None, **generation: float | None) -> None:
+        self.composite, self.generation = composite, generation
+        self.console = console or Console(highlight=False)
+        self.messages: list[dict[str, str]] = []
+        self.last: Reply | None = None
+        self.commands = {
+            "/why": self._why,
+            "/experts": self._experts,
+            "/reset": self._reset,
+            "/help": lambda: self.console.print(_HELP),
+        }
+
+    def run(self) -> None:
+        """Read lines until the user leaves."""
+        self.console.print(f"{len(self.composite.pool.candidates)} models answer as one. /help lists the commands.")
+        for line in _lines():
+            text = line.strip()
+            if text in ("/quit", "/exit"):
+                return
+            if text in self.commands:
+                self.commands[text]()
+            elif text.startswith("/") and " " not in text:
+                self.console.print(f"unknown command {text}; /help lists the commands", markup=False)
+            elif text:
+                self._answer(text)
+
+    def _answer(self, text: str) -> None:
+        self.messages.append({"role": "user", "content": text})
+        stream = None
+        try:
+            stream = self.composite.stream(self.messages, **self.generation)
+            for piece in stream:
+                self.console.print(piece, end="", markup=False, soft_wrap=True)
+        except KeyboardInterrupt:
+            self.console.print(" [stopped]", markup=False, end="")
+        except ExpertokenError as error:
+            self.console.print(f"\nerror: {error}", markup=False, end="")
+        self.console.print()
+        if stream is None or not stream.reply.text:
+            self.messages.pop()  # a turn without an answer would leave two user messages in a row
+            return
+        self.last = stream.reply
+        self.messages.append({"role": "assistant", "content": self.last.text})
+
+    def _why(self) -> None:
+        if self.last is None:
+            self.console.print("nothing was answered yet")
+            return
+        for name, reason in self.last.failures.items():
+            self.console.print(f"{name} failed: {reason}", markup=False)
+        self.console.print(f"answered by {self.last.expert} ({self.last.dispatch.reason})", markup=False)
+        width = max(map(len, self.last.dispatch.probabilities))
+        for name in self.last.dispatch.ranking:
+            probability = self.last.dispatch.probabilities[name]
+            bar = "█" * round(30 * probability)
+            self.console.print(f"  {name:<{width}}  {probability:6.1%}  {bar}", markup=False)
+
+    def _experts(self) -> None:
+        table = Table("name", "backend", "model", "good at")
+        for expert in self.composite.pool.candidates:
+            table.add_row(expert.name, expert.backend, expert.model or "(meta LLM)", expert.description)
+        self.console.print(table)
+
+    def _reset(self) -> None:
+        self.messages.clear()
+        self.last = None
+        self.console.print("the conversation is forgotten")
+
+
+def _lines() -> Iterator[str]:
+    """Lines of input: with editing and a history at a terminal, plain ones from a pipe."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory
+
+    folder = cache_folder("history")
+    folder.mkdir(parents=True, exist_ok=True)
+    session: PromptSession[str] = PromptSession(history=FileHistory(str(folder / "chat")))
+    while True:
+        try:
+            yield session.prompt("> ")
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return

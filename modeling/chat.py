@@ -1,0 +1,61 @@
+"""Conversations as token ids, safe against users who type control tokens."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .errors import ExpertokenError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+"""One chat message: `role` (system, user, assistant or tool) and `content`."""
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def as_messages(conversation: str | Sequence[Message]) -> list[Message]:
+    """A conversation as a list of messages; a string is one user message.
+
+    Raises:
+        ExpertokenError: there is no message, or one has no known role or no content.
+    """
+    if isinstance(conversation, str):
+        return [{"role": "user", "content": conversation}]
+    messages = list(conversation)
+    if not messages:
+        raise ExpertokenError("a conversation needs at least one message")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ROLES or message.get("content") is None:
+            raise ExpertokenError(f"messages[{index}]: expected `role` ({', '.join(ROLES)}) and `content`")
+    return messages
+
+
+def encode_chat(
+    tokenizer: "PreTrainedTokenizerBase", conversation: str | Sequence[Message], vocab_size: int
+) -> list[int]:
+    """Token ids of a conversation up to the dispatch position: the end of the template's generation prompt.
+
+    Text of the messages never becomes a control token of the template. Expert ids start at `vocab_size`, so no text
+    can name them; that is checked all the same.
+
+    Raises:
+        ExpertokenError: the tokenizer has no chat template, or it produces ids the model has no row for.
+    """
+    if not tokenizer.chat_template:
+        raise ExpertokenError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruction-tuned model, or put a "
+            "chat_template.jinja beside its tokenizer"
+        )
+    ids = tokenizer.apply_chat_template(
+        as_messages(conversation),
+        add_generation_prompt=True,
+        return_dict=False,
+        sanitize_control_tokens=True,
+    )
+    if max(ids) >= vocab_size:
+        raise ExpertokenError(
+            f"{tokenizer.name_or_path}: the tokenizer gives id {max(ids)}, but the model has {vocab_size} rows; they do "
+            "not belong together"
+        )
+    return ids

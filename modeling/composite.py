@@ -1,0 +1,271 @@
+"""The composite folder: expert rows, pool, manifest, tokenizer and, where LoRA was trained, a plain PEFT adapter."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from os.path import relpath
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import ExpertokenError
+from .experts import ExpertPool
+from .files import atomic_folder, recover_folder
+from .meta import MetaLLM, Source, describe_dtype, library_versions
+
+FORMAT_VERSION = 1
+ROWS_FILE, POOL_FILE, MANIFEST_FILE = "expert_tokens.safetensors", "experts.yaml", "expertoken.json"
+ADAPTER_FILE = "adapter_config.json"
+
+_PROBES = ("What is 2 + 2?", "Name a river.", "Who are you? Answer in one long sentence, please.")
+"""What a saved composite is asked, here and in a fresh process; any text does, these differ in length."""
+
+
+@dataclass
+class Manifest:
+    """What `expertoken.json` says about a composite.
+
+    Attributes:
+        base: model, revision, dtype, fingerprint, vocab_size and hidden_size of the meta LLM.
+        experts: names in token order.
+        training: method, objective, labelling, regularisation and what they achieved.
+        data: path and fingerprint of the supervision.
+        calibration: thresholds set after training; none yet.
+        versions: of the libraries that wrote it.
+        format_version: of the folder.
+    """
+
+    base: dict[str, Any]
+    experts: list[str]
+    training: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    versions: dict[str, Any] = field(default_factory=library_versions)
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass
+class Composite:
+    """A composite as it is in memory: the meta LLM with its rows, the pool, and the manifest."""
+
+    meta: MetaLLM
+    pool: ExpertPool
+    manifest: Manifest
+
+
+def describe_base(meta: MetaLLM) -> dict[str, Any]:
+    """The manifest's `base` for a meta LLM."""
+    return {
+        **asdict(meta.source),
+        "dtype": describe_dtype(meta.model),
+        "fingerprint": meta.base_fingerprint,
+        "vocab_size": meta.vocab_size,
+        "hidden_size": meta.head.in_features,
+    }
+
+
+def write_rows(rows: torch.Tensor, names: list[str], path: Path) -> None:
+    """Write `[K, d]` rows; the same rows and names always give the same bytes.
+
+    Hence one metadata entry: safetensors writes several in an order that differs from run to run.
+    """
+    from safetensors.torch import save_file
+
+    save_file({"expert_rows": rows.float().contiguous()}, path, metadata={"experts": json.dumps(names)})
+
+
+def read_rows(path: Path, names: list[str], width: int) -> torch.Tensor:
+    """Read `[K, d]` rows.
+
+    Raises:
+        ExpertokenError: the file is missing, damaged, or not of these experts.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            rows = file.get_tensor("expert_rows")
+            stored = json.loads((file.metadata() or {}).get("experts", "[]"))
+    except (FileNotFoundError, SafetensorError, OSError, ValueError) as error:
+        raise ExpertokenError(
+            f"{path}: missing or damaged ({error}); restore it or train the composite again"
+        ) from None
+    if stored != names or tuple(rows.shape) != (len(names), width):
+        raise ExpertokenError(
+            f"{path}: holds rows {list(rows.shape)} of {stored}, expected {[len(names), width]} of {names}; the folder "
+            "was changed by hand"
+        )
+    return rows
+
+
+def save_composite(composite: Composite, path: Path | str, *, verify: bool = True) -> None:
+    """Write a composite folder, completely or not at all.
+
+    Args:
+        composite: what to write.
+        path: the folder; one that is there is replaced.
+        verify: load it in a fresh process and compare logits before it takes the place of the old one.
+
+    Raises:
+        ExpertokenError: it could not be written, or the fresh process came to other logits.
+    """
+    path = Path(path)
+    meta, pool, manifest = composite.meta, composite.pool, composite.manifest
+    names = [expert.name for expert in pool]
+    manifest.experts = names
+    with atomic_folder(path) as folder:
+        write_rows(meta.rows, names, folder / ROWS_FILE)
+        pool.to_yaml(folder / POOL_FILE)
+        document = asdict(manifest)
+        document["base"]["model"] = _portable(document["base"]["model"], folder)
+        (folder / MANIFEST_FILE).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+        meta.tokenizer.save_pretrained(folder)
+        if hasattr(meta.model, "peft_config"):
+            meta.model.save_pretrained(folder, save_embedding_layers=False)
+            (folder / "README.md").unlink(missing_ok=True)
+        (folder / "README.md").write_text(_card(pool, manifest), "utf-8")
+        if verify:
+            verify_reload(composite, folder)
+
+
+def _portable(model: str, folder: Path) -> str:
+    """A local path relative to the composite folder, so that a tree can move; hub ids as they are."""
+    path = Path(model).expanduser()
+    return relpath(path.resolve(), folder.resolve()) if path.exists() else model
+
+
+def _resolved(model: str, folder: Path) -> str:
+    """The inverse of `_portable`."""
+    path = folder / model
+    return str(path.resolve()) if path.exists() else model
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read `expertoken.json`.
+
+    Raises:
+        ExpertokenError: `path` holds no composite, or one of another format.
+    """
+    recover_folder(path)
+    file = path / MANIFEST_FILE
+    try:
+        document = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ExpertokenError(f"{path}: no composite folder (no {MANIFEST_FILE} in it)") from None
+    except (OSError, ValueError) as error:
+        raise ExpertokenError(f"{file}: can't be read ({error})") from None
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if version != FORMAT_VERSION:
+        raise ExpertokenError(
+            f"{file}: expected format_version {FORMAT_VERSION}, got {version!r}; use a matching release"
+        )
+    return Manifest(**{item.name: document[item.name] for item in fields(Manifest) if item.name in document})
+
+
+def load_composite(
+    path: Path | str, *, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
+) -> Composite:
+    """Load a composite folder.
+
+    Raises:
+        ExpertokenError: a file is missing or damaged, or the base model is not the one it was trained on.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    base = manifest.base
+    pool = ExpertPool.from_yaml(path / POOL_FILE)
+    names = [expert.name for expert in pool]
+    rows = read_rows(path / ROWS_FILE, names, base["hidden_size"])
+    source = Source(_resolved(base["model"], path), base.get("revision"), base.get("trust_remote_code", False))
+    meta = MetaLLM.from_pretrained(source, len(pool), device=device, dtype=dtype)
+    if meta.vocab_size != base["vocab_size"] or meta.base_fingerprint != base["fingerprint"]:
+        raise ExpertokenError(
+            f"{path}: was trained on another base model than {source.model} is now (fingerprint {base['fingerprint']}, "
+            f"found {meta.base_fingerprint}); give it the original, or train again"
+        )
+    if (path / ADAPTER_FILE).exists():
+        meta.load_adapter(path)
+    meta.rows = rows
+    return Composite(meta, pool, manifest)
+
+
+def probe_logits(composite: Composite) -> torch.Tensor:
+    """Candidate logits on fixed prompts, `[3, C]`: what a reload has to repeat."""
+    meta = composite.meta
+    with_self = True  # Z too, whether or not self is a candidate: it shows a changed base
+    return torch.cat([meta.candidate_logits([meta.encode(text)], with_self=with_self) for text in _PROBES])
+
+
+def verify_reload(composite: Composite, folder: Path) -> None:
+    """Load `folder` in a fresh process and compare its logits with those of `composite`.
+
+    Raises:
+        ExpertokenError: the process failed, or came to other logits.
+    """
+    expected = probe_logits(composite)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHER_VARIABLES)}
+    child = subprocess.run(  # noqa: S603 - our own module, in our own interpreter
+        [sys.executable, "-m", "expertoken.modeling.reload", str(folder), str(composite.meta.device)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    if child.returncode:
+        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ExpertokenError(f"{folder}: a fresh process can't load what was saved ({last}); nothing was replaced")
+    found = torch.tensor(json.loads(child.stdout.splitlines()[-1]))
+    tolerance = 1e-3 if composite.meta.head.weight.dtype == torch.float32 else 0.1
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=tolerance, atol=tolerance):
+        worst = "another shape" if found.shape != expected.shape else f"{(found - expected).abs().max():.3g}"
+        raise ExpertokenError(
+            f"{folder}: a fresh process comes to other logits than the trained model (difference {worst}); nothing was "
+            "replaced"
+        )
+
+
+_LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_",
+    "ACCELERATE_",
+    "TORCHELASTIC_",
+)
+"""Set by launchers; the child is a process of its own and must not wait for the others."""
+
+
+def _card(pool: ExpertPool, manifest: Manifest) -> str:
+    """The model card, generated from what the composite is."""
+    training = manifest.training
+    lines = [
+        "---",
+        "library_name: expertoken",
+        f"base_model: {manifest.base['model']}",
+        "tags: [expertoken, routing]",
+        "---",
+        "",
+        "# A composite of experts",
+        "",
+        f"Meta LLM `{manifest.base['model']}` with {len(pool)} expert tokens, trained with method "
+        f"`{training.get('method', '?')}` and objective `{training.get('objective', '?')}` on benchmark results.",
+        "",
+        "| token | answers with | good at |",
+        "|---|---|---|",
+    ]
+    lines += [f"| `{e.token}` | {e.backend}: `{e.model}` | {e.description} |" for e in pool]
+    if pool.self_expert:
+        lines.append("| (none) | the meta LLM itself | everything else |")
+    lines += [
+        "",
+        "```python",
+        "from expertoken import CompositeModel",
+        "",
+        'composite = CompositeModel.from_pretrained(".")',
+    ]
+    lines += ['print(composite.chat("Hello").text)', "```", "", f"Trained: `{json.dumps(training)}`", ""]
+    return "\n".join(lines)

@@ -1,0 +1,36 @@
+"""Errors that a user can mend, and the helpers that word them alike."""
+
+import difflib
+from collections.abc import Iterable
+from importlib import import_module
+from types import ModuleType
+
+
+class ExpertokenError(Exception):
+    """Something the user can mend. The message is one line: what was expected, what came, what to do."""
+
+
+class ExpertFailedError(ExpertokenError):
+    """An expert could not answer (refused, out of memory, missing key); the next best one takes the turn."""
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """The end of an error message: the nearest known word, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"available: {', '.join(known) or 'none'}"
+
+
+def require_extra(module: str, extra: str) -> ModuleType:
+    """Import a module of an optional dependency.
+
+    Raises:
+        ImportError: it is not installed; the message names the extra that brings it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
+            raise  # the library is there but broken: its own message is the true one
+        message = f"{module!r} is needed here and not installed: pip install 'expertoken[{extra}]'"
+        raise ImportError(message) from error

@@ -1,0 +1,94 @@
+"""Files and folders that are complete or absent: written aside, flushed to disk, renamed into place."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import ExpertokenError
+
+
+def cache_folder(kind: str) -> Path:
+    """The folder for one kind of cache, under `$EXPERTOKEN_CACHE` or the user's cache directory."""
+    root = os.environ.get("EXPERTOKEN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "expertoken"
+    return Path(root).expanduser() / kind
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _aside(path: Path, word: str) -> Path:
+    return path.with_name(f".{path.name}.{word}")
+
+
+@contextmanager
+def atomic_file(path: Path | str) -> Iterator[Path]:
+    """Yield a path to write; on success it takes the place of `path`, on failure `path` is as it was.
+
+    Raises:
+        ExpertokenError: the file could not be written (no space, no permission).
+    """
+    path = Path(path)
+    aside = _aside(path, f"{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        _sync(aside)
+        aside.replace(path)
+    except OSError as error:
+        raise ExpertokenError(f"{path}: could not be written ({error.strerror or error}); it is as it was") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield an empty folder to fill; on success it takes the place of `path`, on failure `path` is as it was.
+
+    Files of the old folder are gone then; its subfolders (checkpoints, logs, reports) move over to the new one. POSIX
+    has no portable exchange of two folders, so the old one is renamed aside first; `recover_folder` finishes or undoes
+    what a crash between the renames left.
+
+    Raises:
+        ExpertokenError: the folder could not be written (no space, no permission).
+    """
+    path = Path(path).absolute()
+    aside, old = _aside(path, f"{os.getpid()}.tmp"), _aside(path, "old")
+    try:
+        recover_folder(path)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        for entry in [*aside.rglob("*"), aside]:
+            _sync(entry)
+        if path.exists():
+            path.rename(old)
+        aside.rename(path)
+        recover_folder(path)
+        _sync(path.parent)
+    except OSError as error:
+        recover_folder(path)
+        raise ExpertokenError(f"{path}: could not be written ({error.strerror or error}); it is as it was") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover_folder(path: Path | str) -> None:
+    """Finish or undo an exchange that a crash cut short (see `atomic_folder`)."""
+    path = Path(path).absolute()
+    old = _aside(path, "old")
+    if not old.exists():
+        return
+    if not path.exists():
+        old.rename(path)
+        return
+    for entry in old.iterdir():
+        if entry.is_dir() and not (path / entry.name).exists():
+            entry.rename(path / entry.name)
+    shutil.rmtree(old)

@@ -1,0 +1,75 @@
+"""The output head with expert rows beside the vocabulary's."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .errors import ExpertokenError
+
+
+class ExpertHead(nn.Linear):
+    """The model's own output head plus one row per expert.
+
+    It takes over the head's `weight` and `bias` Parameters (the same objects, so that tied models stay tied) and
+    appends the experts' logits behind the vocabulary's V. Because it sits where the head sat, whatever the model's
+    forward does to logits afterwards (soft-capping, scaling) is done to the experts' as well. Rejected: resizing the
+    vocabulary, which changes the tokenizer and makes experts reachable by text, and PEFT's trainable tokens, which copy
+    the vocabulary matrix at each forward and fail silently on untied models.
+
+    Args:
+        head: the model's output head.
+        num_experts: K, the number of rows to append; they start at zero.
+
+    Attributes:
+        expert_rows: `[K, d]`, float32 whatever the model's dtype: they are what is trained, and they are kilobytes.
+
+    Shapes: hidden states `[..., d]` to logits `[..., V + K]`.
+    """
+
+    def __init__(self, head: nn.Linear, num_experts: int) -> None:
+        nn.Module.__init__(self)  # not Linear's: that would allocate a second vocabulary matrix
+        self.in_features = head.weight.shape[1]
+        self.out_features = head.weight.shape[0]
+        self.weight = head.weight
+        self.bias = head.bias
+        rows = torch.zeros(num_experts, self.in_features, dtype=torch.float32, device=head.weight.device)
+        self.expert_rows = nn.Parameter(rows)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of the vocabulary, then of the experts."""
+        vocabulary = F.linear(hidden, self.weight, self.bias)
+        experts = F.linear(hidden, self.expert_rows.to(hidden.dtype))
+        return torch.cat([vocabulary, experts.to(vocabulary.dtype)], dim=-1)
+
+
+def install_head(model: nn.Module, num_experts: int) -> ExpertHead:
+    """Put an `ExpertHead` where the model's output head is, and return it.
+
+    Raises:
+        ExpertokenError: the model's head is not an `nn.Linear` (a quantised head, or no language model).
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.weight.dim() != 2:
+        kind = type(head).__name__
+        raise ExpertokenError(
+            f"{type(model).__name__}: expected an nn.Linear output head, got {kind}; use a causal LM whose head is not "
+            "quantised"
+        )
+    expert_head = ExpertHead(head, num_experts)
+    model.set_output_embeddings(expert_head)
+    return expert_head
+
+
+def initial_row(model: nn.Module, description_ids: list[int]) -> torch.Tensor:
+    """Where a new expert's row starts: the mean head row of its description's tokens, or of the whole vocabulary.
+
+    Args:
+        model: the meta LLM.
+        description_ids: token ids of the description; may be empty.
+
+    Returns:
+        `[d]`, float32.
+    """
+    weight = model.get_output_embeddings().weight.detach()
+    rows = weight[torch.tensor(sorted(set(description_ids)), device=weight.device)] if description_ids else weight
+    return rows.float().mean(0)

@@ -1,0 +1,284 @@
+"""The meta LLM: a causal LM, its tokenizer, and the head that holds the expert tokens."""
+
+import copy
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .chat import Message, encode_chat
+from .dispatch import candidate_logits, dispatch_forward
+from .errors import ExpertokenError
+from .gguf import converted
+from .head import ExpertHead, initial_row, install_head
+from .logits import LogitTransform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: hub id, folder or GGUF file, and the hub revision."""
+
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def default_device() -> torch.device:
+    """The first accelerator, or the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")
+
+
+def load_causal_lm(
+    source: Source,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Load a causal LM and its tokenizer from a hub id, a local folder or a GGUF file, in evaluation mode.
+
+    Args:
+        source: the model.
+        device: where to; the first accelerator, or the CPU, where not given.
+        dtype: of the weights. Where not given: float32 on a CPU (bfloat16 is many times slower there), else the dtype
+            the model was saved in.
+
+    Raises:
+        ExpertokenError: the model can't be loaded; the message says why.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = torch.device(device or default_device())
+    dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
+    path = Path(source.model).expanduser()
+    if path.suffix == ".gguf":
+        path = converted(path)
+    elif not path.exists() and source.model.startswith((".", "/", "~")):
+        raise ExpertokenError(f"{source.model}: no such folder; expected a hub id, a model folder or a GGUF file")
+    where = str(path) if path.exists() else source.model
+    options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ExpertokenError(f"{source.model}: can't be loaded as a causal LM ({_one_line(error)})") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ExpertokenError(
+            f"{source.model}: a weights file is damaged ({_one_line(error)}); fetch it again"
+        ) from error
+    return model.to(device).eval(), tokenizer
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def share_weights(model: nn.Module) -> nn.Module:
+    """A second model over the very same tensors: it can get a head or adapters of its own at the cost of a megabyte."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash that tells models apart by content: every parameter's name, shape and 64 spread-out values.
+
+    Values are compared in bfloat16, so that a model keeps its fingerprint when it is loaded wider than it was saved.
+    Expert rows don't count: they are what changes while the model stays.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if name.endswith("expert_rows"):
+            continue
+        flat = parameter.detach().flatten()
+        count = min(64, flat.numel())
+        places = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64, device=flat.device).long()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(flat[places].to(torch.bfloat16).view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def token_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Group sequences of like length, longest first, so that a padded batch holds at most `max_tokens`.
+
+    Longest first: what does not fit into memory fails at once and not after an hour. One sequence longer than
+    `max_tokens` makes a batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    start = 0
+    while start < len(order):
+        size = max(1, max_tokens // lengths[order[start]])
+        yield order[start : start + size]
+        start += size
+
+
+class MetaLLM:
+    """A causal LM whose head holds one row per expert.
+
+    Args:
+        model: the causal LM (its head is replaced by an `ExpertHead`).
+        tokenizer: with a chat template.
+        source: where the model came from, as composites record it.
+        num_experts: K.
+
+    Attributes:
+        vocab_size: V, the rows of the original head; expert k has the id `V + k`.
+        plain: the same weights with the original head and without LoRA, for experts on the same base.
+        base_fingerprint: of the model before anything was trained.
+        transform: what the model does to logits behind its head.
+    """
+
+    def __init__(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", source: Source, num_experts: int
+    ) -> None:
+        self.plain = model
+        self.base_fingerprint = fingerprint(model)
+        self.model = share_weights(model)
+        self.tokenizer = tokenizer
+        self.source = source
+        self.vocab_size = model.get_output_embeddings().weight.shape[0]
+        self.transform = LogitTransform.of(model.config)
+        install_head(self.model, num_experts)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: Source | str,
+        num_experts: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> "MetaLLM":
+        """Load a causal LM and give it `num_experts` expert rows (zeros). Errors as in `load_causal_lm`."""
+        source = Source(source) if isinstance(source, str) else source
+        model, tokenizer = load_causal_lm(source, device=device, dtype=dtype)
+        return cls(model, tokenizer, source, num_experts)
+
+    @property
+    def head(self) -> ExpertHead:
+        """The head with the expert rows."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.head.weight.device
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """A copy of the expert rows, `[K, d]` float32 on the CPU."""
+        return self.head.expert_rows.detach().cpu().clone()
+
+    @rows.setter
+    def rows(self, rows: torch.Tensor) -> None:
+        parameter = nn.Parameter(rows.to(self.device, torch.float32), requires_grad=self.head.expert_rows.requires_grad)
+        self.head.expert_rows = parameter
+
+    def initial_row(self, description: str) -> torch.Tensor:
+        """Where an expert's row starts, `[d]`; see `head.initial_row`."""
+        return initial_row(self.plain, self.tokenizer(description, add_special_tokens=False).input_ids)
+
+    def expert_of(self, token_id: int) -> int | None:
+        """Which expert a token id stands for: detection is by id, never by text."""
+        return token_id - self.vocab_size if token_id >= self.vocab_size else None
+
+    def encode(self, conversation: str | Sequence[Message]) -> list[int]:
+        """Ids up to the dispatch position; see `chat.encode_chat`."""
+        return encode_chat(self.tokenizer, conversation, self.vocab_size)
+
+    def pad(self, sequences: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """A left-padded batch: `input_ids` and `attention_mask`, `[N, T]` each, on the model's device.
+
+        Left, so that all dispatch positions fall into one column and one row of logits per query is computed.
+        """
+        longest = max(map(len, sequences))
+        # Which id pads does not matter: it is masked. 0 exists in every vocabulary, a pad token does not.
+        ids = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in sequences])
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in sequences])
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+
+    @torch.inference_mode()
+    def states(self, sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a decision depends on besides the rows: h `[N, d]` and Z `[N]`, float32 on the CPU.
+
+        Raises:
+            ExpertokenError: the model does something to its logits that `LogitTransform` does not know.
+        """
+        captured: list[torch.Tensor] = []
+        # The batch is padded on the left, so the head sees one position per row: `[N, 1, d]`.
+        hook = self.head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0][:, 0]))
+        try:
+            logits, _ = dispatch_forward(self.model, **self.pad(sequences))
+        finally:
+            hook.remove()
+        hidden = captured[0]
+        vocabulary = logits[:, : self.vocab_size].float()
+        self._check_transform(hidden, vocabulary)
+        return hidden.float().cpu(), vocabulary.logsumexp(-1).cpu()
+
+    def _check_transform(self, hidden: torch.Tensor, vocabulary: torch.Tensor) -> None:
+        sample = slice(0, 8)
+        bias = 0 if self.head.bias is None else self.head.bias[sample].float()
+        expected = self.transform(hidden.float() @ self.head.weight[sample].float().T + bias)
+        tolerance = 1e-3 if hidden.dtype == torch.float32 else 5e-2
+        if not torch.allclose(expected, vocabulary[:, sample], rtol=tolerance, atol=tolerance * 10):
+            raise ExpertokenError(
+                f"{self.source.model}: its forward changes logits in a way that is not known here (neither a scale nor "
+                "a soft cap); train with `--method lora`, which runs the forward itself"
+            )
+
+    @torch.inference_mode()
+    def candidate_logits(self, sequences: Sequence[Sequence[int]], *, with_self: bool) -> torch.Tensor:
+        """Logits over the candidates for a batch of encoded conversations, `[N, C]` float32 on the CPU."""
+        logits, _ = dispatch_forward(self.model, **self.pad(sequences))
+        return candidate_logits(logits, self.vocab_size, with_self=with_self).cpu()
+
+    def row_logits(self, hidden: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of expert rows on cached states, without the model: `[N, d]` to `[N, K]`, float32."""
+        rows = self.rows if rows is None else rows
+        return self.transform(hidden.float() @ rows.float().T)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Put a PEFT LoRA adapter on the backbone (the head is left alone).
+
+        Raises:
+            ExpertokenError: the adapter does not fit the model.
+        """
+        from peft import PeftModel
+
+        try:
+            self.model = PeftModel.from_pretrained(self.model, folder).eval()
+        except Exception as error:  # PEFT raises ValueError, RuntimeError, KeyError, SafetensorError, ... alike
+            raise ExpertokenError(
+                f"{folder}: the adapter does not fit {self.source.model} ({_one_line(error)})"
+            ) from error
+
+
+def describe_dtype(model: nn.Module) -> str:
+    """The dtype of a model's head, as composites record it."""
+    return str(model.get_output_embeddings().weight.dtype).removeprefix("torch.")
+
+
+def library_versions() -> dict[str, Any]:
+    """Versions that a result depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("expertoken", "torch", "transformers", "peft", "accelerate", "datasets"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

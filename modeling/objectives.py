@@ -1,0 +1,71 @@
+"""Training objectives over the candidates' logits. Each takes the same arguments and returns a sum and its mass.
+
+The loss is `sum / mass`. Returning both makes streaming exact: sums and masses of the parts of a data set add up to
+those of the whole, whatever weights and missing measurements the parts have.
+
+Arguments of every objective:
+    logits: `[N, C]`, of the candidates (see `dispatch.candidate_logits`).
+    targets: `[N, C]`, a distribution over the candidates per query.
+    scores: `[N, C]`, each candidate's score in [0, 1]; NaN where it was not measured.
+    reference: `[N]`, the log-mass that an expert is held against in the binary objective: Z where self is a candidate.
+    weights: `[N]`, of the queries.
+
+They are plain functions of tensors: the fit on cached states and the LoRA trainer share them.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+
+def cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor, reference: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy to the target distribution, one-hot or soft.
+
+    For a soft target it differs from the KL divergence by the target's entropy, which does not depend on the rows, so
+    this one function is both (Expert-Token-Routing, arXiv 2403.16854; soft targets as in ZOOTER, arXiv 2311.08692).
+    """
+    del scores, reference
+    return -(targets * logits.log_softmax(-1)).sum(-1).mul(weights).sum(), weights.sum()
+
+
+def correctness(
+    logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor, reference: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One binary problem per expert: is its answer right (LLM Routing with Benchmark Datasets, arXiv 2309.15789).
+
+    Expert k's probability of being right is `sigmoid(l_k - reference)`. Each row is a problem of its own, so an expert
+    added later changes no other. Where self is a candidate, the reference is Z: self answers where no expert is more
+    likely right than wrong, and its own term is a constant. Candidates not measured on a query contribute nothing.
+    """
+    del targets
+    mask = ~scores.isnan() * weights[:, None]
+    odds = logits - reference[:, None]
+    losses = F.binary_cross_entropy_with_logits(odds, scores.nan_to_num(), reduction="none")
+    return (losses * mask).sum(), mask.sum()
+
+
+def expected_score(
+    logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor, reference: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The score lost on average by choosing at random from the dispatch distribution: `mean(best - sum_k p_k score_k)`.
+
+    What evaluation measures, made smooth. Not convex: start it from another objective's solution.
+    """
+    del targets, reference
+    known = scores.nan_to_num(0.0)
+    regret = known.amax(-1) - (logits.softmax(-1) * known).sum(-1)
+    return (regret * weights).sum(), weights.sum()
+
+
+Objective = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
+]
+
+OBJECTIVES: dict[str, Objective] = {
+    "cross_entropy": cross_entropy,
+    "correctness": correctness,
+    "expected_score": expected_score,
+}

@@ -1,0 +1,1 @@
+"""Tests mirror the folders; `tiny.py` makes their models."""

@@ -1,0 +1,123 @@
+"""Tiny models and a tokenizer made in the process: hermetic, random, two layers."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import transformers as t
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{{ '<|begin_of_text|>' }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' "
+    "+ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+GEMMA = (
+    "{{ '<bos>' }}{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) "
+    "+ '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + '</s>' }}"
+    "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+TEMPLATES = {
+    "chatml": (CHATML, ["<|im_start|>", "<|im_end|>"]),
+    "llama3": (LLAMA3, ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]),
+    "gemma": (GEMMA, ["<bos>", "<start_of_turn>", "<end_of_turn>"]),
+    "mistral": (MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"]),
+}
+
+_CORPUS = [
+    "What is the capital of France? Compute 12 plus 30. Write an SQL query for the table customers.",
+    "system user assistant model expert math law physics You are a helpful assistant. self tokens and text",
+]
+
+
+@lru_cache
+def tiny_tokenizer(template: str = "chatml") -> t.PreTrainedTokenizerFast:
+    text, specials = TEMPLATES[template]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    fast = t.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=specials[-1], pad_token=specials[-1])
+    fast.add_special_tokens({"additional_special_tokens": specials})
+    fast.chat_template = text
+    return fast
+
+
+_SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+_EOS = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 1}
+
+
+def _config(architecture: str) -> t.PretrainedConfig:
+    common = _SIZES | _EOS
+    heads = {key: value for key, value in common.items() if key != "num_key_value_heads"}
+    makers = {
+        "llama-tied": lambda: t.LlamaConfig(**common, tie_word_embeddings=True),
+        "llama-untied": lambda: t.LlamaConfig(**common, tie_word_embeddings=False),
+        "qwen2": lambda: t.Qwen2Config(**common),
+        "qwen3": lambda: t.Qwen3Config(**common, head_dim=8),
+        "mistral": lambda: t.MistralConfig(**common, sliding_window=None),
+        "phi3": lambda: t.Phi3Config(**common),
+        "phi-bias": lambda: t.PhiConfig(**common),
+        "gemma2-softcap": lambda: t.Gemma2Config(
+            **common, head_dim=8, final_logit_softcapping=5.0, query_pre_attn_scalar=8
+        ),
+        "gemma3": lambda: t.Gemma3TextConfig(**common, head_dim=8, query_pre_attn_scalar=8),
+        "cohere-scaled": lambda: t.CohereConfig(**common, logit_scale=0.25),
+        "granite-scaled": lambda: t.GraniteConfig(**common, logits_scaling=4.0),
+        "gpt-neox": lambda: t.GPTNeoXConfig(**heads),
+        "gpt2": lambda: t.GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=4, n_positions=512, **_EOS),
+    }
+    return makers[architecture]()
+
+
+ARCHITECTURES = (
+    "llama-tied",
+    "llama-untied",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "phi3",
+    "phi-bias",
+    "gemma2-softcap",
+    "gemma3",
+    "cohere-scaled",
+    "granite-scaled",
+    "gpt-neox",
+    "gpt2",
+)
+
+
+def tiny_model(architecture: str = "llama-tied", seed: int = 0) -> t.PreTrainedModel:
+    torch.manual_seed(seed)
+    model = t.AutoModelForCausalLM.from_config(_config(architecture)).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # the default start is so small that soft caps and norms do nothing
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+            elif parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def tiny_folder(path: Path, architecture: str = "llama-tied", template: str = "chatml", seed: int = 0) -> Path:
+    tiny_model(architecture, seed).save_pretrained(path)
+    tiny_tokenizer(template).save_pretrained(path)
+    return path

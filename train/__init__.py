@@ -1,0 +1,1 @@
+"""Training expert tokens: arguments, cached features, methods, plug-in. Imports `modeling` and `data_prep`."""

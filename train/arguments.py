@@ -1,0 +1,56 @@
+"""Training arguments, each documented once, here: `--help`, YAML files and the manual are made from these fields.
+
+Imports no torch, so that `--help` answers at once.
+"""
+
+# ruff: noqa: RUF009 - `_option` makes a dataclass field, which is what belongs there
+
+from dataclasses import dataclass, field
+
+METHODS = ("tokens", "lora")
+OBJECTIVE_NAMES = ("cross_entropy", "correctness", "expected_score")
+
+
+def _option(default: object, text: str) -> object:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ExpertokenArguments:
+    """What expertoken adds to `transformers.TrainingArguments`."""
+
+    meta: str = field(metadata={"help": "The meta LLM: hub id, local folder or GGUF file."})
+    data: str = field(metadata={"help": "Supervision folder, made by `expertoken prepare`."})
+    method: str = _option(
+        "tokens",
+        "tokens: only the expert rows are trained, on states computed once. lora: LoRA on the backbone and the rows.",
+    )
+    objective: str = _option(
+        "cross_entropy",
+        "cross_entropy: to the label's distribution, one-hot or soft. correctness: one binary problem per expert. "
+        "expected_score: the score of a choice drawn from the dispatch distribution.",
+    )
+    revision: str | None = _option(None, "Git revision of a hub model.")
+    dtype: str | None = _option(
+        None, "Weights of the meta LLM: float32, bfloat16 or float16. Default: float32 on CPU, else as saved."
+    )
+    trust_remote_code: bool = _option(False, "Allow the meta LLM's repository to run its own code here.")
+    max_tokens: int = _option(4096, "tokens: padded tokens of one batch of the forward pass.")
+    l2: list[float] = _option(
+        [10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001],
+        "tokens: L2 strengths to try; the one with the best validation score is kept.",
+    )
+    warm_start: bool = _option(True, "lora: start from the rows that method tokens finds, not from the descriptions.")
+    lora_r: int = _option(8, "lora: rank.")
+    lora_alpha: int = _option(16, "lora: scale is lora_alpha / lora_r.")
+    lora_dropout: float = _option(0.05, "lora: dropout on the adapters' input.")
+    lora_target_modules: list[str] = _option(["all-linear"], "lora: names of the layers to adapt.")
+    rows_learning_rate: float | None = _option(None, "lora: learning rate of the expert rows. Default: learning_rate.")
+    resume: str = _option(
+        "auto",
+        "lora: auto continues the last complete checkpoint of the same run in output_dir; never starts anew; or the "
+        "path of a checkpoint.",
+    )
+    verify: bool = _option(True, "Load the saved composite in a fresh process and compare logits.")

@@ -1,0 +1,129 @@
+"""Command line over YAML over defaults, resolved in one function."""
+
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ..modeling.errors import ExpertokenError, did_you_mean
+from .arguments import METHODS, OBJECTIVE_NAMES, ExpertokenArguments
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser, TrainingArguments
+
+RECIPES = Path(__file__).parent.parent / "configs" / "train"
+
+_USAGE = (
+    "accelerate launch -m expertoken.train [RECIPE] --meta MODEL --data SUPERVISION --output_dir COMPOSITE "
+    "[--key value ...]"
+)
+_EPILOG = (
+    "RECIPE is a YAML file or the name of a shipped one ({recipes}). Command line beats YAML beats default. Every "
+    "argument of transformers.TrainingArguments is accepted too (--learning_rate, --report_to tensorboard, ...); "
+    "--help-all lists them."
+)
+
+
+class ConfigError(ExpertokenError):
+    """A configuration with mistakes; the message lists all of them."""
+
+
+def make_parser(*, everything: bool) -> "HfArgumentParser":
+    """The argument parser; without `everything` it knows our own arguments only and needs no torch."""
+    from transformers.hf_argparser import HfArgumentParser
+
+    kinds: list[type] = [ExpertokenArguments]
+    if everything:
+        from transformers import TrainingArguments
+
+        kinds.append(TrainingArguments)
+    recipes = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+    return HfArgumentParser(
+        kinds,
+        prog="expertoken train",
+        usage=_USAGE,
+        description="Train expert tokens from supervision and write a composite folder.",
+        epilog=_EPILOG.format(recipes=recipes),
+        allow_abbrev=False,
+    )
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """A recipe's keys and values, by path or by the name of a shipped one.
+
+    Raises:
+        ConfigError: there is no such file, or it is no YAML mapping.
+    """
+    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else RECIPES / f"{name}.yaml"
+    if not path.exists():
+        shipped = [file.stem for file in RECIPES.glob("*.yaml")]
+        raise ConfigError(
+            f"{name}: no such recipe; expected a YAML file or a shipped one, {did_you_mean(name, shipped)}"
+        )
+    try:
+        document = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: expected keys and values, got {type(document).__name__}")
+    return document
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[ExpertokenArguments, "TrainingArguments"]:
+    """Resolve a recipe and command-line overrides.
+
+    Raises:
+        ConfigError: with every unknown key, missing argument and unknown value at once.
+        SystemExit: help was asked for.
+    """
+    argv = list(argv)
+    if "--help" in argv or "-h" in argv or "--help-all" in argv:
+        make_parser(everything="--help-all" in argv).print_help()
+        sys.exit(0)
+    parser = make_parser(everything=True)
+    recipe = read_recipe(argv.pop(0)) if argv and not argv[0].startswith("-") else {}
+    actions = {action.dest: action for action in parser._actions}
+    mistakes = [f"{key}: unknown key, {did_you_mean(str(key), actions)}" for key in recipe if key not in actions]
+    given = {item.split("=")[0][2:].replace("-", "_") for item in argv if item.startswith("--")}
+    mistakes += [f"--{key}: unknown argument, {did_you_mean(key, actions)}" for key in sorted(given - set(actions))]
+    for key in ("meta", "data", "output_dir"):
+        if key not in recipe and key not in given:
+            mistakes.append(f"--{key}: missing")
+        actions[key].required = False
+    recipe = {key: value for key, value in recipe.items() if key in actions}
+    mistakes += _choices({**recipe, **_values(argv)})
+    if mistakes:
+        raise ConfigError("training arguments: " + "; ".join(mistakes))
+    # argparse converts defaults given as text with the argument's own type, so `1e-4`, which YAML reads as text, works.
+    parser.set_defaults(**{key: str(v) if isinstance(v, float) else v for key, v in recipe.items()})
+    try:
+        ours, theirs = parser.parse_args_into_dataclasses(_cpu_by_default(argv, recipe))
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"training arguments: {str(error).splitlines()[0]}") from None
+    return ours, theirs
+
+
+def _values(argv: Sequence[str]) -> dict[str, str]:
+    pairs = zip(argv[:-1], argv[1:], strict=True)
+    return {key[2:].replace("-", "_"): value for key, value in pairs if key.startswith("--")}
+
+
+def _choices(values: dict[str, Any]) -> list[str]:
+    allowed = {"method": METHODS, "objective": OBJECTIVE_NAMES}
+    return [
+        f"{key}: unknown value {values[key]!r}, {did_you_mean(str(values[key]), known)}"
+        for key, known in allowed.items()
+        if key in values and values[key] not in known
+    ]
+
+
+def _cpu_by_default(argv: Sequence[str], recipe: dict[str, Any]) -> list[str]:
+    """Say `--use_cpu` where there is no accelerator: without it several CPU processes would each train alone."""
+    import torch
+
+    if torch.accelerator.is_available() or "use_cpu" in recipe or "use_cpu" in _values(argv):
+        return list(argv)
+    return [*argv, "--use_cpu", "true"]

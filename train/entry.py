@@ -1,0 +1,27 @@
+"""Entry point of `python -m expertoken.train` and `expertoken train`: help without torch, errors in one line."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from ..modeling.errors import ExpertokenError
+from .config import parse_arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, train, and leave with an exit status."""
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "datasets", "deepspeed", "DeepSpeed"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        options, arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        from .run import leave, train
+
+        train(options, arguments)
+    except (ExpertokenError, ImportError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; what was computed is kept: run the same command again to go on")
+    leave()

@@ -1,0 +1,188 @@
+"""Cached features: the hidden state h and the log-mass Z at each query's dispatch position.
+
+With a frozen meta LLM they do not depend on what is trained, so one forward pass over the data is the whole price of
+training, of evaluating and of adding an expert later.
+
+The cache is a folder per model (weights, dtype) of blocks; a block is a set of memory-mapped arrays for the queries
+that were new when it was made. Queries are known by a hash of their token ids, so data, template and tokenizer all
+count, and a set that grows by some queries costs those alone.
+"""
+
+import hashlib
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..modeling.chat import Message
+from ..modeling.errors import ExpertokenError
+from ..modeling.files import atomic_folder, cache_folder
+from ..modeling.meta import MetaLLM, describe_dtype, fingerprint, token_batches
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_IN_MEMORY = 2**30  # bytes of gathered states that are kept in memory; larger ones go to a temporary file
+
+
+@dataclass(frozen=True)
+class Features:
+    """States of N queries.
+
+    Attributes:
+        hidden: h, `[N, d]` float32, memory-mapped where it can be.
+        log_mass: Z, `[N]` float32.
+        computed: how many of the N were computed just now (the others came from the cache).
+        seconds: that took.
+    """
+
+    hidden: np.ndarray
+    log_mass: np.ndarray
+    computed: int = 0
+    seconds: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.log_mass)
+
+
+class _Block:
+    """The arrays of one block."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.hashes, self.hidden, self.log_mass, self.done = (
+            np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("hashes", "hidden", "log_mass", "done")
+        )
+
+    @staticmethod
+    def create(folder: Path, hashes: list[bytes], width: int) -> None:
+        count = len(hashes)
+        with atomic_folder(folder) as aside:
+            np.save(aside / "hashes.npy", np.array(hashes, dtype="V16"))
+            np.lib.format.open_memmap(aside / "hidden.npy", mode="w+", dtype=np.float32, shape=(count, width)).flush()
+            np.save(aside / "log_mass.npy", np.zeros(count, dtype=np.float32))
+            np.save(aside / "done.npy", np.zeros(count, dtype=np.uint8))
+
+    def flush(self) -> None:
+        for array in (self.hidden, self.log_mass, self.done):
+            array.flush()
+
+
+def _hash(ids: Sequence[int]) -> bytes:
+    return hashlib.blake2b(np.asarray(ids, dtype=np.int32).tobytes(), digest_size=16).digest()
+
+
+def cached_features(
+    meta: MetaLLM,
+    conversations: Sequence[str | Sequence[Message]],
+    *,
+    max_tokens: int = 4096,
+    rank: int = 0,
+    world: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+    label: str = "features",
+) -> Features:
+    """The features of `conversations`, from the cache where they are there.
+
+    Rows are marked as done behind their values, so an interrupted pass goes on where it stopped. With several
+    processes each computes every `world`-th batch into the same files (on a file system they share).
+
+    Args:
+        meta: the meta LLM.
+        conversations: N conversations.
+        max_tokens: padded tokens of one batch.
+        rank: of this process.
+        world: how many processes share the work.
+        barrier: waits for the others.
+        label: what the progress bar calls it.
+
+    Raises:
+        ExpertokenError: the meta LLM gives no finite logits for a query.
+    """
+    sequences = [meta.encode(conversation) for conversation in conversations]
+    hashes = [_hash(ids) for ids in sequences]
+    model_key = f"{_FORMAT}-{fingerprint(meta.model)}-{describe_dtype(meta.model)}"
+    root = cache_folder("features") / model_key
+    place = _lookup(root)
+    first = {key: index for index, key in reversed(list(enumerate(hashes))) if key not in place}
+    missing = sorted(first.values())
+    barrier()  # every process has looked before any of them changes the cache
+    started = time.perf_counter()
+    if missing:
+        new = [hashes[index] for index in missing]
+        folder = root / hashlib.sha256(b"".join(new)).hexdigest()[:16]
+        if rank == 0 and not folder.exists():
+            _Block.create(folder, new, meta.head.in_features)
+        barrier()
+        _compute(meta, _Block(folder), [sequences[index] for index in missing], max_tokens, rank, world, label)
+        barrier()
+        place = _lookup(root)
+    seconds = time.perf_counter() - started if missing else 0.0
+    logger.info("%s: %d of %d queries computed, the others were cached", label, len(missing), len(hashes))
+    hidden, log_mass = _gather([place[key] for key in hashes])
+    return Features(hidden, log_mass, len(missing), seconds)
+
+
+def _lookup(root: Path) -> dict[bytes, tuple[_Block, int]]:
+    """Where each query's finished states are."""
+    place = {}
+    for file in sorted(root.glob("*/done.npy")):
+        block = _Block(file.parent)
+        for row in np.flatnonzero(block.done):
+            place[block.hashes[row].tobytes()] = (block, int(row))
+    return place
+
+
+def _compute(
+    meta: MetaLLM,
+    block: _Block,
+    sequences: list[list[int]],
+    max_tokens: int,
+    rank: int,
+    world: int,
+    label: str,
+) -> None:
+    lengths = [len(ids) for ids in sequences]
+    batches = list(token_batches(lengths, max_tokens))[rank::world]
+    total = sum(lengths[row] for batch in batches for row in batch)
+    with tqdm(total=total, unit="tok", unit_scale=True, desc=label, disable=rank != 0) as bar:
+        for batch in batches:
+            states, mass = meta.states([sequences[row] for row in batch])
+            if not torch.isfinite(mass).all():
+                bad = sequences[batch[int((~torch.isfinite(mass)).nonzero()[0, 0])]]
+                text = meta.tokenizer.decode(bad)[-80:]
+                raise ExpertokenError(f"{label}: the meta LLM gives no finite logits for the query ending in {text!r}")
+            block.hidden[batch], block.log_mass[batch] = states.numpy(), mass.numpy()
+            block.done[batch] = 1
+            bar.update(sum(lengths[row] for row in batch))
+    block.flush()
+
+
+def _gather(places: list[tuple[_Block, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Arrays in the order of the queries: the block's own where it has just that order, else a copy."""
+    blocks = {id(block): block for block, _ in places}
+    rows = np.array([row for _, row in places])
+    if len(blocks) == 1:
+        block = places[0][0]
+        if len(rows) == len(block.done) and (rows == np.arange(len(rows))).all():
+            return block.hidden, block.log_mass
+    shape = (len(places), places[0][0].hidden.shape[1])
+    if shape[0] * shape[1] * 4 <= _IN_MEMORY:
+        hidden = np.empty(shape, dtype=np.float32)
+    else:
+        with tempfile.TemporaryFile() as file:  # stays open through the mapping, gone with it
+            hidden = np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
+    log_mass = np.empty(len(places), dtype=np.float32)
+    owners = np.array([id(block) for block, _ in places])
+    for key, block in blocks.items():
+        chosen = np.flatnonzero(owners == key)
+        for part in np.array_split(chosen, max(1, len(chosen) // 65536)):
+            hidden[part] = block.hidden[rows[part]]
+        log_mass[chosen] = block.log_mass[rows[chosen]]
+    return hidden, log_mass

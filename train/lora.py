@@ -1,0 +1,239 @@
+"""Method `lora`: LoRA on the backbone together with the expert rows, through `transformers.Trainer`.
+
+Loss and logits exist at the dispatch position only; the rows keep no weight decay (AdamW would shrink rows that get no
+gradient), and a checkpoint holds the plain PEFT adapter with the rows beside it.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import EvalPrediction, Trainer, TrainingArguments
+
+from ..modeling.composite import ROWS_FILE, read_rows, write_rows
+from ..modeling.dispatch import candidate_logits, dispatch_forward
+from ..modeling.errors import ExpertokenError
+from ..modeling.meta import MetaLLM
+from ..modeling.objectives import OBJECTIVES
+from .arguments import ExpertokenArguments
+from .tokens import mean_score
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+_FIELDS = ("target", "scores", "weight")
+
+
+class DispatchTrainer(Trainer):
+    """A `Trainer` for expert tokens.
+
+    Args:
+        meta: the meta LLM, its model already wrapped by PEFT.
+        objective: a key of `OBJECTIVES`.
+        names: of the experts, in row order.
+        with_self: whether self is a candidate.
+        rows_learning_rate: of the rows; the adapters' where None.
+        **options: of `Trainer`.
+    """
+
+    def __init__(
+        self,
+        meta: MetaLLM,
+        objective: str,
+        names: list[str],
+        *,
+        with_self: bool,
+        rows_learning_rate: float | None,
+        **options: Any,
+    ) -> None:
+        self.meta, self.objective, self.names = meta, OBJECTIVES[objective], names
+        self.with_self, self.rows_learning_rate = with_self, rows_learning_rate
+        super().__init__(model=meta.model, data_collator=self._collate, **options)
+        self.label_names = list(_FIELDS)
+
+    def _collate(self, examples: Sequence[dict]) -> dict[str, torch.Tensor]:
+        batch = {key: value.cpu() for key, value in self.meta.pad([e["input_ids"] for e in examples]).items()}
+        return batch | {key: torch.tensor(np.array([e[key] for e in examples]), dtype=torch.float32) for key in _FIELDS}
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, **_: Any) -> Any:
+        """The objective at the dispatch positions; with `return_outputs` also the candidates' logits `[N, C]`."""
+        logits, _output = dispatch_forward(model, inputs["input_ids"], inputs["attention_mask"])
+        candidates = candidate_logits(logits, self.meta.vocab_size, with_self=self.with_self)
+        reference = candidates[:, -1] if self.with_self else torch.zeros_like(candidates[:, 0])
+        total, mass = self.objective(candidates, inputs["target"], inputs["scores"], reference, inputs["weight"])
+        # Weights are 1 or 0 on average near 1: dividing by the batch's mass keeps the gradient's scale.
+        loss = total / mass.clamp(min=1e-6)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss.item()} at step {self.state.global_step}; lower the learning rate")
+        return (loss, {"logits": candidates}) if return_outputs else loss
+
+    def prediction_step(self, model: torch.nn.Module, inputs: dict, *_: Any, **__: Any) -> tuple:
+        """Loss, candidates' logits and scores of an evaluation batch."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss.detach(), outputs["logits"], inputs["scores"]
+
+    def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
+        """The configured optimizer over two groups: adapters, and rows without weight decay."""
+        if self.optimizer is None:
+            rows, adapters = [], []
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    (rows if name.endswith("expert_rows") else adapters).append(parameter)
+            rate = self.rows_learning_rate or self.args.learning_rate
+            groups = [
+                {"params": adapters, "weight_decay": self.args.weight_decay},
+                {"params": rows, "weight_decay": 0.0, "lr": rate},
+            ]
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.meta.model.save_pretrained(folder, save_embedding_layers=False)
+        write_rows(self.meta.rows, self.names, folder / ROWS_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        self._restore(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        logger.info("best checkpoint: %s (score %s)", self.state.best_model_checkpoint, self.state.best_metric)
+        self._restore(Path(self.state.best_model_checkpoint))
+
+    def _restore(self, folder: Path) -> None:
+        """Put a checkpoint's adapter and rows into the model, in place, so that the optimizer keeps its parameters."""
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        set_peft_model_state_dict(self.meta.model, load_file(folder / "adapter_model.safetensors"))
+        rows = read_rows(folder / ROWS_FILE, self.names, self.meta.head.in_features)
+        with torch.no_grad():
+            self.meta.head.expert_rows.copy_(rows)
+
+
+def encode_side(meta: MetaLLM, side: "Dataset") -> list[dict[str, Any]]:
+    """A supervision side as training examples."""
+    part = side.with_format("numpy")
+    columns = {key: np.asarray(part[key], np.float32) for key in _FIELDS}
+    return [
+        {"input_ids": meta.encode(messages), **{key: columns[key][index] for key in _FIELDS}}
+        for index, messages in enumerate(side["messages"])
+    ]
+
+
+def wrap_with_lora(meta: MetaLLM, options: ExpertokenArguments) -> None:
+    """Put fresh LoRA adapters on the meta LLM's backbone; the rows stay trainable."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = options.lora_target_modules
+    config = LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        meta.model = get_peft_model(meta.model, config)
+    except ValueError as error:
+        raise ExpertokenError(f"--lora_target_modules {' '.join(targets)}: {str(error).splitlines()[0]}") from None
+    meta.head.expert_rows.requires_grad_(True)
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end: `trainer_state.json`, written last, is there and whole."""
+    numbered = [entry for entry in folder.glob("checkpoint-*") if entry.name.removeprefix("checkpoint-").isdigit()]
+    for entry in sorted(numbered, key=lambda entry: int(entry.name.removeprefix("checkpoint-")), reverse=True):
+        try:
+            json.loads((entry / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        return entry
+    return None
+
+
+def find_checkpoint(resume: str, output_dir: Path, run: dict[str, Any]) -> Path | None:
+    """Which checkpoint to go on from, as `--resume` says; `run` identifies this run and is recorded for the next.
+
+    Raises:
+        ExpertokenError: with `auto`, the checkpoints in `output_dir` belong to another run.
+    """
+    record = output_dir / "runs" / "run.json"
+    if resume == "auto":
+        checkpoint = last_complete_checkpoint(output_dir)
+        if checkpoint and record.exists() and json.loads(record.read_text()) != run:
+            raise ExpertokenError(
+                f"{output_dir}: holds checkpoints of a run with other arguments or data; choose another --output_dir, "
+                "or say --resume never to start anew there"
+            )
+    elif resume == "never":
+        checkpoint = None
+    else:
+        checkpoint = Path(resume)
+        if not (checkpoint / "trainer_state.json").exists():
+            raise ExpertokenError(f"--resume {resume}: no complete checkpoint there; expected auto, never or its path")
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(run, indent=2) + "\n")
+    return checkpoint
+
+
+def train_lora(
+    meta: MetaLLM,
+    train: "Dataset",
+    validation: "Dataset",
+    names: list[str],
+    *,
+    with_self: bool,
+    options: ExpertokenArguments,
+    arguments: TrainingArguments,
+    run: dict[str, Any],
+) -> dict[str, Any]:
+    """Train; the meta LLM ends with the best checkpoint's adapter and rows.
+
+    Returns:
+        what the manifest records: steps, best score, seconds.
+    """
+    wrap_with_lora(meta, options)
+    benchmarks = list(validation["benchmark"])
+
+    def score(prediction: EvalPrediction) -> dict[str, float]:
+        chosen = prediction.predictions.argmax(-1)
+        return {"score": mean_score(chosen, prediction.label_ids, benchmarks)}
+
+    arguments.remove_unused_columns = False
+    arguments.load_best_model_at_end = True
+    arguments.metric_for_best_model = "score"
+    arguments.greater_is_better = True
+    if arguments.eval_strategy == "no":
+        arguments.eval_strategy = arguments.save_strategy
+    arguments.ddp_find_unused_parameters = False
+    trainer = DispatchTrainer(
+        meta,
+        options.objective,
+        names,
+        with_self=with_self,
+        rows_learning_rate=options.rows_learning_rate,
+        args=arguments,
+        train_dataset=encode_side(meta, train),
+        eval_dataset=encode_side(meta, validation),
+        compute_metrics=score,
+    )
+    checkpoint = find_checkpoint(options.resume, Path(arguments.output_dir), run)
+    if checkpoint:
+        logger.info("continuing %s", checkpoint)
+    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    meta.model.eval()
+    return {
+        "steps": trainer.state.global_step,
+        "validation_score": trainer.state.best_metric,
+        "seconds": round(outcome.metrics["train_runtime"], 1),
+    }

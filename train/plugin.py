@@ -1,0 +1,257 @@
+"""Plugging an expert into a trained composite, and taking one out. The other rows stay bit for bit as they are."""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ..data_prep.leaks import normalise
+from ..data_prep.results import BenchmarkResults, ResultsError
+from ..data_prep.supervision import Supervision, build_supervision
+from ..modeling.composite import Composite, Manifest, load_composite, save_composite
+from ..modeling.errors import ExpertokenError
+from ..modeling.experts import Expert, ExpertPool
+from ..modeling.meta import MetaLLM
+from .features import cached_features
+from .tokens import Problem, fit_rows, mean_score, problem_logits
+
+logger = logging.getLogger(__name__)
+
+SUPERVISION_FOLDER = "supervision"
+"""Where a composite keeps the supervision that came to be when an expert was added."""
+
+DEFAULT_L2 = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What adding or removing an expert changed.
+
+    Attributes:
+        changed: queries of the side that are dispatched to someone else now.
+        queries: queries of the side.
+        before: the composite's score before, mean over benchmarks.
+        after: and after.
+        split: which side these are about.
+    """
+
+    changed: int
+    queries: int
+    before: float
+    after: float
+    split: str
+
+    def __str__(self) -> str:
+        return (
+            f"routes changed: {self.changed} of {self.queries} ({self.split} side); "
+            f"score {self.before:.4f} before, {self.after:.4f} after"
+        )
+
+
+def supervision_of(manifest: Manifest, folder: Path, data: Path | None) -> Supervision:
+    """The supervision a composite was trained on.
+
+    Raises:
+        ExpertokenError: it is not where the composite remembers it.
+    """
+    path = data or Path(manifest.data.get("path", ""))
+    path = path if path.is_absolute() else folder / path
+    if data is None and not path.exists():
+        raise ExpertokenError(f"{folder}: its supervision is not at {path} any more; say where with --data")
+    return Supervision.load(path)
+
+
+def add_expert(
+    folder: Path | str,
+    expert: Expert,
+    results: BenchmarkResults,
+    *,
+    data: Path | None = None,
+    l2: tuple[float, ...] = DEFAULT_L2,
+    verify: bool = True,
+) -> Change:
+    """Fit a row for a new expert on its results and save the composite with it.
+
+    Queries that the composite was trained on are recognised by id or by text, and their cached states are used again.
+    Other queries join the train, validation and test sides.
+
+    Args:
+        folder: of the composite.
+        expert: the new one.
+        results: that have scores of it; of other candidates too, where they were measured on new queries.
+        data: the composite's supervision, where it was moved.
+        l2: strengths to try.
+        verify: check the saved folder in a fresh process.
+
+    Raises:
+        ExpertokenError: there are no results of the expert, the composite's backbone was trained for other experts
+            and has no such name left, or the supervision is gone.
+    """
+    folder = Path(folder)
+    composite = load_composite(folder)
+    old_pool, new_pool = composite.pool, composite.pool.with_expert(expert)
+    column = expert.find_in(results.models)
+    if column is None:
+        raise ResultsError(
+            f"no results of {expert.name!r} nor {expert.model!r}; results are of {', '.join(results.models)}"
+        )
+    old = supervision_of(composite.manifest, folder, data)
+    extended = extend_supervision(old, old_pool, expert, results.select([column, *_others(results, old_pool, column)]))
+    objective = composite.manifest.training.get("objective", "cross_entropy")
+    old_rows = composite.meta.rows
+    problems = {side: _problem(composite.meta, extended, side) for side in ("train", "validation")}
+    fit = fit_rows(
+        problems["train"],
+        problems["validation"],
+        objective=objective,
+        l2=l2,
+        transform=composite.meta.transform,
+        with_self=new_pool.has_self,
+        fixed_rows=old_rows,
+    )
+    rows = torch.cat([old_rows, fit.rows])
+    change = _compare(composite.meta, extended, (old_rows, old_pool), (rows, new_pool))
+    training = composite.manifest.training
+    added = [*training.get("added", []), {"expert": expert.name, "l2": fit.l2}]
+    composite.manifest.training = training | {"added": added}
+    _save(composite, rows, new_pool, extended, folder, verify=verify)
+    return change
+
+
+def remove_expert(folder: Path | str, name: str, *, data: Path | None = None, verify: bool = True) -> Change | None:
+    """Take an expert out and save the composite.
+
+    Returns:
+        what changed, or None where the supervision is gone and it can't be told.
+
+    Raises:
+        PoolError: there is no such expert, it is self, or it is the last one.
+    """
+    folder = Path(folder)
+    composite = load_composite(folder)
+    index = composite.pool.index(name)
+    pool = composite.pool.without(name)
+    before = composite.meta.rows
+    rows = torch.cat([before[:index], before[index + 1 :]])
+    change = None
+    try:
+        supervision = supervision_of(composite.manifest, folder, data)
+    except ExpertokenError as error:
+        logger.warning("%s", error)
+    else:
+        change = _compare(composite.meta, supervision, (before, composite.pool), (rows, pool))
+    training = composite.manifest.training
+    if "added" in training:
+        training["added"] = [entry for entry in training["added"] if entry["expert"] != name]
+    _save(composite, rows, pool, None, folder, verify=verify)
+    return change
+
+
+def _others(results: BenchmarkResults, pool: ExpertPool, column: str) -> list[str]:
+    found = (candidate.find_in(results.models) for candidate in pool.candidates)
+    return [name for name in dict.fromkeys(found) if name and name != column]
+
+
+def extend_supervision(old: Supervision, pool: ExpertPool, expert: Expert, results: BenchmarkResults) -> Supervision:
+    """The old supervision with a further candidate, and with the queries that only its results have.
+
+    The targets of queries on which the new expert was not measured stay what they were.
+
+    Args:
+        old: what the composite was trained on.
+        pool: of the composite.
+        expert: the new one.
+        results: the new expert's column first, then those of other candidates.
+    """
+    known = _as_results(old, pool.names)
+    key_of = {normalise(prompt): key for key, prompt in zip(known.queries["id"], known.queries["prompt"], strict=True)}
+    ids = set(known.queries["id"])
+    queries = results.queries.copy()
+    queries["id"] = [
+        key if key in ids else key_of.get(normalise(prompt), key)
+        for key, prompt in zip(queries["id"], queries["prompt"], strict=True)
+    ]
+    first = ~queries["id"].duplicated().to_numpy()
+    fresh = first & ~queries["id"].isin(ids).to_numpy()
+    again = np.flatnonzero(first & ~fresh)
+    names = {candidate.find_in(results.models): candidate.name for candidate in pool.candidates}
+    columns = [expert.name, *(names[model] for model in results.models[1:])]
+    labelling = old.info.labelling
+    parts = [known]
+    if fresh.any():
+        new = BenchmarkResults(queries[fresh], columns, results.scores[fresh])
+        shares = {key: labelling[key] for key in ("validation", "test", "seed")}
+        parts.append(new.split(**shares))
+    if len(again):
+        # On known queries only the new expert's scores count: the others' are what the composite was trained on.
+        place = known.queries.set_index("id", drop=False).loc[queries["id"].iloc[again]]
+        parts.append(BenchmarkResults(place, [expert.name], results.scores[again, :1]))
+    return build_supervision(
+        BenchmarkResults.merge(parts),
+        ExpertPool([*pool.candidates, replace(expert, results=None)]),
+        strategy=labelling["strategy"],
+        temperature=labelling.get("temperature", 0.25),
+        leaks="keep" if old.info.leaks.get("handled") == "keep" else "drop",
+        **{key: labelling[key] for key in ("validation", "test", "seed")},
+    )
+
+
+def _as_results(supervision: Supervision, names: list[str]) -> BenchmarkResults:
+    """A supervision's queries and scores as results again, of the named candidates."""
+    frames, scores = [], []
+    columns = [supervision.info.candidates.index(name) for name in names]
+    for side, part in supervision.data.items():
+        if not len(part):
+            continue
+        frame = part.select_columns(["id", "benchmark", "subject"]).to_pandas()
+        frame["prompt"] = [messages[-1]["content"] for messages in part["messages"]]
+        frame["split"] = side
+        frames.append(frame)
+        scores.append(supervision.arrays(side)[1][:, columns])
+    return BenchmarkResults(pd.concat(frames, ignore_index=True), list(names), np.concatenate(scores))
+
+
+def _problem(meta: MetaLLM, supervision: Supervision, side: str) -> Problem:
+    part = supervision.side(side)
+    features = cached_features(meta, part["messages"], label=f"{side} features")
+    return Problem(features, *supervision.arrays(side), part["benchmark"])
+
+
+def _compare(
+    meta: MetaLLM,
+    supervision: Supervision,
+    before: tuple[torch.Tensor, ExpertPool],
+    after: tuple[torch.Tensor, ExpertPool],
+) -> Change:
+    """Decisions of two sets of rows on the test side, or on validation where there is none."""
+    split = "test" if len(supervision.data["test"]) else "validation"
+    problem = _problem(meta, supervision, split)
+    picks = []
+    for rows, pool in (before, after):
+        logits = problem_logits(rows, problem.features, meta.transform, with_self=pool.has_self)
+        columns = np.array([supervision.info.candidates.index(name) for name in pool.names])
+        picks.append(columns[logits.argmax(-1).numpy()])
+    scores = [mean_score(pick, problem.scores, problem.benchmarks) for pick in picks]
+    return Change(int((picks[0] != picks[1]).sum()), len(picks[0]), *scores, split)
+
+
+def _save(
+    composite: Composite,
+    rows: torch.Tensor,
+    pool: ExpertPool,
+    supervision: Supervision | None,
+    folder: Path,
+    *,
+    verify: bool,
+) -> None:
+    composite.meta.rows = rows
+    manifest = composite.manifest
+    if supervision is not None:
+        # Under a name of its contents, so that the composite that is there keeps the one that it points to.
+        name = f"{SUPERVISION_FOLDER}/{supervision.info.fingerprint}"
+        supervision.save(folder / name)
+        manifest.data = {"path": name, "fingerprint": supervision.info.fingerprint, "sizes": supervision.info.sizes}
+    save_composite(Composite(composite.meta, pool, manifest), folder, verify=verify)

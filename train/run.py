@@ -1,0 +1,198 @@
+"""One training run: supervision in, composite folder out."""
+
+import logging
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data_prep.supervision import Supervision
+from ..modeling.composite import Composite, Manifest, describe_base, save_composite
+from ..modeling.errors import ExpertokenError, require_extra
+from ..modeling.meta import MetaLLM, Source
+from .arguments import ExpertokenArguments
+from .features import cached_features
+from .tokens import Fit, Problem, fit_rows, mean_score
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """What the steps of one training run share.
+
+    Args:
+        options: our arguments.
+        arguments: the Trainer's.
+    """
+
+    def __init__(self, options: ExpertokenArguments, arguments: "TrainingArguments") -> None:
+        self.options, self.arguments = options, arguments
+        self.supervision = Supervision.load(options.data)
+        self.pool = self.supervision.pool
+        check_world(arguments.world_size)
+        source = Source(options.meta, options.revision, options.trust_remote_code)
+        dtype = getattr(torch, options.dtype) if options.dtype else None
+        self.meta = MetaLLM.from_pretrained(source, len(self.pool), device=arguments.device, dtype=dtype)
+        self.meta.rows = torch.stack([self.meta.initial_row(expert.description) for expert in self.pool])
+
+    def fit_tokens(self) -> Fit:
+        """States of the train and validation sides, then the rows."""
+        sides = {}
+        for name in ("train", "validation"):
+            side = self.supervision.side(name)
+            features = cached_features(
+                self.meta,
+                side["messages"],
+                max_tokens=self.options.max_tokens,
+                rank=self.arguments.process_index,
+                world=self.arguments.world_size,
+                barrier=_barrier,
+                label=f"{name} features",
+            )
+            sides[name] = Problem(features, *self.supervision.arrays(name), side["benchmark"])
+        # Every process solves the same small problem on the same states: cheaper than sending the rows around.
+        return fit_rows(
+            sides["train"],
+            sides["validation"],
+            objective=self.options.objective,
+            l2=self.options.l2,
+            transform=self.meta.transform,
+            with_self=self.pool.has_self,
+        )
+
+    def run_tokens(self) -> dict[str, Any]:
+        """Method `tokens`."""
+        started = time.perf_counter()
+        fit = self.fit_tokens()
+        self.meta.rows = fit.rows
+        self._log_path(fit)
+        chosen = next(entry for entry in fit.path if entry["l2"] == fit.l2)
+        return {"l2": fit.l2, **chosen, "seconds": round(time.perf_counter() - started, 1)}
+
+    def run_lora(self) -> dict[str, Any]:
+        """Method `lora`."""
+        from .lora import train_lora
+
+        if self.options.warm_start:
+            self.meta.rows = self.fit_tokens().rows
+        ignored = ("resume", "verify", "max_tokens")
+        run = {key: value for key, value in asdict(self.options).items() if key not in ignored}
+        for key in ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "seed"):
+            run[key] = getattr(self.arguments, key)
+        run["data_fingerprint"] = self.supervision.info.fingerprint
+        return train_lora(
+            self.meta,
+            self.supervision.side("train"),
+            self.supervision.side("validation"),
+            [expert.name for expert in self.pool],
+            with_self=self.pool.has_self,
+            options=self.options,
+            arguments=self.arguments,
+            run=run,
+        )
+
+    def _log_path(self, fit: Fit) -> None:
+        """The regularisation path in TensorBoard, with the strength's decimal logarithm as the step."""
+        if self.arguments.process_index == 0 and "tensorboard" in (self.arguments.report_to or []):
+            require_extra("tensorboard", "train")
+            from torch.utils.tensorboard import SummaryWriter
+
+            with SummaryWriter(str(Path(self.arguments.output_dir) / "runs")) as writer:
+                for step, entry in enumerate(fit.path):
+                    for key, value in entry.items():
+                        writer.add_scalar(f"tokens/{key}", value, step)
+
+    def save(self, outcome: dict[str, Any]) -> Path:
+        """Write the composite folder (main process)."""
+        info = self.supervision.info
+        training = {"method": self.options.method, "objective": self.options.objective, "labelling": info.labelling}
+        manifest = Manifest(
+            base=describe_base(self.meta),
+            experts=[expert.name for expert in self.pool],
+            training=training | outcome | {"processes": self.arguments.world_size},
+            data={"path": str(Path(self.options.data).resolve()), "fingerprint": info.fingerprint, "sizes": info.sizes},
+        )
+        output = Path(self.arguments.output_dir)
+        save_composite(Composite(self.meta, self.pool, manifest), output, verify=self.options.verify)
+        return output
+
+
+def check_world(world_size: int) -> None:
+    """Refuse a launch whose processes do not know of each other.
+
+    `accelerate launch` on CPU can start two processes that each believe to be alone and write the same files, and it
+    can start one where two were asked for; both pass without an error otherwise.
+
+    Raises:
+        ExpertokenError: launcher and library disagree.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != world_size:
+        raise ExpertokenError(
+            f"{launched} processes were launched but {world_size} work together; on CPU launch with "
+            "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ...`"
+        )
+
+
+def _barrier() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def train(options: ExpertokenArguments, arguments: "TrainingArguments") -> Path:
+    """Run one training to its composite folder."""
+    run = Run(options, arguments)
+    outcome = {"tokens": run.run_tokens, "lora": run.run_lora}[options.method]()
+    _barrier()
+    output = Path(arguments.output_dir)
+    if arguments.process_index == 0:
+        run.save(outcome)
+        _summary(run, outcome, output)
+    _barrier()
+    return output
+
+
+def _summary(run: Run, outcome: dict[str, Any], output: Path) -> None:
+    sizes = run.supervision.info.sizes
+    scores = run.supervision.arrays("validation")[1]
+    benchmarks = run.supervision.side("validation")["benchmark"]
+    singles = {
+        name: mean_score(torch.full((len(scores),), index).numpy(), scores, benchmarks)
+        for index, name in enumerate(run.pool.names)
+    }
+    best = max(singles, key=singles.__getitem__)
+    logger.info(
+        "composite of %d experts%s written to %s: method %s, %d train queries, %.1f s; validation score %.4f "
+        "(best single, %s: %.4f)",
+        len(run.pool),
+        " + self" if run.pool.has_self else "",
+        output,
+        run.options.method,
+        sizes["train"],
+        outcome["seconds"],
+        outcome["validation_score"],
+        best,
+        singles[best],
+    )
+
+
+def leave() -> None:
+    """Leave at once where several gloo processes worked together.
+
+    At interpreter shutdown a gloo thread now and then aborts the process (`terminate called without an active
+    exception`) after everything is on disk, and the launcher reports a failure. A barrier and
+    `destroy_process_group()` do not cure it. On one process, and with other backends, the ordinary exit is used.
+    """
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
+        _barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

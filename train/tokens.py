@@ -1,0 +1,260 @@
+"""Method `tokens`: the backbone is frozen, so the expert rows are the solution of a small convex problem on states.
+
+The states come from one forward pass (`features.py`); the rows from L-BFGS over them, streamed in chunks, so that
+memory stays bounded however many there are.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..modeling.errors import require_extra
+from ..modeling.logits import LogitTransform
+from ..modeling.objectives import OBJECTIVES
+from .features import Features
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 16384  # states per step of the stream: 16384 x 4096 float32 are 256 MiB
+
+
+@dataclass(frozen=True)
+class Problem:
+    """States with their supervision.
+
+    Attributes:
+        features: of N queries.
+        targets: `[N, C]`, candidates in pool order, self last.
+        scores: `[N, C]`, NaN where not measured.
+        weights: `[N]`.
+        benchmarks: N names; the validation score is the mean over benchmarks.
+    """
+
+    features: Features
+    targets: np.ndarray
+    scores: np.ndarray
+    weights: np.ndarray
+    benchmarks: Sequence[str]
+
+
+@dataclass
+class Fit:
+    """Rows and how they were chosen.
+
+    Attributes:
+        rows: `[K, d]` float32.
+        l2: the strength chosen.
+        path: for each strength its losses and its validation score.
+    """
+
+    rows: torch.Tensor
+    l2: float
+    path: list[dict[str, float]] = field(default_factory=list)
+
+
+class RowSpace:
+    """The coordinates in which rows are regularised: `w_k = u_k / rms + b_k * c`.
+
+    `rms` makes one L2 strength mean the same for every model. `c` is the direction with `c·h` nearest to 1 over the
+    data (least squares), so `b_k` is as good as a bias and, like one, is not regularised: without it L2 would pull
+    every expert towards logit 0, tens of nats below the vocabulary's Z.
+    """
+
+    def __init__(self, hidden: np.ndarray) -> None:
+        width = hidden.shape[1]
+        second = np.zeros((width, width))
+        first = np.zeros(width)
+        for start in range(0, len(hidden), _CHUNK):
+            chunk = hidden[start : start + _CHUNK].astype(np.float64)
+            second += chunk.T @ chunk
+            first += chunk.sum(0)
+        scale = np.trace(second) / width
+        self.rms = float(np.sqrt(scale / len(hidden)))
+        self.bias = torch.from_numpy(np.linalg.solve(second + 1e-6 * scale * np.eye(width), first))
+
+    def rows(self, coordinates: torch.Tensor) -> torch.Tensor:
+        """`[K, d + 1]` coordinates to `[K, d]` rows, float64."""
+        return coordinates[:, :-1] / self.rms + coordinates[:, -1:] * self.bias
+
+    def coordinates(self, rows: torch.Tensor) -> torch.Tensor:
+        """Coordinates of given rows; their bias part is zero."""
+        return torch.cat([rows.double() * self.rms, torch.zeros(len(rows), 1, dtype=torch.float64)], 1)
+
+
+def all_logits(
+    rows: torch.Tensor,
+    hidden: torch.Tensor,
+    log_mass: torch.Tensor,
+    fixed: torch.Tensor | None,
+    transform: LogitTransform,
+    *,
+    with_self: bool,
+) -> torch.Tensor:
+    """Logits of the candidates, `[N, C]`: fixed experts, the rows' experts, self."""
+    parts = [] if fixed is None else [fixed]
+    parts.append(transform(hidden @ rows.T))
+    if with_self:
+        parts.append(log_mass[:, None])
+    return torch.cat(parts, 1)
+
+
+def fit_rows(
+    train: Problem,
+    validation: Problem | None,
+    *,
+    objective: str,
+    l2: Sequence[float],
+    transform: LogitTransform,
+    with_self: bool,
+    fixed_rows: torch.Tensor | None = None,
+    max_iterations: int = 300,
+) -> Fit:
+    """Fit expert rows on cached states, for each L2 strength, and keep the best on validation.
+
+    Args:
+        train: what is fitted.
+        validation: what chooses the strength; without it, the first of `l2` is used.
+        objective: a key of `OBJECTIVES`.
+        l2: strengths; solved from the strongest, each starting from the one before.
+        transform: what the model does to logits.
+        with_self: whether the last candidate is self.
+        fixed_rows: `[F, d]` rows of the first F candidates, which stay as they are.
+        max_iterations: of L-BFGS, per strength.
+    """
+    require_extra("scipy", "train")
+    from scipy.optimize import minimize
+
+    space = RowSpace(train.features.hidden)
+    fixed_count = 0 if fixed_rows is None else len(fixed_rows)
+    count = train.targets.shape[1] - fixed_count - int(with_self)
+    shape = (count, train.features.hidden.shape[1] + 1)
+    evaluator = _Loss(train, OBJECTIVES[objective], transform, with_self=with_self, fixed_rows=fixed_rows)
+    start = np.zeros(shape)
+    if objective == "expected_score":
+        # Its gradient vanishes far from a solution, so it starts at the convex problem's.
+        convex = fit_rows(
+            train,
+            validation,
+            objective="cross_entropy",
+            l2=l2,
+            transform=transform,
+            with_self=with_self,
+            fixed_rows=fixed_rows,
+            max_iterations=max_iterations,
+        )
+        start = space.coordinates(convex.rows).numpy()
+    elif with_self:
+        start[:, -1] = float(np.mean(train.features.log_mass))
+    strengths = sorted(set(l2), reverse=True) if validation else [l2[0]]
+    fits = []
+    for strength in tqdm(strengths, desc="fit", unit="l2", leave=False, disable=len(strengths) == 1):
+
+        def loss(flat: np.ndarray, strength: float = strength) -> tuple[float, np.ndarray]:
+            coordinates = torch.from_numpy(flat.reshape(shape)).requires_grad_()
+            value = evaluator(space.rows(coordinates)) + strength / 2 * coordinates[:, :-1].square().sum()
+            value.backward()
+            return value.item(), coordinates.grad.numpy().ravel()
+
+        solution = minimize(
+            loss, start.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": max_iterations, "maxfun": 10**6}
+        )
+        start = solution.x.reshape(shape)
+        rows = space.rows(torch.from_numpy(start)).float()
+        entry = {"l2": strength, "train_loss": float(solution.fun), "iterations": int(solution.nit)}
+        if validation:
+            entry |= assess(rows, validation, objective, transform, with_self=with_self, fixed_rows=fixed_rows)
+        logger.debug("l2 %g: %s", strength, entry)
+        fits.append(Fit(rows, strength, [entry]))
+    path = [fit.path[0] for fit in fits]
+    best = max(
+        fits, key=lambda fit: (fit.path[0].get("validation_score", 0.0), -fit.path[0].get("validation_loss", 0.0))
+    )
+    return Fit(best.rows, best.l2, path)
+
+
+class _Loss:
+    """The mean objective over a problem as a function of the rows, chunk by chunk, with gradients."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        objective: object,
+        transform: LogitTransform,
+        *,
+        with_self: bool,
+        fixed_rows: torch.Tensor | None,
+    ) -> None:
+        self.problem, self.objective, self.transform = problem, objective, transform
+        self.with_self, self.fixed_rows = with_self, fixed_rows
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Mean loss; its backward pass reaches `rows` once, however many chunks there were."""
+        leaf = rows.detach().float().requires_grad_()
+        total, mass = 0.0, 0.0
+        for start in range(0, len(self.problem.weights), _CHUNK):
+            chunk_sum, chunk_mass = self._chunk(leaf, slice(start, start + _CHUNK))
+            if leaf.requires_grad and chunk_sum.requires_grad:
+                chunk_sum.backward()
+            total += chunk_sum.item()
+            mass += chunk_mass.item()
+        gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        # A linear function of `rows` with the value and the gradient of the sum: one graph instead of one per chunk.
+        linear = ((rows - rows.detach()) * (gradient.double() / mass)).sum()
+        return linear + total / mass
+
+    def _chunk(self, rows: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        problem = self.problem
+        hidden = torch.from_numpy(np.array(problem.features.hidden[part]))
+        log_mass = torch.from_numpy(np.array(problem.features.log_mass[part]))
+        fixed = None if self.fixed_rows is None else self.transform(hidden @ self.fixed_rows.float().T)
+        logits = all_logits(rows, hidden, log_mass, fixed, self.transform, with_self=self.with_self)
+        targets, scores, weights = (
+            torch.from_numpy(np.ascontiguousarray(array[part]))
+            for array in (problem.targets, problem.scores, problem.weights)
+        )
+        reference = log_mass if self.with_self else torch.zeros_like(log_mass)
+        return self.objective(logits, targets, scores, reference, weights)
+
+
+@torch.no_grad()
+def problem_logits(
+    rows: torch.Tensor, features: Features, transform: LogitTransform, *, with_self: bool
+) -> torch.Tensor:
+    """Logits of the candidates on cached states, `[N, C]` float32, streamed."""
+    parts = []
+    for start in range(0, len(features), _CHUNK):
+        hidden = torch.from_numpy(np.array(features.hidden[start : start + _CHUNK]))
+        log_mass = torch.from_numpy(np.array(features.log_mass[start : start + _CHUNK]))
+        parts.append(all_logits(rows, hidden, log_mass, None, transform, with_self=with_self))
+    return torch.cat(parts)
+
+
+def assess(
+    rows: torch.Tensor,
+    problem: Problem,
+    objective: str,
+    transform: LogitTransform,
+    *,
+    with_self: bool,
+    fixed_rows: torch.Tensor | None = None,
+) -> dict[str, float]:
+    """Loss and score on a validation side."""
+    with torch.no_grad():
+        loss = _Loss(problem, OBJECTIVES[objective], transform, with_self=with_self, fixed_rows=fixed_rows)(rows)
+    every = rows if fixed_rows is None else torch.cat([fixed_rows, rows])
+    logits = problem_logits(every, problem.features, transform, with_self=with_self)
+    return {
+        "validation_loss": float(loss),
+        "validation_score": mean_score(logits.argmax(-1).numpy(), problem.scores, problem.benchmarks),
+    }
+
+
+def mean_score(chosen: np.ndarray, scores: np.ndarray, benchmarks: Sequence[str]) -> float:
+    """Mean over benchmarks of the mean score of the chosen candidates; one not measured on a query scores 0 there."""
+    got = np.nan_to_num(scores[np.arange(len(chosen)), chosen])
+    names = np.asarray(benchmarks, dtype=str)
+    return float(np.mean([got[names == name].mean() for name in np.unique(names)]))
