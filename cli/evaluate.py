@@ -8,7 +8,7 @@ import typer
 
 def evaluate(
     composite: Annotated[Path, typer.Argument(help="Composite folder.")],
-    data: Annotated[Path, typer.Option(help="Supervision folder.")],
+    data: Annotated[Path | None, typer.Option(help="Supervision folder. Default: what it was trained on.")] = None,
     split: Annotated[str, typer.Option(help="Which side: test, validation or train.")] = "test",
     out: Annotated[Path | None, typer.Option(help="Where report.json goes. Default: COMPOSITE/report.")] = None,
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 5000,

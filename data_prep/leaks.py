@@ -4,12 +4,15 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-_BREAKS = re.compile(r"[\W_]+")
+_SPACE = re.compile(r"\s+")
 
 
 def normalise(text: str) -> str:
-    """A query less what does not change it: case, white space, punctuation, compatibility forms of characters."""
-    return _BREAKS.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
+    """A query less what does not change it: case, white space, compatibility forms, punctuation at its ends.
+
+    Punctuation inside stays: `5 + 3` and `5 - 3` are two questions.
+    """
+    return _SPACE.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip(" .?!:;\"'")
 
 
 def find_leaks(train: Sequence[str], test: Sequence[str]) -> list[tuple[int, int]]:

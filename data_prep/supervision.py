@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..modeling.composite import Manifest
 from ..modeling.errors import ExpertokenError
 from ..modeling.experts import Expert, ExpertPool
 from ..modeling.files import atomic_folder, recover_folder
@@ -114,6 +115,20 @@ class Supervision:
                 f"{path}: not a supervision folder, made by `expertoken prepare` ({reason})"
             ) from None
         return cls(data, ExpertPool.from_yaml(path / POOL_FILE), info)
+
+
+def supervision_of(manifest: Manifest, folder: Path, data: Path | str | None = None) -> Supervision:
+    """The supervision a composite was trained on.
+
+    Raises:
+        ExpertokenError: it is not where the composite remembers it.
+    """
+    path = Path(data or manifest.data.get("path", ""))
+    if data is None and not path.is_absolute():
+        path = folder / path
+    if data is None and not path.exists():
+        raise ExpertokenError(f"{folder}: its supervision is not at {path} any more; say where with --data")
+    return Supervision.load(path)
 
 
 @contextmanager

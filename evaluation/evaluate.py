@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data_prep.supervision import Supervision
-from ..modeling.composite import Composite, load_composite
+from ..data_prep.supervision import Supervision, supervision_of
+from ..modeling.composite import Composite, load_composite, read_manifest
 from ..modeling.errors import ExpertokenError
 from ..modeling.files import atomic_file
 from ..modeling.meta import library_versions
@@ -97,7 +97,11 @@ def candidate_scores(composite: Composite, supervision: Supervision, split: str)
 
 
 def evaluate(
-    composite: Composite | Path | str, data: Supervision | Path | str, split: str = "test", *, resamples: int = 5000
+    composite: Composite | Path | str,
+    data: Supervision | Path | str | None = None,
+    split: str = "test",
+    *,
+    resamples: int = 5000,
 ) -> Report:
     """Score a composite against every single candidate, simple baselines and the per-query oracle.
 
@@ -105,7 +109,7 @@ def evaluate(
 
     Args:
         composite: a folder, or a loaded one.
-        data: a supervision folder, or a loaded one.
+        data: a supervision folder, or a loaded one; the one it was trained on where not given (folders only).
         split: which side.
         resamples: of the bootstrap.
 
@@ -113,7 +117,11 @@ def evaluate(
         ExpertokenError: the supervision lacks the side, or a candidate of the composite.
     """
     started = time.perf_counter()
-    supervision = data if isinstance(data, Supervision) else Supervision.load(data)
+    folder = None if isinstance(composite, Composite) else Path(composite)
+    if isinstance(data, Supervision):
+        supervision = data
+    else:
+        supervision = supervision_of(read_manifest(folder), folder, data) if folder else Supervision.load(data)
     composite = composite if isinstance(composite, Composite) else load_composite(composite)
     names = composite.pool.names
     benchmarks = np.asarray(supervision.side(split)["benchmark"], dtype=str)

@@ -55,7 +55,7 @@ def encode_chat(
     )
     if max(ids) >= vocab_size:
         raise ExpertokenError(
-            f"{tokenizer.name_or_path}: the tokenizer gives id {max(ids)}, but the model has {vocab_size} rows; they do "
-            "not belong together"
+            f"{tokenizer.name_or_path}: the tokenizer gives id {max(ids)}, but the model has {vocab_size} rows; they "
+            "do not belong together"
         )
     return ids

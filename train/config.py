@@ -1,5 +1,6 @@
 """Command line over YAML over defaults, resolved in one function."""
 
+import argparse
 import itertools
 import sys
 from collections.abc import Sequence
@@ -97,8 +98,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ExpertokenArguments, "Training
     mistakes += _choices({**recipe, **_values(argv)})
     if mistakes:
         raise ConfigError("training arguments: " + "; ".join(mistakes))
-    # argparse converts defaults given as text with the argument's own type, so `1e-4`, which YAML reads as text, works.
-    parser.set_defaults(**{key: str(v) if isinstance(v, float) else v for key, v in recipe.items()})
+    parser.set_defaults(**{key: _typed(value, actions[key]) for key, value in recipe.items()})
     try:
         ours, theirs = parser.parse_args_into_dataclasses(_cpu_by_default(argv, recipe))
     except (ValueError, TypeError, ImportError) as error:
@@ -106,8 +106,15 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ExpertokenArguments, "Training
     return ours, theirs
 
 
+def _typed(value: Any, action: argparse.Action) -> Any:
+    """A YAML value as argparse would read it: YAML takes `1e-4` for text, argparse converts text but not lists."""
+    if isinstance(value, list) and action.type:
+        return [action.type(item) for item in value]
+    return str(value) if isinstance(value, float) else value
+
+
 def _values(argv: Sequence[str]) -> dict[str, str]:
-    pairs = zip(argv[:-1], argv[1:], strict=True)
+    pairs = itertools.pairwise(argv)
     return {key[2:].replace("-", "_"): value for key, value in pairs if key.startswith("--")}
 
 

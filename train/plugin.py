@@ -10,8 +10,8 @@ import torch
 
 from ..data_prep.leaks import normalise
 from ..data_prep.results import BenchmarkResults, ResultsError
-from ..data_prep.supervision import Supervision, build_supervision
-from ..modeling.composite import Composite, Manifest, load_composite, save_composite
+from ..data_prep.supervision import Supervision, build_supervision, supervision_of
+from ..modeling.composite import Composite, load_composite, save_composite
 from ..modeling.errors import ExpertokenError
 from ..modeling.experts import Expert, ExpertPool
 from ..modeling.meta import MetaLLM
@@ -49,19 +49,6 @@ class Change:
             f"routes changed: {self.changed} of {self.queries} ({self.split} side); "
             f"score {self.before:.4f} before, {self.after:.4f} after"
         )
-
-
-def supervision_of(manifest: Manifest, folder: Path, data: Path | None) -> Supervision:
-    """The supervision a composite was trained on.
-
-    Raises:
-        ExpertokenError: it is not where the composite remembers it.
-    """
-    path = data or Path(manifest.data.get("path", ""))
-    path = path if path.is_absolute() else folder / path
-    if data is None and not path.exists():
-        raise ExpertokenError(f"{folder}: its supervision is not at {path} any more; say where with --data")
-    return Supervision.load(path)
 
 
 def add_expert(

@@ -6,7 +6,7 @@ memory stays bounded however many there are.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -49,22 +49,25 @@ class Fit:
         rows: `[K, d]` float32.
         l2: the strength chosen.
         path: for each strength its losses and its validation score.
+        coordinates: of the rows in their `RowSpace`, for a further fit that starts there.
     """
 
     rows: torch.Tensor
     l2: float
     path: list[dict[str, float]] = field(default_factory=list)
+    coordinates: np.ndarray | None = None
 
 
 class RowSpace:
-    """The coordinates in which rows are regularised: `w_k = u_k / rms + b_k * c`.
+    """The coordinates in which rows are regularised: `w_k = u_k / scale + b_k * c`.
 
-    `rms` makes one L2 strength mean the same for every model. `c` is the direction with `c·h` nearest to 1 over the
+    `scale`, the states' root mean square times the model's logit scale, makes one L2 strength mean the same for every
+    model. `c` is the direction with `c·h` nearest to 1 over the
     data (least squares), so `b_k` is as good as a bias and, like one, is not regularised: without it L2 would pull
     every expert towards logit 0, tens of nats below the vocabulary's Z.
     """
 
-    def __init__(self, hidden: np.ndarray) -> None:
+    def __init__(self, hidden: np.ndarray, transform: LogitTransform) -> None:
         width = hidden.shape[1]
         second = np.zeros((width, width))
         first = np.zeros(width)
@@ -72,17 +75,14 @@ class RowSpace:
             chunk = hidden[start : start + _CHUNK].astype(np.float64)
             second += chunk.T @ chunk
             first += chunk.sum(0)
-        scale = np.trace(second) / width
-        self.rms = float(np.sqrt(scale / len(hidden)))
-        self.bias = torch.from_numpy(np.linalg.solve(second + 1e-6 * scale * np.eye(width), first))
+        power = np.trace(second) / width
+        self.scale = float(np.sqrt(power / len(hidden))) * transform.scale
+        bias = np.linalg.solve(second + 1e-6 * power * np.eye(width), first)
+        self.bias = torch.from_numpy(bias / transform.scale)
 
     def rows(self, coordinates: torch.Tensor) -> torch.Tensor:
         """`[K, d + 1]` coordinates to `[K, d]` rows, float64."""
-        return coordinates[:, :-1] / self.rms + coordinates[:, -1:] * self.bias
-
-    def coordinates(self, rows: torch.Tensor) -> torch.Tensor:
-        """Coordinates of given rows; their bias part is zero."""
-        return torch.cat([rows.double() * self.rms, torch.zeros(len(rows), 1, dtype=torch.float64)], 1)
+        return coordinates[:, :-1] / self.scale + coordinates[:, -1:] * self.bias
 
 
 def all_logits(
@@ -128,14 +128,14 @@ def fit_rows(
     require_extra("scipy", "train")
     from scipy.optimize import minimize
 
-    space = RowSpace(train.features.hidden)
+    space = RowSpace(train.features.hidden, transform)
     fixed_count = 0 if fixed_rows is None else len(fixed_rows)
     count = train.targets.shape[1] - fixed_count - int(with_self)
     shape = (count, train.features.hidden.shape[1] + 1)
     evaluator = _Loss(train, OBJECTIVES[objective], transform, with_self=with_self, fixed_rows=fixed_rows)
-    start = np.zeros(shape)
+    begin = np.zeros(shape)
     if objective == "expected_score":
-        # Its gradient vanishes far from a solution, so it starts at the convex problem's.
+        # Its gradient vanishes far from a solution: each strength starts at the convex problem's, not at the one before.
         convex = fit_rows(
             train,
             validation,
@@ -146,9 +146,9 @@ def fit_rows(
             fixed_rows=fixed_rows,
             max_iterations=max_iterations,
         )
-        start = space.coordinates(convex.rows).numpy()
+        begin = convex.coordinates
     elif with_self:
-        start[:, -1] = float(np.mean(train.features.log_mass))
+        begin[:, -1] = float(np.mean(train.features.log_mass))
     strengths = sorted(set(l2), reverse=True) if validation else [l2[0]]
     fits = []
     for strength in tqdm(strengths, desc="fit", unit="l2", leave=False, disable=len(strengths) == 1):
@@ -160,20 +160,22 @@ def fit_rows(
             return value.item(), coordinates.grad.numpy().ravel()
 
         solution = minimize(
-            loss, start.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": max_iterations, "maxfun": 10**6}
+            loss, begin.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": max_iterations, "maxfun": 10**6}
         )
-        start = solution.x.reshape(shape)
-        rows = space.rows(torch.from_numpy(start)).float()
+        found = solution.x.reshape(shape)
+        if objective != "expected_score":
+            begin = found  # the next, weaker strength is solved sooner from here
+        rows = space.rows(torch.from_numpy(found)).float()
         entry = {"l2": strength, "train_loss": float(solution.fun), "iterations": int(solution.nit)}
         if validation:
             entry |= assess(rows, validation, objective, transform, with_self=with_self, fixed_rows=fixed_rows)
         logger.debug("l2 %g: %s", strength, entry)
-        fits.append(Fit(rows, strength, [entry]))
+        fits.append(Fit(rows, strength, [entry], found))
     path = [fit.path[0] for fit in fits]
     best = max(
         fits, key=lambda fit: (fit.path[0].get("validation_score", 0.0), -fit.path[0].get("validation_loss", 0.0))
     )
-    return Fit(best.rows, best.l2, path)
+    return replace(best, path=path)
 
 
 class _Loss:

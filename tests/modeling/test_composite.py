@@ -1,0 +1,155 @@
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from expertoken.modeling import composite as module
+from expertoken.modeling.composite import (
+    MANIFEST_FILE,
+    ROWS_FILE,
+    Composite,
+    Manifest,
+    describe_base,
+    load_composite,
+    probe_logits,
+    save_composite,
+    write_rows,
+)
+from expertoken.modeling.errors import ExpertokenError
+from expertoken.modeling.files import atomic_folder, recover_folder
+from expertoken.modeling.meta import MetaLLM, Source
+from expertoken.tests.tiny import tiny_folder
+
+
+@pytest.fixture
+def composite(meta, pool):
+    meta.rows = torch.randn(2, 32, generator=torch.Generator().manual_seed(3))
+    return Composite(meta, pool, Manifest(describe_base(meta), ["math", "law"]))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("architecture", ["llama-tied", "llama-untied", "gemma2-softcap"])
+def test_save_then_load_gives_the_same_logits(tmp_path, pool, architecture):
+    base = tiny_folder(tmp_path / "base", architecture)
+    meta = MetaLLM.from_pretrained(Source(str(base)), 2, device="cpu")
+    meta.rows = torch.randn(2, 32)
+    saved = Composite(meta, pool, Manifest(describe_base(meta), ["math", "law"]))
+    save_composite(saved, tmp_path / "composite", verify=False)
+    loaded = load_composite(tmp_path / "composite", device="cpu")
+    assert torch.equal(probe_logits(loaded), probe_logits(saved))
+    assert loaded.pool.names == pool.names
+
+
+def test_a_fresh_process_comes_to_the_same_logits(tmp_path, composite):
+    save_composite(composite, tmp_path / "composite", verify=True)
+
+
+def test_a_mismatch_after_saving_fails_loudly_and_replaces_nothing(tmp_path, composite, monkeypatch):
+    save_composite(composite, tmp_path / "composite", verify=False)
+    before = contents(tmp_path / "composite")
+
+    def wrong(rows, names, path):
+        write_rows(rows + 1, names, path)
+
+    monkeypatch.setattr(module, "write_rows", wrong)
+    with pytest.raises(ExpertokenError, match="a fresh process comes to other logits"):
+        save_composite(composite, tmp_path / "composite", verify=True)
+    assert contents(tmp_path / "composite") == before
+
+
+def test_the_same_rows_always_give_the_same_bytes(tmp_path):
+    rows = torch.randn(3, 8)
+    for index in range(8):
+        write_rows(rows, ["a", "b", "c"], tmp_path / str(index))
+    assert len({(tmp_path / str(index)).read_bytes() for index in range(8)}) == 1
+
+
+def test_a_full_disk_while_saving_leaves_the_old_folder(tmp_path, composite, monkeypatch):
+    save_composite(composite, tmp_path / "composite", verify=False)
+    before = contents(tmp_path / "composite")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(composite.meta.tokenizer, "save_pretrained", full)
+    with pytest.raises(ExpertokenError, match="No space left on device.*it is as it was"):
+        save_composite(composite, tmp_path / "composite")
+    assert contents(tmp_path / "composite") == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["composite"]
+
+
+@pytest.mark.parametrize("moment", ["old aside", "new in place"])
+def test_a_crash_between_the_two_renames_loses_nothing(tmp_path, moment):
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "runs").mkdir()
+    (target / "runs" / "log").write_text("kept")
+    (target / "file").write_text("old")
+    target.rename(tmp_path / ".folder.old")
+    if moment == "new in place":
+        target.mkdir()
+        (target / "file").write_text("new")
+    recover_folder(target)
+    assert (target / "file").read_text() == ("old" if moment == "old aside" else "new")
+    assert (target / "runs" / "log").read_text() == "kept"
+    assert not (tmp_path / ".folder.old").exists()
+
+
+def test_saving_again_keeps_subfolders_and_drops_stale_files(tmp_path):
+    for name in ("stale", "fresh"):
+        with atomic_folder(tmp_path / "folder") as folder:
+            (folder / name).write_text(name)
+        (tmp_path / "folder" / "runs").mkdir(exist_ok=True)
+    assert sorted(entry.name for entry in (tmp_path / "folder").iterdir()) == ["fresh", "runs"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / ROWS_FILE).write_bytes(b"\x10\x00garbage"), "expert_tokens.safetensors: missing or damaged"),
+        (lambda f: (f / ROWS_FILE).unlink(), "expert_tokens.safetensors: missing or damaged"),
+        (lambda f: (f / MANIFEST_FILE).unlink(), "no composite folder"),
+        (lambda f: (f / MANIFEST_FILE).write_text("{"), "expertoken.json: can't be read"),
+        (lambda f: (f / MANIFEST_FILE).write_text('{"format_version": 99}'), "expected format_version 1, got 99"),
+        (lambda f: write_rows(torch.zeros(1, 32), ["math"], f / ROWS_FILE), "holds rows .* expected"),
+        (
+            lambda f: (f / "experts.yaml").write_text("experts: [{name: math}]"),
+            "experts.yaml: experts.0..model: needed",
+        ),
+    ],
+)
+def test_a_damaged_folder_is_one_clear_line(tmp_path, composite, damage, message):
+    save_composite(composite, tmp_path / "composite", verify=False)
+    damage(tmp_path / "composite")
+    with pytest.raises(ExpertokenError, match=message) as error:
+        load_composite(tmp_path / "composite", device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_another_base_model_is_refused(tmp_path, composite):
+    save_composite(composite, tmp_path / "composite", verify=False)
+    other = tiny_folder(tmp_path / "other", seed=5)
+    manifest = json.loads((tmp_path / "composite" / MANIFEST_FILE).read_text())
+    manifest["base"]["model"] = str(other)
+    (tmp_path / "composite" / MANIFEST_FILE).write_text(json.dumps(manifest))
+    with pytest.raises(ExpertokenError, match="trained on another base model"):
+        load_composite(tmp_path / "composite", device="cpu")
+
+
+def test_a_damaged_base_is_one_clear_line(tmp_path):
+    base = tiny_folder(tmp_path / "base")
+    (base / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(ExpertokenError, match="base: .*damaged|base: can't be loaded") as error:
+        MetaLLM.from_pretrained(str(base), 1, device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_base_is_one_clear_line(tmp_path):
+    with pytest.raises(ExpertokenError, match="no such folder"):
+        MetaLLM.from_pretrained(str(tmp_path / "nowhere"), 1)

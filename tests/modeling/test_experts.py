@@ -1,0 +1,82 @@
+import pytest
+
+from expertoken.modeling.experts import Expert, ExpertPool, PoolError
+
+GOOD = {"experts": [{"name": "math", "model": "m"}, {"name": "self", "backend": "self"}]}
+
+
+def test_self_is_a_candidate_without_a_token():
+    pool = ExpertPool.parse(GOOD)
+    assert len(pool) == 1
+    assert pool.names == ["math", "self"]
+    with pytest.raises(PoolError, match="has no token"):
+        pool.index("self")
+
+
+def test_all_mistakes_of_a_pool_are_reported_together():
+    document = {
+        "experts": [
+            {"name": "a b", "backnd": "openai", "model": "m"},
+            {"name": "law", "backend": "opnai", "model": "m"},
+            {"name": "x", "backend": "openai"},
+            "text",
+        ],
+        "defaults": {},
+    }
+    with pytest.raises(PoolError) as error:
+        ExpertPool.parse(document, "pool.yaml")
+    message = str(error.value)
+    assert message.startswith("pool.yaml: ")
+    assert "\n" not in message
+    for part in (
+        "defaults: unknown key",
+        "experts[0].backnd: unknown key, did you mean 'backend'?",
+        "experts[0].name",
+        "did you mean 'openai'?",
+        "experts[2].model: needed",
+        "experts[3]: expected a mapping",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"api_key": "sk-secret123"}, "a key itself is refused"),
+        ({"api_key_env": "sk-secret123"}, "NAME of an environment variable"),
+        ({"base_url": "https://user:secret123@host/v1"}, "without a user name or password"),
+    ],
+)
+def test_a_key_is_refused_and_never_repeated(entry, message):
+    with pytest.raises(PoolError, match=message) as error:
+        ExpertPool.parse({"experts": [{"name": "x", "backend": "openai", "model": "m", **entry}]})
+    assert "secret123" not in str(error.value)
+
+
+def test_a_pool_survives_its_file_and_moves_with_its_tree(tmp_path):
+    (tmp_path / "one" / "adapters" / "math").mkdir(parents=True)
+    (tmp_path / "one" / "pool.yaml").write_text("experts:\n- {name: math, backend: adapter, model: adapters/math}\n")
+    pool = ExpertPool.from_yaml(tmp_path / "one" / "pool.yaml")
+    assert pool["math"].model == str(tmp_path / "one" / "adapters" / "math")
+    pool.to_yaml(tmp_path / "one" / "copy.yaml")
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert ExpertPool.from_yaml(tmp_path / "two" / "copy.yaml")["math"].model.startswith(str(tmp_path / "two"))
+
+
+def test_an_unknown_expert_names_the_nearest():
+    with pytest.raises(PoolError, match="no expert 'mat' in the pool, did you mean 'math'"):
+        ExpertPool.parse(GOOD)["mat"]
+
+
+def test_a_missing_pool_file_is_one_clear_line(tmp_path):
+    with pytest.raises(PoolError, match="No such file"):
+        ExpertPool.from_yaml(tmp_path / "none.yaml")
+
+
+def test_names_appear_once_and_self_at_most_once():
+    with pytest.raises(PoolError, match="'a' appears twice"):
+        ExpertPool([Expert("a", model="m"), Expert("a", model="n")])
+    with pytest.raises(PoolError, match="more than one"):
+        ExpertPool([Expert("a", model="m"), Expert("s", backend="self"), Expert("t", backend="self")])
+    with pytest.raises(PoolError, match="no expert besides self"):
+        ExpertPool([Expert("self", backend="self")])

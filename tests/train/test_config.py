@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+import expertoken
+from expertoken.train import entry
+from expertoken.train.config import RECIPES, ConfigError, parse_arguments
+
+CONFIGS = Path(expertoken.__file__).parent / "configs"
+NEEDED = ["--meta", "m", "--data", "d", "--output_dir", "o"]
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_training_recipe_goes_through_the_entry_point(recipe, monkeypatch, tmp_path):
+    seen = []
+    from expertoken.train import run
+
+    monkeypatch.setattr(run, "train", lambda *parsed: seen.append(parsed))
+    entry.main([recipe.stem, "--meta", "m", "--data", "d", "--output_dir", str(tmp_path)])
+    [(options, arguments)] = seen
+    values = yaml.safe_load(recipe.read_text())
+    assert options.method == values["method"]
+    for key, value in values.items():
+        holder = options if hasattr(options, key) else arguments
+        found = getattr(holder, key)
+        assert found == [value] if isinstance(found, list) else str(getattr(found, "value", found)) == str(value), key
+    head = recipe.read_text().splitlines()
+    assert head[0].startswith("# ")
+    assert any("accelerate launch -m expertoken.train" in line for line in head)
+
+
+def test_no_yaml_is_outside_the_tested_folders():
+    assert {path.parent.name for path in CONFIGS.rglob("*.yaml")} <= {"train", "pools", "accelerate"}
+
+
+def test_command_line_beats_yaml_beats_default(tmp_path):
+    (tmp_path / "r.yaml").write_text("l2: [1.0, 1e-2]\nlearning_rate: 1e-3\nmax_tokens: 100\n")
+    options, arguments = parse_arguments([str(tmp_path / "r.yaml"), *NEEDED, "--max_tokens", "200"])
+    assert options.max_tokens == 200
+    assert options.l2 == [1.0, 0.01]
+    assert arguments.learning_rate == 1e-3
+    assert options.method == "tokens"
+
+
+def test_all_mistakes_are_reported_together_with_what_was_meant(tmp_path):
+    (tmp_path / "r.yaml").write_text("metod: tokens\nobjective: crossentropy\n")
+    with pytest.raises(ConfigError) as error:
+        parse_arguments([str(tmp_path / "r.yaml"), "--lerning_rate", "1", "--meta", "m"])
+    for part in ("metod: unknown key, did you mean 'method'?", "--lerning_rate: unknown argument, did you mean 'learning",
+                 "--data: missing", "--output_dir: missing", "objective: unknown value 'crossentropy', did you mean"):  # fmt: skip
+        assert part in str(error.value)
+
+
+def test_a_missing_recipe_names_the_shipped_ones():
+    with pytest.raises(ConfigError, match="did you mean 'tokens'"):
+        parse_arguments(["token", *NEEDED])
+
+
+def test_a_recipe_that_is_no_mapping_is_refused(tmp_path):
+    (tmp_path / "r.yaml").write_text("- a\n")
+    with pytest.raises(ConfigError, match="expected keys and values"):
+        parse_arguments([str(tmp_path / "r.yaml"), *NEEDED])

@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+
+from expertoken.modeling.errors import ExpertokenError
+from expertoken.modeling.meta import token_batches
+from expertoken.train import features as module
+from expertoken.train.features import cached_features
+
+TEXTS = [f"question number {i} " + "word " * (i % 5) for i in range(20)]
+
+
+def count_states(meta, monkeypatch):
+    calls = []
+    states = type(meta).states
+
+    def counted(self, sequences):
+        calls.append(len(sequences))
+        return states(self, sequences)
+
+    monkeypatch.setattr(type(meta), "states", counted)
+    return calls
+
+
+def test_states_are_computed_once_and_a_grown_set_costs_its_new_queries_only(meta, monkeypatch):
+    calls = count_states(meta, monkeypatch)
+    first = cached_features(meta, TEXTS[:15])
+    assert sum(calls) == first.computed == 15
+    again = cached_features(meta, TEXTS[:15])
+    assert again.computed == 0
+    np.testing.assert_array_equal(first.hidden, again.hidden)
+    grown = cached_features(meta, TEXTS[::-1])
+    assert grown.computed == 5
+    np.testing.assert_array_equal(grown.hidden[::-1][:15], first.hidden)
+
+
+def test_batches_do_not_change_states(meta):
+    one = cached_features(meta, TEXTS, max_tokens=1)
+    expected = one.hidden.copy()
+    module_root = module.cache_folder("features")
+    for file in module_root.rglob("done.npy"):
+        np.save(file, np.zeros_like(np.load(file)))
+    many = cached_features(meta, TEXTS, max_tokens=4096)
+    assert many.computed == len(TEXTS)
+    np.testing.assert_allclose(many.hidden, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_interrupted_pass_goes_on_where_it_stopped(meta, monkeypatch):
+    states, calls = type(meta).states, []
+
+    def dies(self, sequences):
+        calls.append(sequences)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return states(self, sequences)
+
+    monkeypatch.setattr(type(meta), "states", dies)
+    with pytest.raises(KeyboardInterrupt):
+        cached_features(meta, TEXTS, max_tokens=100)
+    finished = sum(map(len, calls[:2]))
+    monkeypatch.setattr(type(meta), "states", states)
+    rest = cached_features(meta, TEXTS, max_tokens=100)
+    assert rest.computed == len(TEXTS) - finished
+    expected, _ = meta.states([meta.encode(text) for text in TEXTS])
+    np.testing.assert_allclose(rest.hidden, expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_repeated_queries_are_computed_once(meta):
+    twice = cached_features(meta, ["same"] * 3 + ["other"])
+    assert twice.computed == 4 - 2
+    np.testing.assert_array_equal(twice.hidden[0], twice.hidden[2])
+
+
+def test_another_model_has_states_of_its_own(meta):
+    cached_features(meta, TEXTS[:3])
+    with torch.no_grad():
+        meta.model.get_input_embeddings().weight.mul_(1.5)
+    assert cached_features(meta, TEXTS[:3]).computed == 3
+
+
+def test_logits_that_are_not_finite_name_the_query(meta, monkeypatch):
+    monkeypatch.setattr(
+        type(meta), "states", lambda self, s: (torch.zeros(len(s), 32), torch.full((len(s),), torch.nan))
+    )
+    with pytest.raises(ExpertokenError, match="no finite logits for the query ending in"):
+        cached_features(meta, ["a question"])
+
+
+def test_batches_hold_at_most_so_many_tokens_and_every_query_once():
+    lengths = [3, 50, 7, 7, 20, 1, 120]
+    batches = list(token_batches(lengths, 60))
+    assert sorted(i for batch in batches for i in batch) == list(range(7))
+    assert all(len(b) * max(lengths[i] for i in b) <= 60 or len(b) == 1 for b in batches)
+    assert batches[0] == [6]

@@ -1,0 +1,110 @@
+import pandas as pd
+import pytest
+import torch
+
+from expertoken.data_prep.results import BenchmarkResults, ResultsError
+from expertoken.data_prep.supervision import build_supervision
+from expertoken.modeling.composite import ROWS_FILE, load_composite
+from expertoken.modeling.experts import Expert, ExpertPool, PoolError
+from expertoken.train.arguments import ExpertokenArguments
+from expertoken.train.plugin import add_expert, remove_expert
+from expertoken.train.run import train
+
+
+def make_composite(tmp_path, base_folder, results, pool):
+    from transformers import TrainingArguments
+
+    build_supervision(results, pool).save(tmp_path / "supervision")
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "supervision"), verify=False)
+    return train(options, TrainingArguments(output_dir=str(tmp_path / "composite"), use_cpu=True, report_to="none"))
+
+
+@pytest.fixture
+def composite_folder(tmp_path, base_folder, results, pool):
+    return make_composite(tmp_path, base_folder, results, pool)
+
+
+def new_results(count=40):
+    prompts = [f"Write an SQL query for the table t{i}." for i in range(count)]
+    frame = pd.DataFrame({"id": prompts, "prompt": prompts, "benchmark": "sql", "subject": None, "split": None})
+    return BenchmarkResults(frame, ["sql"], [[1.0]] * count)
+
+
+def state(folder):
+    composite = load_composite(folder, device="cpu")
+    ids = [composite.meta.encode(text) for text in ("Compute 3 plus 4.", "Write an SQL query for the table t99.")]
+    return composite.meta.rows, composite.meta.candidate_logits(ids, with_self=True)
+
+
+def test_only_expert_rows_change_in_method_tokens(tmp_path, base_folder, results, pool):
+    from expertoken.modeling.meta import load_causal_lm, Source  # noqa: I001
+
+    before = {k: v.clone() for k, v in load_causal_lm(Source(str(base_folder)), device="cpu")[0].state_dict().items()}
+    folder = make_composite(tmp_path, base_folder, results, pool)
+    loaded = load_composite(folder, device="cpu").meta
+    after = loaded.plain.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert loaded.head.weight.data_ptr() == loaded.plain.get_output_embeddings().weight.data_ptr()
+
+
+def test_an_added_expert_leaves_the_others_bit_identical_and_removing_it_restores_the_file(
+    composite_folder, base_folder
+):
+    original = (composite_folder / ROWS_FILE).read_bytes()
+    rows, logits = state(composite_folder)
+    change = add_expert(composite_folder, Expert("sql", model=str(base_folder)), new_results(), verify=False)
+    assert change.after > change.before
+    assert 0 < change.changed < change.queries
+    new_rows, new_logits = state(composite_folder)
+    assert torch.equal(new_rows[:2], rows)
+    torch.testing.assert_close(new_logits[:, [0, 1, 3]], logits, rtol=1e-6, atol=1e-5)
+    assert new_logits[1].argmax() == 2
+    remove_expert(composite_folder, "sql", verify=False)
+    assert (composite_folder / ROWS_FILE).read_bytes() == original
+    torch.testing.assert_close(state(composite_folder)[1], logits)
+
+
+def test_an_eleventh_expert_leaves_ten_rows_and_their_logits(tmp_path, base_folder):
+    names = [f"e{i}" for i in range(10)]
+    prompts = [f"subject {i % 10} asks for number {i}" for i in range(200)]
+    frame = pd.DataFrame({"id": prompts, "prompt": prompts, "benchmark": "b", "subject": None, "split": None})
+    scores = [[float(i % 10 == k) for k in range(10)] for i in range(200)]
+    pool = ExpertPool([Expert(name, model=str(base_folder)) for name in names])
+    folder = make_composite(tmp_path, base_folder, BenchmarkResults(frame, names, scores), pool)
+    rows, logits = state(folder)
+    add_expert(folder, Expert("sql", model=str(base_folder)), new_results(), verify=False)
+    new_rows, new_logits = state(folder)
+    assert torch.equal(new_rows[:10], rows)
+    torch.testing.assert_close(new_logits[:, :10], logits[:, :10], rtol=1e-6, atol=1e-5)
+
+
+def test_known_queries_keep_their_states_and_sides(composite_folder, base_folder, results, monkeypatch):
+    """An expert measured on the very queries of the supervision needs no forward pass at all."""
+    again = results.select(["math"])
+    again.models = ["twin"]
+    from expertoken.modeling.meta import MetaLLM
+    from expertoken.evaluation.evaluate import evaluate  # noqa: I001
+
+    evaluate(composite_folder)  # the test side is cached with it
+    monkeypatch.setattr(MetaLLM, "states", lambda *_: pytest.fail("states were computed again"))
+    change = add_expert(composite_folder, Expert("twin", model=str(base_folder)), again, verify=False)
+    assert change.queries == 24
+    assert change.after == pytest.approx(change.before, abs=1e-6)
+
+
+def test_a_composite_from_which_one_was_removed_takes_another(composite_folder, base_folder):
+    remove_expert(composite_folder, "law", verify=False)
+    add_expert(composite_folder, Expert("sql", model=str(base_folder)), new_results(), verify=False)
+    assert load_composite(composite_folder, device="cpu").pool.names == ["math", "sql", "self"]
+
+
+def test_results_of_someone_else_are_refused(composite_folder, base_folder):
+    with pytest.raises(ResultsError, match="no results of 'law2'"):
+        add_expert(composite_folder, Expert("law2", model=str(base_folder)), new_results())
+    with pytest.raises(PoolError, match="'math' appears twice"):
+        add_expert(composite_folder, Expert("math", model=str(base_folder)), new_results())
+    with pytest.raises(PoolError, match="no expert 'physics'"):
+        remove_expert(composite_folder, "physics")
+    with pytest.raises(PoolError, match="has no token"):
+        remove_expert(composite_folder, "self")
