@@ -135,7 +135,7 @@ def fit_rows(
     evaluator = _Loss(train, OBJECTIVES[objective], transform, with_self=with_self, fixed_rows=fixed_rows)
     begin = np.zeros(shape)
     if objective == "expected_score":
-        # Its gradient vanishes far from a solution: each strength starts at the convex problem's, not at the one before.
+        # Its gradient vanishes far from a solution, so every strength starts at the convex problem's.
         convex = fit_rows(
             train,
             validation,

@@ -47,8 +47,13 @@ def test_all_mistakes_are_reported_together_with_what_was_meant(tmp_path):
     (tmp_path / "r.yaml").write_text("metod: tokens\nobjective: crossentropy\n")
     with pytest.raises(ConfigError) as error:
         parse_arguments([str(tmp_path / "r.yaml"), "--lerning_rate", "1", "--meta", "m"])
-    for part in ("metod: unknown key, did you mean 'method'?", "--lerning_rate: unknown argument, did you mean 'learning",
-                 "--data: missing", "--output_dir: missing", "objective: unknown value 'crossentropy', did you mean"):  # fmt: skip
+    for part in (
+        "metod: unknown key, did you mean 'method'?",
+        "--lerning_rate: unknown argument, did you mean 'learning",
+        "--data: missing",
+        "--output_dir: missing",
+        "objective: unknown value 'crossentropy', did you mean",
+    ):
         assert part in str(error.value)
 
 

@@ -4,8 +4,10 @@ import torch
 
 from expertoken.data_prep.results import BenchmarkResults, ResultsError
 from expertoken.data_prep.supervision import build_supervision
+from expertoken.evaluation.evaluate import evaluate
 from expertoken.modeling.composite import ROWS_FILE, load_composite
 from expertoken.modeling.experts import Expert, ExpertPool, PoolError
+from expertoken.modeling.meta import MetaLLM, Source, load_causal_lm
 from expertoken.train.arguments import ExpertokenArguments
 from expertoken.train.plugin import add_expert, remove_expert
 from expertoken.train.run import train
@@ -37,8 +39,6 @@ def state(folder):
 
 
 def test_only_expert_rows_change_in_method_tokens(tmp_path, base_folder, results, pool):
-    from expertoken.modeling.meta import load_causal_lm, Source  # noqa: I001
-
     before = {k: v.clone() for k, v in load_causal_lm(Source(str(base_folder)), device="cpu")[0].state_dict().items()}
     folder = make_composite(tmp_path, base_folder, results, pool)
     loaded = load_composite(folder, device="cpu").meta
@@ -83,9 +83,6 @@ def test_known_queries_keep_their_states_and_sides(composite_folder, base_folder
     """An expert measured on the very queries of the supervision needs no forward pass at all."""
     again = results.select(["math"])
     again.models = ["twin"]
-    from expertoken.modeling.meta import MetaLLM
-    from expertoken.evaluation.evaluate import evaluate  # noqa: I001
-
     evaluate(composite_folder)  # the test side is cached with it
     monkeypatch.setattr(MetaLLM, "states", lambda *_: pytest.fail("states were computed again"))
     change = add_expert(composite_folder, Expert("twin", model=str(base_folder)), again, verify=False)

@@ -1,0 +1,108 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+VERBS = [[], ["prepare"], ["train"], ["evaluate"], ["chat"], ["expert"], ["expert", "add"], ["expert", "list"],
+         ["expert", "remove"]]  # fmt: skip
+
+
+def expertoken(*arguments, cwd=None, **options):
+    command = [str(Path(sys.executable).parent / "expertoken"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, **options)
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: " ".join(verb) or "expertoken")
+def test_help_reads_well_and_needs_no_torch(verb):
+    code = (
+        f"import sys; from expertoken.cli import main; sys.argv = ['expertoken', *{verb!r}, '--help']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "usage" in shown.stdout.lower()
+    assert len(shown.stdout.splitlines()) > 5
+
+
+@pytest.mark.parametrize("verb", [[], ["train"], ["expert", "add"]], ids=str)
+def test_help_takes_under_two_seconds(verb):
+    best = 9e9
+    for _ in range(3):  # the machine may be busy: one quick run shows that the work is small
+        started = time.perf_counter()
+        expertoken(*verb, "--help")
+        best = min(best, time.perf_counter() - started)
+    assert best < 2
+
+
+def one_line(result):
+    assert result.returncode == 1, result.stdout + result.stderr
+    [line] = [text for text in result.stderr.splitlines() if "error:" in text]
+    assert "Traceback" not in result.stderr
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prepare", "none.csv", "--out", "s"], "none.csv: no such file"),
+        (["prepare", "empty.csv", "--out", "s"], "empty.csv: empty results"),
+        (["prepare", "r.csv", "--set", "query=qestion", "--out", "s"], "no column 'qestion' with the question"),
+        (["prepare", "nan.csv", "--out", "s"], "model 'b' has no score on any query"),
+        (["prepare", "twice.csv", "--out", "s"], "row 2: query 'twice/q one' came before"),
+        (["prepare", "r.csv", "--pool", "pool.yaml", "--out", "s"], "expert 'physics': no results under that name"),
+        (["prepare", "r.csv", "--format", "tabel", "--out", "s"], "did you mean 'table'"),
+        (["prepare", "r.csv", "--label", "quer", "--out", "s"], "did you mean 'query'"),
+        (["evaluate", "none"], "none: no composite folder"),
+        (["chat", "none"], "none: no composite folder"),
+        (["expert", "list", "none"], "none: no composite folder"),
+        (["expert", "remove", "none", "--name", "x"], "none: no composite folder"),
+        (["train", "tokens", "--meta", "m"], "--data: missing; --output_dir: missing"),
+        (["train", "--meta", "m", "--data", "none", "--output_dir", "o"], "none: not a supervision folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_ends_in_one_clear_line(tmp_path, arguments, message):
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "r.csv").write_text("query,a,b\nq one,1,0\nq two,0,1\n")
+    (tmp_path / "nan.csv").write_text("query,a,b\nq one,1,\nq two,0,\n")
+    (tmp_path / "twice.csv").write_text("query,a,b\nq one,1,0\nq one,0,1\n")
+    (tmp_path / "pool.yaml").write_text("experts:\n- {name: a, model: x}\n- {name: physics, model: y}\n")
+    assert message in one_line(expertoken(*arguments, cwd=tmp_path))
+
+
+def test_the_whole_path_from_the_command_line(tmp_path, base_folder):
+    """prepare, train, evaluate, expert add/list/remove and chat, each a process of its own."""
+    rows = ["query,benchmark,math,law,meta"]
+    for i in range(90):
+        text = (f"Compute {i} plus 3.", f"What is the law in case {i}?", f"Tell me something {i}.")[i % 3]
+        rows.append(f"{text},{'abc'[i % 3]},{int(i % 3 == 0)},{int(i % 3 == 1)},{int(i % 3 == 2)}")
+    (tmp_path / "results.csv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "new.csv").write_text("query,sql\n" + "".join(f"Write SQL query {i} please,1\n" for i in range(30)))
+    (tmp_path / "pool.yaml").write_text(
+        f"experts:\n- {{name: math, model: {base_folder}}}\n- {{name: law, model: {base_folder}}}\n"
+        "- {name: self, backend: self, results: meta}\n"
+    )
+    environment = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "cwd": tmp_path}
+
+    def done(*arguments, **more):
+        result = expertoken(*arguments, **environment, **more)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert "train 66, validation 6, test 18" in done("prepare", "results.csv", "--pool", "pool.yaml", "--out", "s")
+    done("train", "tokens", "--meta", base_folder, "--data", "s", "--output_dir", "c")
+    assert list((tmp_path / "c" / "runs").glob("events*"))
+    assert "composite" in done("evaluate", "c", "--data", "s")
+    rows_before = (tmp_path / "c" / "expert_tokens.safetensors").read_bytes()
+    added = done("expert", "add", "c", "--name", "sql", "--model", base_folder, "--results", "new.csv")
+    assert "routes changed:" in added
+    assert "sql" in done("expert", "list", "c")
+    assert (tmp_path / "c" / "report" / "report.json").exists()
+    done("expert", "remove", "c", "--name", "sql")
+    assert (tmp_path / "c" / "expert_tokens.safetensors").read_bytes() == rows_before
+    shown = done("chat", "c", "--max-new-tokens", "4", input="Compute 5 plus 3.\n/why\n")
+    assert "answered by math" in shown

@@ -1,0 +1,258 @@
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
+import pytest
+import torch
+
+from expertoken.inference.backends import open_backend
+from expertoken.inference.backends.base import Generation
+from expertoken.inference.backends.local import LocalModels
+from expertoken.inference.composite import CompositeModel
+from expertoken.modeling.composite import Composite, Manifest, describe_base
+from expertoken.modeling.errors import ExpertFailedError, ExpertokenError
+from expertoken.modeling.experts import Expert, ExpertPool
+from expertoken.modeling.meta import MetaLLM, Source
+from expertoken.tests.tiny import tiny_folder
+
+CHAT = [
+    {"role": "user", "content": "Compute 12 plus 30."},
+    {"role": "assistant", "content": "42"},
+    {"role": "user", "content": "And the capital of France?"},
+]
+
+
+PROMPTS = ("hello", "hello there", "Compute 12 plus 30.", CHAT)
+
+
+def lean_towards(meta, winner, count=2):
+    """Rows that make one candidate win by far on the prompts used here; the experts behind it rank in order."""
+    hidden, log_mass = meta.states([meta.encode(prompt) for prompt in PROMPTS])
+    one = torch.linalg.lstsq(hidden, torch.ones(len(hidden), 1)).solution[:, 0]
+    like_self = torch.linalg.lstsq(hidden, log_mass[:, None]).solution[:, 0]
+    lifts = [-20 if winner is None else 20 if index == winner else 10 - index for index in range(count)]
+    meta.rows = torch.stack([like_self + lift * one for lift in lifts])
+
+
+@pytest.fixture
+def make(meta, pool):
+    def build(winner=None, experts=None):
+        chosen = experts or pool
+        lean_towards(meta, winner, len(chosen))
+        return CompositeModel(Composite(meta, chosen, Manifest(describe_base(meta), [e.name for e in chosen])))
+
+    return build
+
+
+def test_the_chosen_expert_answers_and_pieces_add_up(make, meta, base_folder):
+    composite = make(winner=0)
+    stream = composite.stream("Compute 12 plus 30.", max_new_tokens=8)
+    assert stream.dispatch.expert == "math"
+    pieces = list(stream)
+    reply = composite.chat("Compute 12 plus 30.", max_new_tokens=8)
+    assert reply.text == "".join(pieces)
+    assert reply.expert == "math"
+    alone = LocalModels().model(Source(str(base_folder)))
+    assert reply.text == "".join(alone.stream([{"role": "user", "content": "Compute 12 plus 30."}], Generation(8)))
+
+
+@pytest.mark.parametrize("architecture", ["llama-tied", "llama-untied", "gemma3", "gpt2", "mistral"])
+@pytest.mark.parametrize("tokens", [1, 2, 12])
+def test_selfs_answer_from_the_decisions_cache_is_the_plain_models_answer(tmp_path, pool, architecture, tokens):
+    base = tiny_folder(tmp_path / "base", architecture)
+    meta = MetaLLM.from_pretrained(Source(str(base)), 2, device="cpu")
+    lean_towards(meta, None)
+    composite = CompositeModel(Composite(meta, pool, Manifest(describe_base(meta), ["math", "law"])))
+    reply = composite.chat(CHAT, max_new_tokens=tokens)
+    assert reply.expert == "self"
+    plain = composite.backend("self")
+    assert reply.text == "".join(plain.stream(CHAT, Generation(tokens)))
+
+
+def test_self_needs_no_second_prefill(make, meta, monkeypatch):
+    composite = make(winner=None)
+    lengths = []
+    meta.model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
+    composite.chat(CHAT, max_new_tokens=6)
+    assert lengths[0] == len(meta.encode(CHAT))
+    assert lengths[1:]
+    assert set(lengths[1:]) == {1}
+
+
+def test_the_decision_reads_the_whole_chat(make):
+    composite = make(winner=0)
+    composite.meta.rows = torch.randn(2, 32) * 2
+    short, whole = composite.route([CHAT[-1:], CHAT])
+    assert short.probabilities != whole.probabilities
+
+
+def test_alone_or_in_a_batch_the_decision_is_the_same(make):
+    composite = make(winner=0)
+    composite.meta.rows = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    prompts = ["a", "Compute 12 plus 30.", "What is the capital of France? " * 6]
+    for alone, batched in zip(map(composite.route, prompts), composite.route(prompts), strict=True):
+        assert alone.expert == batched.expert
+        assert alone.probabilities == pytest.approx(batched.probabilities, abs=1e-5)
+
+
+def test_without_self_probabilities_are_over_the_experts(make, base_folder):
+    experts = ExpertPool([Expert("math", model=str(base_folder)), Expert("law", model=str(base_folder))])
+    dispatch = make(winner=1, experts=experts).route("hello")
+    assert dispatch.expert == "law"
+    assert sum(dispatch.probabilities.values()) == pytest.approx(1)
+
+
+def test_a_failing_expert_costs_a_fallback_and_not_the_turn(make, base_folder, tmp_path):
+    broken = ExpertPool(
+        [
+            Expert(
+                "math", backend="openai", model="m", base_url="http://127.0.0.1:9/v1", api_key_env="NO_SUCH_KEY_HERE"
+            ),
+            Expert("law", model=str(tmp_path / "gone")),
+            Expert("self", backend="self"),
+        ]
+    )
+    reply = make(winner=0, experts=broken).chat("hello", max_new_tokens=3)
+    assert reply.expert == "self"
+    assert "NO_SUCH_KEY_HERE" in reply.failures["math"]
+    assert "no such folder" in reply.failures["law"]
+
+
+def test_when_nobody_can_answer_the_reasons_are_told(make, tmp_path):
+    nobody = ExpertPool([Expert("a", model=str(tmp_path / "x")), Expert("b", model=str(tmp_path / "y"))])
+    with pytest.raises(ExpertokenError, match="no expert could answer .*a: .*b: "):
+        make(winner=0, experts=nobody).chat("hello")
+
+
+def test_sampling_is_repeatable_with_a_seed(make):
+    composite = make(winner=None)
+    options = {"max_new_tokens": 10, "temperature": 1.5, "seed": 7}
+    assert composite.chat("hello", **options).text == composite.chat("hello", **options).text
+
+
+def test_an_unknown_generation_argument_is_refused(make):
+    with pytest.raises(ExpertokenError, match="max_tokens"):
+        make(winner=0).chat("hello", max_tokens=3)
+
+
+def test_closing_a_stream_stops_generating(make):
+    composite = make(winner=0)
+    stream = composite.stream("Compute 12 plus 30.", max_new_tokens=400)
+    next(iter(stream))
+    stream.close()
+    assert len(stream.reply.text) < 2000
+    assert not [t for t in threading.enumerate() if t.name.endswith("(run)")]
+
+
+def adapter(base_folder, path, seed, target="q_proj", rank=4):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    model = get_peft_model(model, LoraConfig(r=rank, target_modules=[target], task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(path)
+    return model.eval()
+
+
+def test_adapters_share_the_metas_base_and_change_nothing_of_it(make, meta, base_folder, tmp_path):
+    solo = {name: adapter(base_folder, tmp_path / name, seed) for seed, name in enumerate(("one", "two.b"))}
+    pool = ExpertPool([Expert(name, "adapter", str(tmp_path / name)) for name in solo])
+    composite = make(winner=0, experts=pool)
+    before = composite.route("hello").probabilities
+    messages = [{"role": "user", "content": "hello there"}]
+    ids = torch.tensor([meta.encode(messages)])
+    for name in ("one", "two.b", "one"):
+        text = "".join(composite.backend(name).stream(messages, Generation(6)))
+        out = solo[name].generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+        assert text == meta.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert composite.route("hello").probabilities == before
+    first, second = composite.backend("one").model, composite.backend("two.b").model
+    assert first is second
+    shared = first.get_base_model().get_input_embeddings().weight
+    assert shared.data_ptr() == meta.head.weight.data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["wrong base", "missing", "not an adapter", "damaged"])
+def test_an_adapter_that_does_not_fit_is_one_clear_line(make, meta, base_folder, tmp_path, kind):
+    folder = tmp_path / "adapter"
+    if kind == "wrong base":
+        adapter(tiny_folder(tmp_path / "other", "gpt2"), folder, 0, target="c_attn")
+    elif kind == "not an adapter":
+        folder.mkdir()
+    elif kind == "damaged":
+        adapter(base_folder, folder, 0)
+        (folder / "adapter_model.safetensors").write_bytes(b"\xff" * 64)
+    expert = Expert("x", "adapter", str(folder))
+    models = LocalModels()
+    with pytest.raises(ExpertFailedError) as error:
+        open_backend(expert, models, Source(str(base_folder)))
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+CHUNK = (
+    '{"id":"1","object":"chat.completion.chunk","created":1,"model":"m",'
+    '"choices":[{"index":0,"delta":{"content":"%s"}}]}'
+)
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    seen: ClassVar[list] = []
+    status = 200
+
+    def do_POST(self):
+        type(self).seen.append(
+            (
+                self.path,
+                {k.lower(): v for k, v in self.headers.items()},
+                self.rfile.read(int(self.headers["Content-Length"])),
+            )
+        )
+        self.send_response(self.status)
+        if self.status != 200:
+            self.end_headers()
+            return
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        for piece in ("Hel", "lo"):
+            self.wfile.write(f"data: {CHUNK % piece}\n\n".encode())
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(Endpoint, "seen", [])
+    monkeypatch.setattr(Endpoint, "status", 200)
+    monkeypatch.setenv("TEST_ENDPOINT_KEY", "very-secret")
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    yield Expert("remote", "openai", "some/model", base_url=url, api_key_env="TEST_ENDPOINT_KEY")
+    server.shutdown()
+
+
+def test_an_endpoint_streams_through_the_openai_client(make, endpoint):
+    composite = make(winner=0, experts=ExpertPool([endpoint, Expert("self", backend="self")]))
+    stream = composite.stream(CHAT, max_new_tokens=9)
+    assert list(stream) == ["Hel", "lo"]
+    [(path, headers, body)] = Endpoint.seen
+    assert path == "/v1/chat/completions"
+    assert headers["authorization"] == "Bearer very-secret"
+    assert b'"max_tokens":9' in body.replace(b" ", b"")
+    assert b"expert:" not in body
+
+
+def test_an_endpoint_that_refuses_falls_back_without_telling_the_key(make, endpoint, monkeypatch):
+    monkeypatch.setattr(Endpoint, "status", 401)
+    composite = make(winner=0, experts=ExpertPool([endpoint, Expert("self", backend="self")]))
+    reply = composite.chat("hello", max_new_tokens=3)
+    assert reply.expert == "self"
+    assert reply.failures["remote"] == "the endpoint answered 401"
+    assert "very-secret" not in repr(reply)

@@ -1,0 +1,81 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from expertoken.inference import terminal
+from expertoken.inference.composite import ReplyStream
+from expertoken.inference.terminal import TerminalChat
+from expertoken.modeling.dispatch import Dispatch
+from expertoken.modeling.errors import ExpertokenError
+
+
+class Scripted:
+    """A composite whose answers are given: the terminal is what is tested here."""
+
+    def __init__(self, pool, answers):
+        self.pool, self.answers, self.heard = pool, list(answers), []
+
+    def stream(self, messages, **_):
+        self.heard.append([dict(message) for message in messages])
+        stream = ReplyStream(Dispatch("math", {"math": 0.8, "law": 0.1, "self": 0.1}, "math has probability 0.80"))
+        answer = self.answers.pop(0)
+
+        def pieces():
+            for piece in answer:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+
+        stream._pieces = pieces()
+        return stream
+
+
+@pytest.fixture
+def talk(pool, monkeypatch):
+    def run(lines, answers=()):
+        composite = Scripted(pool, answers)
+        console = Console(file=io.StringIO(), width=100)
+        monkeypatch.setattr(terminal, "_lines", lambda: iter(lines))
+        TerminalChat(composite, console).run()
+        return composite, console.file.getvalue()
+
+    return run
+
+
+def test_the_conversation_goes_on_over_turns_until_reset(talk):
+    composite, shown = talk(["one", "two", "/reset", "three"], [["a", "b"], ["c"], ["d"]])
+    assert "ab" in shown
+    assert [m["content"] for m in composite.heard[1]] == ["one", "ab", "two"]
+    assert [m["content"] for m in composite.heard[2]] == ["three"]
+
+
+def test_why_tells_who_answered_only_when_asked(talk):
+    _, silent = talk(["one"], [["a"]])
+    assert "math" not in silent
+    _, told = talk(["/why", "one", "/why"], [["a"]])
+    assert "nothing was answered yet" in told
+    assert "answered by math" in told
+    assert "80.0%" in told
+
+
+def test_commands_are_listed_and_unknown_ones_are_told(talk):
+    _, shown = talk(["/help", "/experts", "/wy", "/quit", "never"], [])
+    for part in ("/why", "capital of France", "unknown command /wy"):
+        assert part in shown
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_chat(talk):
+    composite, shown = talk(["one", "two"], [["part", KeyboardInterrupt()], ["rest"]])
+    assert "[stopped]" in shown
+    assert [m["content"] for m in composite.heard[1]] == ["one", "part", "two"]
+
+
+def test_a_failed_turn_leaves_no_trace_in_the_conversation(talk):
+    composite, shown = talk(["one", "two"], [[ExpertokenError("no expert could answer")], ["fine"]])
+    assert "error: no expert could answer" in shown
+    assert [m["content"] for m in composite.heard[1]] == ["two"]
+
+
+def test_markup_in_answers_is_text(talk):
+    assert "[bold]x[/bold]" in talk(["one"], [["[bold]x[/bold]"]])[1]

@@ -1,0 +1,80 @@
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import expertoken
+
+ROOT = Path(expertoken.__file__).parent
+
+
+def python(code, cwd):
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
+
+
+def test_importing_expertoken_outside_the_checkout_needs_no_torch(tmp_path):
+    code = (
+        "import sys, expertoken; assert expertoken.__all__; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    )
+    assert python(code, tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("folder", ["train", "modeling", "data_prep", "inference", "evaluation", "cli", "configs"])
+def test_the_folders_are_no_packages_of_their_own_outside_the_checkout(tmp_path, folder):
+    assert "ModuleNotFoundError" in python(f"import {folder}", tmp_path).stderr
+
+
+def test_every_public_name_is_there():
+    for name in expertoken.__all__:
+        assert getattr(expertoken, name).__doc__, name
+
+
+def test_the_version_is_the_same_everywhere():
+    from importlib.metadata import version
+
+    assert version("expertoken") == expertoken.__version__
+
+
+def test_the_wheel_holds_the_package_only(tmp_path):
+    pytest.importorskip("build")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"expertoken"}
+    inside = {name.split("/")[1] for name in names if name.startswith("expertoken/")}
+    assert inside == {"__init__.py", "py.typed", "cli", "configs", "data_prep", "evaluation", "inference", "modeling",
+                      "train"}  # fmt: skip
+    for module in ROOT.glob("*/**/*.py"):
+        parts = module.relative_to(ROOT).parts
+        if parts[0] in inside and "build" not in parts:
+            assert f"expertoken/{'/'.join(parts)}" in names
+    for data in (ROOT / "configs").rglob("*.yaml"):
+        assert f"expertoken/{data.relative_to(ROOT).as_posix()}" in names
+
+
+FLOORS = {"modeling": 1, "data_prep": 2, "train": 3, "inference": 3, "evaluation": 4, "cli": 5}
+
+
+@pytest.mark.parametrize("folder", FLOORS)
+def test_dependencies_point_down_the_floors(folder):
+    import ast
+
+    for file in (ROOT / folder).rglob("*.py"):
+        depth = len(file.relative_to(ROOT).parts) - 1
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == depth + 1 and node.module:
+                other = node.module.split(".")[0]
+                forbidden = folder == "inference" and other == "data_prep"
+                lower = FLOORS.get(other, 0) < FLOORS[folder] and not forbidden
+                assert lower or other == folder, f"{file} imports {node.module}"
+
+
+def test_an_extra_that_is_missing_names_itself():
+    from expertoken.modeling.errors import require_extra
+
+    with pytest.raises(ImportError, match=r"pip install 'expertoken\[train\]'"):
+        require_extra("no_such_module_here", "train")

@@ -1,0 +1,178 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from expertoken.data_prep.supervision import build_supervision
+from expertoken.modeling.composite import ROWS_FILE, load_composite
+from expertoken.modeling.errors import ExpertokenError
+from expertoken.train.arguments import ExpertokenArguments
+from expertoken.train.lora import last_complete_checkpoint
+from expertoken.train.run import train
+
+STEPS = {"max_steps": 8, "save_steps": 4, "eval_steps": 4, "save_strategy": "steps", "eval_strategy": "steps"}
+
+
+@pytest.fixture
+def supervision(tmp_path, results, pool):
+    build_supervision(results, pool).save(tmp_path / "supervision")
+    return tmp_path / "supervision"
+
+
+def arguments(folder, **more):
+    given = STEPS | {"learning_rate": 1e-2, "use_cpu": True, "report_to": "none", "weight_decay": 0.1} | more
+    return TrainingArguments(output_dir=str(folder), **given)
+
+
+def options(base, data, **more):
+    given = {"method": "lora", "verify": False, "lora_r": 4} | more
+    return ExpertokenArguments(meta=str(base), data=str(data), **given)
+
+
+@pytest.mark.parametrize("objective", ["cross_entropy", "correctness"])
+def test_lora_and_rows_are_trained_saved_and_loaded(tmp_path, base_folder, supervision, objective):
+    folder = train(options(base_folder, supervision, objective=objective), arguments(tmp_path / "c"))
+    manifest = json.loads((folder / "expertoken.json").read_text())
+    assert manifest["training"]["steps"] == 8
+    assert 0 <= manifest["training"]["validation_score"] <= 1
+    composite = load_composite(folder, device="cpu")
+    plain = AutoModelForCausalLM.from_pretrained(base_folder)
+    wrapped = PeftModel.from_pretrained(plain, folder).eval()  # the folder is a plain adapter to PEFT
+    ids = composite.meta.encode("Compute 1 plus 3.")
+    with torch.no_grad():
+        logits = wrapped(torch.tensor([ids])).logits[0, -1].logsumexp(-1)
+    ours = composite.meta.candidate_logits([ids], with_self=True)
+    torch.testing.assert_close(ours[0, -1], logits, rtol=1e-4, atol=1e-4)
+    untouched = composite.meta.plain.state_dict()
+    assert all(torch.equal(value, untouched[key]) for key, value in AutoModelForCausalLM.from_pretrained(base_folder).state_dict().items())  # fmt: skip  # noqa: E501
+
+
+def test_a_fresh_process_loads_a_lora_composite_to_the_same_logits(tmp_path, base_folder, supervision):
+    train(options(base_folder, supervision, verify=True), arguments(tmp_path / "c", max_steps=4))
+
+
+def test_training_from_descriptions_learns(tmp_path, base_folder, supervision):
+    cold = options(base_folder, supervision, warm_start=False)
+    folder = train(cold, arguments(tmp_path / "c", max_steps=60, save_steps=20, eval_steps=20))
+    assert json.loads((folder / "expertoken.json").read_text())["training"]["validation_score"] > 0.6
+
+
+def test_resuming_equals_the_straight_run(tmp_path, base_folder, supervision):
+    straight = train(options(base_folder, supervision), arguments(tmp_path / "a", seed=3))
+    rows = load_composite(straight, device="cpu").meta.rows
+    again = options(base_folder, supervision, resume=str(straight / "checkpoint-4"))
+    resumed = train(again, arguments(tmp_path / "b", seed=3))
+    assert torch.equal(load_composite(resumed, device="cpu").meta.rows, rows)
+    one, two = ((folder / "adapter_model.safetensors").read_bytes() for folder in (straight, resumed))
+    assert one == two
+
+
+def test_auto_resume_refuses_checkpoints_of_another_run(tmp_path, base_folder, supervision):
+    train(options(base_folder, supervision), arguments(tmp_path / "c"))
+    with pytest.raises(ExpertokenError, match="holds checkpoints of a run with other arguments"):
+        train(options(base_folder, supervision, lora_r=2), arguments(tmp_path / "c"))
+    train(options(base_folder, supervision, lora_r=2, resume="never"), arguments(tmp_path / "c", max_steps=4))
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    for step, state in ((5, "{}"), (10, "{}"), (15, '{"cut'), (20, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_complete_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+def test_rows_have_no_weight_decay(tmp_path, base_folder, supervision, monkeypatch):
+    from expertoken.train import lora
+
+    seen = []
+    create = lora.DispatchTrainer.create_optimizer
+
+    def spy(self, *a, **k):
+        optimizer = create(self, *a, **k)
+        seen.append([(g["weight_decay"], [p.shape for p in g["params"]]) for g in optimizer.param_groups])
+        return optimizer
+
+    monkeypatch.setattr(lora.DispatchTrainer, "create_optimizer", spy)
+    train(options(base_folder, supervision), arguments(tmp_path / "c", max_steps=4))
+    adapters, rows = seen[0]
+    assert adapters[0] == 0.1
+    assert rows == (0.0, [torch.Size([2, 32])])
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_training_ends_in_one_line_and_the_same_command_goes_on(tmp_path, base_folder, supervision):
+    command = [sys.executable, "-m", "expertoken.train", "lora", "--meta", base_folder, "--data", supervision,
+               "--output_dir", tmp_path / "c", "--max_steps", "3000", "--save_steps", "10", "--eval_steps", "10",
+               "--report_to", "none", "--verify", "false", "--num_train_epochs", "100"]  # fmt: skip
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not last_complete_checkpoint(tmp_path / "c") if (tmp_path / "c").exists() else True:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    shown = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert "interrupted; what was computed is kept" in shown
+    assert "Traceback" not in shown
+    stopped = int(last_complete_checkpoint(tmp_path / "c").name.removeprefix("checkpoint-"))
+    command[command.index("3000")] = "3000"
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    while int(last_complete_checkpoint(tmp_path / "c").name.removeprefix("checkpoint-")) <= stopped:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert f"continuing {tmp_path / 'c' / 'checkpoint-'}" in process.communicate(timeout=60)[1]
+
+
+def launch(folder: Path, base: Path, data: Path, processes: int, method: str, *more: str) -> Path:
+    """`accelerate launch` as a user would; gloo's abort at interpreter shutdown (see train/run.py) is tried again."""
+    flags = ["--multi_gpu"] if processes > 1 else ["--cpu"]
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch", *flags, "--num_processes", str(processes),
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+               "-m", "expertoken.train", method, "--meta", str(base), "--data", str(data), "--output_dir", str(folder),
+               "--report_to", "none", *more]  # fmt: skip
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["EXPERTOKEN_CACHE"] = str(folder.parent / f"cache-{processes}")
+    for _ in range(3):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        if "terminate called without an active exception" not in done.stderr:
+            break
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["tokens", "lora"])
+def test_one_and_two_processes_give_the_same_tokens(tmp_path, base_folder, supervision, method):
+    same = ("--max_steps", "6", "--save_steps", "3", "--eval_steps", "3", "--lora_dropout", "0", "--seed", "1")
+    rows = {}
+    for processes in (1, 2):
+        batch = ("--per_device_train_batch_size", str(8 // processes))
+        more = () if method == "tokens" else (*same, *batch)
+        folder = launch(tmp_path / f"c{processes}", base_folder, supervision, processes, method, *more)
+        manifest = json.loads((folder / "expertoken.json").read_text())
+        assert manifest["training"]["processes"] == processes
+        rows[processes] = load_composite(folder, device="cpu").meta.rows
+    tolerance = 1e-3 if method == "tokens" else 2e-2
+    torch.testing.assert_close(rows[1], rows[2], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, base_folder, supervision):
+    environment = os.environ | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    environment["ACCELERATE_USE_CPU"] = "true"
+    code = (
+        "from expertoken.train.run import check_world\ncheck_world(1)"  # what a plain launcher on CPU comes to
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "2 processes were launched but 1 work together" in done.stderr
+    assert not (tmp_path / ROWS_FILE).exists()
