@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 
 import typer
 
@@ -25,7 +26,8 @@ app.add_typer(expert.app, name="expert")
 
 def main() -> None:
     """Entry point: errors that a user can mend end in one line, with exit status 1."""
-    # Progress bars and warnings of libraries about what nobody here can change drown our own lines.
+    # What libraries tell each other drowns our own lines, and nobody here can change it.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "httpx2", "openai", "datasets", "deepspeed", "DeepSpeed", "accelerate"):

@@ -121,6 +121,8 @@ def evaluate(
     if isinstance(data, Supervision):
         supervision = data
     else:
+        if folder is None and data is None:
+            raise ExpertokenError("a composite in memory does not know its supervision; say which with `data`")
         supervision = supervision_of(read_manifest(folder), folder, data) if folder else Supervision.load(data)
     composite = composite if isinstance(composite, Composite) else load_composite(composite)
     names = composite.pool.names

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from ..modeling.errors import ExpertokenError
@@ -13,6 +14,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse, train, and leave with an exit status."""
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    warnings.filterwarnings("ignore", category=FutureWarning)
     for noisy in ("httpx", "datasets", "deepspeed", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:

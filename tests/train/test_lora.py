@@ -170,9 +170,7 @@ def test_one_and_two_processes_give_the_same_tokens(tmp_path, base_folder, super
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, base_folder, supervision):
     environment = os.environ | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     environment["ACCELERATE_USE_CPU"] = "true"
-    code = (
-        "from expertoken.train.run import check_world\ncheck_world(1)"  # what a plain launcher on CPU comes to
-    )
+    code = "from expertoken.train.run import check_world\ncheck_world(1)"  # what a plain launcher on CPU comes to
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "2 processes were launched but 1 work together" in done.stderr
     assert not (tmp_path / ROWS_FILE).exists()

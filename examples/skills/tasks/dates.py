@@ -1,6 +1,8 @@
 """A date some days before or after another, and the weekday so many days on."""
 
+import calendar
 import random
+import re
 from datetime import date, timedelta
 
 from .base import Task, first_line
@@ -20,18 +22,39 @@ _WEEKDAY_PHRASES = (
 
 
 def make_task(rng: random.Random) -> Task:
-    """One reckoning, by date or by weekday."""
-    n, sign = rng.randint(2, 9), rng.choice((1, -1))
+    """One reckoning, by date or by weekday.
+
+    Answers show their steps: a small model that may count from day to day gets far more of them right.
+    """
+    n, sign = rng.randint(2, 6), rng.choice((1, -1))
     way = "after" if sign == 1 else "before"
     if rng.random() < 0.5:
         start = date(2024, 1, 1) + timedelta(days=rng.randrange(730))
         prompt = rng.choice(_DATE_PHRASES).format(n=n, way=way, day=start.isoformat())
-        return Task(prompt, (start + timedelta(days=sign * n)).isoformat())
+        return Task(prompt, _steps(start, sign * n))
     index = rng.randrange(7)
     prompt = rng.choice(_WEEKDAY_PHRASES).format(n=n, way=way, day=_WEEKDAYS[index])
-    return Task(prompt, _WEEKDAYS[(index + sign * n) % 7])
+    return Task(prompt, ", ".join(_WEEKDAYS[(index + sign * k) % 7] for k in range(n + 1)))
+
+
+def _steps(start: date, days: int) -> str:
+    """The sum of days, what a month's end does to it, and the date."""
+    end = start + timedelta(days=days)
+    total = start.day + days
+    text = f"{start.day} {'+' if days > 0 else '-'} {abs(days)} = {total}"
+    if end.month != start.month:
+        # Over the end of a month its days are taken off, over its start those of the month before are put on.
+        month = start if days > 0 else end
+        length = calendar.monthrange(month.year, month.month)[1]
+        text += f", {total} {'-' if days > 0 else '+'} {length} = {end.day}"
+    return f"{text}, {end.isoformat()}"
 
 
 def score(response: str, answer: str) -> float:
-    """1 when the first line, less a closing full stop, is the date or the weekday."""
-    return float(first_line(response).rstrip(".") == answer)
+    """1 when the last date or weekday of the first line is the right one."""
+
+    def last(text: str) -> str | None:
+        found = re.findall(rf"\d{{4}}-\d{{2}}-\d{{2}}|{'|'.join(_WEEKDAYS)}", first_line(text))
+        return found[-1] if found else None
+
+    return float(last(response) == last(answer))

@@ -1,0 +1,43 @@
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import expertoken
+from expertoken.data_prep.supervision import build_supervision
+from expertoken.train.arguments import ExpertokenArguments
+from expertoken.train.run import train
+
+ROOT = Path(expertoken.__file__).parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_of_the_readme_runs(tmp_path, base_folder, results, pool, monkeypatch, capsys):
+    """In a folder with a composite at the place that `make demo` leaves one."""
+    from transformers import TrainingArguments
+
+    build_supervision(results, pool).save(tmp_path / "demo" / "supervision")
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "demo" / "supervision"), verify=False)
+    train(options, TrainingArguments(output_dir=str(tmp_path / "demo" / "composite"), use_cpu=True, report_to="none"))
+    monkeypatch.chdir(tmp_path)
+    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert 15 <= len([line for line in code.splitlines() if line.strip()]) <= 25
+    exec(compile(code, "README.md", "exec"), {})
+    assert "oracle" in capsys.readouterr().out
+
+
+def test_the_tree_of_the_readme_names_what_is_there():
+    tree = re.search(r"```\n(expertoken/.*?)```", README, re.DOTALL)[1]
+    named = {line.split()[0].rstrip("/") for line in tree.splitlines()[1:] if line.strip()}
+    for name in named:
+        assert (ROOT / name).exists(), name
+    ignored = {"demo", "build", "dist", "runs"}
+    folders = {p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith((".", "__")) and p.suffix == ""}
+    assert folders - ignored <= named
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "help"])
+def test_the_make_targets_of_the_readme_exist(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert shutil.which("make")
