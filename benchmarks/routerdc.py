@@ -111,9 +111,7 @@ def table(reports: dict[str, Report]) -> list[str]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data", type=Path, default=Path("../shared/data"), help="has routerdc/ (default: %(default)s)"
-    )
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="has routerdc/")
     parser.add_argument("--out", type=Path, default=Path("runs/routerdc"), help="default: %(default)s")
     options = parser.parse_args()
     results = read(options.data / "routerdc")
@@ -134,8 +132,8 @@ def main() -> None:
     print(f"\nchosen on validation: {best} (validation scores: ", end="")
     print(", ".join(f"{name} {100 * fit['validation_score']:.2f}" for name, fit in fits.items()), end=")\n")
     print(
-        f"features: {computed} of {sum(sides.info.sizes.values())} queries computed now in {feature_seconds:.0f} s; fits "
-        f"{np.sum([fit['fit_seconds'] for fit in fits.values()]):.0f} s together; peak memory {memory:.1f} GiB; "
+        f"features: {computed} of {sum(sides.info.sizes.values())} queries computed now in {feature_seconds:.0f} s; "
+        f"fits {np.sum([fit['fit_seconds'] for fit in fits.values()]):.0f} s together; peak memory {memory:.1f} GiB; "
         f"{sides.info.leaks['found']} leaked train queries dropped; sizes {sides.info.sizes}"
     )
     options.out.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,14 @@ from expertoken.modeling.meta import MetaLLM, Source
 from expertoken.tests.tiny import tiny_folder
 
 
+def pytest_collection_modifyitems(items):
+    import torch
+
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     """Every test has a cache of its own."""
