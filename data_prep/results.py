@@ -112,7 +112,12 @@ class BenchmarkResults:
         if not parts:
             raise ResultsError("empty results: nothing to merge")
         queries = pd.concat([part.queries for part in parts], ignore_index=True)
-        first = queries.drop_duplicates("id", ignore_index=True)
+        stated = queries.groupby("id", sort=False)["split"].nunique()
+        if (stated > 1).any():
+            raise ResultsError(f"query id {stated.idxmax()!r} is on different sides in different files; keep one")
+        # `first` takes each column's first value that is there: a side that only one file states is kept.
+        first = queries.groupby("id", sort=False, as_index=False).first()
+        first = first.astype(object).where(first.notna(), None)
         texts = queries.groupby("id", sort=False)["prompt"].nunique()
         if (texts > 1).any():
             raise ResultsError(

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..modeling.composite import Manifest
 from ..modeling.errors import ExpertokenError
-from ..modeling.experts import Expert, ExpertPool
+from ..modeling.experts import SELF, Expert, ExpertPool
 from ..modeling.files import atomic_folder, recover_folder
 from .labels import label
 from .leaks import find_leaks
@@ -89,7 +89,7 @@ class Supervision:
     def save(self, path: Path | str) -> None:
         """Write the folder, completely or not at all."""
         with atomic_folder(path) as folder:
-            with _no_bars():
+            with quiet_datasets():
                 self.data.save_to_disk(folder / "data")
             self.pool.to_yaml(folder / POOL_FILE)
             (folder / INFO_FILE).write_text(json.dumps(asdict(self.info), indent=2) + "\n", "utf-8")
@@ -107,7 +107,7 @@ class Supervision:
         recover_folder(path)
         try:
             info = SupervisionInfo(**json.loads((path / INFO_FILE).read_text("utf-8")))
-            with _no_bars():
+            with quiet_datasets():
                 data = datasets.load_from_disk(str(path / "data"))
         except (OSError, ValueError, TypeError) as error:
             reason = str(error).splitlines()[0]
@@ -132,7 +132,7 @@ def supervision_of(manifest: Manifest, folder: Path, data: Path | str | None = N
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def quiet_datasets() -> Iterator[None]:
     """Without the bars of `datasets`: what they count takes milliseconds."""
     import datasets
 
@@ -152,8 +152,8 @@ def pool_of(results: BenchmarkResults, self_model: str | None = None) -> ExpertP
         if model == self_model:
             experts.append(Expert("self", backend="self", results=model))
         else:
-            name = "".join(c if c.isalnum() or c in "._-" else "-" for c in model.split("/")[-1])
-            experts.append(Expert(name.lstrip("._-") or "expert", model=model))
+            name = "".join(c if c.isalnum() or c in "._-" else "-" for c in model.split("/")[-1]).lstrip("._-")
+            experts.append(Expert(f"{name}-model" if name in ("", SELF) else name, model=model))
     return ExpertPool(experts)
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from ..modeling.chat import Message, as_messages
 from ..modeling.composite import Composite, load_composite, save_composite
 from ..modeling.dispatch import Dispatch, dispatch_distribution, dispatch_forward
-from ..modeling.errors import ExpertFailedError, ExpertokenError
+from ..modeling.errors import ExpertokenError
 from ..modeling.experts import SELF
 from ..modeling.meta import token_batches
 from .backends import Backend, Generation, LocalModels, open_backend
@@ -63,7 +63,8 @@ class ReplyStream:
 
     def close(self) -> None:
         """Stop generating."""
-        self._pieces.close()
+        if isinstance(self._pieces, Generator):
+            self._pieces.close()
 
     @property
     def reply(self) -> Reply:
@@ -88,19 +89,26 @@ class CompositeModel:
 
     @classmethod
     def from_pretrained(
-        cls, path: Path | str, *, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
+        cls,
+        path: Path | str,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        trust_remote_code: bool = False,
     ) -> "CompositeModel":
         """Load a composite folder. Experts are opened when they are first needed.
 
         Args:
             path: the folder.
             device: where models go; the first accelerator, or the CPU, where not given.
-            dtype: of the weights; float32 on a CPU, else as saved, where not given.
+            dtype: of the weights; float32 on a CPU, else as trained, where not given.
+            trust_remote_code: allow the base model's repository to run its own code.
 
         Raises:
             ExpertokenError: the folder is not a whole composite.
         """
-        return cls(load_composite(path, device=device, dtype=dtype), dtype)
+        composite = load_composite(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        return cls(composite, dtype)
 
     def save_pretrained(self, path: Path | str, *, verify: bool = True) -> None:
         """Write a composite folder; see `modeling.composite.save_composite`."""
@@ -183,13 +191,15 @@ class CompositeModel:
                 for piece in self._pieces(name, messages, generation, logits, inputs):
                     begun = True
                     yield piece
-            except ExpertFailedError as error:
+                if begun or self.pool[name].backend == SELF:
+                    return
+                reason = "gave an empty answer"
+            except Exception as error:  # whatever an expert fails with, the user has a next best one
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 if begun:
-                    raise ExpertokenError(f"expert {name!r} broke off in its answer: {error}") from error
-                stream.failures[name] = str(error)
-                logger.warning("expert %r failed, the next one is asked: %s", name, error)
-            else:
-                return
+                    raise ExpertokenError(f"expert {name!r} broke off in its answer: {reason}") from error
+            stream.failures[name] = reason
+            logger.warning("expert %r failed, the next one is asked: %s", name, reason)
         reasons = "; ".join(f"{name}: {reason}" for name, reason in stream.failures.items())
         raise ExpertokenError(f"no expert could answer ({reasons})")
 
@@ -202,8 +212,7 @@ class CompositeModel:
         inputs: dict[str, Any],
     ) -> Iterator[str]:
         if self.pool[name].backend == SELF:
-            with self._lock:
-                yield from self._self_answer(logits, inputs, generation)
+            yield from self._self_answer(logits, inputs, generation)
         else:
             yield from self.backend(name).stream(messages, generation)
 
@@ -238,7 +247,9 @@ class CompositeModel:
             "suppress_tokens": experts,
             "max_new_tokens": generation.max_new_tokens - 1,
         }
-        yield from stream_generate(self.meta.model, self.meta.tokenizer, rest, generation, first=token[0])
+        yield from stream_generate(
+            self.meta.model, self.meta.tokenizer, rest, generation, first=token[0], ready=self._lock
+        )
 
 
 def _sample(logits: torch.Tensor, generation: Generation) -> torch.Tensor:

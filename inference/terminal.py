@@ -64,6 +64,9 @@ class TerminalChat:
             self.console.print(" [stopped]", markup=False, end="")
         except ExpertokenError as error:
             self.console.print(f"\nerror: {error}", markup=False, end="")
+        finally:
+            if stream is not None:
+                stream.close()
         self.console.print()
         if stream is None or not stream.reply.text:
             self.messages.pop()  # a turn without an answer would leave two user messages in a row

@@ -40,19 +40,29 @@ def encode_chat(
     can name them; that is checked all the same.
 
     Raises:
-        ExpertokenError: the tokenizer has no chat template, or it produces ids the model has no row for.
+        ExpertokenError: the tokenizer has no chat template, the template refuses the conversation, or there are ids
+            that the model has no row for.
     """
     if not tokenizer.chat_template:
         raise ExpertokenError(
             f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruction-tuned model, or put a "
             "chat_template.jinja beside its tokenizer"
         )
-    ids = tokenizer.apply_chat_template(
-        as_messages(conversation),
-        add_generation_prompt=True,
-        return_dict=False,
-        sanitize_control_tokens=True,
-    )
+    from jinja2 import TemplateError
+
+    try:
+        ids = tokenizer.apply_chat_template(
+            as_messages(conversation),
+            add_generation_prompt=True,
+            return_dict=False,
+            sanitize_control_tokens=True,
+        )
+    except (TemplateError, ValueError) as error:
+        # Templates refuse what their model was not trained for: a system message, two user messages in a row.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ExpertokenError(
+            f"{tokenizer.name_or_path}: its chat template refuses this conversation ({reason})"
+        ) from error
     if max(ids) >= vocab_size:
         raise ExpertokenError(
             f"{tokenizer.name_or_path}: the tokenizer gives id {max(ids)}, but the model has {vocab_size} rows; they "

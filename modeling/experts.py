@@ -16,6 +16,9 @@ BACKENDS = ("openai", "transformers", "adapter", "self")
 SELF = "self"
 """The name under which the meta LLM itself stands in distributions and reports."""
 
+RESERVED = ("composite", "random", "oracle")
+"""Names that reports use themselves."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 
@@ -35,7 +38,7 @@ class Expert:
         model: the model's id at the endpoint, its hub id or its folder; for `adapter` the adapter's. Not for `self`.
         description: what it is good at; the start value of its token and what people read.
         base: for `adapter`, the model the adapter sits on; the meta LLM's own base where absent.
-        revision: git revision of a hub model.
+        revision: git revision of `model` on the hub.
         base_url: address of the endpoint, for `openai`.
         api_key_env: NAME of the environment variable that holds the endpoint's key.
         cost: USD per million tokens, `{"input": ..., "output": ...}`.
@@ -87,6 +90,8 @@ def _mistakes(entry: Any, place: str) -> list[str]:  # noqa: C901 - one flat lis
         found.append(f"{place}.backend: unknown backend {backend!r}, {did_you_mean(str(backend), BACKENDS)}")
     if backend in ("openai", "transformers", "adapter") and not entry.get("model"):
         found.append(f"{place}.model: needed for backend {backend!r}")
+    if name in RESERVED:
+        found.append(f"{place}.name: {name!r} is a line of its own in reports; choose another")
     if name == SELF and backend != SELF:
         found.append(f"{place}.name: {SELF!r} is the meta LLM itself; give it `backend: self` or another name")
     if backend == SELF and entry.get("model"):
@@ -101,8 +106,8 @@ def _mistakes(entry: Any, place: str) -> list[str]:  # noqa: C901 - one flat lis
         # The value is not repeated: it may well be the key itself.
         found.append(f"{place}.api_key_env: expected the NAME of an environment variable, such as MATH_API_KEY")
     url = entry.get("base_url")
-    if isinstance(url, str) and (not url.startswith(("http://", "https://")) or "@" in url.split("/")[2]):
-        found.append(f"{place}.base_url: expected http(s)://host[:port]/path without a user name or password")
+    if isinstance(url, str) and (not url.startswith(("http://", "https://")) or "@" in url or "?" in url):
+        found.append(f"{place}.base_url: expected http(s)://host[:port]/path without a user name, password or query")
     return found + _cost_mistakes(entry.get("cost"), place)
 
 
@@ -228,8 +233,15 @@ class ExpertPool:
             document = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise PoolError(f"{path}: {error.strerror}; expected a pool file (YAML with `experts:`)") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise PoolError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        except UnicodeDecodeError as error:
+            raise PoolError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        except yaml.YAMLError as error:
+            # Where and what, but not the line itself, which PyYAML would quote: it may hold a key.
+            mark = getattr(error, "problem_mark", None)
+            where = f"line {mark.line + 1}" if mark else "the file"
+            raise PoolError(
+                f"{path}: {where} is not YAML ({getattr(error, 'problem', None) or 'unreadable'})"
+            ) from None
         return cls.parse(document, str(path), path.parent.absolute())
 
     def to_yaml(self, path: Path | str) -> None:

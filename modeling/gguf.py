@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from .errors import ExpertokenError, require_extra
 from .files import atomic_folder, cache_folder
@@ -29,8 +30,14 @@ def converted(path: Path) -> Path:
     if not path.is_file():
         raise ExpertokenError(f"{path}: no such GGUF file")
     folder = cache_folder("gguf") / f"{path.stem}-{_key(path)}"
-    if (folder / "config.json").exists():
-        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # several training processes ask at once; one converts
+        if not (folder / "config.json").exists():
+            _convert(path, folder)
+    return folder
+
+
+def _convert(path: Path, folder: Path) -> None:
     gguf = require_extra("gguf", "gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -55,4 +62,3 @@ def converted(path: Path) -> Path:
     with atomic_folder(folder) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-    return folder

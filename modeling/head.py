@@ -38,8 +38,10 @@ class ExpertHead(nn.Linear):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of the vocabulary, then of the experts."""
         vocabulary = F.linear(hidden, self.weight, self.bias)
-        experts = F.linear(hidden, self.expert_rows.to(hidden.dtype))
-        return torch.cat([vocabulary, experts.to(vocabulary.dtype)], dim=-1)
+        # Rows and their logits stay float32: bfloat16 has steps of 0.25 where Z lies, and near candidates would tie.
+        # That widens the vocabulary's logits too, which is one row per query where a dispatch is decided or trained.
+        experts = F.linear(hidden.float(), self.expert_rows.float())
+        return torch.cat([vocabulary.float(), experts], dim=-1)
 
 
 def install_head(model: nn.Module, num_experts: int) -> ExpertHead:

@@ -8,6 +8,7 @@ Imports no torch, so that `--help` answers at once.
 from dataclasses import dataclass, field
 
 METHODS = ("tokens", "lora")
+DTYPES = ("float32", "bfloat16", "float16")
 OBJECTIVE_NAMES = ("cross_entropy", "correctness", "expected_score")
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..modeling.errors import ExpertokenError, did_you_mean
-from .arguments import METHODS, OBJECTIVE_NAMES, ExpertokenArguments
+from ..modeling.errors import ExpertokenError, did_you_mean, require_extra
+from .arguments import DTYPES, METHODS, OBJECTIVE_NAMES, ExpertokenArguments
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser, TrainingArguments
@@ -34,6 +34,8 @@ class ConfigError(ExpertokenError):
 
 def make_parser(*, everything: bool) -> "HfArgumentParser":
     """The argument parser; without `everything` it knows our own arguments only and needs no torch."""
+    if everything:
+        require_extra("accelerate", "train")
     from transformers.hf_argparser import HfArgumentParser
 
     kinds: list[type] = [ExpertokenArguments]
@@ -89,7 +91,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ExpertokenArguments, "Training
     actions = {action.dest: action for action in parser._actions}
     mistakes = [f"{key}: unknown key, {did_you_mean(str(key), actions)}" for key in recipe if key not in actions]
     given = {item.split("=")[0][2:].replace("-", "_") for item in argv if item.startswith("--")}
-    mistakes += [f"--{key}: unknown argument, {did_you_mean(key, actions)}" for key in sorted(given - set(actions))]
+    flags = {flag[2:].replace("-", "_") for action in parser._actions for flag in action.option_strings}
+    mistakes += [f"--{key}: unknown argument, {did_you_mean(key, flags)}" for key in sorted(given - flags)]
     for key in ("meta", "data", "output_dir"):
         if key not in recipe and key not in given:
             mistakes.append(f"--{key}: missing")
@@ -108,22 +111,27 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ExpertokenArguments, "Training
 
 def _typed(value: Any, action: argparse.Action) -> Any:
     """A YAML value as argparse would read it: YAML takes `1e-4` for text, argparse converts text but not lists."""
-    if isinstance(value, list) and action.type:
-        return [action.type(item) for item in value]
+    if action.nargs in ("+", "*"):
+        return [action.type(item) if action.type else item for item in (value if isinstance(value, list) else [value])]
     return str(value) if isinstance(value, float) else value
 
 
 def _values(argv: Sequence[str]) -> dict[str, str]:
-    pairs = itertools.pairwise(argv)
-    return {key[2:].replace("-", "_"): value for key, value in pairs if key.startswith("--")}
+    """What the command line says, by name: `--key value` and `--key=value`."""
+    values = {}
+    for item, following in itertools.pairwise([*argv, ""]):
+        if item.startswith("--"):
+            key, equals, value = item[2:].partition("=")
+            values[key.replace("-", "_")] = value if equals else following
+    return values
 
 
 def _choices(values: dict[str, Any]) -> list[str]:
-    allowed = {"method": METHODS, "objective": OBJECTIVE_NAMES}
+    allowed = {"method": METHODS, "objective": OBJECTIVE_NAMES, "dtype": DTYPES}
     return [
         f"{key}: unknown value {values[key]!r}, {did_you_mean(str(values[key]), known)}"
         for key, known in allowed.items()
-        if key in values and values[key] not in known
+        if values.get(key) is not None and values[key] not in known
     ]
 
 

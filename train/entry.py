@@ -19,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         options, arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-        from .run import leave, train
+        from .processes import leave
+        from .run import train
 
         train(options, arguments)
     except (ExpertokenError, ImportError, FloatingPointError) as error:

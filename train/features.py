@@ -10,6 +10,7 @@ count, and a set that grows by some queries costs those alone.
 
 import hashlib
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -66,6 +67,9 @@ class _Block:
         with atomic_folder(folder) as aside:
             np.save(aside / "hashes.npy", np.array(hashes, dtype="V16"))
             np.lib.format.open_memmap(aside / "hidden.npy", mode="w+", dtype=np.float32, shape=(count, width)).flush()
+            with (aside / "hidden.npy").open("r+b") as file:
+                # A sparse file on a full disk would kill the process (SIGBUS) in the middle of the forward pass.
+                os.posix_fallocate(file.fileno(), 0, file.seek(0, os.SEEK_END))
             np.save(aside / "log_mass.npy", np.zeros(count, dtype=np.float32))
             np.save(aside / "done.npy", np.zeros(count, dtype=np.uint8))
 

@@ -6,6 +6,7 @@ gradient), and a checkpoint holds the plain PEFT adapter with the rows beside it
 
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from ..modeling.composite import ROWS_FILE, read_rows, write_rows
 from ..modeling.dispatch import candidate_logits, dispatch_forward
 from ..modeling.errors import ExpertokenError
+from ..modeling.files import atomic_file
 from ..modeling.meta import MetaLLM
 from ..modeling.objectives import OBJECTIVES
 from .arguments import ExpertokenArguments
+from .processes import barrier
 from .tokens import mean_score
 
 if TYPE_CHECKING:
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_RUN_FILE = Path("runs") / "run.json"
 _FIELDS = ("target", "scores", "weight")
 
 
@@ -58,7 +63,8 @@ class DispatchTrainer(Trainer):
         self.label_names = list(_FIELDS)
 
     def _collate(self, examples: Sequence[dict]) -> dict[str, torch.Tensor]:
-        batch = {key: value.cpu() for key, value in self.meta.pad([e["input_ids"] for e in examples]).items()}
+        # On the CPU: data loader workers must not touch the accelerator, and the Trainer moves batches itself.
+        batch = self.meta.pad([e["input_ids"] for e in examples], "cpu")
         return batch | {key: torch.tensor(np.array([e[key] for e in examples]), dtype=torch.float32) for key in _FIELDS}
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, **_: Any) -> Any:
@@ -97,9 +103,11 @@ class DispatchTrainer(Trainer):
         return self.optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:  # the Trainer calls this on every process
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.meta.model.save_pretrained(folder, save_embedding_layers=False)
+        self.meta.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
         write_rows(self.meta.rows, self.names, folder / ROWS_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
@@ -162,12 +170,12 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
 
 
 def find_checkpoint(resume: str, output_dir: Path, run: dict[str, Any]) -> Path | None:
-    """Which checkpoint to go on from, as `--resume` says; `run` identifies this run and is recorded for the next.
+    """Which checkpoint to go on from, as `--resume` says; `run` identifies this run.
 
     Raises:
         ExpertokenError: with `auto`, the checkpoints in `output_dir` belong to another run.
     """
-    record = output_dir / "runs" / "run.json"
+    record = output_dir / _RUN_FILE
     if resume == "auto":
         checkpoint = last_complete_checkpoint(output_dir)
         if checkpoint and record.exists() and json.loads(record.read_text()) != run:
@@ -181,9 +189,19 @@ def find_checkpoint(resume: str, output_dir: Path, run: dict[str, Any]) -> Path 
         checkpoint = Path(resume)
         if not (checkpoint / "trainer_state.json").exists():
             raise ExpertokenError(f"--resume {resume}: no complete checkpoint there; expected auto, never or its path")
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(run, indent=2) + "\n")
     return checkpoint
+
+
+def record_run(resume: str, output_dir: Path, run: dict[str, Any]) -> None:
+    """Note which run the checkpoints belong to; with `--resume never` those of an earlier run go.
+
+    Otherwise an interrupted new run would be continued from the old one's checkpoint, which has the higher number.
+    """
+    if resume == "never":
+        for entry in output_dir.glob("checkpoint-*"):
+            shutil.rmtree(entry)
+    with atomic_file(output_dir / _RUN_FILE) as aside:
+        aside.write_text(json.dumps(run, indent=2) + "\n")
 
 
 def train_lora(
@@ -213,8 +231,11 @@ def train_lora(
     arguments.load_best_model_at_end = True
     arguments.metric_for_best_model = "score"
     arguments.greater_is_better = True
-    if arguments.eval_strategy == "no":
-        arguments.eval_strategy = arguments.save_strategy
+    # The best of the checkpoints is kept, so every checkpoint is evaluated, and nothing else is.
+    arguments.eval_strategy = IntervalStrategy(arguments.save_strategy)
+    arguments.eval_steps = arguments.save_steps
+    if arguments.save_strategy == "no":
+        raise ExpertokenError("--save_strategy no: method lora keeps its best checkpoint and needs steps or epoch")
     arguments.ddp_find_unused_parameters = False
     trainer = DispatchTrainer(
         meta,
@@ -228,6 +249,10 @@ def train_lora(
         compute_metrics=score,
     )
     checkpoint = find_checkpoint(options.resume, Path(arguments.output_dir), run)
+    barrier()  # every process has looked before the main one records this run
+    if arguments.process_index == 0:
+        record_run(options.resume, Path(arguments.output_dir), run)
+    barrier()
     if checkpoint:
         logger.info("continuing %s", checkpoint)
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -10,7 +10,7 @@ import torch
 
 from ..data_prep.leaks import normalise
 from ..data_prep.results import BenchmarkResults, ResultsError
-from ..data_prep.supervision import Supervision, build_supervision, supervision_of
+from ..data_prep.supervision import Supervision, build_supervision, quiet_datasets, supervision_of
 from ..modeling.composite import Composite, load_composite, save_composite
 from ..modeling.errors import ExpertokenError
 from ..modeling.experts import Expert, ExpertPool
@@ -62,7 +62,7 @@ def add_expert(
 ) -> Change:
     """Fit a row for a new expert on its results and save the composite with it.
 
-    Queries that the composite was trained on are recognised by id or by text, and their cached states are used again.
+    Queries that the composite was trained on are recognised by their text, and their cached states are used again.
     Other queries join the train, validation and test sides.
 
     Args:
@@ -74,8 +74,7 @@ def add_expert(
         verify: check the saved folder in a fresh process.
 
     Raises:
-        ExpertokenError: there are no results of the expert, the composite's backbone was trained for other experts
-            and has no such name left, or the supervision is gone.
+        ExpertokenError: there are no results of the expert, its name is taken, or the supervision is gone.
     """
     folder = Path(folder)
     composite = load_composite(folder)
@@ -157,10 +156,14 @@ def extend_supervision(old: Supervision, pool: ExpertPool, expert: Expert, resul
     key_of = {normalise(prompt): key for key, prompt in zip(known.queries["id"], known.queries["prompt"], strict=True)}
     ids = set(known.queries["id"])
     queries = results.queries.copy()
-    queries["id"] = [
-        key if key in ids else key_of.get(normalise(prompt), key)
-        for key, prompt in zip(queries["id"], queries["prompt"], strict=True)
-    ]
+    texts = [normalise(prompt) for prompt in queries["prompt"]]
+    queries["id"] = [key_of.get(text, key) for key, text in zip(queries["id"], texts, strict=True)]
+    for key, text in zip(queries["id"], texts, strict=True):
+        if key in ids and key_of.get(text) != key:
+            raise ResultsError(
+                f"query id {key!r} stands for another question in the composite's supervision; rename the ids of the "
+                "new results, or leave their `id` column out"
+            )
     first = ~queries["id"].duplicated().to_numpy()
     fresh = first & ~queries["id"].isin(ids).to_numpy()
     again = np.flatnonzero(first & ~fresh)
@@ -176,7 +179,7 @@ def extend_supervision(old: Supervision, pool: ExpertPool, expert: Expert, resul
         # On known queries only the new expert's scores count: the others' are what the composite was trained on.
         place = known.queries.set_index("id", drop=False).loc[queries["id"].iloc[again]]
         parts.append(BenchmarkResults(place, [expert.name], results.scores[again, :1]))
-    return build_supervision(
+    extended = build_supervision(
         BenchmarkResults.merge(parts),
         ExpertPool([*pool.candidates, replace(expert, results=None)]),
         strategy=labelling["strategy"],
@@ -184,6 +187,33 @@ def extend_supervision(old: Supervision, pool: ExpertPool, expert: Expert, resul
         leaks="keep" if old.info.leaks.get("handled") == "keep" else "drop",
         **{key: labelling[key] for key in ("validation", "test", "seed")},
     )
+    _keep_targets(extended, old, pool)
+    return extended
+
+
+def _keep_targets(extended: Supervision, old: Supervision, pool: ExpertPool) -> None:
+    """Give queries that the new expert was not measured on the target and weight that they had."""
+    columns = [old.info.candidates.index(name) for name in pool.names]
+    places = [extended.info.candidates.index(name) for name in pool.names]
+    known = {}
+    for part in old.data.values():
+        for row in part.select_columns(["id", "target", "weight"]):
+            known[row["id"]] = (row["target"], row["weight"])
+    newcomer = next(i for i, name in enumerate(extended.info.candidates) if name not in pool.names)
+
+    def keep(row: dict) -> dict:
+        if row["id"] not in known or not np.isnan(row["scores"][newcomer]):
+            return {}
+        before, weight = known[row["id"]]
+        target = [0.0] * len(row["target"])
+        for place, column in zip(places, columns, strict=True):
+            target[place] = before[column]
+        return {"target": target, "weight": weight if sum(target) > 0 else 0.0}
+
+    for side, part in extended.data.items():
+        if len(part):
+            with quiet_datasets():
+                extended.data[side] = part.map(keep, features=part.features)
 
 
 def _as_results(supervision: Supervision, names: list[str]) -> BenchmarkResults:

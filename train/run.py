@@ -1,8 +1,6 @@
 """One training run: supervision in, composite folder out."""
 
 import logging
-import os
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -11,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data_prep.supervision import Supervision
-from ..modeling.composite import Composite, Manifest, describe_base, save_composite
+from ..modeling.composite import Composite, Manifest, describe_base, portable, save_composite
 from ..modeling.errors import ExpertokenError, require_extra
 from ..modeling.meta import MetaLLM, Source
 from .arguments import ExpertokenArguments
 from .features import cached_features
+from .processes import barrier, check_world
 from .tokens import Fit, Problem, fit_rows, mean_score
 
 if TYPE_CHECKING:
@@ -37,6 +36,12 @@ class Run:
         self.supervision = Supervision.load(options.data)
         self.pool = self.supervision.pool
         check_world(arguments.world_size)
+        if arguments.n_gpu > 1:
+            # The Trainer would wrap the model in DataParallel, which splits what `logits_to_keep` must not split.
+            raise ExpertokenError(
+                f"one process sees {arguments.n_gpu} GPUs; start it with `accelerate launch -m expertoken.train ...`, or "
+                "show it one with CUDA_VISIBLE_DEVICES=0"
+            )
         source = Source(options.meta, options.revision, options.trust_remote_code)
         dtype = getattr(torch, options.dtype) if options.dtype else None
         self.meta = MetaLLM.from_pretrained(source, len(self.pool), device=arguments.device, dtype=dtype)
@@ -53,7 +58,7 @@ class Run:
                 max_tokens=self.options.max_tokens,
                 rank=self.arguments.process_index,
                 world=self.arguments.world_size,
-                barrier=_barrier,
+                barrier=barrier,
                 label=f"{name} features",
             )
             sides[name] = Problem(features, *self.supervision.arrays(name), side["benchmark"])
@@ -113,49 +118,27 @@ class Run:
         """Write the composite folder (main process)."""
         info = self.supervision.info
         training = {"method": self.options.method, "objective": self.options.objective, "labelling": info.labelling}
+        output = Path(self.arguments.output_dir)
         manifest = Manifest(
             base=describe_base(self.meta),
             experts=[expert.name for expert in self.pool],
             training=training | outcome | {"processes": self.arguments.world_size},
-            data={"path": str(Path(self.options.data).resolve()), "fingerprint": info.fingerprint, "sizes": info.sizes},
+            data={"path": portable(self.options.data, output), "fingerprint": info.fingerprint, "sizes": info.sizes},
         )
-        output = Path(self.arguments.output_dir)
         save_composite(Composite(self.meta, self.pool, manifest), output, verify=self.options.verify)
         return output
-
-
-def check_world(world_size: int) -> None:
-    """Refuse a launch whose processes do not know of each other.
-
-    `accelerate launch` on CPU can start two processes that each believe to be alone and write the same files, and it
-    can start one where two were asked for; both pass without an error otherwise.
-
-    Raises:
-        ExpertokenError: launcher and library disagree.
-    """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != world_size:
-        raise ExpertokenError(
-            f"{launched} processes were launched but {world_size} work together; on CPU launch with "
-            "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ...`"
-        )
-
-
-def _barrier() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 def train(options: ExpertokenArguments, arguments: "TrainingArguments") -> Path:
     """Run one training to its composite folder."""
     run = Run(options, arguments)
     outcome = {"tokens": run.run_tokens, "lora": run.run_lora}[options.method]()
-    _barrier()
+    barrier()
     output = Path(arguments.output_dir)
     if arguments.process_index == 0:
         run.save(outcome)
         _summary(run, outcome, output)
-    _barrier()
+    barrier()
     return output
 
 
@@ -181,18 +164,3 @@ def _summary(run: Run, outcome: dict[str, Any], output: Path) -> None:
         best,
         singles[best],
     )
-
-
-def leave() -> None:
-    """Leave at once where several gloo processes worked together.
-
-    At interpreter shutdown a gloo thread now and then aborts the process (`terminate called without an active
-    exception`) after everything is on disk, and the launcher reports a failure. A barrier and
-    `destroy_process_group()` do not cure it. On one process, and with other backends, the ordinary exit is used.
-    """
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
-        _barrier()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)

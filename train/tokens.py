@@ -196,13 +196,14 @@ class _Loss:
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Mean loss; its backward pass reaches `rows` once, however many chunks there were."""
         leaf = rows.detach().float().requires_grad_()
-        total, mass = 0.0, 0.0
+        total, mass = 0.0, 0.0  # a validation side may have no weight at all; its loss is 0 then
         for start in range(0, len(self.problem.weights), _CHUNK):
             chunk_sum, chunk_mass = self._chunk(leaf, slice(start, start + _CHUNK))
             if leaf.requires_grad and chunk_sum.requires_grad:
                 chunk_sum.backward()
             total += chunk_sum.item()
             mass += chunk_mass.item()
+        mass = mass or 1.0
         gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         # A linear function of `rows` with the value and the gradient of the sum: one graph instead of one per chunk.
         linear = ((rows - rows.detach()) * (gradient.double() / mass)).sum()

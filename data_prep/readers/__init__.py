@@ -32,7 +32,7 @@ def read_results(path: Path | str, format: str = "table", **options: Any) -> Ben
 
 
 def parse_options(format: str, pairs: list[str]) -> dict[str, Any]:  # noqa: A002
-    """Reader options from `KEY=VALUE` texts; a comma in a value makes a list.
+    """Reader options from `KEY=VALUE` texts; options that are lists take commas.
 
     Raises:
         ResultsError: a text has no `=`, or the reader has no such option.
@@ -48,5 +48,6 @@ def parse_options(format: str, pairs: list[str]) -> dict[str, Any]:  # noqa: A00
         if key not in known:
             raise ResultsError(f"--set {pair}: format {format!r} has no option {key!r}, {did_you_mean(key, known)}")
         words = {"true": True, "false": False}
-        options[key] = value.split(",") if "," in value else words.get(value.lower(), value)
+        listed = "Sequence" in str(inspect.signature(READERS[format]).parameters[key].annotation)
+        options[key] = value.split(",") if listed else words.get(value.lower(), value)
     return options

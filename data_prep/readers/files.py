@@ -21,6 +21,20 @@ def files_of(path: Path, *suffixes: str) -> list[Path]:
     return found
 
 
+def read_text(file: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ResultsError: it can't be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ResultsError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except OSError as error:
+        raise ResultsError(f"{file}: {error.strerror}") from None
+
+
 def read_json(file: Path) -> Any:
     """The JSON document of a file.
 
@@ -28,9 +42,7 @@ def read_json(file: Path) -> Any:
         ResultsError: it is not JSON in UTF-8.
     """
     try:
-        return json.loads(file.read_text("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ResultsError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        return json.loads(read_text(file))
     except json.JSONDecodeError as error:
         raise ResultsError(f"{file}: line {error.lineno} is not JSON ({error.msg}); is the file cut short?") from None
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ..results import BenchmarkResults, ResultsError
-from .files import number, read_json
+from .files import number, read_json, read_text
 
 _STAMP = r"\d{4}-\d{2}-\d{2}T[\d\-.:]+"
 _SAMPLES = re.compile(rf"samples_(?P<task>.+)_(?P<stamp>{_STAMP})\.jsonl")
@@ -50,7 +50,7 @@ def _model_name(folder: Path) -> str:
 def _read_samples(file: Path, task: str, model: str, metric: str | None) -> BenchmarkResults:
     ids, prompts, scores = [], [], []
     chosen_filter = None
-    for line_number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+    for line_number, line in enumerate(read_text(file).splitlines(), 1):
         if not line.strip():
             continue
         place = f"{file}: line {line_number}"

@@ -58,7 +58,8 @@ def read(
 def _load(file: Path) -> pd.DataFrame:
     try:
         if file.suffix == ".csv":
-            frame = pd.read_csv(file)
+            # Only an empty cell is missing: "None" and "NA" are answers and questions like any other.
+            frame = pd.read_csv(file, keep_default_na=False, na_values=[""])
         elif file.suffix == ".parquet":
             frame = pd.read_parquet(file)
         elif file.suffix == ".jsonl":
@@ -132,12 +133,22 @@ def _long(
     return BenchmarkResults(first, list(models), grid(score), grid(cost) if cost in frame else None)
 
 
+def _is_score(column: pd.Series) -> bool:
+    """Whether a column holds numbers or truth values only, empty cells aside."""
+    if pd.api.types.is_numeric_dtype(column):
+        return True
+    return column.dropna().astype(str).str.lower().isin(["true", "false", "nan"]).all() and column.notna().any()
+
+
 def _wide(
     frame: pd.DataFrame, queries: pd.DataFrame, file: Path, models: Sequence[str] | None, taken: set[str]
 ) -> BenchmarkResults:
     if models is None:
-        numeric = frame.select_dtypes(["number", "bool"]).columns
-        models = [name for name in numeric if name not in taken and not str(name).startswith("Unnamed")]
+        models = [
+            name
+            for name in frame
+            if name not in taken and not str(name).startswith("Unnamed") and _is_score(frame[name])
+        ]
         if not models:
             raise ResultsError(f"{file}: no numeric column left to be a model's scores; name them with `models`")
     for name in models:

@@ -6,9 +6,11 @@ Everything shown is computed here and now; what an earlier run computed is used 
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from rich.console import Console
@@ -35,11 +37,13 @@ PROMPTS = (
 )
 
 console = Console(highlight=False, soft_wrap=True)
+warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed's warning that there is no GPU
 
 
 def step(number: int, title: str) -> None:
     """A heading."""
-    console.rule(f"[bold]{number}. {title}", align="left")
+    console.print(f"\n[bold]{number}. {title}", style="magenta")
 
 
 def run(*command: str | Path) -> None:
@@ -47,18 +51,19 @@ def run(*command: str | Path) -> None:
     words = [str(word) for word in command]
     shown = [word.replace(f"{ROOT}/", "") for word in words]
     console.print(f"[bold]$ {shlex.join(shown)}", style="cyan")
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run(words, check=True, env=environment, cwd=ROOT)
 
 
-def split_results(answers: Path, first: Path, new: Path) -> None:
+def split_results(answers: dict[str, Path], first: Path, new: Path) -> None:
     """Sort the answers: what is known before the left-out expert comes, and what comes with it."""
     for folder in (first, new):
-        folder.mkdir(parents=True, exist_ok=True)
-    for file in answers.glob("*.jsonl"):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    for name, file in answers.items():
         lines = file.read_text().splitlines(keepends=True)
         about = [json.loads(line)["benchmark"] == LEFT_OUT for line in lines]
-        if file.stem == LEFT_OUT:
+        if name == LEFT_OUT:
             (new / file.name).write_text("".join(lines))
             continue
         (first / file.name).write_text("".join(line for line, new_ in zip(lines, about, strict=True) if not new_))
@@ -97,8 +102,8 @@ def main() -> None:
     started = time.perf_counter()
     results, new_results, composite = OUT / "results", OUT / "results-new", OUT / "composite"
     step(1, "every expert and the bare meta LLM answer the benchmark (held-in and held-out tasks)")
-    measure(OUT / "answers", PER_SIDE)
-    split_results(OUT / "answers", results, new_results)
+    answers = measure(OUT / "answers", PER_SIDE)
+    split_results(answers, results, new_results)
     step(2, "labels: who should answer what")
     pool = HERE / "pool.yaml"
     run("expertoken", "prepare", results, "--pool", pool, "--validation", "0.25", "--out", OUT / "supervision")

@@ -2,20 +2,20 @@
 
     python -m expertoken.examples.skills.measure OUT
 
-Writes benchmark results as JSONL, a file per model, in the `table` format of `expertoken prepare`. Models whose file is
-there already are not asked again.
+Writes benchmark results as JSONL, a file per model, in the `table` format of `expertoken prepare`. Models whose answers
+are there already, for the same weights and questions, are not asked again.
 """
 
 import argparse
+import hashlib
 import json
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from rich.progress import track
 
 from expertoken.inference.backends import Generation, LocalModels, open_backend
-from expertoken.modeling.experts import SELF, Expert, ExpertPool
+from expertoken.modeling.experts import Expert, ExpertPool
 from expertoken.modeling.files import atomic_file
 from expertoken.modeling.meta import Source
 
@@ -24,7 +24,7 @@ from .tasks import BENCHMARKS, SKILLS, tasks
 
 HERE = Path(__file__).parent
 SIDES = {"held_in": "train", "held_out": "test"}
-_LONGEST_ANSWER = 40  # tokens; the longest right answer of any skill, a date over a month's end, has 34
+_LONGEST_ANSWER = 40  # tokens; the longest right answer of any skill, a date over a month's end, has 33
 
 
 def full_pool() -> ExpertPool:
@@ -49,21 +49,35 @@ def questions(per_side: int) -> list[dict[str, str]]:
     ]
 
 
-def measure(out: Path, per_side: int) -> None:
-    """Ask and score all models of the full pool; one file a model under `out`."""
+def _key(expert: Expert, asked: list[dict[str, str]]) -> str:
+    """What a model's answers depend on: its weights, the questions, the length of answers."""
+    digest = hashlib.sha256(json.dumps([asked, _LONGEST_ANSWER]).encode())
+    if expert.model:
+        digest.update((Path(expert.model) / "adapter_model.safetensors").read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def measure(out: Path, per_side: int) -> dict[str, Path]:
+    """Ask and score all models of the full pool.
+
+    Returns:
+        the file of each model's scored answers, under `out`.
+    """
     models = LocalModels()
     base = Source(str(smollm2()))
     asked = questions(per_side)
     pool = full_pool()
-    missing = [expert for expert in pool.candidates if not (out / f"{expert.name}.jsonl").exists()]
+    files = {expert.name: out / f"{expert.name}-{_key(expert, asked)}.jsonl" for expert in pool.candidates}
+    missing = [expert for expert in pool.candidates if not files[expert.name].exists()]
     for expert in track(missing, description="answering", disable=not missing):
-        backend = open_backend(expert if expert.backend != SELF else replace(expert, model=None), models, base)
+        backend = open_backend(expert, models, base)
         conversations = [[{"role": "user", "content": row["query"]}] for row in asked]
         answers = backend.complete(conversations, Generation(max_new_tokens=_LONGEST_ANSWER))
-        with atomic_file(out / f"{expert.name}.jsonl") as aside, aside.open("w") as file:
+        with atomic_file(files[expert.name]) as aside, aside.open("w") as file:
             for row, response in zip(asked, answers, strict=True):
                 score = BENCHMARKS[row["benchmark"]].score(response, row["answer"])
                 file.write(json.dumps({"model": expert.name, **row, "response": response, "score": score}) + "\n")
+    return files
 
 
 def main() -> None:

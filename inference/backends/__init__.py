@@ -23,8 +23,8 @@ def open_backend(expert: Expert, models: LocalModels, meta_base: Source) -> Back
     if expert.backend == "openai":
         return EndpointBackend(expert)
     if expert.backend == "adapter":
-        base = Source(expert.base, expert.revision) if expert.base else meta_base
-        return models.adapter(base, expert.model, expert.name)
+        base = Source(expert.base) if expert.base else meta_base
+        return models.adapter(base, expert.model, expert.revision)
     if expert.backend == "transformers":
         return models.model(Source(expert.model, expert.revision))
     return models.model(meta_base)

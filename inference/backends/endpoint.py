@@ -25,9 +25,11 @@ class EndpointBackend(Backend):
     def __init__(self, expert: Expert) -> None:
         import openai
 
-        key = os.environ.get(expert.api_key_env) if expert.api_key_env else os.environ.get("OPENAI_API_KEY", "none")
-        if expert.api_key_env and not key:
-            raise ExpertFailedError(f"the environment variable {expert.api_key_env} with its key is not set")
+        # OPENAI_API_KEY belongs to the client's default address; an endpoint elsewhere must not be sent it.
+        variable = expert.api_key_env or (None if expert.base_url else "OPENAI_API_KEY")
+        key = os.environ.get(variable) if variable else "none"
+        if not key:
+            raise ExpertFailedError(f"the environment variable {variable} with its key is not set")
         self.expert = expert
         self.client = openai.OpenAI(api_key=key, base_url=expert.base_url, timeout=_TIMEOUT, max_retries=2)
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,6 @@ from .base import Backend, Generation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_FAILURES = (RuntimeError, ValueError, OSError, MemoryError)
-"""What a local generation can fail with; `torch.OutOfMemoryError` is a RuntimeError."""
 
 
 def generation_options(generation: Generation) -> dict[str, Any]:
@@ -34,6 +31,7 @@ def stream_generate(
     inputs: dict[str, Any],
     generation: Generation,
     first: torch.Tensor | None = None,
+    ready: AbstractContextManager | None = None,
 ) -> Iterator[str]:
     """Run `model.generate` in a thread and yield its text as it comes; closing the iterator stops the thread.
 
@@ -43,6 +41,8 @@ def stream_generate(
         inputs: `input_ids` and `attention_mask` `[1, T]`, and further arguments of `generate`.
         generation: how.
         first: `[n]` tokens at the end of `input_ids` that belong to the answer already.
+        ready: entered by the thread around the generation (a lock, the choice of an adapter). Not around the iteration:
+            who reads slowly, or from several threads, must not hold a lock for that.
 
     Raises:
         ExpertFailedError: generation failed.
@@ -67,11 +67,14 @@ def stream_generate(
         try:
             if generation.seed is not None and first is None:
                 torch.manual_seed(generation.seed)
-            with torch.inference_mode():
+            with ready or nullcontext(), torch.inference_mode():
+                if stopped.is_set():
+                    return
                 model.generate(**options, streamer=streamer, stopping_criteria=StoppingCriteriaList([Stop()]))
         except BaseException as error:
             failure.append(error)
-            streamer.end()
+        finally:
+            streamer.text_queue.put(streamer.stop_signal)  # also where `generate` never came to it
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -82,9 +85,10 @@ def stream_generate(
         thread.join()
     if failure:
         error = failure[0]
-        if isinstance(error, _FAILURES):
-            raise ExpertFailedError(f"generation failed: {str(error).splitlines()[0]}") from error
-        raise error
+        if not isinstance(error, Exception):
+            raise error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ExpertFailedError(f"generation failed: {reason}") from error
 
 
 class LocalBackend(Backend):
@@ -121,9 +125,8 @@ class LocalBackend(Backend):
     def stream(self, messages: Sequence[Message], generation: Generation) -> Iterator[str]:
         """The answer in pieces."""
         ids = torch.tensor([self._encode(messages)], device=self.model.device)
-        with self._ready():
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            yield from stream_generate(self.model, self.tokenizer, inputs, generation)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        yield from stream_generate(self.model, self.tokenizer, inputs, generation, ready=self._ready())
 
     def complete(
         self, conversations: Sequence[Sequence[Message]], generation: Generation, batch_size: int = 32
@@ -186,7 +189,7 @@ class LocalModels:
         """A backend that answers with a model as it is."""
         return LocalBackend(*self.base(source))
 
-    def adapter(self, base: Source, folder: str, name: str) -> LocalBackend:
+    def adapter(self, base: Source, folder: str, revision: str | None = None) -> LocalBackend:
         """A backend that answers with a LoRA adapter on a base; adapters of one base share one model.
 
         The adapted model has the base's very tensors but modules of its own, so that the base stays as it is.
@@ -198,17 +201,17 @@ class LocalModels:
 
         model, tokenizer = self.base(base)
         key = _resolved(base)
-        # PEFT takes adapter names as module names, which have no dots.
-        slot = name.replace(".", "_")
         if not (Path(folder) / "adapter_config.json").exists() and Path(folder).exists():
             raise ExpertFailedError(f"{folder}: no adapter_config.json in it; expected a PEFT adapter")
         with self.lock:
             try:
                 if key in self._adapted:
                     adapted, lock = self._adapted[key]
-                    adapted.load_adapter(folder, slot)
+                    slot = f"expert_{len(adapted.peft_config)}"
+                    adapted.load_adapter(folder, slot, revision=revision)
                 else:
-                    adapted = PeftModel.from_pretrained(share_weights(model), folder, adapter_name=slot)
+                    slot = "expert_0"
+                    adapted = PeftModel.from_pretrained(share_weights(model), folder, slot, revision=revision)
                     lock = threading.RLock()
                     self._adapted[key] = (adapted, lock)
             except Exception as error:  # PEFT raises ValueError, RuntimeError, KeyError, SafetensorError, ... alike

@@ -160,3 +160,15 @@ def test_the_published_routerdc_files_give_the_published_means():
     names = ("mmlu_test", "gsm8k-test", "cmmlu_test", "arc_challenge_test", "humaneval_test")
     means = np.mean([read_results(DATA / "routerdc" / f"{n}.json", "routerdc").scores.mean(0) for n in names], 0)
     assert 100 * means.max() == pytest.approx(54.56, abs=0.01)
+
+
+def test_truth_values_with_a_gap_are_scores_and_words_like_none_are_text(tmp_path):
+    results = read_results(write(tmp_path, "r.csv", "query,a,b\nNone,True,False\nNA,,True\n"))
+    assert results.models == ["a", "b"]
+    np.testing.assert_array_equal(results.scores, [[1, 0], [np.nan, 1]])
+    assert results.queries["prompt"].tolist() == ["None", "NA"]
+
+
+def test_one_model_may_be_named(tmp_path):
+    file = write(tmp_path, "r.csv", "query,law,x\nq,1,0\n")
+    assert read_results(file, **parse_options("table", ["models=law"])).models == ["law"]

@@ -68,3 +68,10 @@ def test_the_summary_has_means_per_benchmark():
     assert summary.loc["x", "a"] == 0.5
     assert summary.loc["x", "queries"] == 2
     assert np.isnan(summary.loc["y", "a"])
+
+
+def test_a_side_that_only_one_file_states_is_kept_and_two_sides_are_refused():
+    plain, stated = make(["1", "2"], ["a"], [[1], [0]]), make(["1", "2"], ["b"], [[1], [0]], split=["train", "test"])
+    assert BenchmarkResults.merge([plain, stated]).queries["split"].tolist() == ["train", "test"]
+    with pytest.raises(ResultsError, match="on different sides"):
+        BenchmarkResults.merge([stated, make(["1"], ["c"], [[1]], split=["test"])])

@@ -256,3 +256,56 @@ def test_an_endpoint_that_refuses_falls_back_without_telling_the_key(make, endpo
     assert reply.expert == "self"
     assert reply.failures["remote"] == "the endpoint answered 401"
     assert "very-secret" not in repr(reply)
+
+
+def test_a_key_goes_to_nobody_it_was_not_meant_for(make, endpoint, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "my-openai-key")
+    stranger = Expert("remote", "openai", "m", base_url=endpoint.base_url)
+    make(winner=0, experts=ExpertPool([stranger, Expert("self", backend="self")])).chat("hello", max_new_tokens=3)
+    assert "my-openai-key" not in repr(Endpoint.seen)
+
+
+class Odd:
+    """A backend that misbehaves in one way."""
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def stream(self, *_):
+        for piece in self.pieces:
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+
+
+@pytest.mark.parametrize(
+    "pieces", [[], [IndexError("index out of range")], [torch.OutOfMemoryError("CUDA out of memory")]]
+)
+def test_whatever_an_expert_fails_with_the_next_one_answers(make, pieces):
+    composite = make(winner=0)
+    composite._backends["math"] = Odd(pieces)
+    reply = composite.chat("hello", max_new_tokens=3)
+    assert reply.expert == reply.dispatch.ranking[1]
+    assert list(reply.failures) == ["math"]
+
+
+def test_an_answer_that_breaks_off_is_marked_never_silent(make):
+    composite = make(winner=0)
+    composite._backends["math"] = Odd(["half an ans", RuntimeError("gone")])
+    stream = composite.stream("hello")
+    with pytest.raises(ExpertokenError, match="'math' broke off in its answer: gone"):
+        list(stream)
+    assert stream.reply.text == "half an ans"
+
+
+def test_two_streams_of_two_adapters_in_turns_do_not_disturb_each_other(make, base_folder, tmp_path):
+    for seed, name in enumerate(("one", "two")):
+        adapter(base_folder, tmp_path / name, seed)
+    composite = make(winner=0, experts=ExpertPool([Expert(n, "adapter", str(tmp_path / n)) for n in ("one", "two")]))
+    messages = [{"role": "user", "content": "hello there"}]
+    alone = {n: "".join(composite.backend(n).stream(messages, Generation(12))) for n in ("one", "two")}
+    streams = {n: composite.backend(n).stream(messages, Generation(12)) for n in ("one", "two")}
+    got = {n: next(stream) for n, stream in streams.items()}
+    for name, stream in streams.items():
+        got[name] += "".join(stream)
+    assert got == alone

@@ -153,3 +153,38 @@ def test_a_damaged_base_is_one_clear_line(tmp_path):
 def test_a_missing_base_is_one_clear_line(tmp_path):
     with pytest.raises(ExpertokenError, match="no such folder"):
         MetaLLM.from_pretrained(str(tmp_path / "nowhere"), 1)
+
+
+def test_a_folder_can_not_switch_on_remote_code_by_itself(tmp_path, composite):
+    save_composite(composite, tmp_path / "composite", verify=False)
+    manifest = json.loads((tmp_path / "composite" / MANIFEST_FILE).read_text())
+    manifest["base"]["trust_remote_code"] = True
+    (tmp_path / "composite" / MANIFEST_FILE).write_text(json.dumps(manifest))
+    with pytest.raises(ExpertokenError, match="say trust_remote_code=True"):
+        load_composite(tmp_path / "composite", device="cpu")
+    load_composite(tmp_path / "composite", device="cpu", trust_remote_code=True)
+
+
+def test_no_path_of_this_machine_is_in_a_card(tmp_path, composite):
+    save_composite(composite, tmp_path / "composite", verify=False)
+    for name in ("README.md", "experts.yaml", MANIFEST_FILE):
+        assert str(tmp_path.parent) not in (tmp_path / "composite" / name).read_text(), name
+
+
+def test_a_file_limit_while_writing_rows_is_one_clear_line(tmp_path, composite):
+    """The kernel's own refusal, in a process of its own."""
+    import subprocess
+    import sys
+
+    save_composite(composite, tmp_path / "composite", verify=False)
+    before = contents(tmp_path / "composite")
+    code = (
+        "import resource, signal; from expertoken.modeling.composite import *\n"
+        f"c = load_composite({str(tmp_path / 'composite')!r}, device='cpu')\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        f"save_composite(c, {str(tmp_path / 'composite')!r}, verify=False)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ExpertokenError" in done.stderr.splitlines()[-1]
+    assert "could not be written (File too large); it is as it was" in done.stderr
+    assert contents(tmp_path / "composite") == before

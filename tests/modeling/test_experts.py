@@ -44,7 +44,8 @@ def test_all_mistakes_of_a_pool_are_reported_together():
     [
         ({"api_key": "sk-secret123"}, "a key itself is refused"),
         ({"api_key_env": "sk-secret123"}, "NAME of an environment variable"),
-        ({"base_url": "https://user:secret123@host/v1"}, "without a user name or password"),
+        ({"base_url": "https://host/v1?key=secret123"}, "without a user name, password"),
+        ({"base_url": "https://user:secret123@host/v1"}, "without a user name, password"),
     ],
 )
 def test_a_key_is_refused_and_never_repeated(entry, message):

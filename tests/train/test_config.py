@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 import expertoken
+from expertoken.modeling.experts import ExpertPool
 from expertoken.train import entry
 from expertoken.train.config import RECIPES, ConfigError, parse_arguments
 
@@ -30,8 +31,13 @@ def test_every_training_recipe_goes_through_the_entry_point(recipe, monkeypatch,
     assert any("accelerate launch -m expertoken.train" in line for line in head)
 
 
+@pytest.mark.parametrize("pool", sorted((CONFIGS / "pools").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_pool_is_read(pool):
+    assert len(ExpertPool.from_yaml(pool)) > 0
+
+
 def test_no_yaml_is_outside_the_tested_folders():
-    assert {path.parent.name for path in CONFIGS.rglob("*.yaml")} <= {"train", "pools", "accelerate"}
+    assert {path.parent.name for path in CONFIGS.rglob("*.yaml")} == {"train", "pools"}
 
 
 def test_command_line_beats_yaml_beats_default(tmp_path):
@@ -66,3 +72,16 @@ def test_a_recipe_that_is_no_mapping_is_refused(tmp_path):
     (tmp_path / "r.yaml").write_text("- a\n")
     with pytest.raises(ConfigError, match="expected keys and values"):
         parse_arguments([str(tmp_path / "r.yaml"), *NEEDED])
+
+
+def test_values_with_an_equals_sign_are_checked_and_negated_flags_are_known():
+    with pytest.raises(ConfigError, match="method: unknown value 'lroa', did you mean 'lora'"):
+        parse_arguments(["--method=lroa", *NEEDED])
+    with pytest.raises(ConfigError, match="dtype: unknown value 'fp32'"):
+        parse_arguments(["--dtype", "fp32", *NEEDED])
+    assert parse_arguments(["--no_verify", *NEEDED])[0].verify is False
+
+
+def test_one_value_in_yaml_is_a_list_of_one(tmp_path):
+    (tmp_path / "r.yaml").write_text("l2: 0.1\n")
+    assert parse_arguments([str(tmp_path / "r.yaml"), *NEEDED])[0].l2 == [0.1]

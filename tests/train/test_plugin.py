@@ -105,3 +105,24 @@ def test_results_of_someone_else_are_refused(composite_folder, base_folder):
         remove_expert(composite_folder, "physics")
     with pytest.raises(PoolError, match="has no token"):
         remove_expert(composite_folder, "self")
+
+
+def test_an_id_that_stands_for_another_question_is_refused(composite_folder, base_folder):
+    clash = new_results()
+    clash.queries.loc[0, "id"] = "q0"  # of the supervision, about something else
+    with pytest.raises(ResultsError, match="query id 'q0' stands for another question"):
+        add_expert(composite_folder, Expert("sql", model=str(base_folder)), clash)
+
+
+def test_queries_without_the_new_expert_keep_their_targets(composite_folder, base_folder):
+    from expertoken.data_prep.supervision import Supervision, supervision_of
+    from expertoken.modeling.composite import read_manifest
+
+    old = Supervision.load(composite_folder.parent / "supervision")
+    add_expert(composite_folder, Expert("sql", model=str(base_folder)), new_results(), verify=False)
+    new = supervision_of(read_manifest(composite_folder), composite_folder)
+    before = {row["id"]: row["target"] for row in old.data["train"]}
+    after = {row["id"]: row["target"] for row in new.data["train"]}
+    assert new.info.candidates == ["math", "law", "sql", "self"]
+    for key, target in before.items():
+        assert [after[key][i] for i in (0, 1, 3)] == target
