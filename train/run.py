@@ -39,8 +39,8 @@ class Run:
         if arguments.n_gpu > 1:
             # The Trainer would wrap the model in DataParallel, which splits what `logits_to_keep` must not split.
             raise ExpertokenError(
-                f"one process sees {arguments.n_gpu} GPUs; start it with `accelerate launch -m expertoken.train ...`, or "
-                "show it one with CUDA_VISIBLE_DEVICES=0"
+                f"one process sees {arguments.n_gpu} GPUs; start it with `accelerate launch -m expertoken.train ...`, "
+                "or show it one with CUDA_VISIBLE_DEVICES=0"
             )
         source = Source(options.meta, options.revision, options.trust_remote_code)
         dtype = getattr(torch, options.dtype) if options.dtype else None
