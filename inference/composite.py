@@ -253,7 +253,7 @@ class CompositeModel:
 
 
 def _sample(logits: torch.Tensor, generation: Generation) -> torch.Tensor:
-    """One token `[1, 1]`, chosen as `generate` would with the same options."""
+    """One token `[1, 1]` by temperature and nucleus: what `Generation` offers."""
     if generation.temperature <= 0:
         return logits.argmax(-1, keepdim=True)
     if generation.seed is not None:
