@@ -6,8 +6,6 @@ The names below are loaded when first used, so that `import expertoken` stays li
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
-
 _HOMES = {
     "BenchmarkResults": ".data_prep.results",
     "CompositeModel": ".inference.composite",
@@ -41,6 +39,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("expertoken")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

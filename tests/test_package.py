@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -31,15 +32,16 @@ def test_every_public_name_is_there():
         assert getattr(expertoken, name).__doc__, name
 
 
-def test_the_version_is_the_same_everywhere():
-    from importlib.metadata import version
-
-    assert version("expertoken") == expertoken.__version__
+def test_the_version_is_that_of_the_changelog():
+    assert f"## {expertoken.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_the_wheel_holds_the_package_only(tmp_path):
     pytest.importorskip("build")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    # From a copy: a build folder left in the checkout would put deleted modules into the next wheel.
+    leave = shutil.ignore_patterns(".*", "build", "dist", "demo", "runs", "*.egg-info", "__pycache__", "adapters")
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=leave)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
