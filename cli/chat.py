@@ -11,6 +11,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
 ) -> None:
     """Chat with a composite. /why tells who answered, /help lists the commands."""
     from transformers.utils import logging as transformers_logging
@@ -19,5 +20,5 @@ def chat(
     from ..inference.terminal import TerminalChat
 
     transformers_logging.disable_progress_bar()
-    model = CompositeModel.from_pretrained(composite, device=device)
+    model = CompositeModel.from_pretrained(composite, device=device, trust_remote_code=trust_remote_code)
     TerminalChat(model, max_new_tokens=max_new_tokens, temperature=temperature).run()

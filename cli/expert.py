@@ -10,6 +10,7 @@ app = typer.Typer(help="Plug an expert into a trained composite, list them, take
 _Composite = Annotated[Path, typer.Argument(help="Composite folder.")]
 _Name = Annotated[str, typer.Option(help="The expert's name.")]
 _Data = Annotated[Path | None, typer.Option(help="The composite's supervision, where it was moved.")]
+_Trust = Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")]
 _Verify = Annotated[bool, typer.Option(help="Check the saved folder in a fresh process.")]
 
 
@@ -31,6 +32,7 @@ def add(
     results_name: Annotated[str | None, typer.Option(help="How the results call it. Default: name or model.")] = None,
     data: _Data = None,
     verify: _Verify = True,
+    trust_remote_code: _Trust = False,
 ) -> None:
     """Fit a token for one more expert. The other tokens stay bit for bit as they are."""
     from ..data_prep.readers import parse_options, read_results
@@ -50,7 +52,7 @@ def add(
     entry = {key: value for key, value in given.items() if value is not None}
     [expert] = ExpertPool.parse({"experts": [entry]}, "the new expert", Path.cwd()).candidates
     read = read_results(results, format, **parse_options(format, option or []))
-    change = add_expert(composite, expert, read, data=data, verify=verify)
+    change = add_expert(composite, expert, read, data=data, verify=verify, trust_remote_code=trust_remote_code)
     typer.echo(f"{name} added as {expert.token}; {change}")
 
 
@@ -74,9 +76,15 @@ def list_experts(composite: _Composite) -> None:
 
 
 @app.command()
-def remove(composite: _Composite, name: _Name, data: _Data = None, verify: _Verify = True) -> None:
+def remove(
+    composite: _Composite,
+    name: _Name,
+    data: _Data = None,
+    verify: _Verify = True,
+    trust_remote_code: _Trust = False,
+) -> None:
     """Take an expert out. The other tokens stay bit for bit as they are."""
     from ..train.plugin import remove_expert
 
-    change = remove_expert(composite, name, data=data, verify=verify)
+    change = remove_expert(composite, name, data=data, verify=verify, trust_remote_code=trust_remote_code)
     typer.echo(f"{name} removed" + (f"; {change}" if change else ""))

@@ -102,6 +102,7 @@ def evaluate(
     split: str = "test",
     *,
     resamples: int = 5000,
+    trust_remote_code: bool = False,
 ) -> Report:
     """Score a composite against every single candidate, simple baselines and the per-query oracle.
 
@@ -112,6 +113,7 @@ def evaluate(
         data: a supervision folder, or a loaded one; the one it was trained on where not given (folders only).
         split: which side.
         resamples: of the bootstrap.
+        trust_remote_code: allow the base model's repository to run its own code.
 
     Raises:
         ExpertokenError: the supervision lacks the side, or a candidate of the composite.
@@ -124,7 +126,8 @@ def evaluate(
         if folder is None and data is None:
             raise ExpertokenError("a composite in memory does not know its supervision; say which with `data`")
         supervision = supervision_of(read_manifest(folder), folder, data) if folder else Supervision.load(data)
-    composite = composite if isinstance(composite, Composite) else load_composite(composite)
+    if folder is not None:
+        composite = load_composite(folder, trust_remote_code=trust_remote_code)
     names = composite.pool.names
     benchmarks = np.asarray(supervision.side(split)["benchmark"], dtype=str)
     raw = candidate_scores(composite, supervision, split)

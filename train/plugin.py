@@ -59,6 +59,7 @@ def add_expert(
     data: Path | None = None,
     l2: tuple[float, ...] = DEFAULT_L2,
     verify: bool = True,
+    trust_remote_code: bool = False,
 ) -> Change:
     """Fit a row for a new expert on its results and save the composite with it.
 
@@ -72,12 +73,13 @@ def add_expert(
         data: the composite's supervision, where it was moved.
         l2: strengths to try.
         verify: check the saved folder in a fresh process.
+        trust_remote_code: allow the base model's repository to run its own code.
 
     Raises:
         ExpertokenError: there are no results of the expert, its name is taken, or the supervision is gone.
     """
     folder = Path(folder)
-    composite = load_composite(folder)
+    composite = load_composite(folder, trust_remote_code=trust_remote_code)
     old_pool, new_pool = composite.pool, composite.pool.with_expert(expert)
     column = expert.find_in(results.models)
     if column is None:
@@ -107,8 +109,15 @@ def add_expert(
     return change
 
 
-def remove_expert(folder: Path | str, name: str, *, data: Path | None = None, verify: bool = True) -> Change | None:
-    """Take an expert out and save the composite.
+def remove_expert(
+    folder: Path | str,
+    name: str,
+    *,
+    data: Path | None = None,
+    verify: bool = True,
+    trust_remote_code: bool = False,
+) -> Change | None:
+    """Take an expert out and save the composite. Arguments as in `add_expert`.
 
     Returns:
         what changed, or None where the supervision is gone and it can't be told.
@@ -117,7 +126,7 @@ def remove_expert(folder: Path | str, name: str, *, data: Path | None = None, ve
         PoolError: there is no such expert, it is self, or it is the last one.
     """
     folder = Path(folder)
-    composite = load_composite(folder)
+    composite = load_composite(folder, trust_remote_code=trust_remote_code)
     index = composite.pool.index(name)
     pool = composite.pool.without(name)
     before = composite.meta.rows
