@@ -58,9 +58,9 @@ def query_level(
 def subject_level(
     scores: np.ndarray, groups: Sequence[str], train: np.ndarray, *, self_index: int | None = None, **_: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Label each query by the winner of its subject on the train side (Bench-CoE, arXiv 2412.04167, subject-level).
+    """Label each query by the winner of its subject (Bench-CoE, arXiv 2412.04167, subject-level).
 
-    The subject is the benchmark where results name no subject. A subject that the train side does not have gets the
+    The subject is the benchmark where results name no subject. A subject that the learning side does not have gets the
     winner over all of it.
     """
     groups = np.asarray(groups)
@@ -109,7 +109,7 @@ def label(
     Args:
         scores: `[N, C]` over the candidates, NaN where not measured.
         groups: N subjects (benchmark and subject in one).
-        train: `[N]` mask of the train side; nothing else may decide a subject's winner.
+        train: `[N]` mask of the learning side (train and validation); the test side must not decide who wins a subject.
         strategy: `query`, `subject` or `soft`.
         self_index: the column of self, if it is a candidate.
         temperature: of `soft`.

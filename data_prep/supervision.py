@@ -215,7 +215,7 @@ def build_supervision(
     groups = (results.queries["benchmark"].astype(str) + "/" + subjects).tolist()
     self_index = len(pool) if pool.has_self else None
     targets, weights = label(
-        results.scores, groups, side == "train", strategy, self_index=self_index, temperature=temperature
+        results.scores, groups, side != "test", strategy, self_index=self_index, temperature=temperature
     )
     if not weights[side == "train"].any():
         raise ResultsError("every candidate scores alike on every train query; there is nothing to learn from")

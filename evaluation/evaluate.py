@@ -170,9 +170,10 @@ def evaluate(
 def _baselines(
     composite: Composite, supervision: Supervision, scores: np.ndarray, benchmarks: np.ndarray
 ) -> Mapping[str, tuple[str, np.ndarray]]:
-    """Best single and best per dataset (both chosen on the train side), random, and the oracle."""
-    learnt = np.nan_to_num(candidate_scores(composite, supervision, "train"))
-    learnt_benchmarks = np.asarray(supervision.side("train")["benchmark"], dtype=str)
+    """Best single and best per dataset (both chosen on train and validation), random, and the oracle."""
+    sides = [name for name in ("train", "validation") if len(supervision.data[name])]
+    learnt = np.nan_to_num(np.concatenate([candidate_scores(composite, supervision, name) for name in sides]))
+    learnt_benchmarks = np.concatenate([np.asarray(supervision.side(name)["benchmark"], dtype=str) for name in sides])
     known = np.unique(learnt_benchmarks)
     means = np.stack([learnt[learnt_benchmarks == name].mean(0) for name in known])
     single = int(means.mean(0).argmax())

@@ -7,6 +7,7 @@ memory stays bounded however many there are.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,7 +114,10 @@ def fit_rows(
     fixed_rows: torch.Tensor | None = None,
     max_iterations: int = 300,
 ) -> Fit:
-    """Fit expert rows on cached states, for each L2 strength, and keep the best on validation.
+    """Fit expert rows on cached states, for each L2 strength; fit the best one again with validation's queries too.
+
+    The final fit wastes nothing: once the strength is chosen, the validation side is as good to learn from as any. The
+    losses and scores in `Fit.path` are from before, when validation was unseen.
 
     Args:
         train: what is fitted.
@@ -132,7 +136,20 @@ def fit_rows(
     fixed_count = 0 if fixed_rows is None else len(fixed_rows)
     count = train.targets.shape[1] - fixed_count - int(with_self)
     shape = (count, train.features.hidden.shape[1] + 1)
-    evaluator = _Loss(train, OBJECTIVES[objective], transform, with_self=with_self, fixed_rows=fixed_rows)
+    options = {"with_self": with_self, "fixed_rows": fixed_rows}
+
+    def solve(problems: Sequence[Problem], strength: float, begin: np.ndarray) -> Any:
+        evaluator = _Loss(problems, OBJECTIVES[objective], transform, **options)
+
+        def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            coordinates = torch.from_numpy(flat.reshape(shape)).requires_grad_()
+            value = evaluator(space.rows(coordinates)) + strength / 2 * coordinates[:, :-1].square().sum()
+            value.backward()
+            return value.item(), coordinates.grad.numpy().ravel()
+
+        limits = {"maxiter": max_iterations, "maxfun": 10**6}
+        return minimize(loss, begin.ravel(), jac=True, method="L-BFGS-B", options=limits)
+
     begin = np.zeros(shape)
     if objective == "expected_score":
         # Its gradient vanishes far from a solution, so every strength starts at the convex problem's.
@@ -152,53 +169,52 @@ def fit_rows(
     strengths = sorted(set(l2), reverse=True) if validation else [l2[0]]
     fits = []
     for strength in tqdm(strengths, desc="fit", unit="l2", leave=False, disable=len(strengths) == 1):
-
-        def loss(flat: np.ndarray, strength: float = strength) -> tuple[float, np.ndarray]:
-            coordinates = torch.from_numpy(flat.reshape(shape)).requires_grad_()
-            value = evaluator(space.rows(coordinates)) + strength / 2 * coordinates[:, :-1].square().sum()
-            value.backward()
-            return value.item(), coordinates.grad.numpy().ravel()
-
-        solution = minimize(
-            loss, begin.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": max_iterations, "maxfun": 10**6}
-        )
+        solution = solve([train], strength, begin)
         found = solution.x.reshape(shape)
         if objective != "expected_score":
             begin = found  # the next, weaker strength is solved sooner from here
         rows = space.rows(torch.from_numpy(found)).float()
         entry = {"l2": strength, "train_loss": float(solution.fun), "iterations": int(solution.nit)}
         if validation:
-            entry |= assess(rows, validation, objective, transform, with_self=with_self, fixed_rows=fixed_rows)
+            entry |= assess(rows, validation, objective, transform, **options)
         logger.debug("l2 %g: %s", strength, entry)
         fits.append(Fit(rows, strength, [entry], found))
     path = [fit.path[0] for fit in fits]
     best = max(
         fits, key=lambda fit: (fit.path[0].get("validation_score", 0.0), -fit.path[0].get("validation_loss", 0.0))
     )
-    return replace(best, path=path)
+    if validation is None:
+        return replace(best, path=path)
+    final = solve([train, validation], best.l2, best.coordinates).x.reshape(shape)
+    return Fit(space.rows(torch.from_numpy(final)).float(), best.l2, path, final)
 
 
 class _Loss:
-    """The mean objective over a problem as a function of the rows, chunk by chunk, with gradients."""
+    """The mean objective over problems as a function of the rows, chunk by chunk, with gradients."""
 
     def __init__(
         self,
-        problem: Problem,
+        problems: Sequence[Problem],
         objective: object,
         transform: LogitTransform,
         *,
         with_self: bool,
         fixed_rows: torch.Tensor | None,
     ) -> None:
-        self.problem, self.objective, self.transform = problem, objective, transform
+        self.problems, self.objective, self.transform = problems, objective, transform
         self.with_self, self.fixed_rows = with_self, fixed_rows
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Mean loss; its backward pass reaches `rows` once, however many chunks there were."""
         leaf = rows.detach().float().requires_grad_()
         total, mass = 0.0, 0.0  # a validation side may have no weight at all; its loss is 0 then
-        for start in range(0, len(self.problem.weights), _CHUNK):
-            chunk_sum, chunk_mass = self._chunk(leaf, slice(start, start + _CHUNK))
+        parts = [
+            (problem, slice(start, start + _CHUNK))
+            for problem in self.problems
+            for start in range(0, len(problem.weights), _CHUNK)
+        ]
+        for problem, part in parts:
+            chunk_sum, chunk_mass = self._chunk(leaf, problem, part)
             if leaf.requires_grad and chunk_sum.requires_grad:
                 chunk_sum.backward()
             total += chunk_sum.item()
@@ -209,8 +225,7 @@ class _Loss:
         linear = ((rows - rows.detach()) * (gradient.double() / mass)).sum()
         return linear + total / mass
 
-    def _chunk(self, rows: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        problem = self.problem
+    def _chunk(self, rows: torch.Tensor, problem: Problem, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = torch.from_numpy(np.array(problem.features.hidden[part]))
         log_mass = torch.from_numpy(np.array(problem.features.log_mass[part]))
         fixed = None if self.fixed_rows is None else self.transform(hidden @ self.fixed_rows.float().T)
@@ -247,7 +262,7 @@ def assess(
 ) -> dict[str, float]:
     """Loss and score on a validation side."""
     with torch.no_grad():
-        loss = _Loss(problem, OBJECTIVES[objective], transform, with_self=with_self, fixed_rows=fixed_rows)(rows)
+        loss = _Loss([problem], OBJECTIVES[objective], transform, with_self=with_self, fixed_rows=fixed_rows)(rows)
     every = rows if fixed_rows is None else torch.cat([fixed_rows, rows])
     logits = problem_logits(every, problem.features, transform, with_self=with_self)
     return {

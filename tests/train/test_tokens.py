@@ -18,7 +18,8 @@ def make_problem(count=200, experts=3, seed=0, with_self=False):
     noisy = hidden @ truth + 0.3 * rng.gumbel(size=(count, experts + with_self))
     noisy -= noisy.mean(0)  # no candidate wins by far: routing is worth something
     targets = np.eye(experts + with_self, dtype=np.float32)[noisy.argmax(1)]
-    log_mass = rng.normal(5, 1, count).astype(np.float32)
+    # Z knows a little of when self is best, as a meta LLM's does.
+    log_mass = (5 + rng.normal(0, 0.3, count) + (0.5 * noisy[:, -1] if with_self else 0)).astype(np.float32)
     return Problem(Features(hidden, log_mass), targets, targets, np.ones(count, np.float32), ["b"] * count)
 
 
@@ -57,9 +58,9 @@ def test_chunks_do_not_change_the_solution(monkeypatch):
 def test_every_objective_beats_the_best_single_candidate(objective, with_self, transform):
     train, validation = make_problem(with_self=with_self), make_problem(seed=1, with_self=with_self)
     found = fit(train, validation, objective=objective, l2=[0.1, 0.01], with_self=with_self, transform=transform)
-    singles = validation.scores.mean(0)
-    chosen = problem_logits(found.rows, validation.features, transform, with_self=with_self).argmax(1).numpy()
-    assert mean_score(chosen, validation.scores, validation.benchmarks) > singles.max() + 0.05
+    unseen = make_problem(seed=2, with_self=with_self)
+    chosen = problem_logits(found.rows, unseen.features, transform, with_self=with_self).argmax(1).numpy()
+    assert mean_score(chosen, unseen.scores, unseen.benchmarks) > unseen.scores.mean(0).max() + 0.05
 
 
 def test_the_strength_is_chosen_on_validation():
@@ -89,8 +90,10 @@ def test_weightless_queries_count_for_nothing():
         Features(problem.features.hidden[:100], problem.features.log_mass[:100]),
         problem.targets[:100], problem.scores[:100], problem.weights[:100], problem.benchmarks[:100],
     )  # fmt: skip
-    loss = module._Loss(problem, module.OBJECTIVES["cross_entropy"], LogitTransform(), with_self=False, fixed_rows=None)
-    same = module._Loss(half, module.OBJECTIVES["cross_entropy"], LogitTransform(), with_self=False, fixed_rows=None)
+    loss = module._Loss(
+        [problem], module.OBJECTIVES["cross_entropy"], LogitTransform(), with_self=False, fixed_rows=None
+    )
+    same = module._Loss([half], module.OBJECTIVES["cross_entropy"], LogitTransform(), with_self=False, fixed_rows=None)
     rows = torch.randn(3, DIM, dtype=torch.float64)
     torch.testing.assert_close(loss(rows), same(rows))
 
@@ -98,3 +101,17 @@ def test_weightless_queries_count_for_nothing():
 def test_the_mean_score_is_over_benchmarks_and_unmeasured_counts_as_wrong():
     scores = np.array([[1, 0], [1, 0], [0, np.nan]])
     assert mean_score(np.array([0, 0, 1]), scores, ["a", "a", "b"]) == 0.5
+
+
+def test_the_final_fit_learns_from_validation_too():
+    train, validation = make_problem(count=60), make_problem(count=60, seed=1)
+    final = fit(train, validation, l2=[0.05])
+    both = Problem(
+        Features(
+            *(np.concatenate([getattr(p.features, n) for p in (train, validation)]) for n in ("hidden", "log_mass"))
+        ),
+        *(np.concatenate([getattr(p, n) for p in (train, validation)]) for n in ("targets", "scores", "weights")),
+        [*train.benchmarks, *validation.benchmarks],
+    )
+    loss = module._Loss([both], module.OBJECTIVES["cross_entropy"], LogitTransform(), with_self=False, fixed_rows=None)
+    assert float(loss(final.rows.double())) < float(loss(fit(train, l2=[0.05]).rows.double()))
