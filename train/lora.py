@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from ..modeling.composite import ROWS_FILE, read_rows, write_rows
@@ -220,6 +220,7 @@ def train_lora(
     Returns:
         what the manifest records: steps, best score, seconds.
     """
+    set_seed(arguments.seed)  # the Trainer does so too, but after the adapters have drawn their start
     wrap_with_lora(meta, options)
     benchmarks = list(validation["benchmark"])
 
