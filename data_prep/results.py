@@ -39,13 +39,17 @@ class BenchmarkResults:
 
     def __post_init__(self) -> None:
         self.scores = np.asarray(self.scores, dtype=np.float32)
+        self.costs = None if self.costs is None else np.asarray(self.costs, dtype=np.float32)
         shape = (len(self.queries), len(self.models))
         if 0 in shape:
             raise ResultsError(
                 f"empty results: {shape[0]} queries and {shape[1]} models; expected at least one of each"
             )
-        if self.scores.shape != shape or (self.costs is not None and np.shape(self.costs) != shape):
-            raise ResultsError(f"expected scores and costs of shape {list(shape)}, got {list(self.scores.shape)}")
+        if self.scores.shape != shape or (self.costs is not None and self.costs.shape != shape):
+            raise ResultsError(
+                f"expected scores and costs of shape {list(shape)}, got {list(self.scores.shape)} and "
+                f"{None if self.costs is None else list(self.costs.shape)}"
+            )
         absent = [column for column in QUERY_COLUMNS if column not in self.queries]
         if absent:
             raise ResultsError(f"queries lack the column {absent[0]!r}; expected {', '.join(QUERY_COLUMNS)}")
@@ -131,7 +135,7 @@ class BenchmarkResults:
             place = np.ix_(row_of[part.queries["id"]].to_numpy(), [models.index(name) for name in part.models])
             _put(scores, place, part.scores, "score", first["id"], models)
             if costs is not None and part.costs is not None:
-                _put(costs, place, np.asarray(part.costs, np.float32), "cost", first["id"], models)
+                _put(costs, place, part.costs, "cost", first["id"], models)
         return cls(first, models, scores, costs)
 
     def split(self, *, validation: float = 0.1, test: float = 0.2, seed: int = 0) -> "BenchmarkResults":

@@ -86,6 +86,13 @@ class Supervision:
             np.asarray(part["weight"], np.float32),
         )
 
+    def costs(self, name: str) -> np.ndarray | None:
+        """USD of each candidate's answers `[N, C]` of a side, NaN where not known; None where nothing is known."""
+        rows = self.side(name)["costs"]
+        unknown = [np.nan] * len(self.info.candidates)
+        costs = np.asarray([row or unknown for row in rows], np.float32)
+        return None if np.isnan(costs).all() else costs
+
     def save(self, path: Path | str) -> None:
         """Write the folder, completely or not at all."""
         with atomic_folder(path) as folder:

@@ -130,7 +130,7 @@ class ExpertPool:
         experts: experts in order, at most one of them with backend `self`.
 
     Raises:
-        PoolError: a name appears twice, there is no expert, or there is more than one self.
+        PoolError: with every mistake: of an entry, a name that appears twice, no expert, more than one self.
     """
 
     def __init__(self, experts: Iterable[Expert]) -> None:
@@ -139,7 +139,12 @@ class ExpertPool:
         self.experts = [expert for expert in entries if expert.backend != SELF]
         self.self_expert = selves[0] if selves else None
         names = [expert.name for expert in entries]
-        mistakes = [f"the name {name!r} appears twice" for name in sorted({n for n in names if names.count(n) > 1})]
+        mistakes = [
+            mistake
+            for index, expert in enumerate(entries)
+            for mistake in _mistakes(asdict(expert), f"experts[{index}]")
+        ]
+        mistakes += [f"the name {name!r} appears twice" for name in sorted({n for n in names if names.count(n) > 1})]
         if len(selves) > 1:
             mistakes.append("more than one expert has `backend: self`")
         if not self.experts:

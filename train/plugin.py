@@ -181,13 +181,15 @@ def extend_supervision(old: Supervision, pool: ExpertPool, expert: Expert, resul
     labelling = old.info.labelling
     parts = [known]
     if fresh.any():
-        new = BenchmarkResults(queries[fresh], columns, results.scores[fresh])
+        costs = None if results.costs is None else results.costs[fresh]
+        new = BenchmarkResults(queries[fresh], columns, results.scores[fresh], costs)
         shares = {key: labelling[key] for key in ("validation", "test", "seed")}
         parts.append(new.split(**shares))
     if len(again):
         # On known queries only the new expert's scores count: the others' are what the composite was trained on.
         place = known.queries.set_index("id", drop=False).loc[queries["id"].iloc[again]]
-        parts.append(BenchmarkResults(place, [expert.name], results.scores[again, :1]))
+        costs = None if results.costs is None else results.costs[again, :1]
+        parts.append(BenchmarkResults(place, [expert.name], results.scores[again, :1], costs))
     extended = build_supervision(
         BenchmarkResults.merge(parts),
         ExpertPool([*pool.candidates, replace(expert, results=None)]),
@@ -226,8 +228,8 @@ def _keep_targets(extended: Supervision, old: Supervision, pool: ExpertPool) -> 
 
 
 def _as_results(supervision: Supervision, names: list[str]) -> BenchmarkResults:
-    """A supervision's queries and scores as results again, of the named candidates."""
-    frames, scores = [], []
+    """A supervision's queries, scores and costs as results again, of the named candidates."""
+    frames, scores, costs = [], [], []
     columns = [supervision.info.candidates.index(name) for name in names]
     for side, part in supervision.data.items():
         if not len(part):
@@ -237,7 +239,15 @@ def _as_results(supervision: Supervision, names: list[str]) -> BenchmarkResults:
         frame["split"] = side
         frames.append(frame)
         scores.append(supervision.arrays(side)[1][:, columns])
-    return BenchmarkResults(pd.concat(frames, ignore_index=True), list(names), np.concatenate(scores))
+        known = supervision.costs(side)
+        costs.append(np.full_like(scores[-1], np.nan) if known is None else known[:, columns])
+    total = np.concatenate(costs)
+    return BenchmarkResults(
+        pd.concat(frames, ignore_index=True),
+        list(names),
+        np.concatenate(scores),
+        None if np.isnan(total).all() else total,
+    )
 
 
 def _problem(meta: MetaLLM, supervision: Supervision, side: str) -> Problem:

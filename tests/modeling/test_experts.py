@@ -74,6 +74,11 @@ def test_a_missing_pool_file_is_one_clear_line(tmp_path):
         ExpertPool.from_yaml(tmp_path / "none.yaml")
 
 
+def test_a_pool_built_in_python_is_checked_like_a_file():
+    with pytest.raises(PoolError, match=r"experts\[0\].backend: unknown backend 'opnai'.*; experts\[1\].model: needed"):
+        ExpertPool([Expert("a", "opnai", "m"), Expert("b")])
+
+
 def test_names_appear_once_and_self_at_most_once():
     with pytest.raises(PoolError, match="'a' appears twice"):
         ExpertPool([Expert("a", model="m"), Expert("a", model="n")])

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
@@ -126,3 +128,18 @@ def test_queries_without_the_new_expert_keep_their_targets(composite_folder, bas
     assert new.info.candidates == ["math", "law", "sql", "self"]
     for key, target in before.items():
         assert [after[key][i] for i in (0, 1, 3)] == target
+
+
+def test_costs_of_old_and_new_experts_survive_the_plug_in(tmp_path, base_folder, results, pool):
+    from expertoken.data_prep.supervision import Supervision
+    from expertoken.train.plugin import extend_supervision
+
+    results = replace(results, costs=[[0.1, 0.2, 0.3]] * len(results))
+    priced = replace(new_results(), costs=[[0.5]] * 40)
+    extended = extend_supervision(build_supervision(results, pool), pool, Expert("sql", model=str(base_folder)), priced)
+    extended.save(tmp_path / "extended")
+    costs = Supervision.load(tmp_path / "extended").costs("train")
+    assert {tuple(row) for row in costs.round(2).astype(str)} == {
+        ("0.1", "0.2", "nan", "0.3"),
+        ("nan", "nan", "0.5", "nan"),
+    }
