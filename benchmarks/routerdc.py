@@ -22,7 +22,7 @@ from expertoken.examples.smollm2 import smollm2
 from expertoken.modeling.composite import Composite, Manifest, describe_base
 from expertoken.modeling.files import atomic_file
 from expertoken.modeling.meta import MetaLLM, Source
-from expertoken.train.arguments import ExpertokenArguments
+from expertoken.train.arguments import L2
 from expertoken.train.features import cached_features
 from expertoken.train.tokens import Problem, fit_rows
 
@@ -64,7 +64,7 @@ def run_recipe(meta: MetaLLM, supervision: Supervision, objective: str) -> tuple
         problems["train"],
         problems["validation"],
         objective=objective,
-        l2=ExpertokenArguments("", "").l2,
+        l2=L2,
         transform=meta.transform,
         with_self=False,
     )

@@ -61,6 +61,7 @@ def list_experts(composite: _Composite) -> None:
     """List the experts of a composite."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from ..modeling.composite import POOL_FILE, read_manifest
     from ..modeling.experts import ExpertPool
@@ -69,9 +70,10 @@ def list_experts(composite: _Composite) -> None:
     pool = ExpertPool.from_yaml(composite / POOL_FILE)
     table = Table("id", "name", "backend", "model", "good at")
     for index, expert in enumerate(pool):
-        table.add_row(str(vocabulary + index), expert.name, expert.backend, expert.model, expert.description)
+        cells = (str(vocabulary + index), expert.name, expert.backend, expert.model, expert.description)
+        table.add_row(*(Text(cell) for cell in cells))  # as Text: "[/b]" is a word here, not markup
     if pool.self_expert:
-        table.add_row("-", pool.self_expert.name, "self", "(meta LLM)", pool.self_expert.description)
+        table.add_row("-", pool.self_expert.name, "self", "(meta LLM)", Text(pool.self_expert.description))
     Console().print(table)
 
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -22,17 +23,17 @@ def wide_console() -> Console:
 
 def summary_table(summary: "pd.DataFrame") -> Table:
     """Mean scores in percent: benchmarks down, models across."""
-    table = Table("benchmark", "queries", *(str(name) for name in summary.columns[1:]), title="mean score, %")
+    table = Table("benchmark", "queries", *(escape(str(name)) for name in summary.columns[1:]), title="mean score, %")
     for name, row in summary.iterrows():
         cells = ("-" if value != value else f"{100 * value:.1f}" for value in row.iloc[1:])
-        table.add_row(str(name), str(int(row.iloc[0])), *cells)
+        table.add_row(escape(str(name)), str(int(row.iloc[0])), *cells)
     return table
 
 
 def report_table(report: "Report") -> Table:
     """An evaluation: routers and models down, benchmarks across, with 95 % intervals."""
     benchmarks = list(report.queries)
-    table = Table("", "mean [95 % interval]", *benchmarks, "share", "composite's gain", title="scores, %")
+    table = Table("", "mean [95 % interval]", *map(escape, benchmarks), "share", "composite's gain", title="scores, %")
     for column in table.columns:
         column.no_wrap = True
     for row in report.rows:
@@ -44,7 +45,7 @@ def report_table(report: "Report") -> Table:
         )
         share = report.shares.get(row.name)
         table.add_row(
-            row.name,
+            escape(row.name),
             f"{100 * row.mean:.2f} \\[{100 * low:.1f}, {100 * high:.1f}]",
             *(f"{100 * row.benchmarks[name]:.1f}" for name in benchmarks),
             "" if share is None else f"{100 * share:.0f} %",

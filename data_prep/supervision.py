@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..modeling.composite import Manifest
-from ..modeling.errors import ExpertokenError
+from ..modeling.errors import ExpertokenError, one_line
 from ..modeling.experts import SELF, Expert, ExpertPool
 from ..modeling.files import atomic_folder, recover_folder
 from .labels import label
@@ -21,6 +20,8 @@ from .results import SPLITS, BenchmarkResults, ResultsError
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
+
+    from ..modeling.composite import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class SupervisionInfo:
         labelling: strategy and its parameters.
         sizes: queries per split.
         leaks: what was found between train and test, and what was done.
-        fingerprint: of the contents.
+        fingerprint: of queries, scores, targets and weights.
     """
 
     candidates: list[str]
@@ -93,6 +94,17 @@ class Supervision:
         costs = np.asarray([row or unknown for row in rows], np.float32)
         return None if np.isnan(costs).all() else costs
 
+    def stamp(self) -> None:
+        """Set the fingerprint to that of the contents."""
+        digest = hashlib.sha256("\n".join(self.info.candidates).encode())
+        for name, part in self.data.items():
+            digest.update(name.encode())
+            digest.update(json.dumps([part["id"][:], part["messages"][:]]).encode())
+            if len(part):
+                for array in self.arrays(name):
+                    digest.update(array.tobytes())
+        self.info.fingerprint = digest.hexdigest()[:16]
+
     def save(self, path: Path | str) -> None:
         """Write the folder, completely or not at all."""
         with atomic_folder(path) as folder:
@@ -117,14 +129,13 @@ class Supervision:
             with quiet_datasets():
                 data = datasets.load_from_disk(str(path / "data"))
         except (OSError, ValueError, TypeError) as error:
-            reason = str(error).splitlines()[0]
             raise ExpertokenError(
-                f"{path}: not a supervision folder, made by `expertoken prepare` ({reason})"
+                f"{path}: not a supervision folder, made by `expertoken prepare` ({one_line(error)})"
             ) from None
         return cls(data, ExpertPool.from_yaml(path / POOL_FILE), info)
 
 
-def supervision_of(manifest: Manifest, folder: Path, data: Path | str | None = None) -> Supervision:
+def supervision_of(manifest: "Manifest", folder: Path, data: Path | str | None = None) -> Supervision:
     """The supervision a composite was trained on.
 
     Raises:
@@ -132,7 +143,7 @@ def supervision_of(manifest: Manifest, folder: Path, data: Path | str | None = N
     """
     path = Path(data or manifest.data.get("path", ""))
     if data is None and not path.is_absolute():
-        path = folder / path
+        path = folder / path  # as the manifest has it on disk
     if data is None and not path.exists():
         raise ExpertokenError(f"{folder}: its supervision is not at {path} any more; say where with --data")
     return Supervision.load(path)
@@ -231,8 +242,9 @@ def build_supervision(
     if strategy == "soft":
         labelling["temperature"] = temperature
     info = SupervisionInfo(pool.names, pool.has_self, labelling, {k: len(part) for k, part in data.items()}, found)
-    info.fingerprint = _fingerprint(results, targets, weights)
-    return Supervision(data, pool, info)
+    supervision = Supervision(data, pool, info)
+    supervision.stamp()
+    return supervision
 
 
 def _handle_leaks(results: BenchmarkResults, leaks: str) -> tuple[BenchmarkResults, dict[str, Any]]:
@@ -290,12 +302,3 @@ def _datasets(results: BenchmarkResults, targets: np.ndarray, weights: np.ndarra
         }
         sides[name] = Dataset.from_dict(columns, features=features)
     return DatasetDict(sides)
-
-
-def _fingerprint(results: BenchmarkResults, targets: np.ndarray, weights: np.ndarray) -> str:
-    digest = hashlib.sha256("\n".join(results.models).encode())
-    for column in ("id", "prompt", "split"):
-        digest.update("\0".join(map(str, results.queries[column])).encode())
-    for array in (results.scores, targets, weights):
-        digest.update(np.ascontiguousarray(array, np.float32).tobytes())
-    return digest.hexdigest()[:16]

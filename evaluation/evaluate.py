@@ -106,7 +106,7 @@ def evaluate(
 ) -> Report:
     """Score a composite against every single candidate, simple baselines and the per-query oracle.
 
-    A candidate that was not measured on a query scores 0 there.
+    A candidate that was not measured on a query scores 0 there; queries that nobody was measured on are left out.
 
     Args:
         composite: a folder, or a loaded one.
@@ -129,10 +129,15 @@ def evaluate(
     if folder is not None:
         composite = load_composite(folder, trust_remote_code=trust_remote_code)
     names = composite.pool.names
-    benchmarks = np.asarray(supervision.side(split)["benchmark"], dtype=str)
     raw = candidate_scores(composite, supervision, split)
-    scores = np.nan_to_num(raw)
-    chosen = composite_logits(composite, supervision, split).argmax(1)
+    measured = ~np.isnan(raw).all(1)
+    if not measured.any():
+        raise ExpertokenError(f"no candidate of the composite was measured on the {split} side; nothing to compare")
+    if not measured.all():
+        logger.warning("%d queries that no candidate was measured on are left out", (~measured).sum())
+    benchmarks = np.asarray(supervision.side(split)["benchmark"], dtype=str)[measured]
+    scores = np.nan_to_num(raw[measured])
+    chosen = composite_logits(composite, supervision, split)[measured].argmax(1)
     policies = {"composite": ("composite", scores[np.arange(len(scores)), chosen])}
     policies |= {name: ("expert", scores[:, index]) for index, name in enumerate(names)}
     policies |= _baselines(composite, supervision, scores, benchmarks)

@@ -12,11 +12,11 @@ import torch
 from ..modeling.chat import Message, as_messages
 from ..modeling.composite import Composite, load_composite, save_composite
 from ..modeling.dispatch import Dispatch, dispatch_distribution, dispatch_forward
-from ..modeling.errors import ExpertokenError
+from ..modeling.errors import ExpertokenError, one_line
 from ..modeling.experts import SELF
 from ..modeling.meta import token_batches
 from .backends import Backend, Generation, LocalModels, open_backend
-from .backends.local import stream_generate
+from .backends.local import first_token, stream_generate
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ class CompositeModel:
                     return
                 reason = "gave an empty answer"
             except Exception as error:  # whatever an expert fails with, the user has a next best one
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                reason = one_line(error)
                 if begun:
                     raise ExpertokenError(f"expert {name!r} broke off in its answer: {reason}") from error
             stream.failures[name] = reason
@@ -211,7 +211,9 @@ class CompositeModel:
         logits: torch.Tensor,
         inputs: dict[str, Any],
     ) -> Iterator[str]:
-        if self.pool[name].backend == SELF:
+        # Where LoRA was trained for dispatching, self is the model without it: the one that benchmarks measured. The
+        # decision's cache is not that model's, so there it costs a prefill of its own.
+        if self.pool[name].backend == SELF and not self.meta.adapted:
             yield from self._self_answer(logits, inputs, generation)
         else:
             yield from self.backend(name).stream(messages, generation)
@@ -229,14 +231,14 @@ class CompositeModel:
 
     def _self_answer(self, logits: torch.Tensor, inputs: dict[str, Any], generation: Generation) -> Iterator[str]:
         """Go on from the decision: its logits give the first token, its KV cache the rest. No second prefill."""
-        vocabulary = logits[:, : self.meta.vocab_size]
-        token = _sample(vocabulary, generation)
+        model, tokenizer = self.meta.model, self.meta.tokenizer
+        token = first_token(model, inputs["input_ids"], logits[:, : self.meta.vocab_size], generation)
         ends = self.meta.plain.generation_config.eos_token_id
         ends = [ends] if isinstance(ends, int) else list(ends or [])
         if token.item() in ends:
             return
         if generation.max_new_tokens == 1:
-            yield self.meta.tokenizer.decode(token[0], skip_special_tokens=True)
+            yield tokenizer.decode(token[0], skip_special_tokens=True)
             return
         experts = list(range(self.meta.vocab_size, logits.shape[1]))
         ids = torch.cat([inputs["input_ids"], token], 1)
@@ -247,18 +249,4 @@ class CompositeModel:
             "suppress_tokens": experts,
             "max_new_tokens": generation.max_new_tokens - 1,
         }
-        yield from stream_generate(
-            self.meta.model, self.meta.tokenizer, rest, generation, first=token[0], ready=self._lock
-        )
-
-
-def _sample(logits: torch.Tensor, generation: Generation) -> torch.Tensor:
-    """One token `[1, 1]` by temperature and nucleus: what `Generation` offers."""
-    if generation.temperature <= 0:
-        return logits.argmax(-1, keepdim=True)
-    if generation.seed is not None:
-        torch.manual_seed(generation.seed)
-    probabilities = (logits / generation.temperature).softmax(-1)
-    ordered, places = probabilities.sort(descending=True)
-    ordered[ordered.cumsum(-1) - ordered >= generation.top_p] = 0
-    return places.gather(-1, torch.multinomial(ordered, 1))
+        yield from stream_generate(model, tokenizer, rest, generation, first=token[0], ready=self._lock)

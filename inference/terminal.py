@@ -1,14 +1,18 @@
 """Chat in the terminal: streams, edits lines, keeps a history, and tells who answered when asked."""
 
+import re
 import sys
 from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..modeling.errors import ExpertokenError
 from ..modeling.files import cache_folder
 from .composite import CompositeModel, Reply
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 _HELP = """/why      who answered last, and the dispatch probabilities
 /experts  the experts of this composite
@@ -59,7 +63,7 @@ class TerminalChat:
         try:
             stream = self.composite.stream(self.messages, **self.generation)
             for piece in stream:
-                self.console.print(piece, end="", markup=False, soft_wrap=True)
+                self.console.print(printable(piece), end="", markup=False, emoji=False, soft_wrap=True)
         except KeyboardInterrupt:
             self.console.print(" [stopped]", markup=False, end="")
         except ExpertokenError as error:
@@ -90,13 +94,19 @@ class TerminalChat:
     def _experts(self) -> None:
         table = Table("name", "backend", "model", "good at")
         for expert in self.composite.pool.candidates:
-            table.add_row(expert.name, expert.backend, expert.model or "(meta LLM)", expert.description)
+            cells = (expert.name, expert.backend, expert.model or "(meta LLM)", expert.description)
+            table.add_row(*(Text(printable(cell)) for cell in cells))
         self.console.print(table)
 
     def _reset(self) -> None:
         self.messages.clear()
         self.last = None
         self.console.print("the conversation is forgotten")
+
+
+def printable(text: str) -> str:
+    """Text without control characters, line ends and tabs aside: an answer must not steer the user's terminal."""
+    return _CONTROL.sub("", text)
 
 
 def _lines() -> Iterator[str]:

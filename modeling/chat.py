@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .errors import ExpertokenError
+from .errors import ExpertokenError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,8 +26,9 @@ def as_messages(conversation: str | Sequence[Message]) -> list[Message]:
     if not messages:
         raise ExpertokenError("a conversation needs at least one message")
     for index, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ROLES or message.get("content") is None:
-            raise ExpertokenError(f"messages[{index}]: expected `role` ({', '.join(ROLES)}) and `content`")
+        known = isinstance(message, dict) and message.get("role") in ROLES
+        if not known or not isinstance(message.get("content"), str):
+            raise ExpertokenError(f"messages[{index}]: expected `role` ({', '.join(ROLES)}) and `content` (text)")
     return messages
 
 
@@ -50,6 +51,11 @@ def encode_chat(
         )
     from jinja2 import TemplateError
 
+    # Named ones and not transformers' default, which looks for them in the template's text and so misses those that a
+    # template puts together from pieces (Phi-4-mini: '<|' + role + '|>').
+    tokenizer.chat_control_tokens = [
+        token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()
+    ]
     try:
         ids = tokenizer.apply_chat_template(
             as_messages(conversation),
@@ -59,9 +65,8 @@ def encode_chat(
         )
     except (TemplateError, ValueError) as error:
         # Templates refuse what their model was not trained for: a system message, two user messages in a row.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ExpertokenError(
-            f"{tokenizer.name_or_path}: its chat template refuses this conversation ({reason})"
+            f"{tokenizer.name_or_path}: its chat template refuses this conversation ({one_line(error)})"
         ) from error
     if max(ids) >= vocab_size:
         raise ExpertokenError(

@@ -15,7 +15,7 @@ import torch
 from .errors import ExpertokenError
 from .experts import ExpertPool
 from .files import atomic_folder, recover_folder
-from .meta import MetaLLM, Source, default_device, describe_dtype, library_versions
+from .meta import MetaLLM, Source, default_device, describe_dtype, library_versions, load_tokenizer
 
 FORMAT_VERSION = 1
 ROWS_FILE, POOL_FILE, MANIFEST_FILE = "expert_tokens.safetensors", "experts.yaml", "expertoken.json"
@@ -59,8 +59,11 @@ class Composite:
 
 def describe_base(meta: MetaLLM) -> dict[str, Any]:
     """The manifest's `base` for a meta LLM."""
+    # The commit that was loaded, where the hub told it: a branch may move on, and with it weights and chat template.
+    commit = getattr(meta.plain.config, "_commit_hash", None)
     return {
         **asdict(meta.source),
+        "revision": commit or meta.source.revision,
         "dtype": describe_dtype(meta.model),
         "fingerprint": meta.base_fingerprint,
         "vocab_size": meta.vocab_size,
@@ -121,13 +124,15 @@ def save_composite(composite: Composite, path: Path | str, *, verify: bool = Tru
         write_rows(meta.rows, names, folder / ROWS_FILE)
         pool.to_yaml(folder / POOL_FILE)
         document = asdict(manifest)
-        document["base"]["model"] = portable(document["base"]["model"], folder)
+        document["base"]["model"] = portable(meta.source.model, path)
+        if "path" in manifest.data:
+            document["data"]["path"] = portable(manifest.data["path"], path)
         (folder / MANIFEST_FILE).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
         meta.tokenizer.save_pretrained(folder)
-        if hasattr(meta.model, "peft_config"):
+        if meta.adapted:
             meta.model.save_pretrained(folder, save_embedding_layers=False)
-            (folder / "README.md").unlink(missing_ok=True)
-        (folder / "README.md").write_text(_card(pool, manifest), "utf-8")
+            _name_base(folder / ADAPTER_FILE, document["base"]["model"])
+        (folder / "README.md").write_text(_card(pool, manifest, meta.source.model), "utf-8")
         if verify:
             try:
                 verify_reload(composite, folder)
@@ -137,6 +142,13 @@ def save_composite(composite: Composite, path: Path | str, *, verify: bool = Tru
                 shutil.rmtree(rejected, ignore_errors=True)
                 shutil.copytree(folder, rejected)
                 raise ExpertokenError(f"{error}; what was written is kept in {rejected}") from error
+
+
+def _name_base(file: Path, base: str) -> None:
+    """Let an adapter's configuration name its base as the manifest does: PEFT writes a path of this machine."""
+    document = json.loads(file.read_text("utf-8"))
+    document["base_model_name_or_path"] = base
+    file.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
 
 
 def portable(model: str, folder: Path) -> str:
@@ -208,6 +220,9 @@ def load_composite(
     rows = read_rows(path / ROWS_FILE, names, base["hidden_size"])
     source = Source(_resolved(base["model"], path), base.get("revision"), trust_remote_code)
     meta = MetaLLM.from_pretrained(source, len(pool), device=device, dtype=dtype)
+    meta.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    if "path" in manifest.data:
+        manifest.data["path"] = _resolved(manifest.data["path"], path)
     if meta.vocab_size != base["vocab_size"] or meta.base_fingerprint != base["fingerprint"]:
         raise ExpertokenError(
             f"{path}: was trained on another base model than {source.model} is now (fingerprint {base['fingerprint']}, "
@@ -222,8 +237,8 @@ def load_composite(
 def probe_logits(composite: Composite) -> torch.Tensor:
     """Candidate logits on fixed prompts, `[3, C]`: what a reload has to repeat."""
     meta = composite.meta
-    with_self = True  # Z too, whether or not self is a candidate: it shows a changed base
-    return torch.cat([meta.candidate_logits([meta.encode(text)], with_self=with_self) for text in _PROBES])
+    # With Z, whether or not self is a candidate: it shows a changed base.
+    return torch.cat([meta.candidate_logits([meta.encode(text)], with_self=True) for text in _PROBES])
 
 
 def verify_reload(composite: Composite, folder: Path) -> None:
@@ -272,11 +287,10 @@ _LAUNCHER_VARIABLES = (
 """Set by launchers; the child is a process of its own and must not wait for the others."""
 
 
-def _card(pool: ExpertPool, manifest: Manifest) -> str:
+def _card(pool: ExpertPool, manifest: Manifest, model: str) -> str:
     """The model card, generated from what the composite is."""
     training = manifest.training
-    path = Path(manifest.base["model"])
-    base = path.name if path.exists() else manifest.base["model"]  # no path of one machine in a card
+    base = Path(model).name if Path(model).expanduser().exists() else model  # no path of one machine in a card
     lines = [
         "---",
         "library_name: expertoken",

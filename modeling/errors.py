@@ -14,6 +14,12 @@ class ExpertFailedError(ExpertokenError):
     """An expert could not answer (refused, out of memory, missing key); the next best one takes the turn."""
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message that says something, or its type where none does."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """The end of an error message: the nearest known word, or all of them."""
     known = list(known)

@@ -36,7 +36,7 @@ class Expert:
         backend: `openai` (a compatible endpoint), `transformers` (a local model), `adapter` (a LoRA on a base), or
             `self` (the meta LLM; at most one, and it has no token).
         model: the model's id at the endpoint, its hub id or its folder; for `adapter` the adapter's. Not for `self`.
-        description: what it is good at; the start value of its token and what people read.
+        description: what it is good at: what people read, and where its token starts when method `lora` starts cold.
         base: for `adapter`, the model the adapter sits on; the meta LLM's own base where absent.
         revision: git revision of `model` on the hub.
         base_url: address of the endpoint, for `openai`.

@@ -40,7 +40,9 @@ class ExpertHead(nn.Linear):
         vocabulary = F.linear(hidden, self.weight, self.bias)
         # Rows and their logits stay float32: bfloat16 has steps of 0.25 where Z lies, and near candidates would tie.
         # That widens the vocabulary's logits too, which is one row per query where a dispatch is decided or trained.
-        experts = F.linear(hidden.float(), self.expert_rows.float())
+        # Without autocast, which would narrow them again under `--bf16`.
+        with torch.autocast(hidden.device.type, enabled=False):
+            experts = F.linear(hidden.float(), self.expert_rows.float())
         return torch.cat([vocabulary.float(), experts], dim=-1)
 
 

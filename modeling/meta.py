@@ -13,7 +13,7 @@ from torch import nn
 
 from .chat import Message, encode_chat
 from .dispatch import candidate_logits, dispatch_forward
-from .errors import ExpertokenError
+from .errors import ExpertokenError, one_line
 from .gguf import converted
 from .head import ExpertHead, initial_row, install_head
 from .logits import LogitTransform
@@ -71,19 +71,28 @@ def load_causal_lm(
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options).to(device)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError) as error:
-        raise ExpertokenError(f"{source.model}: can't be loaded as a causal LM ({_one_line(error)})") from error
+        raise ExpertokenError(f"{source.model}: can't be loaded as a causal LM ({one_line(error)})") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
         raise ExpertokenError(
-            f"{source.model}: a weights file is damaged ({_one_line(error)}); fetch it again"
+            f"{source.model}: a weights file is damaged ({one_line(error)}); fetch it again"
         ) from error
     return model.eval(), tokenizer
 
 
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """The chat tokenizer that is kept in a folder.
+
+    Raises:
+        ExpertokenError: there is none, or it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a damaged tokenizer.json is a bare Exception of the Rust library
+        raise ExpertokenError(f"{folder}: its tokenizer can't be loaded ({one_line(error)})") from error
 
 
 def share_weights(model: nn.Module) -> nn.Module:
@@ -167,6 +176,11 @@ class MetaLLM:
         return cls(model, tokenizer, source, num_experts)
 
     @property
+    def adapted(self) -> bool:
+        """Whether LoRA is on the backbone, so that `model` is another model than `plain`."""
+        return hasattr(self.model, "peft_config")
+
+    @property
     def head(self) -> ExpertHead:
         """The head with the expert rows."""
         return self.model.get_output_embeddings()
@@ -189,10 +203,6 @@ class MetaLLM:
     def initial_row(self, description: str) -> torch.Tensor:
         """Where an expert's row starts, `[d]`; see `head.initial_row`."""
         return initial_row(self.plain, self.tokenizer(description, add_special_tokens=False).input_ids)
-
-    def expert_of(self, token_id: int) -> int | None:
-        """Which expert a token id stands for: detection is by id, never by text."""
-        return token_id - self.vocab_size if token_id >= self.vocab_size else None
 
     def encode(self, conversation: str | Sequence[Message]) -> list[int]:
         """Ids up to the dispatch position; see `chat.encode_chat`."""
@@ -249,11 +259,6 @@ class MetaLLM:
         logits, _ = dispatch_forward(self.model, **self.pad(sequences))
         return candidate_logits(logits, self.vocab_size, with_self=with_self).cpu()
 
-    def row_logits(self, hidden: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of expert rows on cached states, without the model: `[N, d]` to `[N, K]`, float32."""
-        rows = self.rows if rows is None else rows
-        return self.transform(hidden.float() @ rows.float().T)
-
     def load_adapter(self, folder: Path) -> None:
         """Put a PEFT LoRA adapter on the backbone (the head is left alone).
 
@@ -266,7 +271,7 @@ class MetaLLM:
             self.model = PeftModel.from_pretrained(self.model, folder).eval()
         except Exception as error:  # PEFT raises ValueError, RuntimeError, KeyError, SafetensorError, ... alike
             raise ExpertokenError(
-                f"{folder}: the adapter does not fit {self.source.model} ({_one_line(error)})"
+                f"{folder}: the adapter does not fit {self.source.model} ({one_line(error)})"
             ) from error
 
 

@@ -25,11 +25,16 @@ MISTRAL = (
     "{{ '<s>' }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + '</s>' }}"
     "{% else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
 )
+PIECES = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|' + 'end' + '|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|' + 'assistant' + '|>' }}{% endif %}"
+)
 TEMPLATES = {
     "chatml": (CHATML, ["<|im_start|>", "<|im_end|>"]),
     "llama3": (LLAMA3, ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]),
     "gemma": (GEMMA, ["<bos>", "<start_of_turn>", "<end_of_turn>"]),
     "mistral": (MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"]),
+    "pieces": (PIECES, ["<|user|>", "<|assistant|>", "<|end|>"]),
 }
 
 _CORPUS = [
@@ -45,8 +50,14 @@ def tiny_tokenizer(template: str = "chatml") -> t.PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=alphabet)
+    special = [] if template == "pieces" else specials
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(_CORPUS, trainer)
+    if template == "pieces":  # added, but not special
+        tokenizer = t.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+        tokenizer.add_tokens(specials)
+        tokenizer.chat_template = text
+        return tokenizer
     fast = t.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=specials[-1], pad_token=specials[-1])
     fast.add_special_tokens({"additional_special_tokens": specials})
     fast.chat_template = text

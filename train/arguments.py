@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 METHODS = ("tokens", "lora")
 DTYPES = ("float32", "bfloat16", "float16")
+L2 = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+"""Strengths that are tried where none are given."""
 OBJECTIVE_NAMES = ("cross_entropy", "correctness", "expected_score")
 
 
@@ -40,7 +42,7 @@ class ExpertokenArguments:
     trust_remote_code: bool = _option(False, "Allow the meta LLM's repository to run its own code here.")
     max_tokens: int = _option(4096, "tokens: padded tokens of one batch of the forward pass.")
     l2: list[float] = _option(
-        [10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001],
+        list(L2),
         "tokens: L2 strengths to try; the one with the best validation score is kept.",
     )
     warm_start: bool = _option(True, "lora: start from the rows that method tokens finds, not from the descriptions.")

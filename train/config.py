@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..modeling.errors import ExpertokenError, did_you_mean, require_extra
+from ..modeling.errors import ExpertokenError, did_you_mean, one_line, require_extra
 from .arguments import DTYPES, METHODS, OBJECTIVE_NAMES, ExpertokenArguments
 
 if TYPE_CHECKING:
@@ -25,6 +25,11 @@ _EPILOG = (
     "RECIPE is a YAML file or the name of a shipped one ({recipes}). Command line beats YAML beats default. Every "
     "argument of transformers.TrainingArguments is accepted too (--learning_rate, --report_to tensorboard, ...); "
     "--help-all lists them."
+)
+
+_OURS = dict.fromkeys(
+    ("eval_strategy", "eval_steps", "metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
+    "not to be set: method lora evaluates each checkpoint and keeps the best by score (save_steps says how often)",
 )
 
 
@@ -97,15 +102,22 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ExpertokenArguments, "Training
         if key not in recipe and key not in given:
             mistakes.append(f"--{key}: missing")
         actions[key].required = False
-    recipe = {key: value for key, value in recipe.items() if key in actions}
+    mistakes += [f"{key}: {_OURS[key]}" for key in _OURS if key in recipe or key in given]
+    defaults = {}
+    for key, value in recipe.items():
+        if key in actions:
+            try:
+                defaults[key] = _typed(value, actions[key])
+            except (TypeError, ValueError):
+                mistakes.append(f"{key}: expected {getattr(actions[key].type, '__name__', 'a value')}, got {value!r}")
     mistakes += _choices({**recipe, **_values(argv)})
     if mistakes:
         raise ConfigError("training arguments: " + "; ".join(mistakes))
-    parser.set_defaults(**{key: _typed(value, actions[key]) for key, value in recipe.items()})
+    parser.set_defaults(**defaults)
     try:
         ours, theirs = parser.parse_args_into_dataclasses(_cpu_by_default(argv, recipe))
     except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"training arguments: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"training arguments: {one_line(error)}") from None
     return ours, theirs
 
 

@@ -13,12 +13,14 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from ..modeling.chat import Message
@@ -29,6 +31,8 @@ from ..modeling.meta import MetaLLM, describe_dtype, fingerprint, token_batches
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
+_BLOCK = 4096  # bytes, no larger than any file system's
+_MARK_SECONDS = 5.0  # so much work at most is done twice after a SIGKILL
 _IN_MEMORY = 2**30  # bytes of gathered states that are kept in memory; larger ones go to a temporary file
 
 
@@ -67,15 +71,31 @@ class _Block:
         with atomic_folder(folder) as aside:
             np.save(aside / "hashes.npy", np.array(hashes, dtype="V16"))
             np.lib.format.open_memmap(aside / "hidden.npy", mode="w+", dtype=np.float32, shape=(count, width)).flush()
-            with (aside / "hidden.npy").open("r+b") as file:
-                # A sparse file on a full disk would kill the process (SIGBUS) in the middle of the forward pass.
-                os.posix_fallocate(file.fileno(), 0, file.seek(0, os.SEEK_END))
+            _allocate(aside / "hidden.npy")
             np.save(aside / "log_mass.npy", np.zeros(count, dtype=np.float32))
             np.save(aside / "done.npy", np.zeros(count, dtype=np.uint8))
 
-    def flush(self) -> None:
-        for array in (self.hidden, self.log_mass, self.done):
+    def mark_done(self, rows: list[int]) -> None:
+        """Values first, then the marks: after a power loss no mark may stand over values that were lost."""
+        for array in (self.hidden, self.log_mass):
             array.flush()
+        self.done[rows] = 1
+        self.done.flush()
+
+
+def _allocate(file: Path) -> None:
+    """Give a sparse file its blocks: on a full disk it would kill the process (SIGBUS) amid the forward pass."""
+    with file.open("r+b") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, size)
+            return
+        # macOS has no such call. A block is allocated when something is written into it: its own first byte.
+        for start in range(0, size, _BLOCK):
+            stream.seek(start)
+            byte = stream.read(1)
+            stream.seek(start)
+            stream.write(byte)
 
 
 def _hash(ids: Sequence[int]) -> bytes:
@@ -121,8 +141,11 @@ def cached_features(
     if missing:
         new = [hashes[index] for index in missing]
         folder = root / hashlib.sha256(b"".join(new)).hexdigest()[:16]
-        if rank == 0 and not folder.exists():
-            _Block.create(folder, new, meta.head.in_features)
+        if rank == 0:
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / ".lock"):  # two runs that begin together fill one block
+                if not folder.exists():
+                    _Block.create(folder, new, meta.head.in_features)
         barrier()
         _compute(meta, _Block(folder), [sequences[index] for index in missing], max_tokens, rank, world, label)
         barrier()
@@ -155,7 +178,7 @@ def _compute(
     lengths = [len(ids) for ids in sequences]
     batches = list(token_batches(lengths, max_tokens))[rank::world]
     total = sum(lengths[row] for batch in batches for row in batch)
-    with tqdm(total=total, unit="tok", unit_scale=True, desc=label, disable=rank != 0) as bar:
+    with tqdm(total=total, unit="tok", unit_scale=True, desc=label, disable=rank != 0) as bar, _marking(block) as mark:
         for batch in batches:
             states, mass = meta.states([sequences[row] for row in batch])
             if not torch.isfinite(mass).all():
@@ -163,9 +186,28 @@ def _compute(
                 text = meta.tokenizer.decode(bad)[-80:]
                 raise ExpertokenError(f"{label}: the meta LLM gives no finite logits for the query ending in {text!r}")
             block.hidden[batch], block.log_mass[batch] = states.numpy(), mass.numpy()
-            block.done[batch] = 1
+            mark(batch)
             bar.update(sum(lengths[row] for row in batch))
-    block.flush()
+
+
+@contextmanager
+def _marking(block: _Block) -> Iterator[Callable[[list[int]], None]]:
+    """Mark rows as done every few seconds and at the end, also where the end is an interruption."""
+    rows: list[int] = []
+    last = time.monotonic()
+
+    def mark(batch: list[int]) -> None:
+        nonlocal last
+        rows.extend(batch)
+        if time.monotonic() - last > _MARK_SECONDS:
+            block.mark_done(rows)
+            rows.clear()
+            last = time.monotonic()
+
+    try:
+        yield mark
+    finally:
+        block.mark_done(rows)
 
 
 def _gather(places: list[tuple[_Block, int]]) -> tuple[np.ndarray, np.ndarray]:

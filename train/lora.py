@@ -18,7 +18,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..modeling.composite import ROWS_FILE, read_rows, write_rows
 from ..modeling.dispatch import candidate_logits, dispatch_forward
-from ..modeling.errors import ExpertokenError
+from ..modeling.errors import ExpertokenError, one_line
 from ..modeling.files import atomic_file
 from ..modeling.meta import MetaLLM
 from ..modeling.objectives import OBJECTIVES
@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_TORCH_ARCHIVE = ("PytorchStreamWriter", "inline_container")
 _RUN_FILE = Path("runs") / "run.json"
-_FIELDS = ("target", "scores", "weight")
+_FIELDS = ("target", "scores", "weight", "benchmark")
 
 
 class DispatchTrainer(Trainer):
@@ -72,9 +74,10 @@ class DispatchTrainer(Trainer):
         logits, _output = dispatch_forward(model, inputs["input_ids"], inputs["attention_mask"])
         candidates = candidate_logits(logits, self.meta.vocab_size, with_self=self.with_self)
         reference = candidates[:, -1] if self.with_self else torch.zeros_like(candidates[:, 0])
-        total, mass = self.objective(candidates, inputs["target"], inputs["scores"], reference, inputs["weight"])
-        # Weights are 1 or 0 on average near 1: dividing by the batch's mass keeps the gradient's scale.
-        loss = total / mass.clamp(min=1e-6)
+        total, _mass = self.objective(candidates, inputs["target"], inputs["scores"], reference, inputs["weight"])
+        # Divided by the number of queries and not by this batch's mass (weights have mean 1 over the train side): so
+        # the mean over processes and accumulated batches is the gradient of the large batch.
+        loss = total / len(candidates)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss is {loss.item()} at step {self.state.global_step}; lower the learning rate")
         return (loss, {"logits": candidates}) if return_outputs else loss
@@ -84,7 +87,7 @@ class DispatchTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        return loss.detach(), outputs["logits"], inputs["scores"]
+        return loss.detach(), outputs["logits"], torch.cat([inputs["scores"], inputs["benchmark"][:, None]], 1)
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         """The configured optimizer over two groups: adapters, and rows without weight decay."""
@@ -120,21 +123,42 @@ class DispatchTrainer(Trainer):
     def _restore(self, folder: Path) -> None:
         """Put a checkpoint's adapter and rows into the model, in place, so that the optimizer keeps its parameters."""
         from peft import set_peft_model_state_dict
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        set_peft_model_state_dict(self.meta.model, load_file(folder / "adapter_model.safetensors"))
+        file = folder / ADAPTER_WEIGHTS
+        try:
+            set_peft_model_state_dict(self.meta.model, load_file(file))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ExpertokenError(
+                f"{file}: missing, damaged or of another model ({one_line(error)}); remove {folder.name}, and the "
+                "run goes on from the checkpoint before it"
+            ) from error
         rows = read_rows(folder / ROWS_FILE, self.names, self.meta.head.in_features)
         with torch.no_grad():
             self.meta.head.expert_rows.copy_(rows)
 
 
-def encode_side(meta: MetaLLM, side: "Dataset") -> list[dict[str, Any]]:
-    """A supervision side as training examples."""
+def encode_side(meta: MetaLLM, side: "Dataset", *, learn: bool) -> list[dict[str, Any]]:
+    """A supervision side as examples.
+
+    Args:
+        meta: the meta LLM.
+        side: train or validation.
+        learn: leave out queries of weight 0, which teach nothing, and scale the other weights to mean 1.
+    """
     part = side.with_format("numpy")
-    columns = {key: np.asarray(part[key], np.float32) for key in _FIELDS}
+    columns = {key: np.asarray(part[key], np.float32) for key in ("target", "scores", "weight")}
+    # A number per benchmark travels with each query: the Trainer may evaluate in an order of its own.
+    columns["benchmark"] = np.unique(np.asarray(side["benchmark"], dtype=str), return_inverse=True)[1]
+    rows = range(len(side))
+    if learn:
+        rows = np.flatnonzero(columns["weight"])
+        columns["weight"] /= columns["weight"][rows].mean()
+    conversations = side["messages"]
     return [
-        {"input_ids": meta.encode(messages), **{key: columns[key][index] for key in _FIELDS}}
-        for index, messages in enumerate(side["messages"])
+        {"input_ids": meta.encode(conversations[int(row)]), **{key: columns[key][row] for key in _FIELDS}}
+        for row in rows
     ]
 
 
@@ -153,17 +177,23 @@ def wrap_with_lora(meta: MetaLLM, options: ExpertokenArguments) -> None:
     try:
         meta.model = get_peft_model(meta.model, config)
     except ValueError as error:
-        raise ExpertokenError(f"--lora_target_modules {' '.join(targets)}: {str(error).splitlines()[0]}") from None
+        raise ExpertokenError(f"--lora_target_modules {' '.join(targets)}: {one_line(error)}") from None
     meta.head.expert_rows.requires_grad_(True)
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end: `trainer_state.json`, written last, is there and whole."""
+    """The newest checkpoint that is whole: `trainer_state.json`, written last, can be read, and so can the weights."""
+    from safetensors import SafetensorError, safe_open
+
     numbered = [entry for entry in folder.glob("checkpoint-*") if entry.name.removeprefix("checkpoint-").isdigit()]
     for entry in sorted(numbered, key=lambda entry: int(entry.name.removeprefix("checkpoint-")), reverse=True):
         try:
             json.loads((entry / "trainer_state.json").read_text())
-        except (OSError, ValueError):
+            for name in (ADAPTER_WEIGHTS, ROWS_FILE):
+                with safe_open(entry / name, "pt"):
+                    pass
+        except (OSError, ValueError, SafetensorError) as error:
+            logger.warning("%s is passed over: %s", entry, one_line(error))
             continue
         return entry
     return None
@@ -222,21 +252,23 @@ def train_lora(
     """
     set_seed(arguments.seed)  # the Trainer does so too, but after the adapters have drawn their start
     wrap_with_lora(meta, options)
-    benchmarks = list(validation["benchmark"])
 
     def score(prediction: EvalPrediction) -> dict[str, float]:
-        chosen = prediction.predictions.argmax(-1)
-        return {"score": mean_score(chosen, prediction.label_ids, benchmarks)}
+        chosen, found = prediction.predictions.argmax(-1), prediction.label_ids
+        return {"score": mean_score(chosen, found[:, :-1], found[:, -1])}
 
     arguments.remove_unused_columns = False
     arguments.load_best_model_at_end = True
     arguments.metric_for_best_model = "score"
     arguments.greater_is_better = True
     # The best of the checkpoints is kept, so every checkpoint is evaluated, and nothing else is.
+    if arguments.save_strategy not in ("steps", "epoch"):
+        given = getattr(arguments.save_strategy, "value", arguments.save_strategy)
+        raise ExpertokenError(
+            f"--save_strategy {given}: method lora evaluates each checkpoint; expected steps or epoch"
+        )
     arguments.eval_strategy = IntervalStrategy(arguments.save_strategy)
     arguments.eval_steps = arguments.save_steps
-    if arguments.save_strategy == "no":
-        raise ExpertokenError("--save_strategy no: method lora keeps its best checkpoint and needs steps or epoch")
     arguments.ddp_find_unused_parameters = False
     trainer = DispatchTrainer(
         meta,
@@ -245,8 +277,8 @@ def train_lora(
         with_self=with_self,
         rows_learning_rate=options.rows_learning_rate,
         args=arguments,
-        train_dataset=encode_side(meta, train),
-        eval_dataset=encode_side(meta, validation),
+        train_dataset=encode_side(meta, train, learn=True),
+        eval_dataset=encode_side(meta, validation, learn=False),
         compute_metrics=score,
     )
     checkpoint = find_checkpoint(options.resume, Path(arguments.output_dir), run)
@@ -256,7 +288,16 @@ def train_lora(
     barrier()
     if checkpoint:
         logger.info("continuing %s", checkpoint)
-    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (OSError, RuntimeError) as error:
+        # torch reports a file that it could not finish as a RuntimeError of its archive writer.
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_ARCHIVE):
+            raise
+        raise ExpertokenError(
+            f"{arguments.output_dir}: a checkpoint could not be written or read ({one_line(error)}); checkpoints "
+            "before it are whole, the same command goes on from there"
+        ) from error
     meta.model.eval()
     return {
         "steps": trainer.state.global_step,

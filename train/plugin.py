@@ -1,6 +1,8 @@
 """Plugging an expert into a trained composite, and taking one out. The other rows stay bit for bit as they are."""
 
 import logging
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from ..modeling.composite import Composite, load_composite, save_composite
 from ..modeling.errors import ExpertokenError
 from ..modeling.experts import Expert, ExpertPool
 from ..modeling.meta import MetaLLM
+from .arguments import L2
 from .features import cached_features
 from .tokens import Problem, fit_rows, mean_score, problem_logits
 
@@ -22,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 SUPERVISION_FOLDER = "supervision"
 """Where a composite keeps the supervision that came to be when an expert was added."""
-
-DEFAULT_L2 = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Change:
         before: the composite's score before, mean over benchmarks.
         after: and after.
         split: which side these are about.
+        unmeasured: queries of the side that only the expert in question was measured on; whoever else answers
+            them counts as wrong.
     """
 
     changed: int
@@ -43,12 +46,16 @@ class Change:
     before: float
     after: float
     split: str
+    unmeasured: int = 0
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"routes changed: {self.changed} of {self.queries} ({self.split} side); "
             f"score {self.before:.4f} before, {self.after:.4f} after"
         )
+        if self.unmeasured:
+            text += f" (on {self.unmeasured} of them nobody else was measured: all others count as wrong there)"
+        return text
 
 
 def add_expert(
@@ -57,7 +64,7 @@ def add_expert(
     results: BenchmarkResults,
     *,
     data: Path | None = None,
-    l2: tuple[float, ...] = DEFAULT_L2,
+    l2: Sequence[float] = L2,
     verify: bool = True,
     trust_remote_code: bool = False,
 ) -> Change:
@@ -162,17 +169,9 @@ def extend_supervision(old: Supervision, pool: ExpertPool, expert: Expert, resul
         results: the new expert's column first, then those of other candidates.
     """
     known = _as_results(old, pool.names)
-    key_of = {normalise(prompt): key for key, prompt in zip(known.queries["id"], known.queries["prompt"], strict=True)}
     ids = set(known.queries["id"])
     queries = results.queries.copy()
-    texts = [normalise(prompt) for prompt in queries["prompt"]]
-    queries["id"] = [key_of.get(text, key) for key, text in zip(queries["id"], texts, strict=True)]
-    for key, text in zip(queries["id"], texts, strict=True):
-        if key in ids and key_of.get(text) != key:
-            raise ResultsError(
-                f"query id {key!r} stands for another question in the composite's supervision; rename the ids of the "
-                "new results, or leave their `id` column out"
-            )
+    queries["id"] = _known_ids(known, queries)
     first = ~queries["id"].duplicated().to_numpy()
     fresh = first & ~queries["id"].isin(ids).to_numpy()
     again = np.flatnonzero(first & ~fresh)
@@ -202,6 +201,33 @@ def extend_supervision(old: Supervision, pool: ExpertPool, expert: Expert, resul
     return extended
 
 
+def _known_ids(known: BenchmarkResults, queries: pd.DataFrame) -> list[str]:
+    """For each query the id that the supervision knows it by, or its own.
+
+    By id and text first, then by text alone; where several known queries have one text, they are taken in their order.
+
+    Raises:
+        ResultsError: an id stands for another question in the supervision.
+    """
+    text_of = dict(zip(known.queries["id"], map(normalise, known.queries["prompt"]), strict=True))
+    texts = [normalise(prompt) for prompt in queries["prompt"]]
+    found = [key if text_of.get(key) == text else None for key, text in zip(queries["id"], texts, strict=True)]
+    free = defaultdict(list)
+    for key, text in reversed(text_of.items()):
+        if key not in set(found):
+            free[text].append(key)
+    for place, (key, text) in enumerate(zip(queries["id"], texts, strict=True)):
+        if found[place] is None and free[text]:
+            found[place] = free[text].pop()
+        elif found[place] is None and key in text_of:
+            raise ResultsError(
+                f"query id {key!r} stands for another question in the composite's supervision; rename the ids of the "
+                "new results, or leave their `id` column out"
+            )
+        found[place] = found[place] or key
+    return found
+
+
 def _keep_targets(extended: Supervision, old: Supervision, pool: ExpertPool) -> None:
     """Give queries that the new expert was not measured on the target and weight that they had."""
     columns = [old.info.candidates.index(name) for name in pool.names]
@@ -225,6 +251,7 @@ def _keep_targets(extended: Supervision, old: Supervision, pool: ExpertPool) -> 
         if len(part):
             with quiet_datasets():
                 extended.data[side] = part.map(keep, features=part.features)
+    extended.stamp()
 
 
 def _as_results(supervision: Supervision, names: list[str]) -> BenchmarkResults:
@@ -271,7 +298,10 @@ def _compare(
         columns = np.array([supervision.info.candidates.index(name) for name in pool.names])
         picks.append(columns[logits.argmax(-1).numpy()])
     scores = [mean_score(pick, problem.scores, problem.benchmarks) for pick in picks]
-    return Change(int((picks[0] != picks[1]).sum()), len(picks[0]), *scores, split)
+    # Names of both pools that are in both: the expert that comes or goes is in one.
+    stay = [supervision.info.candidates.index(name) for name in before[1].names if name in after[1].names]
+    unmeasured = int(np.isnan(problem.scores[:, stay]).all(1).sum())
+    return Change(int((picks[0] != picks[1]).sum()), len(picks[0]), *scores, split, unmeasured)
 
 
 def _save(
@@ -289,5 +319,6 @@ def _save(
         # Under a name of its contents, so that the composite that is there keeps the one that it points to.
         name = f"{SUPERVISION_FOLDER}/{supervision.info.fingerprint}"
         supervision.save(folder / name)
-        manifest.data = {"path": name, "fingerprint": supervision.info.fingerprint, "sizes": supervision.info.sizes}
+        path, info = str((folder / name).resolve()), supervision.info
+        manifest.data = {"path": path, "fingerprint": info.fingerprint, "sizes": info.sizes}
     save_composite(Composite(composite.meta, pool, manifest), folder, verify=verify)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data_prep.supervision import Supervision
-from ..modeling.composite import Composite, Manifest, describe_base, portable, save_composite
+from ..modeling.composite import Composite, Manifest, describe_base, save_composite
 from ..modeling.errors import ExpertokenError, require_extra
 from ..modeling.meta import MetaLLM, Source
 from .arguments import ExpertokenArguments
@@ -123,7 +123,7 @@ class Run:
             base=describe_base(self.meta),
             experts=[expert.name for expert in self.pool],
             training=training | outcome | {"processes": self.arguments.world_size},
-            data={"path": portable(self.options.data, output), "fingerprint": info.fingerprint, "sizes": info.sizes},
+            data={"path": str(Path(self.options.data).resolve()), "fingerprint": info.fingerprint, "sizes": info.sizes},
         )
         save_composite(Composite(self.meta, self.pool, manifest), output, verify=self.options.verify)
         return output

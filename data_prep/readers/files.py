@@ -1,10 +1,13 @@
 """What readers share: finding files and opening them with one-line errors."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from ..results import ResultsError
+
+_SIDE = re.compile(r"(?:^|[-_])(train|test|validation|val|dev)$")
 
 
 def files_of(path: Path, *suffixes: str) -> list[Path]:
@@ -19,6 +22,17 @@ def files_of(path: Path, *suffixes: str) -> list[Path]:
     if not found:
         raise ResultsError(f"{path}: empty results, no {' or '.join(suffixes)} file in the folder")
     return found
+
+
+def side_of(file: Path) -> str | None:
+    """The split that a file's name ends in (`_train`, `-test`, or all of the name), or None."""
+    found = _SIDE.search(file.stem)
+    return {"val": "validation", "dev": "validation"}.get(found[1], found[1]) if found else None
+
+
+def benchmark_of(file: Path) -> str:
+    """A file's name less the split it ends in."""
+    return _SIDE.sub("", file.stem) or file.stem
 
 
 def read_text(file: Path) -> str:

@@ -1,15 +1,12 @@
 """RouterDC's files (arXiv 2409.19886): a list of `{"question", "scores": {model: score}}`, one file a benchmark."""
 
-import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..results import BenchmarkResults, ResultsError
-from .files import files_of, number, read_json
-
-_SIDE = re.compile(r"[-_](train|test|validation)$")
+from .files import benchmark_of, files_of, number, read_json, side_of
 
 
 def read(path: Path, *, correct_above_zero: bool | None = None) -> BenchmarkResults:
@@ -46,16 +43,14 @@ def _read_file(file: Path, correct_above_zero: bool | None) -> BenchmarkResults:
         )
     if correct_above_zero:
         scores = np.where(np.isnan(scores), np.nan, scores > 0)
-    side = _SIDE.search(file.stem)
-    name = _SIDE.sub("", file.stem)
     queries = pd.DataFrame(
         {
             # Files repeat questions, so the place in the file is the identity, not the text.
             "id": [f"{file.stem}/{index}" for index in range(len(rows))],
             "prompt": [row["question"] for row in rows],
-            "benchmark": name,
+            "benchmark": benchmark_of(file),
             "subject": None,
-            "split": side[1] if side else None,
+            "split": side_of(file),
         }
     )
     return BenchmarkResults(queries, list(models), scores)

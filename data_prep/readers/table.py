@@ -1,12 +1,13 @@
 """CSV, Parquet and JSONL tables: long (a row per query and model) or wide (a row per query, a column per model)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ...modeling.errors import did_you_mean
+from ...modeling.errors import did_you_mean, one_line
 from ..results import BenchmarkResults, ResultsError
 from .files import files_of
 
@@ -41,21 +42,73 @@ def read(
         split: train, validation or test.
         cost: long tables: USD for this query.
     """
-    columns = {"id": id, "prompt": query, "benchmark": benchmark, "subject": subject, "split": split}
-    parts = []
-    for file in files_of(path, *_SUFFIXES):
-        frame = _load(file)
-        if query not in frame:
-            raise ResultsError(f"{file}: no column {query!r} with the question, {did_you_mean(query, frame.columns)}")
-        queries = _queries(frame, columns, file)
-        if models is None and model in frame:
-            parts.append(_long(frame, queries, file, model, score, cost))
-        else:
-            parts.append(_wide(frame, queries, file, models, set(columns.values())))
-    return BenchmarkResults.merge(parts)
+    columns = Columns(query, model, score, models, id, benchmark, subject, split, cost)
+    frames = {file: load_table(file) for file in files_of(path, *_SUFFIXES)}
+    names = {file: file.stem for file in frames}
+    if len(frames) > 1 and _one_file_a_model(list(frames.values()), columns):
+        names = dict.fromkeys(frames, path.name)
+    return BenchmarkResults.merge(
+        [from_frame(frame, str(file), names[file], columns) for file, frame in frames.items()]
+    )
 
 
-def _load(file: Path) -> pd.DataFrame:
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of a table are called; see `read`."""
+
+    query: str = "query"
+    model: str = "model"
+    score: str = "score"
+    models: Sequence[str] | None = None
+    id: str = "id"
+    benchmark: str = "benchmark"
+    subject: str = "subject"
+    split: str = "split"
+    cost: str = "cost"
+
+    @property
+    def of_queries(self) -> dict[str, str]:
+        """Our names of the query columns to the table's."""
+        found = {"id": self.id, "prompt": self.query}
+        return found | {"benchmark": self.benchmark, "subject": self.subject, "split": self.split}
+
+
+def _one_file_a_model(frames: list[pd.DataFrame], columns: Columns) -> bool:
+    """Whether the files of a folder are one model's each, about the same questions: then they are one benchmark."""
+    if not all({columns.query, columns.model} <= set(frame) and columns.benchmark not in frame for frame in frames):
+        return False
+    models = [set(frame[columns.model]) for frame in frames]
+    if sum(map(len, models)) > len(set().union(*models)):
+        return False
+    texts = [set(frame[columns.query]) for frame in frames]
+    return sum(map(len, texts)) > len(set().union(*texts))
+
+
+def from_frame(frame: pd.DataFrame, source: str, benchmark: str, columns: Columns) -> BenchmarkResults:
+    """Results from a table in memory.
+
+    Args:
+        frame: long or wide.
+        source: how errors call it.
+        benchmark: its name, where no column tells.
+        columns: what its columns are called.
+    """
+    if columns.query not in frame:
+        raise ResultsError(
+            f"{source}: no column {columns.query!r} with the question, {did_you_mean(columns.query, frame.columns)}"
+        )
+    queries = _queries(frame, columns.of_queries, source, benchmark)
+    if columns.models is None and columns.model in frame:
+        return _long(frame, queries, source, columns.model, columns.score, columns.cost)
+    return _wide(frame, queries, source, columns.models, set(columns.of_queries.values()))
+
+
+def load_table(file: Path) -> pd.DataFrame:
+    """A CSV, Parquet or JSONL file as it is.
+
+    Raises:
+        ResultsError: it can't be read, or has no rows.
+    """
     try:
         if file.suffix == ".csv":
             # Only an empty cell is missing: "None" and "NA" are answers and questions like any other.
@@ -71,69 +124,76 @@ def _load(file: Path) -> pd.DataFrame:
     except UnicodeDecodeError as error:
         raise ResultsError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     except (ValueError, OSError) as error:  # pandas and Arrow raise their parse errors as these
-        raise ResultsError(f"{file}: not a readable {file.suffix} table ({str(error).splitlines()[0]})") from None
+        raise ResultsError(f"{file}: not a readable {file.suffix} table ({one_line(error)})") from None
     if frame.empty:
         raise ResultsError(f"{file}: empty results, the table has no rows")
     return frame
 
 
-def _queries(frame: pd.DataFrame, columns: dict[str, str], file: Path) -> pd.DataFrame:
+def _queries(frame: pd.DataFrame, columns: dict[str, str], source: str, benchmark: str) -> pd.DataFrame:
     """The query columns of every row of the table, repeats included."""
     found = {ours: frame.get(theirs) for ours, theirs in columns.items()}
     queries = pd.DataFrame(found, index=frame.index).astype(object)
-    queries["prompt"] = _texts(queries["prompt"], file, columns["prompt"])
+    queries["prompt"] = _texts(queries["prompt"], source, columns["prompt"])
     if columns["benchmark"] not in frame:
-        queries["benchmark"] = file.stem
+        queries["benchmark"] = benchmark
     if columns["id"] not in frame:
         queries["id"] = queries["benchmark"].astype(str) + "/" + queries["prompt"]
     queries["id"] = queries["id"].astype(str)
     return queries.where(queries.notna(), None)
 
 
-def _texts(column: pd.Series, file: Path, name: str) -> pd.Series:
+def _texts(column: pd.Series, source: str | Path, name: str) -> pd.Series:
     missing = column.isna()
     if missing.any():
-        raise ResultsError(f"{file}: row {int(missing.to_numpy().argmax()) + 1}, column {name!r}: no text")
+        raise ResultsError(f"{source}: row {int(missing.to_numpy().argmax()) + 1}, column {name!r}: no text")
     return column.astype(str)
 
 
-def _numbers(column: pd.Series, file: Path, name: str) -> np.ndarray:
+def numbers(column: pd.Series, source: str | Path, name: str) -> np.ndarray:
     """A column of scores; booleans (also spelled out) become 0 and 1, empty cells NaN."""
     spelled = column.map(lambda v: {"true": 1.0, "false": 0.0}.get(str(v).lower(), v))
     numbers = pd.to_numeric(spelled, errors="coerce")
     wrong = numbers.isna() & column.notna()
     if wrong.any():
         row = int(wrong.to_numpy().argmax())
-        raise ResultsError(f"{file}: row {row + 1}, column {name!r}: expected a number, got {column.iloc[row]!r}")
+        raise ResultsError(f"{source}: row {row + 1}, column {name!r}: expected a number, got {column.iloc[row]!r}")
     return numbers.to_numpy(np.float32)
 
 
 def _long(
-    frame: pd.DataFrame, queries: pd.DataFrame, file: Path, model: str, score: str, cost: str
+    frame: pd.DataFrame, queries: pd.DataFrame, source: str | Path, model: str, score: str, cost: str
 ) -> BenchmarkResults:
     if score not in frame:
-        raise ResultsError(f"{file}: no column {score!r} with the score, {did_you_mean(score, frame.columns)}")
-    names = _texts(frame[model], file, model)
+        raise ResultsError(f"{source}: no column {score!r} with the score, {did_you_mean(score, frame.columns)}")
+    names = _texts(frame[model], source, model)
     twice = pd.DataFrame({"id": queries["id"], "model": names}).duplicated()
     if twice.any():
         row = int(twice.to_numpy().argmax())
         raise ResultsError(
-            f"{file}: row {row + 1}: query {queries['id'].iloc[row][:80]!r} and model {names.iloc[row]!r} came before; "
-            "drop the duplicate, or give repeated queries an 'id' column"
+            f"{source}: row {row + 1}: query {queries['id'].iloc[row][:80]!r} and model {names.iloc[row]!r} came "
+            "before; drop the duplicate, or give repeated queries an 'id' column"
         )
     rows, ids = pd.factorize(queries["id"])
     columns, models = pd.factorize(names)
 
+    for column, word in (("prompt", "questions"), ("benchmark", "benchmarks"), ("split", "splits")):
+        different = queries.groupby("id", sort=False)[column].nunique(dropna=False) > 1
+        if different.any():
+            raise ResultsError(
+                f"{source}: query id {different.idxmax()!r} stands for different {word}; give each query its own"
+            )
+
     def grid(column: str) -> np.ndarray:
         values = np.full((len(ids), len(models)), np.nan, dtype=np.float32)
-        values[rows, columns] = _numbers(frame[column], file, column)
+        values[rows, columns] = numbers(frame[column], source, column)
         return values
 
     first = queries.drop_duplicates("id")
     return BenchmarkResults(first, list(models), grid(score), grid(cost) if cost in frame else None)
 
 
-def _is_score(column: pd.Series) -> bool:
+def is_score(column: pd.Series) -> bool:
     """Whether a column holds numbers or truth values only, empty cells aside."""
     if pd.api.types.is_numeric_dtype(column):
         return True
@@ -141,25 +201,25 @@ def _is_score(column: pd.Series) -> bool:
 
 
 def _wide(
-    frame: pd.DataFrame, queries: pd.DataFrame, file: Path, models: Sequence[str] | None, taken: set[str]
+    frame: pd.DataFrame, queries: pd.DataFrame, source: str | Path, models: Sequence[str] | None, taken: set[str]
 ) -> BenchmarkResults:
     if models is None:
         models = [
             name
             for name in frame
-            if name not in taken and not str(name).startswith("Unnamed") and _is_score(frame[name])
+            if name not in taken and not str(name).startswith("Unnamed") and is_score(frame[name])
         ]
         if not models:
-            raise ResultsError(f"{file}: no numeric column left to be a model's scores; name them with `models`")
+            raise ResultsError(f"{source}: no numeric column left to be a model's scores; name them with `models`")
     for name in models:
         if name not in frame:
-            raise ResultsError(f"{file}: no column {name!r}, {did_you_mean(name, frame.columns)}")
+            raise ResultsError(f"{source}: no column {name!r}, {did_you_mean(name, frame.columns)}")
     repeated = queries["id"].duplicated()
     if repeated.any():
         row = int(repeated.to_numpy().argmax())
         raise ResultsError(
-            f"{file}: row {row + 1}: query {queries['id'].iloc[row][:80]!r} came before; drop the duplicate, or give "
+            f"{source}: row {row + 1}: query {queries['id'].iloc[row][:80]!r} came before; drop the duplicate, or give "
             "repeated queries an 'id' column"
         )
-    scores = np.stack([_numbers(frame[name], file, name) for name in models], axis=1)
+    scores = np.stack([numbers(frame[name], source, name) for name in models], axis=1)
     return BenchmarkResults(queries, [str(name) for name in models], scores)

@@ -4,7 +4,7 @@ from ...modeling.experts import Expert
 from ...modeling.meta import Source
 from .base import Backend, Generation
 from .endpoint import EndpointBackend
-from .local import LocalModels
+from .local import LocalModels, same_model
 
 __all__ = ["Backend", "Generation", "LocalModels", "open_backend"]
 
@@ -23,8 +23,9 @@ def open_backend(expert: Expert, models: LocalModels, meta_base: Source) -> Back
     if expert.backend == "openai":
         return EndpointBackend(expert)
     if expert.backend == "adapter":
-        base = Source(expert.base) if expert.base else meta_base
-        return models.adapter(base, expert.model, expert.revision)
+        shared = not expert.base or same_model(expert.base, meta_base.model)
+        return models.adapter(meta_base if shared else Source(expert.base), expert.model, expert.revision)
     if expert.backend == "transformers":
-        return models.model(Source(expert.model, expert.revision))
+        shared = not expert.revision and same_model(expert.model, meta_base.model)
+        return models.model(meta_base if shared else Source(expert.model, expert.revision))
     return models.model(meta_base)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...modeling.chat import Message, encode_chat
-from ...modeling.errors import ExpertFailedError, ExpertokenError
+from ...modeling.errors import ExpertFailedError, ExpertokenError, one_line
 from ...modeling.meta import Source, load_causal_lm, share_weights
 from .base import Backend, Generation
 
@@ -23,6 +23,31 @@ def generation_options(generation: Generation) -> dict[str, Any]:
     if generation.temperature > 0:
         options |= {"temperature": generation.temperature, "top_p": generation.top_p}
     return options
+
+
+@torch.inference_mode()
+def first_token(
+    model: "PreTrainedModel", input_ids: torch.Tensor, logits: torch.Tensor, generation: Generation
+) -> torch.Tensor:
+    """The first token of an answer from logits that are there already, `[1, 1]`, as `model.generate` would choose it.
+
+    With the model's own logits processors (a repetition penalty, top-k), which transformers makes in private methods
+    only. Rejected: cropping the cache by one token and letting `generate` begin there, which sliding windows can't.
+
+    Args:
+        model: what generates.
+        input_ids: `[1, T]`.
+        logits: `[1, V]` at the last position.
+        generation: how.
+    """
+    config, _ = model._prepare_generation_config(None, **generation_options(generation))
+    processors = model._get_logits_processor(config, input_ids_seq_length=input_ids.shape[1], device=input_ids.device)
+    scores = processors(input_ids, logits.float())
+    if not config.do_sample:
+        return scores.argmax(-1, keepdim=True)
+    if generation.seed is not None:
+        torch.manual_seed(generation.seed)
+    return torch.multinomial(scores.softmax(-1), 1)
 
 
 def stream_generate(
@@ -87,8 +112,7 @@ def stream_generate(
         error = failure[0]
         if not isinstance(error, Exception):
             raise error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ExpertFailedError(f"generation failed: {reason}") from error
+        raise ExpertFailedError(f"generation failed: {one_line(error)}") from error
 
 
 class LocalBackend(Backend):
@@ -208,17 +232,33 @@ class LocalModels:
                 if key in self._adapted:
                     adapted, lock = self._adapted[key]
                     slot = f"expert_{len(adapted.peft_config)}"
-                    adapted.load_adapter(folder, slot, revision=revision)
+                    with lock:
+                        _load_into(adapted, folder, slot, revision)
                 else:
                     slot = "expert_0"
                     adapted = PeftModel.from_pretrained(share_weights(model), folder, slot, revision=revision)
                     lock = threading.RLock()
                     self._adapted[key] = (adapted, lock)
             except Exception as error:  # PEFT raises ValueError, RuntimeError, KeyError, SafetensorError, ... alike
-                reason = [line.strip() for line in str(error).splitlines() if line.strip()]
-                why = reason[0] if reason else type(error).__name__
-                raise ExpertFailedError(f"adapter {folder} does not fit the base {base.model}: {why}") from error
+                raise ExpertFailedError(
+                    f"adapter {folder} does not fit the base {base.model}: {one_line(error)}"
+                ) from error
         return LocalBackend(adapted.eval(), tokenizer, lock, slot)
+
+
+def _load_into(adapted: Any, folder: str, slot: str, revision: str | None) -> None:
+    """Load one more adapter; one that can't be loaded leaves nothing behind in the shared model."""
+    try:
+        adapted.load_adapter(folder, slot, revision=revision)
+    except Exception:
+        if slot in adapted.peft_config:  # PEFT puts the layers in before it reads the weights
+            adapted.delete_adapter(slot)
+        raise
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names (hub ids, or paths in any spelling) are of one model."""
+    return _resolved(Source(one)) == _resolved(Source(other))
 
 
 def _resolved(source: Source) -> Source:

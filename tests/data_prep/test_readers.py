@@ -172,3 +172,19 @@ def test_truth_values_with_a_gap_are_scores_and_words_like_none_are_text(tmp_pat
 def test_one_model_may_be_named(tmp_path):
     file = write(tmp_path, "r.csv", "query,law,x\nq,1,0\n")
     assert read_results(file, **parse_options("table", ["models=law"])).models == ["law"]
+
+
+def test_a_folder_of_one_file_a_model_is_one_benchmark(tmp_path):
+    folder = tmp_path / "trivia"
+    folder.mkdir()
+    (folder / "gpt.csv").write_text("query,model,score\nq1,gpt,1\nq2,gpt,0\n")
+    (folder / "llama.csv").write_text("query,model,score\nq1,llama,0\nq2,llama,1\n")
+    results = read_results(folder)
+    assert results.scores.tolist() == [[1, 0], [0, 1]]
+    assert set(results.queries["benchmark"]) == {"trivia"}
+
+
+def test_one_id_for_two_questions_is_refused(tmp_path):
+    (tmp_path / "t.csv").write_text("id,query,model,score\n0,what is 2+2,a,1\n0,name a river,b,0\n")
+    with pytest.raises(ResultsError, match="query id '0' stands for different questions"):
+        read_results(tmp_path / "t.csv")

@@ -78,3 +78,13 @@ def test_the_plot_is_a_png(composite_folder, tmp_path):
     pytest.importorskip("matplotlib")
     draw_scores(evaluate(composite_folder), tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_queries_nobody_was_measured_on_are_left_out(composite_folder, results, pool, caplog):
+    gaps = build_supervision(results, pool)
+    side = gaps.data["test"]
+    blank = side.map(lambda row, i: {"scores": [float("nan")] * 3} if i < 4 else {}, with_indices=True)
+    gaps.data["test"] = blank.cast(side.features)
+    report = evaluate(composite_folder, gaps)
+    assert report.settings["queries"] == len(side) - 4
+    assert report.row("oracle").mean == 1

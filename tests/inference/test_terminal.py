@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -79,3 +80,14 @@ def test_a_failed_turn_leaves_no_trace_in_the_conversation(talk):
 
 def test_markup_in_answers_is_text(talk):
     assert "[bold]x[/bold]" in talk(["one"], [["[bold]x[/bold]"]])[1]
+
+
+def test_an_answer_can_not_steer_the_terminal_and_stays_as_it_is(talk, pool):
+    _, shown = talk(["hello"], [["x[0:100:2] \x1b]52;c;aGVsbG8=\x07\x9b2J", " :100: done"]])
+    assert "x[0:100:2] ]52;c;aGVsbG8=2J :100: done" in shown
+
+
+def test_brackets_in_a_description_are_text(talk, pool):
+    pool.experts[0] = replace(pool.experts[0], description="[/INST] [eu only]")
+    _, shown = talk(["/experts"])
+    assert "[/INST] [eu only]" in shown

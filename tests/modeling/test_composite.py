@@ -188,3 +188,28 @@ def test_a_file_limit_while_writing_rows_is_one_clear_line(tmp_path, composite):
     assert "ExpertokenError" in done.stderr.splitlines()[-1]
     assert "could not be written (File too large); it is as it was" in done.stderr
     assert contents(tmp_path / "composite") == before
+
+
+def test_a_loaded_composite_can_be_saved_into_another_tree(tmp_path, composite):
+    composite.manifest.data = {"path": str(tmp_path / "supervision"), "fingerprint": "x", "sizes": {}}
+    (tmp_path / "supervision").mkdir()
+    save_composite(composite, tmp_path / "one" / "c", verify=False)
+    loaded = load_composite(tmp_path / "one" / "c", device="cpu")
+    save_composite(loaded, tmp_path / "elsewhere" / "deep" / "c", verify=True)
+    again = load_composite(tmp_path / "elsewhere" / "deep" / "c", device="cpu")
+    assert torch.equal(probe_logits(again), probe_logits(composite))
+    assert again.manifest.data["path"] == str(tmp_path / "supervision")
+    assert not Path(
+        json.loads((tmp_path / "elsewhere/deep/c" / MANIFEST_FILE).read_text())["data"]["path"]
+    ).is_absolute()
+
+
+def test_a_composite_keeps_its_chat_template_when_the_bases_changes(tmp_path, pool):
+    base = tiny_folder(tmp_path / "base")
+    meta = MetaLLM.from_pretrained(Source(str(base)), 2, device="cpu")
+    save_composite(Composite(meta, pool, Manifest(describe_base(meta), ["math", "law"])), tmp_path / "c", verify=False)
+    before = meta.encode("hello")
+    template = base / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant", "helper"))
+    assert MetaLLM.from_pretrained(Source(str(base)), 2, device="cpu").encode("hello") != before
+    assert load_composite(tmp_path / "c", device="cpu").meta.encode("hello") == before

@@ -69,7 +69,7 @@ def test_states_give_the_same_logits_as_the_forward_pass(architecture):
     sequences = [list(range(20, 30)), list(range(40, 47))]
     hidden, log_mass = meta.states(sequences)
     candidates = meta.candidate_logits(sequences, with_self=True)
-    torch.testing.assert_close(meta.row_logits(hidden), candidates[:, :2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(meta.transform(hidden @ meta.rows.T), candidates[:, :2], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(log_mass, candidates[:, 2], rtol=1e-5, atol=1e-5)
 
 
@@ -114,3 +114,13 @@ def test_shared_weights_are_the_same_tensors_in_other_modules():
     view = share_weights(model)
     assert view is not model
     assert {p.data_ptr() for p in view.parameters()} == {p.data_ptr() for p in model.parameters()}
+
+
+def test_rows_stay_float32_under_autocast():
+    head = ExpertHead(torch.nn.Linear(64, 8, bias=False), 2)
+    hidden = torch.randn(4, 64)
+    with torch.no_grad():
+        head.expert_rows.copy_(torch.randn(2, 64) * 10)
+        exact = head(hidden)[:, 8:]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(head(hidden)[:, 8:], exact)

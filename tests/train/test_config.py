@@ -21,7 +21,8 @@ def test_every_training_recipe_goes_through_the_entry_point(recipe, monkeypatch,
     entry.main([recipe.stem, "--meta", "m", "--data", "d", "--output_dir", str(tmp_path)])
     [(options, arguments)] = seen
     values = yaml.safe_load(recipe.read_text())
-    assert options.method == values["method"]
+    assert options.method == recipe.stem
+    assert not set(values) & {"eval_strategy", "eval_steps"}  # decided by the method
     for key, value in values.items():
         holder = options if hasattr(options, key) else arguments
         found = getattr(holder, key)
@@ -85,3 +86,11 @@ def test_values_with_an_equals_sign_are_checked_and_negated_flags_are_known():
 def test_one_value_in_yaml_is_a_list_of_one(tmp_path):
     (tmp_path / "r.yaml").write_text("l2: 0.1\n")
     assert parse_arguments([str(tmp_path / "r.yaml"), *NEEDED])[0].l2 == [0.1]
+
+
+def test_what_the_method_decides_is_refused_and_a_wrong_number_is_named(tmp_path):
+    (tmp_path / "r.yaml").write_text("l2: [abc]\neval_steps: 5\n")
+    with pytest.raises(ConfigError, match=r"eval_steps: not to be set.*l2: expected float, got \['abc'\]"):
+        parse_arguments([str(tmp_path / "r.yaml"), *NEEDED])
+    with pytest.raises(ConfigError, match="load_best_model_at_end: not to be set"):
+        parse_arguments(["--load_best_model_at_end", "true", *NEEDED])

@@ -92,3 +92,25 @@ def test_batches_hold_at_most_so_many_tokens_and_every_query_once():
     assert sorted(i for batch in batches for i in batch) == list(range(7))
     assert all(len(b) * max(lengths[i] for i in b) <= 60 or len(b) == 1 for b in batches)
     assert batches[0] == [6]
+
+
+def test_two_runs_that_begin_together_fill_one_block(meta, monkeypatch):
+    """The second run finds the first one's block made between its look and its own turn."""
+    create, made = module._Block.create, []
+    monkeypatch.setattr(module._Block, "create", staticmethod(lambda *a: made.append(a[0]) or create(*a)))
+    compute = module._compute
+
+    def together(*arguments):
+        if len(made) == 1 and not together.nested:
+            together.nested = True
+            monkeypatch.setattr(module, "_lookup", lambda root: {})
+            with pytest.raises(KeyError):
+                cached_features(meta, TEXTS)  # looks before anything is done; its gathering is not the point here
+            monkeypatch.undo()
+        return compute(*arguments)
+
+    together.nested = False
+    monkeypatch.setattr(module, "_compute", together)
+    found = cached_features(meta, TEXTS)
+    assert len(found) == len(TEXTS)
+    assert len(made) == 1

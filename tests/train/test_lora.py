@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from expertoken.data_prep.supervision import build_supervision
-from expertoken.modeling.composite import ROWS_FILE, load_composite
+from expertoken.modeling.composite import ROWS_FILE, load_composite, write_rows
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.meta import MetaLLM
 from expertoken.train.arguments import ExpertokenArguments
@@ -91,7 +91,39 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if state is not None:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+        for name in ("adapter_model.safetensors", ROWS_FILE):
+            write_rows(torch.zeros(1, 2), ["x"], tmp_path / f"checkpoint-{step}" / name)
     assert last_complete_checkpoint(tmp_path).name == "checkpoint-10"
+    (tmp_path / "checkpoint-10" / "adapter_model.safetensors").write_bytes(b"cut short")
+    assert last_complete_checkpoint(tmp_path).name == "checkpoint-5"
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path, base_folder, supervision):
+    folder = train(options(base_folder, supervision), arguments(tmp_path / "a", max_steps=4))
+    (folder / "checkpoint-4" / "adapter_model.safetensors").write_bytes(b"cut short")
+    again = options(base_folder, supervision, resume=str(folder / "checkpoint-4"))
+    with pytest.raises(ExpertokenError, match="adapter_model.safetensors: missing, damaged or of another model"):
+        train(again, arguments(tmp_path / "b"))
+
+
+def test_the_loss_of_a_large_batch_is_the_mean_of_its_parts(tmp_path, base_folder, supervision):
+    """What one process and two, or accumulated batches, have in common; queries have unequal weights here."""
+    from expertoken.data_prep.supervision import Supervision
+    from expertoken.train.lora import DispatchTrainer, encode_side, wrap_with_lora
+
+    meta = MetaLLM.from_pretrained(str(base_folder), 2, device="cpu")
+    wrap_with_lora(meta, options(base_folder, supervision, lora_dropout=0.0))
+    side = Supervision.load(supervision).side("train").select(range(12))
+    weights = [0.0, 0.2, 1.0] * 4
+    side = side.map(lambda _, i: {"weight": weights[i]}, with_indices=True)
+    examples = encode_side(meta, side, learn=True)
+    assert len(examples) == 8
+    assert sum(example["weight"] for example in examples) == pytest.approx(8)
+    quiet = arguments(tmp_path, eval_strategy="no", save_strategy="no")
+    names = ["math", "law"]
+    trainer = DispatchTrainer(meta, "cross_entropy", names, with_self=True, rows_learning_rate=None, args=quiet)
+    whole, *parts = (trainer.compute_loss(meta.model, trainer._collate(e)).item() for e in (examples, examples[:4], examples[4:]))  # fmt: skip  # noqa: E501
+    assert whole == pytest.approx(sum(parts) / 2, rel=1e-5)
 
 
 def test_rows_have_no_weight_decay(tmp_path, base_folder, supervision, monkeypatch):
@@ -137,7 +169,7 @@ def test_ctrl_c_in_training_ends_in_one_line_and_the_same_command_goes_on(tmp_pa
 
 
 def launch(folder: Path, base: Path, data: Path, processes: int, method: str, *more: str) -> Path:
-    """`accelerate launch` as a user would; gloo's abort at interpreter shutdown (see train/run.py) is tried again."""
+    """`accelerate launch` as a user would; gloo's abort at shutdown (see train/processes.py) is tried again."""
     flags = ["--multi_gpu"] if processes > 1 else ["--cpu"]
     command = [str(Path(sys.executable).parent / "accelerate"), "launch", *flags, "--num_processes", str(processes),
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
@@ -176,10 +208,18 @@ def test_one_and_two_processes_give_the_same_tokens(tmp_path, base_folder, super
 
 
 @pytest.mark.slow
-def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, base_folder, supervision):
+def test_processes_that_do_not_know_of_each_other_are_refused():
     environment = os.environ | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     environment["ACCELERATE_USE_CPU"] = "true"
     code = "from expertoken.train.processes import check_world\ncheck_world(1)"  # what a plain launcher on CPU comes to
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
     assert "2 processes were launched but 1 work together" in done.stderr
-    assert not (tmp_path / ROWS_FILE).exists()
+
+
+def test_no_path_of_this_machine_is_in_a_lora_composite(tmp_path, base_folder, supervision):
+    folder = train(options(base_folder, supervision), arguments(tmp_path / "c", max_steps=4))
+    for file in folder.iterdir():
+        if file.suffix in (".json", ".yaml", ".md"):
+            assert str(tmp_path) not in file.read_text(), file.name
+            assert str(base_folder) not in file.read_text(), file.name

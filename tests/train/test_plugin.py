@@ -3,21 +3,21 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from expertoken.data_prep.results import BenchmarkResults, ResultsError
 from expertoken.data_prep.supervision import build_supervision
 from expertoken.evaluation.evaluate import evaluate
 from expertoken.modeling.composite import ROWS_FILE, load_composite
 from expertoken.modeling.experts import Expert, ExpertPool, PoolError
-from expertoken.modeling.meta import MetaLLM, Source, load_causal_lm
+from expertoken.modeling.meta import MetaLLM
+from expertoken.tests.tiny import tiny_folder
 from expertoken.train.arguments import ExpertokenArguments
 from expertoken.train.plugin import add_expert, remove_expert
-from expertoken.train.run import train
+from expertoken.train.run import Run, train
 
 
 def make_composite(tmp_path, base_folder, results, pool):
-    from transformers import TrainingArguments
-
     build_supervision(results, pool).save(tmp_path / "supervision")
     options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "supervision"), verify=False)
     return train(options, TrainingArguments(output_dir=str(tmp_path / "composite"), use_cpu=True, report_to="none"))
@@ -40,14 +40,19 @@ def state(folder):
     return composite.meta.rows, composite.meta.candidate_logits(ids, with_self=True)
 
 
-def test_only_expert_rows_change_in_method_tokens(tmp_path, base_folder, results, pool):
-    before = {k: v.clone() for k, v in load_causal_lm(Source(str(base_folder)), device="cpu")[0].state_dict().items()}
-    folder = make_composite(tmp_path, base_folder, results, pool)
-    loaded = load_composite(folder, device="cpu").meta
-    after = loaded.plain.state_dict()
+@pytest.mark.parametrize("architecture", ["llama-tied", "llama-untied", "phi-bias"])
+def test_only_expert_rows_change_in_method_tokens(tmp_path, results, pool, architecture):
+    base = tiny_folder(tmp_path / "base", architecture)
+    build_supervision(results, pool).save(tmp_path / "supervision")
+    options = ExpertokenArguments(meta=str(base), data=str(tmp_path / "supervision"), verify=False)
+    run = Run(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
+    before = {name: parameter.detach().clone() for name, parameter in run.meta.model.named_parameters()}
+    run.run_tokens()
+    after = dict(run.meta.model.named_parameters())
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    assert loaded.head.weight.data_ptr() == loaded.plain.get_output_embeddings().weight.data_ptr()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == [
+        next(name for name in before if name.endswith("expert_rows"))
+    ]
 
 
 def test_an_added_expert_leaves_the_others_bit_identical_and_removing_it_restores_the_file(
@@ -143,3 +148,21 @@ def test_costs_of_old_and_new_experts_survive_the_plug_in(tmp_path, base_folder,
         ("0.1", "0.2", "nan", "0.3"),
         ("nan", "nan", "0.5", "nan"),
     }
+
+
+def test_repeated_questions_are_matched_one_by_one():
+    from expertoken.train.plugin import _known_ids
+
+    def results_of(rows):
+        frame = pd.DataFrame(rows, columns=["id", "prompt"]).assign(benchmark="b", subject=None, split=None)
+        return BenchmarkResults(frame, ["m"], [[1.0]] * len(rows))
+
+    known = results_of([("a", "Compute 5!"), ("b", "same"), ("c", "same"), ("d", "Compute 5?")])
+    new = results_of([("x", "Compute 5?"), ("c", "same"), ("y", "same"), ("z", "same"), ("w", "Compute 5!")])
+    assert _known_ids(known, new.queries) == ["d", "c", "b", "z", "a"]
+
+
+def test_the_change_says_how_many_queries_only_the_newcomer_was_measured_on(composite_folder, base_folder):
+    change = add_expert(composite_folder, Expert("sql", model=str(base_folder)), new_results(), verify=False)
+    assert change.unmeasured == 8
+    assert "on 8 of them nobody else was measured" in str(change)

@@ -1,0 +1,71 @@
+"""Method lora beside method tokens on RouterDC, as far as a CPU gets: `python benchmarks/routerdc_lora.py`.
+
+Same labels, same objective, same queries for both; lora starts where tokens ends and takes a limited number of steps.
+Test sides are cut to their first queries, because a LoRA'd model can use no cached states. Prints a Markdown table.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from expertoken.benchmarks.routerdc import COLUMNS, line, read
+from expertoken.data_prep.results import BenchmarkResults
+from expertoken.data_prep.supervision import build_supervision
+from expertoken.evaluation.evaluate import evaluate
+from expertoken.examples.smollm2 import smollm2
+
+
+def first_of_test(results: BenchmarkResults, count: int) -> BenchmarkResults:
+    """The results with at most `count` test queries a benchmark."""
+    queries = results.queries
+    place = queries.groupby(["benchmark", "split"]).cumcount()
+    return results.take(((queries["split"] != "test") | (place < count)).to_numpy())
+
+
+def train(method: str, meta: str, data: Path, out: Path, *options: str) -> float:
+    """Train a composite in a process of its own; seconds."""
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "expertoken.train", method, "--meta", meta, "--data", str(data)]
+    subprocess.run([*command, "--output_dir", str(out), "--use_cpu", "true", *options], check=True)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Train both, evaluate both, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/routerdc"))
+    parser.add_argument("--out", type=Path, default=Path("routerdc_lora"))
+    parser.add_argument("--label", default="soft")
+    parser.add_argument("--objective", default="cross_entropy")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--test", type=int, default=400, help="test queries a benchmark")
+    parser.add_argument("--learning-rate", default="1e-4")
+    options = parser.parse_args()
+
+    supervision = build_supervision(
+        first_of_test(read(options.data), options.test), strategy=options.label, leaks="drop"
+    )
+    supervision.save(options.out / "supervision")
+    sizes = supervision.info.sizes
+    meta, common = str(smollm2()), ("--objective", options.objective)
+    steps = ("--max_steps", str(options.steps), "--eval_steps", str(options.steps), "--save_steps", str(options.steps))
+    seconds = {"tokens": train("tokens", meta, options.out / "supervision", options.out / "tokens", *common)}
+    seconds["lora"] = train(
+        "lora", meta, options.out / "supervision", options.out / "lora", *common, *steps,
+        "--learning_rate", options.learning_rate, "--rows_learning_rate", "1e-3",
+    )  # fmt: skip
+    reports = {method: evaluate(options.out / method) for method in seconds}
+    print(
+        f"train {sizes['train']}, validation {sizes['validation']}, test {sizes['test']} queries; {options.steps} steps"
+    )
+    rows = {f"{method} ({seconds[method]:.0f} s)": report.composite for method, report in reports.items()}
+    rows |= {name: reports["tokens"].row(name) for name in ("best per dataset", "oracle")}
+    for name, row in rows.items():
+        interval = "{:.1f} to {:.1f}".format(*(100 * bound for bound in row.interval))
+        print(line(name, tuple(100 * row.benchmarks[column] for column in COLUMNS), 100 * row.mean, interval))
+
+
+if __name__ == "__main__":
+    main()
