@@ -1,7 +1,7 @@
 """Method lora beside method tokens on RouterDC, as far as a CPU gets: `python benchmarks/routerdc_lora.py`.
 
 Same labels, same objective, same queries for both; lora starts where tokens ends and takes a limited number of steps.
-Test sides are cut to their first queries, because a LoRA'd model can use no cached states. Prints a Markdown table.
+Both sides are cut to their first queries: a LoRA'd model can use no cached states. Prints a Markdown table.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from expertoken.evaluation.evaluate import evaluate
 from expertoken.examples.smollm2 import smollm2
 
 
-def first_of_test(results: BenchmarkResults, count: int) -> BenchmarkResults:
-    """The results with at most `count` test queries a benchmark."""
+def first_of_each(results: BenchmarkResults, counts: dict[str, int]) -> BenchmarkResults:
+    """The results with at most so many queries of each side and benchmark."""
     queries = results.queries
     place = queries.groupby(["benchmark", "split"]).cumcount()
-    return results.take(((queries["split"] != "test") | (place < count)).to_numpy())
+    return results.take((place < queries["split"].map(counts)).to_numpy())
 
 
 def train(method: str, meta: str, data: Path, out: Path, *options: str) -> float:
@@ -39,13 +39,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("routerdc_lora"))
     parser.add_argument("--label", default="soft")
     parser.add_argument("--objective", default="cross_entropy")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--test", type=int, default=400, help="test queries a benchmark")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--train", type=int, default=300, help="train queries a benchmark")
+    parser.add_argument("--test", type=int, default=150, help="test queries a benchmark")
     parser.add_argument("--learning-rate", default="1e-4")
     options = parser.parse_args()
 
     supervision = build_supervision(
-        first_of_test(read(options.data), options.test), strategy=options.label, leaks="drop"
+        first_of_each(read(options.data), {"train": options.train, "test": options.test}),
+        strategy=options.label,
+        leaks="drop",
     )
     supervision.save(options.out / "supervision")
     sizes = supervision.info.sizes

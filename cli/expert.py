@@ -21,7 +21,7 @@ def add(
     model: Annotated[str, typer.Option(help="Hub id, folder, or the model's id at its endpoint.")],
     results: Annotated[Path, typer.Option(help="Benchmark results of the new expert.")],
     backend: Annotated[str, typer.Option(help="transformers, adapter or openai.")] = "transformers",
-    format: Annotated[str, typer.Option(help="Of the results: table, routerdc or lm-eval.")] = "table",  # noqa: A002
+    format: Annotated[str, typer.Option(help="Of the results; see `expertoken prepare --help`.")] = "auto",  # noqa: A002
     option: Annotated[
         list[str] | None, typer.Option("--set", help="Option of the reader, KEY=VALUE (as in prepare).")
     ] = None,
@@ -35,9 +35,9 @@ def add(
     trust_remote_code: _Trust = False,
 ) -> None:
     """Fit a token for one more expert. The other tokens stay bit for bit as they are."""
-    from ..data_prep.readers import parse_options, read_results
     from ..modeling.experts import ExpertPool
     from ..train.plugin import add_expert
+    from .prepare import read_all
 
     given = {
         "name": name,
@@ -51,7 +51,7 @@ def add(
     }
     entry = {key: value for key, value in given.items() if value is not None}
     [expert] = ExpertPool.parse({"experts": [entry]}, "the new expert", Path.cwd()).candidates
-    read = read_results(results, format, **parse_options(format, option or []))
+    read = read_all([results], format, option)
     change = add_expert(composite, expert, read, data=data, verify=verify, trust_remote_code=trust_remote_code)
     typer.echo(f"{name} added as {expert.token}; {change}")
 

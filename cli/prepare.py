@@ -1,15 +1,24 @@
 """`expertoken prepare`: benchmark results to supervision."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ..data_prep.results import BenchmarkResults
 
 
 def prepare(
     results: Annotated[list[Path], typer.Argument(help="Files or folders of benchmark results.")],
     out: Annotated[Path, typer.Option(help="Supervision folder to write.")],
-    format: Annotated[str, typer.Option(help="table (CSV, Parquet, JSONL), routerdc or lm-eval.")] = "table",  # noqa: A002
+    format: Annotated[  # noqa: A002
+        str,
+        typer.Option(
+            help="auto (by content), lm-eval, routerdc, routerbench, routereval, llmrouterbench, embedllm, routellm, "
+            "datasets (Hugging Face; a hub id too) or table (CSV, Parquet, JSONL)."
+        ),
+    ] = "auto",
     pool: Annotated[Path | None, typer.Option(help="Pool file (YAML). Default: every model of the results.")] = None,
     label: Annotated[
         str,
@@ -31,14 +40,11 @@ def prepare(
     ] = None,
 ) -> None:
     """Make supervision from benchmark results: per query the messages and who should answer."""
-    from ..data_prep.readers import parse_options, read_results
-    from ..data_prep.results import BenchmarkResults
     from ..data_prep.supervision import build_supervision, pool_of
     from ..modeling.experts import ExpertPool
     from .tables import summary_table, wide_console
 
-    options = parse_options(format, option or [])
-    merged = BenchmarkResults.merge([read_results(path, format, **options) for path in results])
+    merged = read_all(results, format, option)
     supervision = build_supervision(
         merged,
         ExpertPool.from_yaml(pool) if pool else pool_of(merged, self_model),
@@ -56,3 +62,16 @@ def prepare(
     console.print(
         f"supervision of {len(supervision.info.candidates)} candidates written to {out}: {sizes}", markup=False
     )
+
+
+def read_all(paths: "list[Path]", format: str, options: list[str] | None) -> "BenchmarkResults":  # noqa: A002
+    """Results of all paths together, with the reader options given as KEY=VALUE."""
+    from ..data_prep.readers import detect, parse_options, read_results
+    from ..data_prep.results import BenchmarkResults
+
+    parts = []
+    for path in paths:
+        kind = detect(path) if format == "auto" and path.exists() else format
+        # `auto` is left where there is no such path, which reading says best.
+        parts.append(read_results(path, kind, **({} if kind == "auto" else parse_options(kind, options or []))))
+    return BenchmarkResults.merge(parts)

@@ -53,7 +53,8 @@ class BenchmarkResults:
         absent = [column for column in QUERY_COLUMNS if column not in self.queries]
         if absent:
             raise ResultsError(f"queries lack the column {absent[0]!r}; expected {', '.join(QUERY_COLUMNS)}")
-        self.queries = self.queries.loc[:, list(QUERY_COLUMNS)].reset_index(drop=True)
+        queries = self.queries.loc[:, list(QUERY_COLUMNS)].reset_index(drop=True).astype(object)
+        self.queries = queries.where(queries.notna(), None)  # pandas' string columns would hold NaN
         self._check_values()
 
     def _check_values(self) -> None:

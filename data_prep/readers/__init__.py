@@ -1,34 +1,91 @@
-"""Readers of public result formats: one small module each, found by name in `READERS`."""
+"""Readers of public result formats: one small module each, found by name or by looking at the file.
+
+A reader is a module (or any object) with `read(path, *, option=default) -> BenchmarkResults` and, to be found by
+`--format auto`, `recognises(file, head) -> bool`, which sees one file and its first characters. Readers of other
+packages join through the entry point group `expertoken.readers`:
+
+    [project.entry-points."expertoken.readers"]
+    mine = "my_package.my_reader"
+"""
 
 import inspect
+from dataclasses import fields
+from functools import lru_cache
+from importlib.metadata import entry_points
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ...modeling.errors import did_you_mean
 from ..results import BenchmarkResults, ResultsError
-from . import lm_eval, routerdc, table
+from . import embedllm, hub, llmrouterbench, lm_eval, routellm, routerbench, routerdc, routereval, table
 
-READERS = {"table": table.read, "routerdc": routerdc.read, "lm-eval": lm_eval.read}
-"""Format name to reader: `read(path, **options) -> BenchmarkResults`."""
+READERS: dict[str, Any] = {
+    "lm-eval": lm_eval,
+    "routerdc": routerdc,
+    "routerbench": routerbench,
+    "routereval": routereval,
+    "llmrouterbench": llmrouterbench,
+    "embedllm": embedllm,
+    "routellm": routellm,
+    "datasets": hub,
+    "table": table,
+}
+"""Format name to reader, in the order in which they are asked: `table` takes what nobody else knows."""
+
+_HEAD = 20_000  # characters that a reader sees of a file
+_SEEN = 20  # files of a folder that are looked at
 
 
-def read_results(path: Path | str, format: str = "table", **options: Any) -> BenchmarkResults:  # noqa: A002
+@lru_cache
+def readers() -> dict[str, Any]:
+    """Our readers and those of other packages, which are asked first."""
+    return {entry.name: entry.load() for entry in entry_points(group="expertoken.readers")} | READERS
+
+
+def detect(path: Path) -> str:
+    """The format of a file or folder, by its content.
+
+    Raises:
+        ResultsError: no reader knows it.
+    """
+    if hub.is_saved_dataset(path):
+        return "datasets"
+    files = [path] if path.is_file() else islice((file for file in sorted(path.rglob("*")) if file.is_file()), _SEEN)
+    for file in files:
+        with file.open("rb") as stream:
+            head = stream.read(_HEAD).decode("utf-8", "replace").removeprefix("\ufeff")
+        for name, reader in readers().items():
+            if hasattr(reader, "recognises") and reader.recognises(file, head):
+                return name
+    raise ResultsError(f"{path}: no format known here; say which with --format: {', '.join(readers())}")
+
+
+def _reader(format: str) -> Any:  # noqa: A002
+    if format not in readers():
+        raise ResultsError(f"unknown format {format!r}, {did_you_mean(format, ['auto', *readers()])}")
+    return readers()[format]
+
+
+def read_results(path: Path | str, format: str = "auto", **options: Any) -> BenchmarkResults:  # noqa: A002
     """Read benchmark results from a file or folder.
 
     Args:
-        path: a file, or a folder of files.
-        format: a key of `READERS`.
+        path: a file, or a folder of files; for the format `datasets` also a hub id.
+        format: a key of `READERS`, or `auto`.
         **options: of the reader.
 
     Raises:
         ResultsError: the path or the format does not exist, or a file is not of that format.
     """
+    if format == "datasets":
+        return hub.read(path, **options)
     path = Path(path).expanduser()
-    if format not in READERS:
-        raise ResultsError(f"unknown format {format!r}, {did_you_mean(format, READERS)}")
+    if format != "auto":
+        _reader(format)
     if not path.exists():
         raise ResultsError(f"{path}: no such file or folder; expected benchmark results")
-    return READERS[format](path, **options)
+    return _reader(detect(path) if format == "auto" else format).read(path, **options)
 
 
 def parse_options(format: str, pairs: list[str]) -> dict[str, Any]:  # noqa: A002
@@ -37,9 +94,12 @@ def parse_options(format: str, pairs: list[str]) -> dict[str, Any]:  # noqa: A00
     Raises:
         ResultsError: a text has no `=`, or the reader has no such option.
     """
-    if format not in READERS:
-        raise ResultsError(f"unknown format {format!r}, {did_you_mean(format, READERS)}")
-    known = [name for name, p in inspect.signature(READERS[format]).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    known: dict[str, str] = {}
+    for name, parameter in inspect.signature(_reader(format).read).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            known[name] = str(parameter.annotation)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            known |= {column.name: str(column.type) for column in fields(table.Columns)}
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -48,6 +108,5 @@ def parse_options(format: str, pairs: list[str]) -> dict[str, Any]:  # noqa: A00
         if key not in known:
             raise ResultsError(f"--set {pair}: format {format!r} has no option {key!r}, {did_you_mean(key, known)}")
         words = {"true": True, "false": False}
-        listed = "Sequence" in str(inspect.signature(READERS[format]).parameters[key].annotation)
-        options[key] = value.split(",") if listed else words.get(value.lower(), value)
+        options[key] = value.split(",") if "Sequence" in known[key] else words.get(value.lower(), value)
     return options

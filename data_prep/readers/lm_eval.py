@@ -16,6 +16,12 @@ _SAMPLES = re.compile(rf"samples_(?P<task>.+)_(?P<stamp>{_STAMP})\.jsonl")
 _METRICS = ("acc_norm", "acc", "exact_match", "pass@1", "f1")
 
 
+def recognises(file: Path, head: str) -> bool:
+    """A file of samples, by its name."""
+    del head
+    return _SAMPLES.fullmatch(file.name) is not None
+
+
 def read(path: Path, *, metric: str | None = None) -> BenchmarkResults:
     """Read every model's folder below `path`; the newest samples of each (model, task) count.
 

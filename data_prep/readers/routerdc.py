@@ -9,6 +9,12 @@ from ..results import BenchmarkResults, ResultsError
 from .files import benchmark_of, files_of, number, read_json, side_of
 
 
+def recognises(file: Path, head: str) -> bool:
+    """A JSON list whose entries have a question and scores."""
+    listed = head.lstrip().startswith("[") and '"question"' in head
+    return file.suffix == ".json" and listed and '"scores"' in head
+
+
 def read(path: Path, *, correct_above_zero: bool | None = None) -> BenchmarkResults:
     """Read one file or a folder of them; the file's name is the benchmark, its ending `_train` or `-test` the split.
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,23 +15,11 @@ from .files import files_of
 _SUFFIXES = (".csv", ".parquet", ".jsonl")
 
 
-def read(
-    path: Path,
-    *,
-    query: str = "query",
-    model: str = "model",
-    score: str = "score",
-    models: Sequence[str] | None = None,
-    id: str = "id",  # noqa: A002 - named after the column
-    benchmark: str = "benchmark",
-    subject: str = "subject",
-    split: str = "split",
-    cost: str = "cost",
-) -> BenchmarkResults:
-    """Read one table or a folder of tables (all of one shape). Arguments name columns.
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of a table are called.
 
-    Args:
-        path: file or folder.
+    Attributes:
         query: the question's text.
         model: long tables: the model's name.
         score: long tables: its score.
@@ -42,19 +31,6 @@ def read(
         split: train, validation or test.
         cost: long tables: USD for this query.
     """
-    columns = Columns(query, model, score, models, id, benchmark, subject, split, cost)
-    frames = {file: load_table(file) for file in files_of(path, *_SUFFIXES)}
-    names = {file: file.stem for file in frames}
-    if len(frames) > 1 and _one_file_a_model(list(frames.values()), columns):
-        names = dict.fromkeys(frames, path.name)
-    return BenchmarkResults.merge(
-        [from_frame(frame, str(file), names[file], columns) for file, frame in frames.items()]
-    )
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What the columns of a table are called; see `read`."""
 
     query: str = "query"
     model: str = "model"
@@ -71,6 +47,27 @@ class Columns:
         """Our names of the query columns to the table's."""
         found = {"id": self.id, "prompt": self.query}
         return found | {"benchmark": self.benchmark, "subject": self.subject, "split": self.split}
+
+
+def recognises(file: Path, head: str) -> bool:
+    """Any table."""
+    del head
+    return file.suffix in _SUFFIXES
+
+
+def read(path: Path, **columns: Any) -> BenchmarkResults:
+    """Read one table or a folder of tables (all of one shape).
+
+    Args:
+        path: file or folder.
+        **columns: names of columns, see `Columns`.
+    """
+    chosen = Columns(**columns)
+    frames = {file: load_table(file) for file in files_of(path, *_SUFFIXES)}
+    names = {file: file.stem for file in frames}
+    if len(frames) > 1 and _one_file_a_model(list(frames.values()), chosen):
+        names = dict.fromkeys(frames, path.name)
+    return BenchmarkResults.merge([from_frame(frame, str(file), names[file], chosen) for file, frame in frames.items()])
 
 
 def _one_file_a_model(frames: list[pd.DataFrame], columns: Columns) -> bool:

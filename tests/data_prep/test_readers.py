@@ -78,7 +78,7 @@ def test_missing_files_and_formats_are_named(tmp_path):
         read_results(tmp_path / "none.csv")
     with pytest.raises(ResultsError, match="unknown format 'routerd', did you mean 'routerdc'"):
         read_results(tmp_path, "routerd")
-    with pytest.raises(ResultsError, match="no .csv or .parquet or .jsonl file"):
+    with pytest.raises(ResultsError, match="no format known here; say which with --format"):
         read_results(tmp_path)
 
 

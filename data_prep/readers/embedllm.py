@@ -1,0 +1,56 @@
+"""EmbedLLM's long CSV (arXiv 2410.02223): `prompt_id, model_id, category_id, label, prompt, model_name, category`."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..results import BenchmarkResults, ResultsError
+from .files import files_of, side_of
+from .table import load_table, numbers
+
+
+def recognises(file: Path, head: str) -> bool:
+    """A CSV with the columns prompt_id and model_id."""
+    columns = set(head.partition("\n")[0].strip().split(","))
+    return file.suffix == ".csv" and {"prompt_id", "model_id"} <= columns
+
+
+def read(path: Path) -> BenchmarkResults:
+    """Read one file or a folder of them; a file called `train`, `val` or `test` (or ending so) names the split.
+
+    The authors' files repeat some (model, prompt) pairs: their mean counts.
+    """
+    return BenchmarkResults.merge([_read_file(file) for file in files_of(path, ".csv")])
+
+
+def _read_file(file: Path) -> BenchmarkResults:
+    frame = load_table(file)
+    for column in ("prompt_id", "model_id", "label", "prompt"):
+        if column not in frame:
+            raise ResultsError(f"{file}: no column {column!r}; expected prompt_id, model_id, label and prompt")
+        if frame[column].isna().any() and column != "label":
+            row = int(frame[column].isna().to_numpy().argmax()) + 1
+            raise ResultsError(f"{file}: row {row}, column {column!r}: empty; every record needs it")
+    label = numbers(frame["label"], file, "label")
+    rows, ids = pd.factorize(frame["prompt_id"].astype(str))
+    names = frame["model_name"] if "model_name" in frame else frame["model_id"]
+    columns, models = pd.factorize(names.astype(str))
+    means = pd.DataFrame({"row": rows, "column": columns, "label": label}).groupby(["row", "column"])["label"].mean()
+    scores = np.full((len(ids), len(models)), np.nan, dtype=np.float32)
+    scores[means.index.get_level_values(0), means.index.get_level_values(1)] = means.to_numpy()
+    first = frame.loc[~frame["prompt_id"].duplicated()]
+    category = next((name for name in ("category", "category_id") if name in frame), None)
+    queries = pd.DataFrame(
+        {
+            "id": list(ids),
+            "prompt": first["prompt"].astype(str).tolist(),
+            "benchmark": first[category].astype(str).tolist() if category else "embedllm",
+            "subject": None,
+            "split": side_of(file),
+        }
+    )
+    try:
+        return BenchmarkResults(queries, list(models), scores)
+    except ResultsError as error:
+        raise ResultsError(f"{file}: {error}") from None

@@ -1,0 +1,50 @@
+"""RouteLLM's evaluation files (arXiv 2406.18665): CSVs of `prompt, MODEL, MODEL` with True and False."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..results import BenchmarkResults, ResultsError
+from .files import files_of
+from .table import is_score, load_table, numbers
+
+
+def recognises(file: Path, head: str) -> bool:
+    """A CSV whose first column is `prompt`, without any of the columns that other formats have."""
+    columns = head.partition("\n")[0].strip().split(",")
+    ours = {"model", "score", "label", "split", "benchmark", "subject", "model_id"}
+    return file.suffix == ".csv" and columns[0] == "prompt" and len(columns) > 1 and not ours & set(columns)
+
+
+def read(path: Path) -> BenchmarkResults:
+    """Read one file or a folder of them; `mmlu_SUBJECT.csv` is a subject of MMLU, any other file a benchmark."""
+    return BenchmarkResults.merge([_read_file(file) for file in files_of(path, ".csv")])
+
+
+def _read_file(file: Path) -> BenchmarkResults:
+    frame = load_table(file)
+    if "prompt" not in frame:
+        raise ResultsError(f"{file}: no column 'prompt'; expected `prompt, MODEL, MODEL` with True or False")
+    models = [name for name in frame.columns if name != "prompt" and not str(name).endswith("_response")]
+    for name in models:
+        if not is_score(frame[name]):
+            numbers(frame[name], file, name)  # raises, with the row
+    if not models:
+        raise ResultsError(f"{file}: empty results, no column of a model besides 'prompt'")
+    is_subject = file.stem.startswith("mmlu_")
+    queries = pd.DataFrame(
+        {
+            # Questions repeat within a file, so the place in the file is the identity.
+            "id": [f"{file.stem}/{index}" for index in range(len(frame))],
+            "prompt": frame["prompt"],
+            "benchmark": "mmlu" if is_subject else file.stem,
+            "subject": file.stem.removeprefix("mmlu_") if is_subject else None,
+            "split": None,
+        }
+    )
+    scores = np.stack([numbers(frame[name], file, name) for name in models], axis=1)
+    try:
+        return BenchmarkResults(queries, [str(name) for name in models], scores)
+    except ResultsError as error:
+        raise ResultsError(f"{file}: {error}") from None
