@@ -117,14 +117,14 @@ def main() -> None:
     results = read(options.data / "routerdc")
     meta = MetaLLM.from_pretrained(Source(str(smollm2())), len(results.models))
     started = time.perf_counter()
-    sides = build_supervision(results, strategy="subject", leaks="drop")
+    sides = build_supervision(results, labelling="subject", leaks="drop")
     computed = 0
     for side in ("train", "validation", "test"):
         computed += cached_features(meta, sides.side(side)["messages"], label=f"{side} features").computed
     feature_seconds = time.perf_counter() - started
     reports, fits = {}, {}
     for name, (strategy, objective) in RECIPES.items():
-        supervision = build_supervision(results, strategy=strategy, leaks="drop")
+        supervision = build_supervision(results, labelling=strategy, leaks="drop")
         reports[name], fits[name] = run_recipe(meta, supervision, objective)
     best = max(fits, key=lambda name: fits[name]["validation_score"])
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

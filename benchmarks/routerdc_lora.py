@@ -47,7 +47,7 @@ def main() -> None:
 
     supervision = build_supervision(
         first_of_each(read(options.data), {"train": options.train, "test": options.test}),
-        strategy=options.label,
+        labelling=options.label,
         leaks="drop",
     )
     supervision.save(options.out / "supervision")

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..modeling.errors import ExpertokenError
+
 if TYPE_CHECKING:
     from ..data_prep.results import BenchmarkResults
 
@@ -22,9 +24,29 @@ def prepare(
     pool: Annotated[Path | None, typer.Option(help="Pool file (YAML). Default: every model of the results.")] = None,
     label: Annotated[
         str,
-        typer.Option(help="query: each query's own winner. subject: its subject's winner. soft: softmax of scores."),
+        typer.Option(
+            help="query: each query's own winner. subject: its subject's winner. mixed: both. soft: softmax of scores. "
+            "correctness: a binary problem per expert. expected-score: the scores themselves (docs/labels.md)."
+        ),
     ] = "query",
+    ties: Annotated[
+        str, typer.Option(help="Who of a query's winners: all, the cheapest, or the best overall.")
+    ] = "all",
     temperature: Annotated[float, typer.Option(help="Of --label soft.")] = 0.25,
+    beta: Annotated[float, typer.Option(help="Of --label mixed: share of the query's own winner.")] = 0.5,
+    shrinkage: Annotated[
+        float, typer.Option(help="Of subject and mixed: queries of the benchmark's mean that top up each subject.")
+    ] = 0.0,
+    margin: Annotated[float, typer.Option(help="Lead of a winner below which a label counts less.")] = 0.0,
+    cost_weight: Annotated[float, typer.Option(help="Score per USD: labels see score - cost_weight * cost.")] = 0.0,
+    contaminated: Annotated[
+        list[str] | None,
+        typer.Option(help="MODEL=BENCHMARK that the model was trained on; labels leave the pair out. Repeatable."),
+    ] = None,
+    hold_out: Annotated[
+        str | None,
+        typer.Option(help="Test on what is never trained on: benchmark=NAME[,NAME] or subject=NAME[,NAME]."),
+    ] = None,
     self_model: Annotated[
         str | None, typer.Option(help="Without --pool: the results' name of the meta LLM, which becomes self.")
     ] = None,
@@ -40,20 +62,21 @@ def prepare(
     ] = None,
 ) -> None:
     """Make supervision from benchmark results: per query the messages and who should answer."""
+    from ..data_prep.labels import Labelling
     from ..data_prep.supervision import build_supervision, pool_of
     from ..modeling.experts import ExpertPool
     from .tables import summary_table, wide_console
 
-    merged = read_all(results, format, option)
+    merged = read_all(results, format, option).flag(_pair(text) for text in contaminated or ())
     supervision = build_supervision(
         merged,
         ExpertPool.from_yaml(pool) if pool else pool_of(merged, self_model),
-        strategy=label,
-        temperature=temperature,
+        labelling=Labelling(label, ties, temperature, beta, shrinkage, margin, cost_weight),
         leaks=leaks,
         validation=validation,
         test=test,
         seed=seed,
+        hold_out=_hold_out(hold_out),
     )
     supervision.save(out)
     console = wide_console()
@@ -62,6 +85,22 @@ def prepare(
     console.print(
         f"supervision of {len(supervision.info.candidates)} candidates written to {out}: {sizes}", markup=False
     )
+
+
+def _pair(text: str) -> tuple[str, str]:
+    model, equals, benchmark = text.rpartition("=")
+    if not equals:
+        raise ExpertokenError(f"--contaminated {text}: expected MODEL=BENCHMARK")
+    return model, benchmark
+
+
+def _hold_out(text: str | None) -> tuple[str, list[str]] | None:
+    if text is None:
+        return None
+    field, _, names = text.partition("=")
+    if field not in ("benchmark", "subject") or not names:
+        raise ExpertokenError(f"--hold-out {text}: expected benchmark=NAME[,NAME] or subject=NAME[,NAME]")
+    return field, names.split(",")
 
 
 def read_all(paths: "list[Path]", format: str, options: list[str] | None) -> "BenchmarkResults":  # noqa: A002

@@ -1,24 +1,99 @@
 """Labelling strategies: from scores to a target over the candidates, per query."""
 
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..modeling.errors import ExpertokenError, did_you_mean
 
 _TIE = 1e-6
+TIES = ("all", "cheapest", "best")
 
 
-def winners(scores: np.ndarray, *, self_index: int | None = None) -> np.ndarray:
+@dataclass(frozen=True)
+class Labelling:
+    """How results become labels.
+
+    Attributes:
+        strategy: a key of `STRATEGIES`.
+        ties: who of a query's winners gets the target: `all` of them in equal shares, the `cheapest`, or the `best`
+            overall (on the learning side).
+        temperature: `soft`: of the softmax over scores.
+        beta: `mixed`: share of the query's own winner; the rest is the subject's.
+        shrinkage: `subject` and `mixed`: how many queries of its benchmark's mean each subject is topped up with, so
+            that small subjects don't crown a winner by chance.
+        margin: lead of a winner over the best loser below which a label counts less, in proportion; 0 counts all alike.
+        cost_weight: lambda, score per USD: everything sees `score - lambda * cost` instead of the score.
+    """
+
+    strategy: str = "query"
+    ties: str = "all"
+    temperature: float = 0.25
+    beta: float = 0.5
+    shrinkage: float = 0.0
+    margin: float = 0.0
+    cost_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ExpertokenError(
+                f"unknown labelling strategy {self.strategy!r}, {did_you_mean(self.strategy, STRATEGIES)}"
+            )
+        if self.ties not in TIES:
+            raise ExpertokenError(f"ties: unknown {self.ties!r}, {did_you_mean(self.ties, TIES)}")
+        for name, low, high in (
+            ("temperature", 1e-6, np.inf),
+            ("beta", 0, 1),
+            ("shrinkage", 0, np.inf),
+            ("margin", 0, np.inf),
+            ("cost_weight", 0, np.inf),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ExpertokenError(f"{name}: expected {low:g} to {high:g}, got {value:g}")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What strategies see: queries with at least one measurement.
+
+    Attributes:
+        scores: `[N, C]` scores, or utilities where costs count; NaN where not measured.
+        costs: `[N, C]` USD, NaN where not known.
+        benchmarks: `[N]` codes.
+        subjects: `[N]` codes of (benchmark, subject).
+        learning: `[N]` mask of the learning side (train and validation): the test side must not decide who wins.
+        self_index: the column of self, if it is a candidate.
+    """
+
+    scores: np.ndarray
+    costs: np.ndarray
+    benchmarks: np.ndarray
+    subjects: np.ndarray
+    learning: np.ndarray
+    self_index: int | None = None
+
+
+def utility(scores: np.ndarray, costs: np.ndarray | None, cost_weight: float) -> np.ndarray:
+    """`score - lambda * cost` (RouterBench, arXiv 2403.12031, section 3). A cost that is not known counts as 0."""
+    if costs is None or cost_weight == 0:
+        return scores
+    return (scores - cost_weight * np.nan_to_num(costs)).astype(scores.dtype)
+
+
+def winners(scores: np.ndarray, *, self_index: int | None = None, rank: np.ndarray | None = None) -> np.ndarray:
     """Who wins each row, as a distribution.
 
-    Ties: self wins a tie that it is part of, because answering costs nothing more while a dispatch does; otherwise the
-    winners share the target equally. Not broken by the best average: that would teach the average where the data are
-    silent.
+    Ties: self wins a tie that it is part of, because answering costs nothing more while a dispatch does. Otherwise the
+    winners share the target equally, or, with `rank`, the one of lowest rank takes it. Sharing is the default: breaking
+    ties by the best average would teach the average where the data are silent.
 
     Args:
         scores: `[N, C]`, NaN where not measured.
         self_index: the column of self, if it is a candidate.
+        rank: `[N, C]` or `[1, C]`, lower is preferred; NaN comes last.
 
     Returns:
         `[N, C]`; a row without any measurement is all zero.
@@ -30,107 +105,188 @@ def winners(scores: np.ndarray, *, self_index: int | None = None) -> np.ndarray:
         kept = wins[:, self_index].copy()
         wins[kept] = False
         wins[kept, self_index] = True
+    if rank is not None:
+        order = np.where(
+            wins,
+            np.nan_to_num(np.broadcast_to(rank, wins.shape).astype(np.float64), nan=np.finfo(np.float64).max),
+            np.inf,
+        )
+        wins &= order <= order.min(1, keepdims=True)
     return wins / np.maximum(wins.sum(1, keepdims=True), 1)
 
 
-def _informative(scores: np.ndarray, self_index: int | None = None) -> np.ndarray:
+def _rank(data: Measured, labelling: Labelling) -> np.ndarray | None:
+    """What breaks ties, `[N, C]` or `[1, C]`."""
+    if labelling.ties == "cheapest":
+        return np.where(np.isnan(data.costs), _means(data.costs)[None], data.costs)
+    if labelling.ties == "best":
+        return -_means(data.scores[data.learning])[None]
+    return None
+
+
+def _means(values: np.ndarray) -> np.ndarray:
+    """Mean of each column over what is known; NaN where nothing is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of an all-NaN column
+        return np.nanmean(values, 0) if len(values) else np.full(values.shape[1], np.nan)
+
+
+def _informative(data: Measured, *, self_counts: bool) -> np.ndarray:
     """Weight 1 for queries that tell candidates apart, 0 for the others, `[N]` float32."""
-    somebody = np.nanmax(scores, 1) > _TIE
+    best, worst = np.nanmax(data.scores, 1), np.nanmin(data.scores, 1)
+    somebody = best > np.minimum(worst, 0) + _TIE
     # A candidate that was not measured stands apart from those who were and got it right.
-    apart = (np.nanmax(scores, 1) - np.nanmin(scores, 1) > _TIE) | np.isnan(scores).any(1)
-    if self_index is not None:
-        apart |= np.nan_to_num(scores[:, self_index]) > _TIE
+    apart = (best - worst > _TIE) | np.isnan(data.scores).any(1)
+    if self_counts and data.self_index is not None:
+        apart |= np.nan_to_num(data.scores[:, data.self_index]) > _TIE
     return (somebody & apart).astype(np.float32)
 
 
-def query_level(
-    scores: np.ndarray, groups: Sequence[str], train: np.ndarray, *, self_index: int | None = None, **_: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _lead(scores: np.ndarray, margin: float) -> np.ndarray:
+    """`min(1, lead / margin)` of the winners over the best loser, `[N]` float32; 1 where nobody loses."""
+    if margin <= 0:
+        return np.ones(len(scores), dtype=np.float32)
+    best = np.nanmax(scores, 1, keepdims=True)
+    losers = np.where(scores < best - _TIE, scores, -np.inf).max(1)
+    return np.where(np.isfinite(losers), np.clip((best[:, 0] - losers) / margin, 0, 1), 1).astype(np.float32)
+
+
+def query_level(data: Measured, labelling: Labelling) -> tuple[np.ndarray, np.ndarray]:
     """Label each query by its own winner (Bench-CoE, arXiv 2412.04167, query-level).
 
     A query that nobody got right, or that everybody got equally right, teaches nothing about who should answer: its
     weight is 0. Where self is among those who got it right, it does teach something: no dispatch is needed.
     """
-    del groups, train
-    return winners(scores, self_index=self_index), _informative(scores, self_index)
+    targets = winners(data.scores, self_index=data.self_index, rank=_rank(data, labelling))
+    return targets, _informative(data, self_counts=True) * _lead(data.scores, labelling.margin)
 
 
-def subject_level(
-    scores: np.ndarray, groups: Sequence[str], train: np.ndarray, *, self_index: int | None = None, **_: float
-) -> tuple[np.ndarray, np.ndarray]:
+def subject_means(data: Measured, shrinkage: float) -> np.ndarray:
+    """Mean score of each subject on the learning side, shrunken, one row a query `[N, C]`.
+
+    `(n * mean(subject) + shrinkage * mean(benchmark)) / (n + shrinkage)`, n being the model's measured queries of the
+    subject: the posterior mean with the benchmark's mean as the prior (Gelman et al., Bayesian Data Analysis, 2.4). A
+    subject that the learning side does not have gets its benchmark's means, a benchmark it does not have the overall.
+    """
+    learnt = data.scores[data.learning]
+    means = np.full(data.scores.shape, np.nan)
+    overall = _means(learnt)
+    for benchmark in np.unique(data.benchmarks):
+        inside = data.benchmarks == benchmark
+        known = data.scores[inside & data.learning]
+        prior = np.where(np.isnan(_means(known)), np.nan if len(known) else overall, _means(known))
+        for subject in np.unique(data.subjects[inside]):
+            rows = data.subjects == subject
+            own = data.scores[rows & data.learning]
+            count = (~np.isnan(own)).sum(0)
+            total = count + shrinkage
+            with np.errstate(invalid="ignore", divide="ignore"):
+                shrunken = (np.nan_to_num(_means(own)) * count + np.nan_to_num(prior) * shrinkage) / total
+            # Without shrinkage a model that was not measured on a subject is not a candidate there.
+            means[rows] = (
+                np.where((total > 0) & ~(np.isnan(prior) & (count == 0)), shrunken, np.nan) if len(own) else prior
+            )
+    return means
+
+
+def subject_level(data: Measured, labelling: Labelling) -> tuple[np.ndarray, np.ndarray]:
     """Label each query by the winner of its subject (Bench-CoE, arXiv 2412.04167, subject-level).
 
-    The subject is the benchmark where results name no subject. A subject that the learning side does not have gets the
-    winner over all of it.
+    The subject is the benchmark where results name no subject.
     """
-    groups = np.asarray(groups)
-    overall = np.nanmean(scores[train], 0)
-    targets = np.zeros(scores.shape)
-    for group in np.unique(groups):
-        inside = groups == group
-        known = scores[inside & train]
-        measured = known[:, ~np.isnan(known).all(0)] if len(known) else known
-        means = overall
-        if measured.size:
-            means = np.full(scores.shape[1], np.nan)
-            means[~np.isnan(known).all(0)] = np.nanmean(measured, 0)
-        targets[inside] = winners(means[None], self_index=self_index)
-    return targets, np.ones(len(scores), dtype=np.float32)
+    means = subject_means(data, labelling.shrinkage)
+    targets = winners(means, self_index=data.self_index, rank=_rank(data, labelling))
+    return targets, _lead(means, labelling.margin)
 
 
-def soft(
-    scores: np.ndarray, groups: Sequence[str], train: np.ndarray, *, temperature: float = 0.25, **_: float
-) -> tuple[np.ndarray, np.ndarray]:
+def mixed(data: Measured, labelling: Labelling) -> tuple[np.ndarray, np.ndarray]:
+    """`beta * query-level + (1 - beta) * subject-level`; the subject alone where the query tells nothing."""
+    own, weights = query_level(data, labelling)
+    subject, _ = subject_level(data, labelling)
+    share = labelling.beta * weights[:, None]
+    return share * own + (1 - share) * subject, np.ones(len(own), dtype=np.float32)
+
+
+def soft(data: Measured, labelling: Labelling) -> tuple[np.ndarray, np.ndarray]:
     """Label each query by `softmax(score / temperature)` over the measured candidates (as ZOOTER, arXiv 2311.08692)."""
-    del groups, train
-    known = np.where(np.isnan(scores), -np.inf, scores) / temperature
+    known = np.where(np.isnan(data.scores), -np.inf, data.scores) / labelling.temperature
     raised = np.exp(known - known.max(1, keepdims=True))
-    return raised / raised.sum(1, keepdims=True), _informative(scores)
+    weights = _informative(data, self_counts=False) * _lead(data.scores, labelling.margin)
+    return raised / raised.sum(1, keepdims=True), weights
 
 
-STRATEGIES: dict[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
+def correctness(data: Measured, labelling: Labelling) -> tuple[np.ndarray, np.ndarray]:
+    """Every measured query counts alike, for the objective `correctness` (Shnitzer et al., arXiv 2309.15789).
+
+    Whether a candidate is right is a problem of its own: queries that all got right, or none, teach that too.
+    """
+    targets = winners(data.scores, self_index=data.self_index, rank=_rank(data, labelling))
+    return targets, np.ones(len(targets), dtype=np.float32)
+
+
+def expected_score(data: Measured, labelling: Labelling) -> tuple[np.ndarray, np.ndarray]:
+    """Query-level winners with weight 1, for the objective `expected_score`: the scores themselves say what counts."""
+    return correctness(data, labelling)
+
+
+STRATEGIES: dict[str, Callable[[Measured, Labelling], tuple[np.ndarray, np.ndarray]]] = {
     "query": query_level,
     "subject": subject_level,
+    "mixed": mixed,
     "soft": soft,
+    "correctness": correctness,
+    "expected-score": expected_score,
 }
+
+OBJECTIVE_OF = {"correctness": "correctness", "expected-score": "expected_score"}
+"""The training objective that a strategy is made for, where it is not cross-entropy."""
 
 
 def label(
     scores: np.ndarray,
-    groups: Sequence[str],
-    train: np.ndarray,
-    strategy: str = "query",
+    benchmarks: Sequence[str],
+    subjects: Sequence[str | None] | None = None,
+    learning: np.ndarray | None = None,
+    labelling: Labelling | str = "query",
     *,
+    costs: np.ndarray | None = None,
     self_index: int | None = None,
-    temperature: float = 0.25,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Targets and weights by a labelling strategy.
 
     Args:
         scores: `[N, C]` over the candidates, NaN where not measured.
-        groups: N subjects (benchmark and subject in one).
-        train: `[N]` mask of the learning side (train and validation); the test side must not decide who wins a subject.
-        strategy: `query`, `subject` or `soft`.
+        benchmarks: N names.
+        subjects: N names within the benchmarks; None where there are none.
+        learning: `[N]` mask of train and validation; the test side must not decide who wins a subject. Default: all.
+        labelling: strategy and parameters, or a strategy's name.
+        costs: `[N, C]` USD, NaN where not known.
         self_index: the column of self, if it is a candidate.
-        temperature: of `soft`.
 
     Returns:
         targets `[N, C]` and weights `[N]`, float32. A query without any measurement has weight 0.
 
     Raises:
-        ExpertokenError: there is no such strategy.
+        ExpertokenError: there is no such strategy or way to break ties, or costs are needed and not there.
     """
-    if strategy not in STRATEGIES:
-        raise ExpertokenError(f"unknown labelling strategy {strategy!r}, {did_you_mean(strategy, STRATEGIES)}")
+    labelling = Labelling(labelling) if isinstance(labelling, str) else labelling
+    if costs is None and (labelling.cost_weight > 0 or labelling.ties == "cheapest"):
+        need = "cost_weight" if labelling.cost_weight > 0 else "ties: cheapest"
+        raise ExpertokenError(f"{need}: needs costs, and the results have none")
     measured = ~np.isnan(scores).all(1)
     targets = np.zeros(scores.shape, dtype=np.float32)
     weights = np.zeros(len(scores), dtype=np.float32)
-    kept = np.flatnonzero(measured)
-    targets[kept], weights[kept] = STRATEGIES[strategy](
-        scores[kept],
-        [groups[index] for index in kept],
-        np.asarray(train)[kept],
-        self_index=self_index,
-        temperature=temperature,
+    if not measured.any():
+        return targets, weights
+    subjects = [None] * len(scores) if subjects is None else subjects
+    pairs = np.array([f"{benchmark}\0{subject or ''}" for benchmark, subject in zip(benchmarks, subjects, strict=True)])
+    data = Measured(
+        utility(scores, costs, labelling.cost_weight)[measured],
+        np.full(scores.shape, np.nan)[measured] if costs is None else costs[measured],
+        np.unique(np.asarray(benchmarks, dtype=str), return_inverse=True)[1][measured],
+        np.unique(pairs, return_inverse=True)[1][measured],
+        np.ones(measured.sum(), dtype=bool) if learning is None else np.asarray(learning)[measured],
+        self_index,
     )
-    return targets, weights
+    targets[measured], weights[measured] = STRATEGIES[labelling.strategy](data, labelling)
+    return targets, weights * (targets.sum(1) > 0)

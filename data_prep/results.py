@@ -1,7 +1,7 @@
 """Benchmark results: which model answered which query how well."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -9,6 +9,9 @@ import pandas as pd
 from ..modeling.errors import ExpertokenError, did_you_mean
 
 QUERY_COLUMNS = ("id", "prompt", "benchmark", "subject", "split")
+HoldOut = tuple[str, Sequence[str]]
+"""What to test on that was never trained on: `("benchmark", names)` or `("subject", names)`."""
+
 SPLITS = ("train", "validation", "test")
 
 
@@ -26,6 +29,8 @@ class BenchmarkResults:
         models: M names.
         scores: `[N, M]` in [0, 1]; NaN where a model was not measured on a query.
         costs: `[N, M]` USD per query, or None where nothing is known.
+        contaminated: pairs (model, benchmark) where the model was trained on the benchmark's own train side: its scores
+            there say less than they seem to, and labels leave them out.
 
     Raises:
         ResultsError: there are no queries or models, shapes differ, an id or a model appears twice, or a score is
@@ -36,6 +41,7 @@ class BenchmarkResults:
     models: list[str]
     scores: np.ndarray
     costs: np.ndarray | None = None
+    contaminated: frozenset[tuple[str, str]] = frozenset()
 
     def __post_init__(self) -> None:
         self.scores = np.asarray(self.scores, dtype=np.float32)
@@ -86,7 +92,7 @@ class BenchmarkResults:
         rows = np.asarray(rows)
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
         costs = None if self.costs is None else self.costs[rows]
-        return BenchmarkResults(self.queries.iloc[rows], list(self.models), self.scores[rows], costs)
+        return replace(self, queries=self.queries.iloc[rows], scores=self.scores[rows], costs=costs)
 
     def select(self, models: Iterable[str]) -> "BenchmarkResults":
         """The results of some models, in the order given.
@@ -103,7 +109,33 @@ class BenchmarkResults:
         for name, column in zip(models, scores.T, strict=True):
             if np.isnan(column).all():
                 raise ResultsError(f"model {name!r} has no score on any query (all NaN); measure it or leave it out")
-        return BenchmarkResults(self.queries, models, scores, None if self.costs is None else self.costs[:, columns])
+        costs = None if self.costs is None else self.costs[:, columns]
+        return replace(self, models=models, scores=scores, costs=costs)
+
+    def flag(self, pairs: Iterable[tuple[str, str]]) -> "BenchmarkResults":
+        """The same results with more (model, benchmark) pairs flagged as contaminated.
+
+        Raises:
+            ResultsError: there is no such model or benchmark.
+        """
+        pairs = list(pairs)
+        benchmarks = set(self.queries["benchmark"])
+        for model, benchmark in pairs:
+            if model not in self.models:
+                raise ResultsError(f"contaminated: no results of model {model!r}, {did_you_mean(model, self.models)}")
+            if benchmark not in benchmarks:
+                known = sorted(map(str, benchmarks))
+                raise ResultsError(f"contaminated: no benchmark {benchmark!r}, {did_you_mean(benchmark, known)}")
+        return replace(self, contaminated=self.contaminated | frozenset(pairs))
+
+    @property
+    def clean_scores(self) -> np.ndarray:
+        """Scores `[N, M]` with NaN where the model is contaminated with the query's benchmark."""
+        scores = self.scores.copy()
+        for model, benchmark in self.contaminated:
+            if model in self.models:
+                scores[(self.queries["benchmark"] == benchmark).to_numpy(), self.models.index(model)] = np.nan
+        return scores
 
     @classmethod
     def merge(cls, parts: Sequence["BenchmarkResults"]) -> "BenchmarkResults":
@@ -137,19 +169,28 @@ class BenchmarkResults:
             _put(scores, place, part.scores, "score", first["id"], models)
             if costs is not None and part.costs is not None:
                 _put(costs, place, part.costs, "cost", first["id"], models)
-        return cls(first, models, scores, costs)
+        return cls(first, models, scores, costs, frozenset().union(*(part.contaminated for part in parts)))
 
-    def split(self, *, validation: float = 0.1, test: float = 0.2, seed: int = 0) -> "BenchmarkResults":
+    def split(
+        self, *, validation: float = 0.1, test: float = 0.2, seed: int = 0, hold_out: HoldOut | None = None
+    ) -> "BenchmarkResults":
         """The same results with every query assigned to train, validation or test.
 
         Sides that the files state are kept. Without a stated test side, `test` of each benchmark's queries become it;
-        without a stated validation side, `validation` of each benchmark's train queries.
+        without a stated validation side, `validation` of each benchmark's train queries; subjects in proportion.
 
         Args:
-            validation: share of train, drawn at random within each benchmark.
+            validation: share of train, drawn at random within each benchmark, subjects in proportion.
             test: share of all, likewise.
             seed: of the draw.
+            hold_out: benchmarks or subjects whose queries are the test side instead; other queries that the files put
+                there are left out, since somebody may want to test on them later.
+
+        Raises:
+            ResultsError: the files state an unknown side, or there is nothing of what is to be held out.
         """
+        if hold_out:
+            return self._without(hold_out).split(validation=validation, seed=seed)
         queries = self.queries.copy()
         rng = np.random.default_rng(seed)
         given = set(queries["split"].dropna())
@@ -160,9 +201,21 @@ class BenchmarkResults:
             if side in given:
                 continue
             for _, group in queries[queries["split"] == "train"].groupby("benchmark", sort=True, dropna=False):
-                drawn = rng.permutation(group.index.to_numpy())[: round(share * len(group))]
-                queries.loc[drawn, "split"] = side
-        return BenchmarkResults(queries, list(self.models), self.scores, self.costs)
+                queries.loc[_draw(group["subject"], share, rng), "split"] = side
+        return replace(self, queries=queries)
+
+    def _without(self, hold_out: HoldOut) -> "BenchmarkResults":
+        """Queries of the named benchmarks or subjects as the test side, the others without theirs."""
+        field, names = hold_out
+        known = sorted(set(self.queries[field].dropna()))
+        for name in names:
+            if name not in known:
+                raise ResultsError(f"hold out: no {field} {name!r}, {did_you_mean(name, known)}")
+        held = self.queries[field].isin(names).to_numpy()
+        kept = self.take(held | (self.queries["split"] != "test").to_numpy())
+        queries = kept.queries.copy()
+        queries.loc[queries[field].isin(names), "split"] = "test"
+        return replace(kept, queries=queries)
 
     def summary(self) -> pd.DataFrame:
         """Mean score per benchmark (rows) and model (columns), with the number of queries first."""
@@ -171,6 +224,22 @@ class BenchmarkResults:
         table = groups.mean()
         table.insert(0, "queries", groups.size())
         return table
+
+
+def _draw(subjects: pd.Series, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Index labels of `share` of the queries, each subject in proportion.
+
+    Systematic sampling: queries in random order within each subject, subjects one after the other, and every so-manieth
+    is drawn. So small subjects get their share on the whole, where rounding each of them would give none.
+    """
+    order = pd.Series(rng.permutation(len(subjects)), index=subjects.index)
+    line = pd.DataFrame({"subject": subjects.fillna(""), "order": order}).sort_values(["subject", "order"]).index
+    count = round(share * len(line))
+    if not count:
+        return line[:0].to_numpy()
+    step = len(line) / count
+    places = np.floor((np.arange(count) + rng.random()) * step).astype(int)
+    return line[np.minimum(places, len(line) - 1)].to_numpy()
 
 
 def _put(

@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,9 @@ import numpy as np
 from ..modeling.errors import ExpertokenError, one_line
 from ..modeling.experts import SELF, Expert, ExpertPool
 from ..modeling.files import atomic_folder, recover_folder
-from .labels import label
+from .labels import Labelling, label, utility
 from .leaks import find_leaks
-from .results import SPLITS, BenchmarkResults, ResultsError
+from .results import SPLITS, BenchmarkResults, HoldOut, ResultsError
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -41,7 +41,7 @@ class SupervisionInfo:
     Attributes:
         candidates: names, in the order of every target and score.
         has_self: whether the last candidate is the meta LLM itself.
-        labelling: strategy and its parameters.
+        labelling: strategy and its parameters, shares of the sides, contaminated (candidate, benchmark) pairs.
         sizes: queries per split.
         leaks: what was found between train and test, and what was done.
         fingerprint: of queries, scores, targets and weights.
@@ -79,13 +79,22 @@ class Supervision:
         return self.data[name]
 
     def arrays(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Targets `[N, C]`, scores `[N, C]` and weights `[N]` of a side, float32."""
+        """What is learnt from a side: targets `[N, C]`, utilities `[N, C]` and weights `[N]`, float32.
+
+        Utilities are the scores, less lambda times cost where the labels count costs, and NaN where a candidate is
+        contaminated with the benchmark.
+        """
         part = self.side(name).with_format("numpy")
-        return (
-            np.asarray(part["target"], np.float32),
-            np.asarray(part["scores"], np.float32),
-            np.asarray(part["weight"], np.float32),
-        )
+        weight = self.info.labelling.get("cost_weight", 0.0)
+        known = utility(self.scores(name), self.costs(name), weight)
+        benchmarks = np.asarray(self.side(name)["benchmark"], dtype=str)
+        for candidate, benchmark in self.info.labelling.get("contaminated", ()):
+            known[benchmarks == benchmark, self.info.candidates.index(candidate)] = np.nan
+        return np.asarray(part["target"], np.float32), known, np.asarray(part["weight"], np.float32)
+
+    def scores(self, name: str) -> np.ndarray:
+        """Scores of a side as measured, `[N, C]` float32, NaN where a candidate was not: what evaluation counts."""
+        return np.array(self.side(name).with_format("numpy")["scores"], np.float32)
 
     def costs(self, name: str) -> np.ndarray | None:
         """USD of each candidate's answers `[N, C]` of a side, NaN where not known; None where nothing is known."""
@@ -191,31 +200,33 @@ def select_candidates(results: BenchmarkResults, pool: ExpertPool) -> BenchmarkR
             )
         columns.append(found)
     chosen = results.select(columns)
-    return BenchmarkResults(chosen.queries, pool.names, chosen.scores, chosen.costs)
+    name_of = dict(zip(columns, pool.names, strict=True))
+    contaminated = frozenset((name_of[model], b) for model, b in results.contaminated if model in name_of)
+    return replace(chosen, models=pool.names, contaminated=contaminated)
 
 
 def build_supervision(
     results: BenchmarkResults,
     pool: ExpertPool | None = None,
     *,
-    strategy: str = "query",
-    temperature: float = 0.25,
+    labelling: Labelling | str = "query",
     leaks: str = "refuse",
     validation: float = 0.1,
     test: float = 0.2,
     seed: int = 0,
+    hold_out: HoldOut | None = None,
 ) -> Supervision:
     """Label benchmark results.
 
     Args:
         results: scores of the pool's candidates; other models are left out.
         pool: the experts; made from the results' models where not given.
-        strategy: a labelling strategy, see `labels.STRATEGIES`.
-        temperature: of the strategy `soft`.
+        labelling: strategy and parameters, or a strategy's name (see `labels.STRATEGIES`).
         leaks: what to do about train queries that stand in the test side: `refuse`, `drop` (from train) or `keep`.
         validation: share of train that becomes validation, where the results name no validation side.
         test: share of all that becomes test, where the results name no test side.
         seed: of those draws.
+        hold_out: benchmarks or subjects that are the test side instead, see `BenchmarkResults.split`.
 
     Raises:
         ResultsError: results of a candidate are missing.
@@ -223,25 +234,30 @@ def build_supervision(
     """
     if leaks not in LEAKS:
         raise ExpertokenError(f"leaks: expected one of {', '.join(LEAKS)}, got {leaks!r}")
+    labelling = Labelling(labelling) if isinstance(labelling, str) else labelling
     pool = pool or pool_of(results)
-    results = select_candidates(results, pool).split(validation=validation, test=test, seed=seed)
+    results = select_candidates(results, pool)
+    results = results.split(validation=validation, test=test, seed=seed, hold_out=hold_out)
     results, found = _handle_leaks(results, leaks)
     side = results.queries["split"].to_numpy()
     if not (side == "train").any():
         raise ResultsError(f"no train queries (sides: {', '.join(sorted(set(side)))}); nothing could be learnt")
-    subjects = results.queries["subject"].fillna("").astype(str)
-    groups = (results.queries["benchmark"].astype(str) + "/" + subjects).tolist()
-    self_index = len(pool) if pool.has_self else None
     targets, weights = label(
-        results.scores, groups, side != "test", strategy, self_index=self_index, temperature=temperature
+        results.clean_scores,
+        results.queries["benchmark"],
+        results.queries["subject"],
+        side != "test",
+        labelling,
+        costs=results.costs,
+        self_index=len(pool) if pool.has_self else None,
     )
     if not weights[side == "train"].any():
         raise ResultsError("every candidate scores alike on every train query; there is nothing to learn from")
     data = _datasets(results, targets, weights)
-    labelling = {"strategy": strategy, "validation": validation, "test": test, "seed": seed}
-    if strategy == "soft":
-        labelling["temperature"] = temperature
-    info = SupervisionInfo(pool.names, pool.has_self, labelling, {k: len(part) for k, part in data.items()}, found)
+    recorded = asdict(labelling) | {"validation": validation, "test": test, "seed": seed}
+    recorded["hold_out"] = None if hold_out is None else [hold_out[0], list(hold_out[1])]
+    recorded["contaminated"] = sorted(list(pair) for pair in results.contaminated)
+    info = SupervisionInfo(pool.names, pool.has_self, recorded, {k: len(part) for k, part in data.items()}, found)
     supervision = Supervision(data, pool, info)
     supervision.stamp()
     return supervision

@@ -93,7 +93,7 @@ def candidate_scores(composite: Composite, supervision: Supervision, split: str)
             f"the supervision has no scores of {', '.join(absent)}; it has {', '.join(supervision.info.candidates)}"
         )
     columns = [supervision.info.candidates.index(name) for name in composite.pool.names]
-    return supervision.arrays(split)[1][:, columns]
+    return supervision.scores(split)[:, columns]
 
 
 def evaluate(

@@ -6,7 +6,7 @@ those of the whole, whatever weights and missing measurements the parts have.
 Arguments of every objective:
     logits: `[N, C]`, of the candidates (see `dispatch.candidate_logits`).
     targets: `[N, C]`, a distribution over the candidates per query.
-    scores: `[N, C]`, each candidate's score in [0, 1]; NaN where it was not measured.
+    scores: `[N, C]`, each candidate's score in [0, 1], or utility (less lambda times cost); NaN where not measured.
     reference: `[N]`, the log-mass that an expert is held against in the binary objective: Z where self is a candidate.
     weights: `[N]`, of the queries.
 
@@ -43,7 +43,8 @@ def correctness(
     del targets
     mask = ~scores.isnan() * weights[:, None]
     odds = logits - reference[:, None]
-    losses = F.binary_cross_entropy_with_logits(odds, scores.nan_to_num(), reduction="none")
+    right = scores.nan_to_num().clamp(0, 1)  # a utility, with its cost taken off, may lie below 0
+    losses = F.binary_cross_entropy_with_logits(odds, right, reduction="none")
     return (losses * mask).sum(), mask.sum()
 
 
@@ -55,7 +56,9 @@ def expected_score(
     What evaluation measures, made smooth. Not convex: start it from another objective's solution.
     """
     del targets, reference
-    known = scores.nan_to_num(0.0)
+    # Who was not measured counts as wrong, and where costs make utilities negative as no better than the worst.
+    worst = torch.where(scores.isnan(), 0.0, scores).amin(-1, keepdim=True)
+    known = torch.where(scores.isnan(), worst, scores)
     regret = known.amax(-1) - (logits.softmax(-1) * known).sum(-1)
     return (regret * weights).sum(), weights.sum()
 

@@ -30,10 +30,11 @@ class ExpertokenArguments:
         "tokens",
         "tokens: only the expert rows are trained, on states computed once. lora: LoRA on the backbone and the rows.",
     )
-    objective: str = _option(
-        "cross_entropy",
+    objective: str | None = _option(
+        None,
         "cross_entropy: to the label's distribution, one-hot or soft. correctness: one binary problem per expert. "
-        "expected_score: the score of a choice drawn from the dispatch distribution.",
+        "expected_score: the score of a choice drawn from the dispatch distribution. Default: what the "
+        "labels were made for.",
     )
     revision: str | None = _option(None, "Git revision of a hub model.")
     dtype: str | None = _option(

@@ -9,13 +9,14 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
+from ..data_prep.supervision import Supervision
 from ..modeling.composite import ROWS_FILE, read_rows, write_rows
 from ..modeling.dispatch import candidate_logits, dispatch_forward
 from ..modeling.errors import ExpertokenError, one_line
@@ -25,9 +26,6 @@ from ..modeling.objectives import OBJECTIVES
 from .arguments import ExpertokenArguments
 from .processes import barrier
 from .tokens import mean_score
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -139,16 +137,17 @@ class DispatchTrainer(Trainer):
             self.meta.head.expert_rows.copy_(rows)
 
 
-def encode_side(meta: MetaLLM, side: "Dataset", *, learn: bool) -> list[dict[str, Any]]:
+def encode_side(meta: MetaLLM, supervision: Supervision, name: str, *, learn: bool) -> list[dict[str, Any]]:
     """A supervision side as examples.
 
     Args:
         meta: the meta LLM.
-        side: train or validation.
+        supervision: what is learnt from.
+        name: of the side.
         learn: leave out queries of weight 0, which teach nothing, and scale the other weights to mean 1.
     """
-    part = side.with_format("numpy")
-    columns = {key: np.asarray(part[key], np.float32) for key in ("target", "scores", "weight")}
+    side = supervision.side(name)
+    columns = dict(zip(("target", "scores", "weight"), supervision.arrays(name), strict=True))
     # A number per benchmark travels with each query: the Trainer may evaluate in an order of its own.
     columns["benchmark"] = np.unique(np.asarray(side["benchmark"], dtype=str), return_inverse=True)[1]
     rows = range(len(side))
@@ -236,8 +235,7 @@ def record_run(resume: str, output_dir: Path, run: dict[str, Any]) -> None:
 
 def train_lora(
     meta: MetaLLM,
-    train: "Dataset",
-    validation: "Dataset",
+    supervision: Supervision,
     names: list[str],
     *,
     with_self: bool,
@@ -277,8 +275,8 @@ def train_lora(
         with_self=with_self,
         rows_learning_rate=options.rows_learning_rate,
         args=arguments,
-        train_dataset=encode_side(meta, train, learn=True),
-        eval_dataset=encode_side(meta, validation, learn=False),
+        train_dataset=encode_side(meta, supervision, "train", learn=True),
+        eval_dataset=encode_side(meta, supervision, "validation", learn=False),
         compute_metrics=score,
     )
     checkpoint = find_checkpoint(options.resume, Path(arguments.output_dir), run)

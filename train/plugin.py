@@ -3,13 +3,14 @@
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
+from ..data_prep.labels import Labelling
 from ..data_prep.leaks import normalise
 from ..data_prep.results import BenchmarkResults, ResultsError
 from ..data_prep.supervision import Supervision, build_supervision, quiet_datasets, supervision_of
@@ -192,8 +193,10 @@ def extend_supervision(old: Supervision, pool: ExpertPool, expert: Expert, resul
     extended = build_supervision(
         BenchmarkResults.merge(parts),
         ExpertPool([*pool.candidates, replace(expert, results=None)]),
-        strategy=labelling["strategy"],
-        temperature=labelling.get("temperature", 0.25),
+        labelling=Labelling(
+            **{item.name: labelling[item.name] for item in fields(Labelling) if item.name in labelling}
+        ),
+        hold_out=labelling.get("hold_out"),
         leaks="keep" if old.info.leaks.get("handled") == "keep" else "drop",
         **{key: labelling[key] for key in ("validation", "test", "seed")},
     )
@@ -265,7 +268,7 @@ def _as_results(supervision: Supervision, names: list[str]) -> BenchmarkResults:
         frame["prompt"] = [messages[-1]["content"] for messages in part["messages"]]
         frame["split"] = side
         frames.append(frame)
-        scores.append(supervision.arrays(side)[1][:, columns])
+        scores.append(supervision.scores(side)[:, columns])
         known = supervision.costs(side)
         costs.append(np.full_like(scores[-1], np.nan) if known is None else known[:, columns])
     total = np.concatenate(costs)
@@ -274,6 +277,7 @@ def _as_results(supervision: Supervision, names: list[str]) -> BenchmarkResults:
         list(names),
         np.concatenate(scores),
         None if np.isnan(total).all() else total,
+        frozenset((name, benchmark) for name, benchmark in supervision.info.labelling.get("contaminated", ())),
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..data_prep.labels import OBJECTIVE_OF
 from ..data_prep.supervision import Supervision
 from ..modeling.composite import Composite, Manifest, describe_base, save_composite
 from ..modeling.errors import ExpertokenError, require_extra
@@ -35,6 +36,9 @@ class Run:
         self.options, self.arguments = options, arguments
         self.supervision = Supervision.load(options.data)
         self.pool = self.supervision.pool
+        self.objective = options.objective or OBJECTIVE_OF.get(
+            self.supervision.info.labelling["strategy"], "cross_entropy"
+        )
         check_world(arguments.world_size)
         if arguments.n_gpu > 1:
             # The Trainer would wrap the model in DataParallel, which splits what `logits_to_keep` must not split.
@@ -66,7 +70,7 @@ class Run:
         return fit_rows(
             sides["train"],
             sides["validation"],
-            objective=self.options.objective,
+            objective=self.objective,
             l2=self.options.l2,
             transform=self.meta.transform,
             with_self=self.pool.has_self,
@@ -88,14 +92,14 @@ class Run:
         if self.options.warm_start:
             self.meta.rows = self.fit_tokens().rows
         ignored = ("resume", "verify", "max_tokens")
+        self.options.objective = self.objective
         run = {key: value for key, value in asdict(self.options).items() if key not in ignored}
         for key in ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "seed"):
             run[key] = getattr(self.arguments, key)
         run["data_fingerprint"] = self.supervision.info.fingerprint
         return train_lora(
             self.meta,
-            self.supervision.side("train"),
-            self.supervision.side("validation"),
+            self.supervision,
             [expert.name for expert in self.pool],
             with_self=self.pool.has_self,
             options=self.options,
@@ -117,7 +121,7 @@ class Run:
     def save(self, outcome: dict[str, Any]) -> Path:
         """Write the composite folder (main process)."""
         info = self.supervision.info
-        training = {"method": self.options.method, "objective": self.options.objective, "labelling": info.labelling}
+        training = {"method": self.options.method, "objective": self.objective, "labelling": info.labelling}
         output = Path(self.arguments.output_dir)
         manifest = Manifest(
             base=describe_base(self.meta),

@@ -272,7 +272,11 @@ def assess(
 
 
 def mean_score(chosen: np.ndarray, scores: np.ndarray, benchmarks: Sequence[str]) -> float:
-    """Mean over benchmarks of the mean score of the chosen candidates; one not measured on a query scores 0 there."""
-    got = np.nan_to_num(scores[np.arange(len(chosen)), chosen])
+    """Mean over benchmarks of the mean score (or utility) of the chosen candidates.
+
+    One that was not measured on a query scores 0 there, or as little as the worst where utilities are negative.
+    """
+    got = scores[np.arange(len(chosen)), chosen]
+    got = np.where(np.isnan(got), np.nan_to_num(scores).min(1), got)
     names = np.asarray(benchmarks, dtype=str)
     return float(np.mean([got[names == name].mean() for name in np.unique(names)]))

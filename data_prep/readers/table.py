@@ -30,6 +30,7 @@ class Columns:
         subject: the subject within the benchmark.
         split: train, validation or test.
         cost: long tables: USD for this query.
+        contaminated: long tables: true where the model was trained on the benchmark; one such row flags the pair.
     """
 
     query: str = "query"
@@ -41,6 +42,7 @@ class Columns:
     subject: str = "subject"
     split: str = "split"
     cost: str = "cost"
+    contaminated: str = "contaminated"
 
     @property
     def of_queries(self) -> dict[str, str]:
@@ -96,7 +98,7 @@ def from_frame(frame: pd.DataFrame, source: str, benchmark: str, columns: Column
         )
     queries = _queries(frame, columns.of_queries, source, benchmark)
     if columns.models is None and columns.model in frame:
-        return _long(frame, queries, source, columns.model, columns.score, columns.cost)
+        return _long(frame, queries, source, columns)
     return _wide(frame, queries, source, columns.models, set(columns.of_queries.values()))
 
 
@@ -158,9 +160,8 @@ def numbers(column: pd.Series, source: str | Path, name: str) -> np.ndarray:
     return numbers.to_numpy(np.float32)
 
 
-def _long(
-    frame: pd.DataFrame, queries: pd.DataFrame, source: str | Path, model: str, score: str, cost: str
-) -> BenchmarkResults:
+def _long(frame: pd.DataFrame, queries: pd.DataFrame, source: str, columns: Columns) -> BenchmarkResults:
+    model, score, cost = columns.model, columns.score, columns.cost
     if score not in frame:
         raise ResultsError(f"{source}: no column {score!r} with the score, {did_you_mean(score, frame.columns)}")
     names = _texts(frame[model], source, model)
@@ -172,7 +173,7 @@ def _long(
             "before; drop the duplicate, or give repeated queries an 'id' column"
         )
     rows, ids = pd.factorize(queries["id"])
-    columns, models = pd.factorize(names)
+    places, models = pd.factorize(names)
 
     for column, word in (("prompt", "questions"), ("benchmark", "benchmarks"), ("split", "splits")):
         different = queries.groupby("id", sort=False)[column].nunique(dropna=False) > 1
@@ -183,11 +184,15 @@ def _long(
 
     def grid(column: str) -> np.ndarray:
         values = np.full((len(ids), len(models)), np.nan, dtype=np.float32)
-        values[rows, columns] = numbers(frame[column], source, column)
+        values[rows, places] = numbers(frame[column], source, column)
         return values
 
     first = queries.drop_duplicates("id")
-    return BenchmarkResults(first, list(models), grid(score), grid(cost) if cost in frame else None)
+    flagged = frozenset()
+    if columns.contaminated in frame:
+        marked = numbers(frame[columns.contaminated], source, columns.contaminated) > 0
+        flagged = frozenset(zip(names[marked], queries["benchmark"][marked], strict=True))
+    return BenchmarkResults(first, list(models), grid(score), grid(cost) if cost in frame else None, flagged)
 
 
 def is_score(column: pd.Series) -> bool:

@@ -1,10 +1,11 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from expertoken.data_prep.labels import label, winners
+from expertoken.data_prep.labels import Labelling
 from expertoken.data_prep.leaks import find_leaks
 from expertoken.data_prep.results import BenchmarkResults, ResultsError
 from expertoken.data_prep.supervision import LeakError, Supervision, build_supervision, pool_of
@@ -12,43 +13,6 @@ from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert, ExpertPool
 
 nan = float("nan")
-
-
-def test_winners_of_a_tie_share_it_unless_self_is_among_them():
-    scores = np.array([[1, 1, 0], [1, 0, 1], [0, 0, 1], [nan, 0.5, 0.2], [nan, nan, nan]])
-    np.testing.assert_array_equal(winners(scores), [[0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0, 1], [0, 1, 0], [0, 0, 0]])
-    np.testing.assert_array_equal(
-        winners(scores, self_index=2), [[0.5, 0.5, 0], [0, 0, 1], [0, 0, 1], [0, 1, 0], [0, 0, 0]]
-    )
-
-
-def test_query_level_gives_weight_to_queries_that_tell_candidates_apart():
-    scores = np.array([[1, 0, 0], [0, 0, 0], [1, 1, 1], [1, 1, nan], [nan, nan, nan]])
-    groups, train = ["g"] * 5, np.ones(5, bool)
-    assert label(scores, groups, train)[1].tolist() == [1, 0, 0, 1, 0]
-    # Everybody right, self too: that teaches to keep the query.
-    assert label(scores, groups, train, self_index=2)[1].tolist() == [1, 0, 1, 1, 0]
-
-
-def test_subject_level_labels_by_the_winner_of_the_train_side_only():
-    scores = np.array([[1, 0], [1, 0], [0, 1], [0, 1], [0, 1]], dtype=float)
-    groups = ["law", "law", "law", "law", "unseen"]
-    train = np.array([True, True, False, False, False])
-    targets, weights = label(scores, groups, train, "subject")
-    assert targets.argmax(1).tolist() == [0, 0, 0, 0, 0]
-    assert weights.tolist() == [1] * 5
-
-
-def test_soft_labels_are_distributions_over_the_measured():
-    targets, _ = label(np.array([[1, 0, nan]]), ["g"], np.ones(1, bool), "soft", temperature=0.5)
-    assert targets[0, 2] == 0
-    assert targets.sum() == pytest.approx(1)
-    assert targets[0, 0] / targets[0, 1] == pytest.approx(np.exp(2), rel=1e-5)
-
-
-def test_an_unknown_strategy_names_the_nearest():
-    with pytest.raises(ExpertokenError, match="did you mean 'subject'"):
-        label(np.ones((1, 1)), ["g"], np.ones(1, bool), "subjects")
 
 
 def test_supervision_survives_its_folder(tmp_path, results, pool):
@@ -120,3 +84,37 @@ def test_a_folder_that_is_no_supervision_is_one_line(tmp_path):
     (tmp_path / "supervision.json").write_text(json.dumps({"candidates": []}))
     with pytest.raises(ExpertokenError, match="not a supervision folder"):
         Supervision.load(tmp_path)
+
+
+def test_costs_count_in_what_is_learnt_and_not_in_what_is_measured(results, pool):
+    priced = replace(results, costs=np.tile([2.0, 0.1, 0.0], (len(results), 1)))
+    built = build_supervision(priced, pool, labelling=Labelling("query", cost_weight=0.6))
+    targets, utilities, _ = built.arrays("train")
+    scores = built.scores("train")
+    np.testing.assert_allclose(utilities, scores - 0.6 * np.array([2.0, 0.1, 0.0]), rtol=1e-6)
+    # math costs more than being right is worth, so its questions stay with self
+    assert targets[:, 0].sum() == 0
+    assert targets[scores[:, 1] == 1, 1].all()
+
+
+def test_a_contaminated_pair_is_left_out_of_labels_and_kept_in_scores(tmp_path, results, pool):
+    flagged = results.flag([("math", "sums")])
+    built = build_supervision(flagged, pool)
+    built.save(tmp_path / "s")
+    loaded = Supervision.load(tmp_path / "s")
+    sums = np.asarray(loaded.side("train")["benchmark"]) == "sums"
+    targets, utilities, _ = loaded.arrays("train")
+    assert targets[sums, 0].sum() == 0
+    assert np.isnan(utilities[sums, 0]).all()
+    assert (loaded.scores("train")[sums, 0] == 1).all()
+    with pytest.raises(ResultsError, match="contaminated: no benchmark 'sum', did you mean 'sums'"):
+        results.flag([("math", "sum")])
+
+
+def test_what_is_held_out_is_the_test_side_and_nothing_else_is(results, pool):
+    results.queries.loc[results.queries["benchmark"] == "sums", "split"] = "test"
+    built = build_supervision(results, pool, hold_out=("benchmark", ["cases"]))
+    assert set(built.data["test"]["benchmark"]) == {"cases"}
+    assert set(built.data["train"]["benchmark"]) == {"chats"}  # a stated test side is not learnt from
+    with pytest.raises(ResultsError, match="hold out: no benchmark 'case', did you mean 'cases'"):
+        build_supervision(results, pool, hold_out=("benchmark", ["case"]))

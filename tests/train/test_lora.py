@@ -113,10 +113,11 @@ def test_the_loss_of_a_large_batch_is_the_mean_of_its_parts(tmp_path, base_folde
 
     meta = MetaLLM.from_pretrained(str(base_folder), 2, device="cpu")
     wrap_with_lora(meta, options(base_folder, supervision, lora_dropout=0.0))
-    side = Supervision.load(supervision).side("train").select(range(12))
+    loaded = Supervision.load(supervision)
     weights = [0.0, 0.2, 1.0] * 4
-    side = side.map(lambda _, i: {"weight": weights[i]}, with_indices=True)
-    examples = encode_side(meta, side, learn=True)
+    side = loaded.side("train").select(range(12))
+    loaded.data["train"] = side.map(lambda _, i: {"weight": weights[i]}, with_indices=True)
+    examples = encode_side(meta, loaded, "train", learn=True)
     assert len(examples) == 8
     assert sum(example["weight"] for example in examples) == pytest.approx(8)
     quiet = arguments(tmp_path, eval_strategy="no", save_strategy="no")
