@@ -53,7 +53,7 @@ def main() -> None:
     supervision.save(options.out / "supervision")
     sizes = supervision.info.sizes
     meta, common = str(smollm2()), ("--objective", options.objective)
-    steps = ("--max_steps", str(options.steps), "--eval_steps", str(options.steps), "--save_steps", str(options.steps))
+    steps = ("--max_steps", str(options.steps), "--save_steps", str(options.steps // 2))
     seconds = {"tokens": train("tokens", meta, options.out / "supervision", options.out / "tokens", *common)}
     seconds["lora"] = train(
         "lora", meta, options.out / "supervision", options.out / "lora", *common, *steps,

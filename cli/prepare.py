@@ -53,6 +53,13 @@ def prepare(
     leaks: Annotated[
         str, typer.Option(help="Train queries that stand in the test side: refuse, drop (from train) or keep.")
     ] = "refuse",
+    near_duplicates: Annotated[
+        str | None,
+        typer.Option(
+            help="Train queries much like a test query (MinHash): ignore, refuse, drop or keep. Default: told and "
+            "kept, where the extra `data` is installed."
+        ),
+    ] = None,
     validation: Annotated[float, typer.Option(min=0, max=0.9, help="Share of train that becomes validation.")] = 0.1,
     test: Annotated[float, typer.Option(min=0, max=0.9, help="Share that becomes test, where files name none.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of the draws of validation and test.")] = 0,
@@ -73,6 +80,7 @@ def prepare(
         ExpertPool.from_yaml(pool) if pool else pool_of(merged, self_model),
         labelling=Labelling(label, ties, temperature, beta, shrinkage, margin, cost_weight),
         leaks=leaks,
+        near_duplicates=near_duplicates,
         validation=validation,
         test=test,
         seed=seed,

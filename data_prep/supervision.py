@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from ..modeling.errors import ExpertokenError, one_line
 from ..modeling.experts import SELF, Expert, ExpertPool
 from ..modeling.files import atomic_folder, recover_folder
 from .labels import Labelling, label, utility
-from .leaks import find_leaks
+from .leaks import find_leaks, find_near_duplicates
 from .results import SPLITS, BenchmarkResults, HoldOut, ResultsError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class SupervisionInfo:
         has_self: whether the last candidate is the meta LLM itself.
         labelling: strategy and its parameters, shares of the sides, contaminated (candidate, benchmark) pairs.
         sizes: queries per split.
-        leaks: what was found between train and test, and what was done.
+        leaks: equal and near pairs (train id, test id, similarity) that were found, and what was done about them.
         fingerprint: of queries, scores, targets and weights.
     """
 
@@ -211,6 +212,7 @@ def build_supervision(
     *,
     labelling: Labelling | str = "query",
     leaks: str = "refuse",
+    near_duplicates: str | None = None,
     validation: float = 0.1,
     test: float = 0.2,
     seed: int = 0,
@@ -223,6 +225,8 @@ def build_supervision(
         pool: the experts; made from the results' models where not given.
         labelling: strategy and parameters, or a strategy's name (see `labels.STRATEGIES`).
         leaks: what to do about train queries that stand in the test side: `refuse`, `drop` (from train) or `keep`.
+        near_duplicates: the same about train queries that are nearly a test query; `ignore` does not look for them. By
+            default they are looked for where the extra `data` is installed, told, and kept.
         validation: share of train that becomes validation, where the results name no validation side.
         test: share of all that becomes test, where the results name no test side.
         seed: of those draws.
@@ -234,11 +238,13 @@ def build_supervision(
     """
     if leaks not in LEAKS:
         raise ExpertokenError(f"leaks: expected one of {', '.join(LEAKS)}, got {leaks!r}")
+    if near_duplicates not in (None, "ignore", *LEAKS):
+        raise ExpertokenError(f"near_duplicates: expected ignore, {', '.join(LEAKS)}, got {near_duplicates!r}")
     labelling = Labelling(labelling) if isinstance(labelling, str) else labelling
     pool = pool or pool_of(results)
     results = select_candidates(results, pool)
     results = results.split(validation=validation, test=test, seed=seed, hold_out=hold_out)
-    results, found = _handle_leaks(results, leaks)
+    results, found = _handle_leaks(results, leaks, near_duplicates)
     side = results.queries["split"].to_numpy()
     if not (side == "train").any():
         raise ResultsError(f"no train queries (sides: {', '.join(sorted(set(side)))}); nothing could be learnt")
@@ -263,27 +269,36 @@ def build_supervision(
     return supervision
 
 
-def _handle_leaks(results: BenchmarkResults, leaks: str) -> tuple[BenchmarkResults, dict[str, Any]]:
+def _handle_leaks(results: BenchmarkResults, leaks: str, near: str | None) -> tuple[BenchmarkResults, dict[str, Any]]:
+    """Find train queries that stand in the test side, equal or nearly, and do about them what was asked."""
+    if near is None:
+        near = "keep" if find_spec("datasketch") else "ignore"
     side = results.queries["split"].to_numpy()
-    prompts = results.queries["prompt"]
+    prompts, ids = results.queries["prompt"].to_numpy(), results.queries["id"].to_numpy()
     learnt, tested = np.flatnonzero(side != "test"), np.flatnonzero(side == "test")
-    pairs = find_leaks(prompts.iloc[learnt].tolist(), prompts.iloc[tested].tolist())
-    found = {"found": len(pairs), "handled": leaks}
-    if not pairs:
-        return results, found
-    ids = results.queries["id"]
-    first = f"{ids.iloc[learnt[pairs[0][0]]]} = {ids.iloc[tested[pairs[0][1]]]}"
-    if leaks == "refuse":
-        raise LeakError(
-            f"{len(pairs)} train or validation queries stand in the test side as well (the first: {first}); remove "
-            "them, or say `--leaks drop` (from train) or `--leaks keep`"
-        )
-    logger.warning("%d train queries stand in the test side as well (%s, ...): %s", len(pairs), first, leaks)
-    if leaks == "drop":
-        kept = np.ones(len(results), dtype=bool)
-        kept[learnt[[pair[0] for pair in pairs]]] = False
-        results = results.take(kept)
-    return results, found
+    equal = [(i, j, 1.0) for i, j in find_leaks(prompts[learnt], prompts[tested])]
+    alike = [] if near == "ignore" else find_near_duplicates(prompts[learnt], prompts[tested])
+    kept = np.ones(len(results), dtype=bool)
+    record = {}
+    for name, pairs, handled, option in (
+        ("equal", equal, leaks, "--leaks"),
+        ("near", alike, near, "--near-duplicates"),
+    ):
+        named = [[ids[learnt[i]], ids[tested[j]], round(similarity, 3)] for i, j, similarity in pairs]
+        record[name] = {"found": len(pairs), "handled": handled, "pairs": named}
+        if not pairs:
+            continue
+        word = "stand in the test side as well" if name == "equal" else "are much like queries of the test side"
+        first = f"{named[0][0]} {'=' if name == 'equal' else '~'} {named[0][1]}"
+        if handled == "refuse":
+            raise LeakError(
+                f"{len(pairs)} train or validation queries {word} (the first: {first}); remove them, or say "
+                f"`{option} drop` (from train) or `{option} keep`"
+            )
+        logger.warning("%d train queries %s (%s, ...): %s", len(pairs), word, first, handled)
+        if handled == "drop":
+            kept[learnt[[pair[0] for pair in pairs]]] = False
+    return (results if kept.all() else results.take(kept)), record
 
 
 def _datasets(results: BenchmarkResults, targets: np.ndarray, weights: np.ndarray) -> "DatasetDict":

@@ -197,7 +197,8 @@ def extend_supervision(old: Supervision, pool: ExpertPool, expert: Expert, resul
             **{item.name: labelling[item.name] for item in fields(Labelling) if item.name in labelling}
         ),
         hold_out=labelling.get("hold_out"),
-        leaks="keep" if old.info.leaks.get("handled") == "keep" else "drop",
+        near_duplicates="ignore",
+        leaks="keep" if old.info.leaks["equal"]["handled"] == "keep" else "drop",
         **{key: labelling[key] for key in ("validation", "test", "seed")},
     )
     _keep_targets(extended, old, pool)

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from expertoken.data_prep.labels import Labelling
-from expertoken.data_prep.leaks import find_leaks
+from expertoken.data_prep.leaks import find_leaks, find_near_duplicates
 from expertoken.data_prep.results import BenchmarkResults, ResultsError
 from expertoken.data_prep.supervision import LeakError, Supervision, build_supervision, pool_of
 from expertoken.modeling.errors import ExpertokenError
@@ -57,6 +57,53 @@ def test_a_leak_is_refused_unless_told():
         build_supervision(leaky(), validation=0)
     assert build_supervision(leaky(), validation=0, leaks="drop").info.sizes["train"] == 1
     assert build_supervision(leaky(), validation=0, leaks="keep").info.sizes["train"] == 2
+
+
+LONG = "A farmer keeps seven hens and three goats on a hill above the old mill by the river; how many animals has {}?"
+
+
+def test_near_duplicates_are_found_by_wording_and_scaffolding_is_not_counted():
+    train = [
+        LONG.format("she"),
+        "Name the river that runs through the capital of France and then on to the sea.",
+        "5 + 3",
+    ]
+    test = [LONG.format("he").replace("seven", "7"), "Who wrote the book about the white whale, and when?", "5 - 3"]
+    [pair] = find_near_duplicates(train, test, 0.6)
+    assert (pair.train, pair.test) == (0, 0)
+    assert 0.6 <= pair.similarity < 1
+    # The same examples before every question make no two questions alike.
+    shots = "Q: " + LONG.format("a") + " A: ten. Q: Which of these is the largest planet of them all? A: Jupiter. Q: "
+    words = ["lemon", "stone", "cloud", "violin", "harbour", "copper", "saddle", "kettle"]
+    many = [
+        f"{shots}Describe how one would best {a} a {b} in the {c} with care"
+        for a in words
+        for b in words
+        for c in words
+    ]
+    assert len(find_near_duplicates(many[:256], many[256:], 0.8)) == 0
+
+
+def test_near_duplicates_in_chinese_are_compared_character_by_character():
+    text = "下列函数中在原点处不可导的是哪一个请从四个选项里选出正确的答案并说明理由"
+    assert len(find_near_duplicates([text], [text.replace("四个", "三个")], 0.6)) == 1
+
+
+def test_near_duplicates_are_named_and_left_out_where_asked(tmp_path):
+    frame = pd.DataFrame(
+        {"id": ["a", "b", "c"], "prompt": [LONG.format("she"), LONG.format("he"), "Something else entirely."],
+         "benchmark": "x", "subject": None, "split": ["train", "test", "train"]}
+    )  # fmt: skip
+    results = BenchmarkResults(frame, ["m", "n"], [[1, 0], [1, 0], [0, 1]])
+    kept = build_supervision(results, validation=0)
+    [[train, test, similarity]] = kept.info.leaks["near"]["pairs"]
+    assert (train, test) == ("a", "b")
+    assert 0.8 <= similarity < 1
+    assert kept.info.sizes["train"] == 2
+    assert build_supervision(results, validation=0, near_duplicates="drop").info.sizes["train"] == 1
+    assert build_supervision(results, validation=0, near_duplicates="ignore").info.leaks["near"]["found"] == 0
+    with pytest.raises(LeakError, match="1 train or validation queries are much like .*a ~ b.*--near-duplicates drop"):
+        build_supervision(results, validation=0, near_duplicates="refuse")
 
 
 def test_an_expert_without_results_is_named(results):
