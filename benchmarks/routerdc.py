@@ -17,7 +17,8 @@ import numpy as np
 from expertoken.data_prep.readers import read_results
 from expertoken.data_prep.results import BenchmarkResults
 from expertoken.data_prep.supervision import Supervision, build_supervision
-from expertoken.evaluation.evaluate import Report, evaluate
+from expertoken.evaluation.evaluate import evaluate
+from expertoken.evaluation.report import Report
 from expertoken.examples.smollm2 import smollm2
 from expertoken.modeling.composite import Composite, Manifest, describe_base
 from expertoken.modeling.files import atomic_file

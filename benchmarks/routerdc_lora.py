@@ -59,7 +59,7 @@ def main() -> None:
         "lora", meta, options.out / "supervision", options.out / "lora", *common, *steps,
         "--learning_rate", options.learning_rate, "--rows_learning_rate", "1e-3",
     )  # fmt: skip
-    reports = {method: evaluate(options.out / method) for method in seconds}
+    reports = {method: evaluate(options.out / method, baselines=[]) for method in seconds}
     print(
         f"train {sizes['train']}, validation {sizes['validation']}, test {sizes['test']} queries; {options.steps} steps"
     )

@@ -1,5 +1,6 @@
 """`expertoken evaluate`: the composite against every expert, baselines and the oracle."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -10,23 +11,44 @@ def evaluate(
     composite: Annotated[Path, typer.Argument(help="Composite folder.")],
     data: Annotated[Path | None, typer.Option(help="Supervision folder. Default: what it was trained on.")] = None,
     split: Annotated[str, typer.Option(help="Which side: test, validation or train.")] = "test",
-    out: Annotated[Path | None, typer.Option(help="Where report.json goes. Default: COMPOSITE/report.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report. Default: COMPOSITE/report.")] = None,
+    baselines: Annotated[
+        str | None,
+        typer.Option(
+            help="Learnt routers beside it: kNN,linear,MLP,clusters,factors, or none. Default: all, with `eval`."
+        ),
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Also fine-tune this encoder (hub id or folder) as a router; takes its time.")
+    ] = None,
+    robustness: Annotated[int, typer.Option(min=0, help="Queries to ask again in changed wording. 0: none.")] = 0,
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 5000,
-    plot: Annotated[bool, typer.Option(help="Draw report.png too (needs the extra `eval`).")] = False,
+    plot: Annotated[bool, typer.Option(help="Draw pictures too. Default: with the extra `eval`.")] = True,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
 ) -> None:
-    """Score a composite on one side of a supervision."""
+    """Score a composite beside its experts, baselines and the oracle; write the report as a folder."""
     from ..evaluation.evaluate import evaluate as run
     from .tables import report_table, wide_console
 
-    report = run(composite, data, split, resamples=resamples, trust_remote_code=trust_remote_code)
+    chosen = None if baselines is None else [] if baselines == "none" else baselines.split(",")
+    report = run(
+        composite,
+        data,
+        split,
+        baselines=chosen,
+        encoder=encoder,
+        robustness=robustness,
+        resamples=resamples,
+        trust_remote_code=trust_remote_code,
+    )
     folder = out or composite / "report"
-    folder.mkdir(parents=True, exist_ok=True)
-    report.save(folder / "report.json")
-    if plot:
-        from ..evaluation.plots import draw_scores
+    if plot and find_spec("matplotlib"):
+        from ..evaluation.plots import draw_report
 
-        draw_scores(report, folder / "report.png")
+        draw_report(report, folder)
+    report.save_folder(folder)
     console = wide_console()
     console.print(report_table(report))
-    console.print(f"written to {folder / 'report.json'}", markup=False)
+    for sentence in report.verdict():
+        console.print(sentence, markup=False)
+    console.print(f"written to {folder}", markup=False)

@@ -9,7 +9,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ..evaluation.evaluate import Report
+    from ..evaluation.report import Report
 
 
 _WIDTH = 160

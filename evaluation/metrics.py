@@ -1,16 +1,38 @@
-"""Means over benchmarks, and bootstrap intervals of them."""
+"""What the field measures routers by, on plain arrays. N queries, C candidates; scores `[N, C]`, choices `[N]`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 _DRAWS = 10_000_000  # numbers drawn at a time: 80 MB
+
+REFERENCE_SCORES = {
+    "arc": 0.852,
+    "hellaswag": 0.953,
+    "mmlu": 0.864,
+    "truthfulqa": 0.669,
+    "winogrande": 0.875,
+    "gsm8k": 0.92,
+    "ifeval": 0.7689,
+    "bbh": 0.8303,
+    "gpqa": 0.397,
+    "math": 0.4,
+    "musr": 0.699,
+    "mmlu_pro": 0.637,
+}
+"""RouterEval's reference accuracies (arXiv 2503.10657), of GPT-4 or another strong model, per benchmark."""
 
 
 def benchmark_means(values: np.ndarray, benchmarks: Sequence[str]) -> dict[str, float]:
     """Mean of per-query values `[N]` within each benchmark, sorted by name."""
     names = np.asarray(benchmarks, dtype=str)
     return {name: float(values[names == name].mean()) for name in np.unique(names)}
+
+
+def mean_over_benchmarks(values: np.ndarray, benchmarks: Sequence[str]) -> float:
+    """Mean over benchmarks of the mean value, so that large ones do not drown small ones (AvgAcc, arXiv 2601.07206)."""
+    return float(np.mean(list(benchmark_means(values, benchmarks).values())))
 
 
 def bootstrap_interval(
@@ -27,6 +49,22 @@ def bootstrap_interval(
         seed: of the draws.
         level: share of the resampled means inside.
     """
+    low, high = np.quantile(_resampled(values, benchmarks, resamples, seed), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_p_value(difference: np.ndarray, benchmarks: Sequence[str], *, resamples: int = 5000, seed: int = 0) -> float:
+    """Two-sided p-value that a mean difference is zero, by the same bootstrap.
+
+    Twice the share of resampled means on the other side of zero (Efron and Tibshirani, An Introduction to the
+    Bootstrap, 15.4), at least `1 / resamples`.
+    """
+    means = _resampled(difference, benchmarks, resamples, seed)
+    share = min((means <= 0).mean(), (means >= 0).mean())
+    return float(min(1.0, max(2 * share, 1 / resamples)))
+
+
+def _resampled(values: np.ndarray, benchmarks: Sequence[str], resamples: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     names = np.asarray(benchmarks, dtype=str)
     means = np.zeros(resamples)
@@ -40,5 +78,182 @@ def bootstrap_interval(
             size = min(step, resamples - start)
             draws = rng.multinomial(len(group), counts / len(group), size=size)
             means[start : start + size] += draws @ kinds / len(group)
-    low, high = np.quantile(means / len(groups), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return means / len(groups)
+
+
+def chosen_scores(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Score of each query's chosen candidate, `[N]`."""
+    return scores[np.arange(len(scores)), chosen]
+
+
+def entropy_bits(probabilities: np.ndarray) -> float:
+    """RouterEval's E_p: mean entropy of the router's predictions over the candidates, in bits (arXiv 2503.10657)."""
+    logs = np.log2(probabilities, out=np.zeros_like(probabilities, dtype=float), where=probabilities > 0)
+    return float(-(probabilities * logs).sum(1).mean())
+
+
+def partial_oracle(scores: np.ndarray, p: float, seed: int = 0) -> np.ndarray:
+    """RouterEval's r_o(p): the best candidate with probability p, else one at random; choices `[N]`."""
+    rng = np.random.default_rng(seed)
+    guess = rng.integers(scores.shape[1], size=len(scores))
+    return np.where(rng.random(len(scores)) < p, scores.argmax(1), guess)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Quality over cost: what a router reaches at each setting of its trade-off.
+
+    Attributes:
+        costs: mean USD per query, `[P]`.
+        qualities: mean scores, `[P]`.
+    """
+
+    costs: np.ndarray
+    qualities: np.ndarray
+
+    def hull(self) -> tuple[np.ndarray, np.ndarray]:
+        """The non-decreasing upper convex hull (RouterBench, arXiv 2403.12031, section 3.3), by cost.
+
+        Points between two vertices are reached by choosing one or the other at random; a point that costs more and is
+        worse than another is never chosen.
+        """
+        points = sorted({(float(c), float(q)) for c, q in zip(self.costs, self.qualities, strict=True)})
+        kept: list[tuple[float, float]] = []
+        for cost, quality in points:
+            if kept and quality <= max(q for _, q in kept):
+                continue
+            if kept and kept[-1][0] == cost:
+                kept.pop()
+            while len(kept) >= 2 and _below(kept[-2], kept[-1], (cost, quality)):
+                kept.pop()
+            kept.append((cost, quality))
+        return np.array([c for c, _ in kept]), np.array([q for _, q in kept])
+
+    def aiq(self, low: float | None = None, high: float | None = None) -> float:
+        """Average improvement in quality (RouterBench, section 3.3): mean height of the hull over a range of costs.
+
+        Beyond its dearest vertex the hull goes on flat; below its cheapest there is nothing to choose, quality 0.
+
+        Args:
+            low: cheapest cost of the range; the curve's own where not given. Routers are compared over one range.
+            high: dearest cost.
+        """
+        costs, qualities = self.hull()
+        low = float(np.min(self.costs)) if low is None else low
+        high = float(np.max(self.costs)) if high is None else high
+        if high <= low:
+            return float(qualities.max())
+        inside = np.unique(np.concatenate([costs[(costs > low) & (costs < high)], [max(low, costs[0]), high]]))
+        inside = inside[inside >= costs[0]]
+        if not len(inside) or costs[0] > high:
+            return 0.0
+        return float(np.trapezoid(np.interp(inside, costs, qualities), inside) / (high - low))
+
+
+def _below(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
+    """Whether b lies on or under the line from a to c."""
+    return (b[1] - a[1]) * (c[0] - a[0]) <= (c[1] - a[1]) * (b[0] - a[0])
+
+
+def trade_off(predicted: np.ndarray, scores: np.ndarray, costs: np.ndarray, weights: Sequence[float]) -> Curve:
+    """A router's curve: for each lambda the candidate with the best `predicted score - lambda * expected cost`.
+
+    Args:
+        predicted: `[N, C]` scores that the router expects.
+        scores: `[N, C]` as measured.
+        costs: `[N, C]` USD as measured. What a router may know beforehand is each candidate's mean.
+        weights: lambdas, score per USD.
+    """
+    expected = np.nanmean(costs, 0)
+    rows = np.arange(len(scores))
+    points = []
+    for weight in weights:
+        chosen = (predicted - weight * expected).argmax(1)
+        points.append((np.nanmean(costs[rows, chosen]), scores[rows, chosen].mean()))
+    return Curve(*np.array(points).T)
+
+
+def strong_share_curve(preference: np.ndarray, weak: np.ndarray, strong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Quality for each share of queries that go to the strong model, those with the highest preference first.
+
+    Args:
+        preference: `[N]`, higher: rather the strong model.
+        weak: `[N]` scores of the weak model.
+        strong: `[N]` scores of the strong one.
+
+    Returns:
+        shares `[N + 1]` from 0 to 1, and mean scores `[N + 1]`. Queries of equal preference come in random order, in
+        the mean: each brings their average gain.
+    """
+    order = np.argsort(-preference, kind="stable")
+    gains = (strong - weak)[order].astype(float)
+    _, groups = np.unique(-preference[order], return_inverse=True)
+    gains = (np.bincount(groups, gains) / np.bincount(groups))[groups]
+    count = len(gains)
+    return np.arange(count + 1) / count, weak.mean() + np.concatenate([[0.0], np.cumsum(gains)]) / count
+
+
+def apgr(preference: np.ndarray, weak: np.ndarray, strong: np.ndarray) -> float:
+    """Average performance gap recovered (RouteLLM, arXiv 2406.18665, eq. 6): 0.5 is random, 1 a strong model for free.
+
+    Mean over shares of strong calls of `(quality - weak) / (strong - weak)`.
+    """
+    shares, qualities = strong_share_curve(preference, weak, strong)
+    gap = strong.mean() - weak.mean()
+    return float(np.trapezoid((qualities - weak.mean()) / gap, shares))
+
+
+def cpt(preference: np.ndarray, weak: np.ndarray, strong: np.ndarray, share: float) -> float:
+    """RouteLLM's call-performance threshold: least share of strong calls that recovers `share` of the gap, or NaN."""
+    shares, qualities = strong_share_curve(preference, weak, strong)
+    reached = (qualities - weak.mean()) / (strong.mean() - weak.mean()) >= share - 1e-12
+    return float(shares[reached.argmax()]) if reached.any() else float("nan")
+
+
+def perf_gain(curve: Curve, best_quality: float) -> float:
+    """Greatest relative gain of a curve over the best single model's quality (PerfGain, arXiv 2601.07206)."""
+    return float(curve.qualities.max() / best_quality - 1)
+
+
+def cost_save(curve: Curve, best_quality: float, best_cost: float) -> float:
+    """Greatest saving at no less than the best single model's quality (CostSave, arXiv 2601.07206); NaN if none."""
+    enough = curve.qualities >= best_quality - 1e-12
+    return float(1 - curve.costs[enough].min() / best_cost) if enough.any() else float("nan")
+
+
+def dispatch_accuracy(scores: np.ndarray, chosen: np.ndarray) -> float:
+    """Share of queries whose chosen candidate is one of the best."""
+    return float((chosen_scores(scores, chosen) >= scores.max(1) - 1e-6).mean())
+
+
+def confusion(targets: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Label (rows) against choice (columns), `[C, C]` queries; a label that several share counts in parts."""
+    return targets.T @ np.eye(targets.shape[1])[chosen]
+
+
+def recall_when_few_can(scores: np.ndarray, chosen: np.ndarray, most: int = 3, right: float = 0.5) -> dict[int, float]:
+    """How often a query that only k candidates solve went to one of them, for k = 1 to `most`; NaN without any.
+
+    Where routers lose most to the oracle (arXiv 2601.07206). A score above `right` counts as solved.
+    """
+    solved = scores > right
+    hit = solved[np.arange(len(solved)), chosen]
+    found = {}
+    for count in range(1, most + 1):
+        rows = solved.sum(1) == count
+        found[count] = float(hit[rows].mean()) if rows.any() else float("nan")
+    return found
+
+
+def calibration(
+    confidence: np.ndarray, outcome: np.ndarray, bins: int = 15
+) -> tuple[float, list[tuple[float, float, int]]]:
+    """Expected calibration error (arXiv 1706.04599), and per bin mean confidence, mean outcome and count."""
+    places = np.minimum((confidence * bins).astype(int), bins - 1)
+    table = [
+        (float(confidence[places == b].mean()), float(outcome[places == b].mean()), int((places == b).sum()))
+        for b in range(bins)
+        if (places == b).any()
+    ]
+    error = sum(count * abs(sure - right) for sure, right, count in table) / len(confidence)
+    return float(error), table

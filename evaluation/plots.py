@@ -1,35 +1,189 @@
-"""The report as a picture."""
+"""The report as pictures: scores, shares, experts by benchmark, calibration, cost against quality."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ..modeling.errors import require_extra
 from ..modeling.files import atomic_file
-from .evaluate import Report
+from .report import Report
 
-_COLOURS = {"composite": "#1b6ca8", "expert": "#9fb8cc", "baseline": "#d9a441", "bound": "#c9c9c9"}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLOURS = {
+    "composite": "#1b6ca8",
+    "expert": "#9fb8cc",
+    "baseline": "#d9a441",
+    "router": "#7a9e6b",
+    "bound": "#c9c9c9",
+}
+_MOST_LABELS = 40  # rows and columns that a picture names
 
 
-def draw_scores(report: Report, path: Path | str) -> None:
-    """Mean scores with their intervals as a bar chart, as a PNG.
+def draw_report(report: Report, folder: Path | str) -> list[Path]:
+    """Draw what the report holds as PNG files.
+
+    Args:
+        report: of an evaluation.
+        folder: where to.
+
+    Returns:
+        the files; a picture there is nothing to draw for is left out.
 
     Raises:
         ImportError: the `eval` extra is not installed.
     """
     matplotlib = require_extra("matplotlib", "eval")
     matplotlib.use("Agg")
+    drawn = []
+    for name, draw, there in (
+        ("scores", draw_scores, True),
+        ("experts", draw_experts, len(report.queries) > 1),
+        ("shares", draw_shares, True),
+        ("reliability", draw_reliability, bool(report.reliability)),
+        ("cost", draw_costs, bool(report.curves)),
+    ):
+        if there:
+            drawn.append(_save(draw, report, Path(folder) / f"{name}.png"))
+    return drawn
+
+
+def _save(draw: "Callable[[Report], Figure]", report: Report, path: Path) -> Path:
     from matplotlib import pyplot
 
-    rows = report.rows[::-1]
-    means = [100 * row.mean for row in rows]
-    low = [100 * (row.mean - row.interval[0]) for row in rows]
-    high = [100 * (row.interval[1] - row.mean) for row in rows]
-    figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(rows) + 1.2), layout="constrained")
-    axes.barh(
-        [row.name for row in rows], means, xerr=[low, high], color=[_COLOURS[row.kind] for row in rows], capsize=3
-    )
-    axes.axvline(100 * report.composite.mean, color=_COLOURS["composite"], linewidth=1, linestyle=":")
-    axes.set_xlabel(f"mean score over {len(report.queries)} benchmarks, % (95 % interval)")
-    axes.spines[["top", "right"]].set_visible(False)
+    figure = draw(report)
     with atomic_file(path) as aside:
         figure.savefig(aside, format="png", dpi=150)
     pyplot.close(figure)
+    return path
+
+
+def _plain(axes: "Axes") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_scores(report: Report) -> "Figure":
+    """Mean scores with their intervals."""
+    from matplotlib import pyplot
+
+    rows = [row for row in report.rows if row.kind != "expert"]
+    singles = sorted((row for row in report.rows if row.kind == "expert"), key=lambda row: row.mean)
+    rows = [*rows[::-1], *singles[-_MOST_LABELS:]]
+    rows.sort(key=lambda row: row.mean)
+    means = [100 * row.mean for row in rows]
+    low = [100 * (row.mean - row.interval[0]) for row in rows]
+    high = [100 * (row.interval[1] - row.mean) for row in rows]
+    figure, axes = pyplot.subplots(figsize=(8, 0.32 * len(rows) + 1.2), layout="constrained")
+    axes.barh(
+        [row.name for row in rows],
+        means,
+        xerr=[low, high],
+        color=[_COLOURS[row.kind] for row in rows],
+        error_kw={"elinewidth": 1, "ecolor": "#444444", "capsize": 2},
+    )
+    axes.axvline(100 * report.composite.mean, color=_COLOURS["composite"], linewidth=1, linestyle=":")
+    for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
+        tick.set_fontweight("bold" if row.kind == "composite" else "normal")
+    axes.set_xlabel(f"mean score over {len(report.queries)} benchmarks, % (95 % interval)")
+    _plain(axes)
+    return figure
+
+
+def draw_experts(report: Report) -> "Figure":
+    """Scores of every candidate and of the composite on every benchmark."""
+    from matplotlib import pyplot
+
+    rows = [report.composite, *(row for row in report.rows if row.kind == "expert")][: _MOST_LABELS + 1]
+    names = list(report.queries)[:_MOST_LABELS]
+    values = 100 * np.array([[row.benchmarks[name] for name in names] for row in rows])
+    figure, axes = pyplot.subplots(figsize=(0.75 * len(names) + 3.2, 0.36 * len(rows) + 1.6), layout="constrained")
+    image = axes.imshow(values, cmap="YlGnBu", aspect="auto")
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    best = values[1:].argmax(0) + 1
+    dark = (values.min() + values.max()) / 2
+    for (y, x), value in np.ndenumerate(values):
+        weight = "bold" if y in (0, best[x]) else "normal"
+        axes.text(
+            x, y, f"{value:.0f}", ha="center", va="center", color="white" if value > dark else "black",
+            fontsize=8, fontweight=weight,
+        )  # fmt: skip
+    axes.axhline(0.5, color="white", linewidth=3)
+    figure.colorbar(image, ax=axes, label="score, %", shrink=0.8)
+    return figure
+
+
+def draw_shares(report: Report) -> "Figure":
+    """How many queries each candidate gets, beside how many labels it has."""
+    from matplotlib import pyplot
+
+    names = sorted(report.shares, key=report.shares.__getitem__)[-_MOST_LABELS:]
+    places = np.arange(len(names))
+    figure, axes = pyplot.subplots(figsize=(7, 0.42 * len(names) + 1.2), layout="constrained")
+    axes.barh(
+        places + 0.2, [100 * report.shares[name] for name in names], 0.4, label="chosen", color=_COLOURS["composite"]
+    )
+    if report.confusion:
+        labels = np.array(report.confusion).sum(1)
+        share = dict(zip(report.shares, 100 * labels / max(labels.sum(), 1e-9), strict=True))
+        axes.barh(places - 0.2, [share[name] for name in names], 0.4, label="label", color=_COLOURS["baseline"])
+        axes.legend(frameon=False)
+    axes.set_yticks(places, names)
+    axes.set_xlabel("queries, %")
+    _plain(axes)
+    return figure
+
+
+def draw_reliability(report: Report) -> "Figure":
+    """Confidence of the dispatch against the score it got; the size says how many queries."""
+    from matplotlib import pyplot
+
+    sure, right, count = (np.array(column, dtype=float) for column in zip(*report.reliability, strict=True))
+    figure, axes = pyplot.subplots(figsize=(4.6, 4.4), layout="constrained")
+    axes.plot([0, 1], [0, 1], color=_COLOURS["bound"], linestyle="--", label="calibrated")
+    axes.plot(sure, right, color=_COLOURS["composite"], linewidth=1)
+    axes.scatter(sure, right, 20 + 400 * count / count.sum(), color=_COLOURS["composite"], alpha=0.8)
+    error = report.metrics.get("calibration error (ECE)")
+    axes.set_title("" if error is None else f"calibration error {error:.3f}", fontsize=10)
+    axes.set_xlabel("probability of the chosen candidate")
+    axes.set_ylabel("its mean score")
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0, 1.02)
+    axes.legend(frameon=False, loc="upper left")
+    _plain(axes)
+    return figure
+
+
+def draw_costs(report: Report) -> "Figure":
+    """Cost against quality: single models, and the hull that each router reaches."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
+    for row in report.rows:
+        if row.kind == "expert" and row.cost is not None:
+            quality = 100 * np.average(list(row.benchmarks.values()), weights=list(report.queries.values()))
+            axes.scatter(1000 * row.cost, quality, color=_COLOURS["expert"], zorder=3)
+            axes.annotate(row.name, (1000 * row.cost, quality), fontsize=7, xytext=(4, -7), textcoords="offset points")
+    others = iter(pyplot.get_cmap("Dark2").colors)
+    for name, curve in report.curves.items():
+        ours = name == "composite"
+        colour = _COLOURS["composite"] if ours else "#999999" if name == "single models" else next(others, "#777777")
+        axes.plot(
+            [1000 * cost for cost in curve["costs"]],
+            [100 * quality for quality in curve["qualities"]],
+            color=colour,
+            linewidth=2.5 if ours else 1.2,
+            linestyle=":" if name == "single models" else "-",
+            label=f"{name}, AIQ {report.metrics.get(f'AIQ, {name}', float('nan')):.3f}",
+            zorder=2 if ours else 1,
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("USD per 1000 queries")
+    axes.set_ylabel("mean score over queries, %")
+    axes.legend(frameon=False, fontsize=8)
+    _plain(axes)
+    return figure

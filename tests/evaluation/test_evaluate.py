@@ -1,13 +1,15 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from expertoken.data_prep.supervision import Supervision, build_supervision
 from expertoken.evaluation.evaluate import evaluate
-from expertoken.evaluation.metrics import benchmark_means, bootstrap_interval
-from expertoken.evaluation.plots import draw_scores
+from expertoken.evaluation.metrics import benchmark_means
+from expertoken.evaluation.plots import draw_report
 from expertoken.modeling.errors import ExpertokenError
+from expertoken.modeling.experts import ExpertPool
 from expertoken.train.arguments import ExpertokenArguments
 from expertoken.train.run import train
 
@@ -62,22 +64,95 @@ def test_a_side_or_candidate_that_is_not_there_is_named(composite_folder, result
         evaluate(composite_folder, build_supervision(results.select(["math", "law"])))
 
 
-def test_the_bootstrap_agrees_with_the_normal_approximation():
+@pytest.fixture
+def priced_report(tmp_path, composite_folder, results, pool):
     rng = np.random.default_rng(0)
-    values = (rng.random(400) < 0.7).astype(float)
-    benchmarks = ["a"] * 200 + ["b"] * 200
-    low, high = bootstrap_interval(values, benchmarks)
-    mean = np.mean(list(benchmark_means(values, benchmarks).values()))
-    half = 1.96 * np.sqrt(sum(values[part].var() / 200 for part in (slice(0, 200), slice(200, 400)))) / 2
-    assert low == pytest.approx(mean - half, abs=0.006)
-    assert high == pytest.approx(mean + half, abs=0.006)
-    assert bootstrap_interval(values, benchmarks) == (low, high)
+    costs = np.array([0.01, 0.002, 0.0001]) * rng.uniform(0.5, 1.5, (len(results), 3))
+    data = build_supervision(replace(results, costs=costs), pool)
+    return evaluate(composite_folder, data, baselines=["kNN", "linear", "clusters"], robustness=10)
 
 
-def test_the_plot_is_a_png(composite_folder, tmp_path):
+def test_the_report_is_a_folder_with_pictures(priced_report, tmp_path):
     pytest.importorskip("matplotlib")
-    draw_scores(evaluate(composite_folder), tmp_path / "report.png")
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    drawn = draw_report(priced_report, tmp_path / "report")
+    assert {path.name for path in drawn} == {"scores.png", "experts.png", "shares.png", "reliability.png", "cost.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    priced_report.save_folder(tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    for part in ("![cost](cost.png)", "| composite |", "AIQ, kNN", "## Robustness", "Better than best single"):
+        assert part in text
+    stored = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert {"versions", "data_fingerprint", "seconds", "peak_memory_gib"} <= set(stored["settings"])
+
+
+def test_learnt_routers_stand_beside_the_composite_and_solve_what_is_easy(priced_report):
+    """Three kinds of questions, one right candidate each: every learnt router finds that."""
+    for name in ("kNN", "linear", "clusters"):
+        row = priced_report.row(name)
+        assert row.kind == "router"
+        assert row.mean > 0.9
+        assert row.setting is not None
+        assert row.cost > 0
+
+
+def test_every_figure_of_the_field_is_there_and_holds_together(priced_report):
+    found = priced_report.metrics
+    mean, random = priced_report.composite.mean, priced_report.row("random").mean
+    assert found["mean score (RouterEval mu, AvgAcc)"] == mean
+    assert found["relative gain over random (Gain@R)"] == pytest.approx(mean / random - 1)
+    assert 0 <= found["entropy of the predictions, bits (E_p)"] <= np.log2(3)
+    assert found["recall where 1 candidate can"] == found["dispatch accuracy"]
+    assert found["AIQ, composite"] > found["AIQ, single models"]
+    assert found["CostSave, composite"] > 0
+    assert np.sum(priced_report.confusion) == pytest.approx(priced_report.settings["queries"])
+    assert [entry["change"] for entry in priced_report.robustness][:2] == ["lower case", "upper case"]
+
+
+def test_the_verdict_says_so_where_the_composite_does_not_win(composite_folder, results, pool):
+    """On queries that the composite sends elsewhere than where their (shuffled) scores lie."""
+    wrong = replace(results, scores=np.roll(results.scores, 1, axis=1))
+    report = evaluate(composite_folder, build_supervision(wrong, pool), baselines=["kNN"])
+    assert report.composite.mean < 0.5
+    assert any(sentence.startswith("WORSE than kNN") for sentence in report.verdict())
+
+
+def test_two_candidates_give_the_figures_of_routellm(tmp_path, base_folder, results, pool):
+    from transformers import TrainingArguments
+
+    two = ExpertPool([pool["math"], pool["law"]])
+    scores = results.scores[:, :2].copy()
+    scores[results.scores[:, 2] == 1, 0] = 1  # math is the strong one: sums and chats
+    data = build_supervision(replace(results.select(["math", "law"]), scores=scores), two)
+    data.save(tmp_path / "s2")
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s2"), verify=False)
+    folder = train(options, TrainingArguments(output_dir=str(tmp_path / "c2"), use_cpu=True, report_to="none"))
+    report = evaluate(folder, data, baselines=["linear"])
+    assert report.metrics["APGR, composite"] > 0.9
+    assert 0 < report.metrics["CPT(50%), composite"] <= report.metrics["CPT(80%), linear"] <= 1
+
+
+def test_an_encoder_is_fine_tuned_as_a_baseline(composite_folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from expertoken.tests.tiny import tiny_tokenizer
+
+    config = transformers.BertConfig(vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                     intermediate_size=64, max_position_embeddings=512)  # fmt: skip
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    report = evaluate(composite_folder, baselines=[], encoder=str(tmp_path / "bert"))
+    assert report.row("encoder").kind == "router"
+
+
+def test_changes_of_the_text_keep_what_they_should():
+    from random import Random
+
+    from expertoken.evaluation.robustness import CHANGES, shuffled_options
+
+    question = "Which one?\nA. red\nB. green\nC. blue\nAnswer:"
+    changed = shuffled_options(question, Random(1))
+    assert sorted(changed) == sorted(question)
+    assert [line[:2] for line in changed.splitlines()[1:4]] == ["A.", "B.", "C."]
+    assert all(change(question, Random(3)) != question for change in CHANGES.values())
 
 
 def test_queries_nobody_was_measured_on_are_left_out(composite_folder, results, pool, caplog):
