@@ -8,7 +8,7 @@ import warnings
 import typer
 
 from ..modeling.errors import ExpertokenError
-from . import chat, evaluate, expert, prepare, train
+from . import chat, evaluate, expert, label, prepare, select, train
 
 app = typer.Typer(
     name="expertoken",
@@ -18,8 +18,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(prepare.prepare)
+app.command()(label.label)
 app.command(context_settings=train.PASS_THROUGH, add_help_option=False)(train.train)
 app.command()(evaluate.evaluate)
+app.command()(select.select)
 app.command()(chat.chat)
 app.add_typer(expert.app, name="expert")
 

@@ -2,11 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from ..modeling.errors import ExpertokenError, did_you_mean
+
+if TYPE_CHECKING:
+    from ..modeling.experts import ExpertPool
 
 QUERY_COLUMNS = ("id", "prompt", "benchmark", "subject", "split")
 HoldOut = tuple[str, Sequence[str]]
@@ -111,6 +115,12 @@ class BenchmarkResults:
                 raise ResultsError(f"model {name!r} has no score on any query (all NaN); measure it or leave it out")
         costs = None if self.costs is None else self.costs[:, columns]
         return replace(self, models=models, scores=scores, costs=costs)
+
+    def columns_of(self, pool: "ExpertPool") -> np.ndarray:
+        """Scores `[N, C]` of a pool's candidates in its order; NaN for those without results."""
+        found = [candidate.find_in(self.models) for candidate in pool.candidates]
+        blank = np.full(len(self), np.nan, dtype=np.float32)
+        return np.stack([blank if name is None else self.scores[:, self.models.index(name)] for name in found], axis=1)
 
     def flag(self, pairs: Iterable[tuple[str, str]]) -> "BenchmarkResults":
         """The same results with more (model, benchmark) pairs flagged as contaminated.

@@ -19,6 +19,7 @@ from typing import Any
 from ...modeling.errors import did_you_mean
 from ..results import BenchmarkResults, ResultsError
 from . import embedllm, hub, llmrouterbench, lm_eval, routellm, routerbench, routerdc, routereval, table
+from .files import read_text
 
 READERS: dict[str, Any] = {
     "lm-eval": lm_eval,
@@ -110,3 +111,23 @@ def parse_options(format: str, pairs: list[str]) -> dict[str, Any]:  # noqa: A00
         words = {"true": True, "false": False}
         options[key] = value.split(",") if "Sequence" in known[key] else words.get(value.lower(), value)
     return options
+
+
+def read_queries(path: Path) -> list[str]:
+    """Questions without scores: a text file with one a line, or a table with a column `query`.
+
+    Raises:
+        ResultsError: the file is missing or empty, or has no such column.
+    """
+    if not path.exists():
+        raise ResultsError(f"{path}: no such file; expected one question a line, or a table with a column 'query'")
+    if path.suffix in table.SUFFIXES:
+        frame = table.load_table(path)
+        if "query" not in frame:
+            raise ResultsError(f"{path}: no column 'query', {did_you_mean('query', map(str, frame.columns))}")
+        found = frame["query"].dropna().astype(str).tolist()
+    else:
+        found = [line for line in read_text(path).splitlines() if line.strip()]
+    if not found:
+        raise ResultsError(f"{path}: empty, no question in it")
+    return found

@@ -12,7 +12,7 @@ from ...modeling.errors import did_you_mean, one_line
 from ..results import BenchmarkResults, ResultsError
 from .files import files_of
 
-_SUFFIXES = (".csv", ".parquet", ".jsonl")
+SUFFIXES = (".csv", ".parquet", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Columns:
 def recognises(file: Path, head: str) -> bool:
     """Any table."""
     del head
-    return file.suffix in _SUFFIXES
+    return file.suffix in SUFFIXES
 
 
 def read(path: Path, **columns: Any) -> BenchmarkResults:
@@ -65,7 +65,7 @@ def read(path: Path, **columns: Any) -> BenchmarkResults:
         **columns: names of columns, see `Columns`.
     """
     chosen = Columns(**columns)
-    frames = {file: load_table(file) for file in files_of(path, *_SUFFIXES)}
+    frames = {file: load_table(file) for file in files_of(path, *SUFFIXES)}
     names = {file: file.stem for file in frames}
     if len(frames) > 1 and _one_file_a_model(list(frames.values()), chosen):
         names = dict.fromkeys(frames, path.name)
@@ -117,7 +117,7 @@ def load_table(file: Path) -> pd.DataFrame:
         elif file.suffix == ".jsonl":
             frame = pd.read_json(file, lines=True, precise_float=True)
         else:
-            raise ResultsError(f"{file}: expected {', '.join(_SUFFIXES)}")
+            raise ResultsError(f"{file}: expected {', '.join(SUFFIXES)}")
     except pd.errors.EmptyDataError:
         raise ResultsError(f"{file}: empty results, the file has no header and no rows") from None
     except UnicodeDecodeError as error:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-VERBS = [[], ["prepare"], ["train"], ["evaluate"], ["chat"], ["expert"], ["expert", "add"], ["expert", "list"],
-         ["expert", "remove"]]  # fmt: skip
+VERBS = [[], ["prepare"], ["train"], ["label"], ["evaluate"], ["select"], ["chat"], ["expert"], ["expert", "add"],
+         ["expert", "list"], ["expert", "remove"]]  # fmt: skip
 
 
 def expertoken(*arguments, cwd=None, **options):
@@ -28,13 +28,15 @@ def test_help_reads_well_and_needs_no_torch(verb):
     assert len(shown.stdout.splitlines()) > 5
 
 
-@pytest.mark.parametrize("verb", [[], ["train"], ["expert", "add"]], ids=str)
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: " ".join(verb) or "expertoken")
 def test_help_takes_under_two_seconds(verb):
     best = 9e9
     for _ in range(3):  # the machine may be busy: one quick run shows that the work is small
         started = time.perf_counter()
-        expertoken(*verb, "--help")
+        assert expertoken(*verb, "--help").returncode == 0
         best = min(best, time.perf_counter() - started)
+        if best < 2:
+            return
     assert best < 2
 
 

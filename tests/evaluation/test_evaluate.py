@@ -14,15 +14,6 @@ from expertoken.train.arguments import ExpertokenArguments
 from expertoken.train.run import train
 
 
-@pytest.fixture
-def composite_folder(tmp_path, base_folder, results, pool):
-    from transformers import TrainingArguments
-
-    build_supervision(results, pool).save(tmp_path / "supervision")
-    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "supervision"), verify=False)
-    return train(options, TrainingArguments(output_dir=str(tmp_path / "composite"), use_cpu=True, report_to="none"))
-
-
 def test_the_report_holds_the_composite_its_experts_and_the_bounds(composite_folder, tmp_path):
     report = evaluate(composite_folder)
     names = [row.name for row in report.rows]

@@ -1,0 +1,156 @@
+"""Which single model for a whole new task, from its inputs alone (LLM Routing with Benchmark Datasets, 2309.15789)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..data_prep.supervision import Supervision, supervision_of
+from ..modeling.composite import Composite, load_composite
+from ..modeling.errors import ExpertokenError, require_extra
+from ..train.features import cached_features
+from .baselines import Side, knn
+
+_NEIGHBOURS = 5
+_RIGHT = 0.5
+_FOLDS = 5
+_PRIOR = 5.0  # labelled examples that the estimate from distance weighs as much as
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What is expected of one model on the new task.
+
+    Attributes:
+        name: of the model.
+        s1: mean predicted probability that it is right.
+        s2: share of inputs on which it is predicted to be right.
+        s3: s2 corrected by how far the predictor can be trusted on this task.
+        trust: p(d, m), the predictor's expected accuracy on this task.
+        average: its mean score over the benchmarks known: "best on average" ranks by it.
+    """
+
+    name: str
+    s1: float
+    s2: float
+    s3: float
+    trust: float
+    average: float
+
+
+def select(
+    composite: Path | str,
+    queries: Sequence[str],
+    *,
+    labelled: tuple[Sequence[str], np.ndarray] | None = None,
+    data: Path | str | None = None,
+    trust_remote_code: bool = False,
+) -> list[Ranking]:
+    """Rank the experts of a composite for an unlabelled task, best S3 first.
+
+    A predictor per model (k nearest neighbours on the meta LLM's states, as the paper on sentence embeddings) says on
+    which inputs it would be right. How well that predictor does on a task, p(d, m), falls with the task's distance from
+    the benchmarks: each benchmark in turn is left out (and a part of each, which the paper does not do), and a Gaussian
+    kernel smoother over (distance, accuracy) reads p(d, m) off at the new task's distance.
+
+    Args:
+        composite: a folder.
+        queries: inputs of the task.
+        labelled: a handful of further inputs of the task with scores `[n, C]` over the composite's candidates, NaN
+            where not measured. They join the predictors' examples and correct p(d, m).
+        data: the supervision, where it was moved.
+        trust_remote_code: allow the base model's repository to run its own code.
+
+    Raises:
+        ExpertokenError: there are no queries, or results of one benchmark only (nothing to leave out).
+        ImportError: the extra `eval` is not installed.
+    """
+    require_extra("sklearn", "eval")
+    if not len(queries):
+        raise ExpertokenError("no queries of the task; expected at least one")
+    folder = Path(composite)
+    loaded = load_composite(folder, trust_remote_code=trust_remote_code)
+    supervision = supervision_of(loaded.manifest, folder, data)
+    names = loaded.pool.names
+    known = _known(loaded, supervision)
+    if len(np.unique(known.benchmarks)) < 2:
+        raise ExpertokenError("results of one benchmark only: a predictor's accuracy on a new task can't be estimated")
+    states = np.asarray(cached_features(loaded.meta, list(queries), label="task features").hidden)
+    distances, accuracies = _observed(known)
+    trust = _smooth(distances, accuracies, _distance(states, known.features))
+    examples = known
+    if labelled is not None:
+        texts, scores = labelled
+        extra = np.asarray(cached_features(loaded.meta, list(texts), label="labelled features").hidden)
+        trust = _corrected(trust, knn(known, _NEIGHBOURS)(extra), scores)
+        examples = Side(
+            np.concatenate([known.features, extra]),
+            np.concatenate([known.scores, scores]),
+            np.concatenate([known.benchmarks, np.full(len(extra), "(task)")]),
+        )
+    predicted = knn(examples, _NEIGHBOURS)(states)
+    s1, s2 = predicted.mean(0), (predicted > _RIGHT).mean(0)
+    s3 = s2 * trust + (1 - s2) * (1 - trust)
+    kinds = np.unique(known.benchmarks)
+    average = np.mean([np.nanmean(known.scores[known.benchmarks == kind], 0) for kind in kinds], 0)
+    found = [Ranking(name, *map(float, row)) for name, *row in zip(names, s1, s2, s3, trust, average, strict=True)]
+    return sorted(found, key=lambda entry: (-entry.s3, -entry.s1))
+
+
+def _known(loaded: Composite, supervision: Supervision) -> Side:
+    """Train and validation sides, with candidates in the composite's order."""
+    columns = [supervision.info.candidates.index(name) for name in loaded.pool.names]
+    sides = [name for name in ("train", "validation") if len(supervision.data[name])]
+    features = [
+        np.asarray(cached_features(loaded.meta, supervision.side(name)["messages"], label=f"{name} features").hidden)
+        for name in sides
+    ]
+    scores = [supervision.scores(name)[:, columns] for name in sides]
+    benchmarks = [np.asarray(supervision.side(name)["benchmark"], dtype=str) for name in sides]
+    return Side(np.concatenate(features), np.concatenate(scores), np.concatenate(benchmarks))
+
+
+def _distance(states: np.ndarray, examples: np.ndarray) -> float:
+    """u(d): mean cosine distance of a task's inputs to their nearest examples."""
+    from sklearn.neighbors import NearestNeighbors
+
+    index = NearestNeighbors(n_neighbors=min(_NEIGHBOURS, len(examples)), metric="cosine").fit(examples)
+    return float(index.kneighbors(states)[0].mean())
+
+
+def _observed(known: Side) -> tuple[np.ndarray, np.ndarray]:
+    """Distances `[2B]` and accuracies of the predictors `[2B, C]` at two distances per benchmark.
+
+    Far: predictors made without the benchmark, as in the paper. Near: without a fifth of its queries, so that a task
+    much like a benchmark is not judged by tasks that are like none.
+    """
+    fold = np.random.default_rng(0).integers(_FOLDS, size=len(known.features))
+    distances, accuracies = [], []
+    for kind in np.unique(known.benchmarks):
+        inside = known.benchmarks == kind
+        for held in (inside, inside & (fold == 0)):
+            if not held.any():
+                continue
+            rest = Side(known.features[~held], known.scores[~held], known.benchmarks[~held])
+            predicted = knn(rest, _NEIGHBOURS)(known.features[held]) > _RIGHT
+            measured = ~np.isnan(known.scores[held])
+            right = (predicted == (known.scores[held] > _RIGHT)) & measured
+            distances.append(_distance(known.features[held], rest.features))
+            accuracies.append(np.where(measured.any(0), right.sum(0) / np.maximum(measured.sum(0), 1), 0.5))
+    return np.array(distances), np.array(accuracies)
+
+
+def _smooth(distances: np.ndarray, accuracies: np.ndarray, at: float) -> np.ndarray:
+    """Nadaraya-Watson at a distance, `[C]`; the bandwidth is the benchmarks' own spread (Silverman's rule)."""
+    width = 1.06 * distances.std() * len(distances) ** -0.2 or 1e-6
+    log = -0.5 * ((distances - at) / width) ** 2
+    weights = np.exp(log - log.max())  # far from all of them, the nearest counts
+    return weights @ accuracies / weights.sum()
+
+
+def _corrected(trust: np.ndarray, predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """p(d, m) with what the labelled examples say: a mean over them and `_PRIOR` examples of the estimate."""
+    measured = ~np.isnan(truth)
+    right = ((predicted > _RIGHT) == (truth > _RIGHT)) & measured
+    return (right.sum(0) + _PRIOR * trust) / (measured.sum(0) + _PRIOR)
