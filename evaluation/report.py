@@ -113,7 +113,7 @@ class Report:
             cells.append("" if share is None else f"{100 * share:.0f} %")
             gain = row.gain
             cells.append("" if gain is None else "{:+.2f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in gain)))
-            cells.append("" if row.p_value is None else f"{row.p_value:.3f}")
+            cells.append("" if row.p_value is None else _p(row.p_value).removeprefix("p = ").removeprefix("p "))
             body.append(cells)
         count = ", ".join(f"{name} {size}" for name, size in self.queries.items())
         text = f"Percent; queries: {count}. The gain is the composite's over the line, paired."
@@ -141,10 +141,14 @@ class Report:
 
 def _sentence(row: Row) -> str:
     gain, low, high = (100 * value for value in row.gain)
-    told = f"{gain:+.2f} points ({low:+.2f} to {high:+.2f}, p = {row.p_value:.3f})"
+    told = f"{gain:+.2f} points ({low:+.2f} to {high:+.2f}, {_p(row.p_value)})"
     if row.p_value >= _SURE:
         return f"Not told apart from {row.name}: {told}."
     return f"{'Better' if gain > 0 else 'WORSE'} than {row.name}: {told}."
+
+
+def _p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -114,7 +114,7 @@ def main() -> None:
         *("--meta", smollm2(), "--data", OUT / "supervision", "--output_dir", composite),
     )
     step(4, "evaluation on held-out tasks")
-    run("expertoken", "evaluate", composite, "--data", OUT / "supervision")
+    run("expertoken", "evaluate", composite, "--data", OUT / "supervision", "--baselines", "none")
     step(5, f"one more expert, {LEFT_OUT}, plugged in")
     run(
         *("expertoken", "expert", "add", composite, "--name", LEFT_OUT, "--backend", "adapter"),
