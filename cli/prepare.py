@@ -26,7 +26,7 @@ def prepare(
         str,
         typer.Option(
             help="query: each query's own winner. subject: its subject's winner. mixed: both. soft: softmax of scores. "
-            "correctness: a binary problem per expert. expected-score: the scores themselves (docs/labels.md)."
+            "correctness: a binary problem per expert. expected-score: the scores themselves (docs/data.md)."
         ),
     ] = "query",
     ties: Annotated[

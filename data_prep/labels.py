@@ -115,8 +115,10 @@ def winners(scores: np.ndarray, *, self_index: int | None = None, rank: np.ndarr
     return wins / np.maximum(wins.sum(1, keepdims=True), 1)
 
 
-def _rank(data: Measured, labelling: Labelling) -> np.ndarray | None:
-    """What breaks ties, `[N, C]` or `[1, C]`."""
+def _rank(data: Measured, labelling: Labelling, *, per_query: bool = True) -> np.ndarray | None:
+    """What breaks ties, `[N, C]` or `[1, C]`; costs of each query, or each candidate's mean."""
+    if labelling.ties == "cheapest" and not per_query:
+        return _means(data.costs)[None]
     if labelling.ties == "cheapest":
         return np.where(np.isnan(data.costs), _means(data.costs)[None], data.costs)
     if labelling.ties == "best":
@@ -195,7 +197,7 @@ def subject_level(data: Measured, labelling: Labelling) -> tuple[np.ndarray, np.
     The subject is the benchmark where results name no subject.
     """
     means = subject_means(data, labelling.shrinkage)
-    targets = winners(means, self_index=data.self_index, rank=_rank(data, labelling))
+    targets = winners(means, self_index=data.self_index, rank=_rank(data, labelling, per_query=False))
     return targets, _lead(means, labelling.margin)
 
 

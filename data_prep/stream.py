@@ -46,6 +46,8 @@ def label_records(
 ) -> Labelled:
     """Label queries from a stream of records, as `labels.label` does from a table in memory.
 
+    Two records of one query and model are not looked for: that would cost a table as large as the records.
+
     Two passes over the records for `subject` and for `query` with ties to the `best`, three for the other ways to break
     ties. Memory grows with queries and models, not with records; what does not fit goes to disk beside `out`.
 
@@ -135,8 +137,8 @@ def _open(
     cost = "cost" if priced else "NULL::DOUBLE"
     utility = f"score - {labelling.cost_weight!r} * coalesce(cost, 0)" if labelling.cost_weight else "score"
     connection.execute(
-        f"CREATE VIEW records AS SELECT id, model, score, ({utility})::DOUBLE AS u, {cost} AS cost "
-        f"FROM {sources[records]} WHERE score IS NOT NULL AND NOT isnan(score)"
+        f"CREATE VIEW records AS SELECT id, model, score, ({utility})::DOUBLE AS u, cost FROM (SELECT id, model, "
+        f"score::DOUBLE AS score, {cost} AS cost FROM {sources[records]}) WHERE score IS NOT NULL AND NOT isnan(score)"
     )
     # Who is best, the test side must not decide; where nobody asks for it, this pass reads two columns and no ids.
     side, mean = ("JOIN queries USING (id)", "avg(u) FILTER (learning)") if labelling.ties == "best" else ("", "avg(u)")
@@ -172,12 +174,15 @@ def _by_query(connection: "duckdb.DuckDBPyConnection", labelling: Labelling) -> 
             "GROUP BY id"
         )
         winner = "list(model ORDER BY model)"
-        if labelling.ties == "cheapest":
-            winner = "[arg_min(model, coalesce(records.cost, models.cost, 1e300))]"
+        cheapest = "min(coalesce(records.cost, models.cost, 1e300)) OVER (PARTITION BY records.id)"
+        qualify = f"QUALIFY coalesce(records.cost, models.cost, 1e300) <= {cheapest}"
+        if labelling.ties != "cheapest":
+            qualify = ""
         connection.execute(
-            f"CREATE TABLE own AS SELECT id, any_value(best) AS best, any_value(worst) AS worst, "
-            f"any_value(extremes.n) AS n, {winner} AS winners FROM records JOIN extremes USING (id) "
-            f"JOIN models USING (model) WHERE u >= best - {_TIE} GROUP BY id"
+            f"CREATE TABLE own AS SELECT id, any_value(best) AS best, any_value(worst) AS worst, any_value(n) AS n, "
+            f"{winner} AS winners FROM (SELECT records.id, records.model, best, worst, extremes.n FROM records "
+            "JOIN extremes ON records.id = extremes.id JOIN models ON records.model = models.model "
+            f"WHERE u >= best - {_TIE} {qualify}) GROUP BY id"
         )
     connection.execute(
         "CREATE TABLE labels AS SELECT q.id, q.benchmark, q.subject, q.split, coalesce(own.winners, []) AS winners, "
@@ -223,7 +228,8 @@ def _by_subject(connection: "duckdb.DuckDBPyConnection", labelling: Labelling) -
         "(SELECT benchmark, subject, min(rank) AS first FROM tied GROUP BY ALL) USING (benchmark, subject) "
         "WHERE rank <= first GROUP BY ALL; "
         "CREATE TABLE labels AS SELECT q.id, q.benchmark, q.subject, q.split, coalesce(w.winners, []) AS winners, "
-        "(w.winners IS NOT NULL)::INT::FLOAT AS weight FROM queries q LEFT JOIN winners w USING (benchmark, subject)"
+        "(w.winners IS NOT NULL AND m.id IS NOT NULL)::INT::FLOAT AS weight FROM queries q "
+        "LEFT JOIN winners w USING (benchmark, subject) LEFT JOIN (SELECT DISTINCT id FROM records) m USING (id)"
     )
 
 

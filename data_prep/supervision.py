@@ -156,7 +156,15 @@ def supervision_of(manifest: "Manifest", folder: Path, data: Path | str | None =
         path = folder / path  # as the manifest has it on disk
     if data is None and not path.exists():
         raise ExpertokenError(f"{folder}: its supervision is not at {path} any more; say where with --data")
-    return Supervision.load(path)
+    loaded = Supervision.load(path)
+    trained_on = manifest.data.get("fingerprint")
+    if data is None and trained_on not in (None, loaded.info.fingerprint):
+        # Its test side may hold what the composite was trained on.
+        raise ExpertokenError(
+            f"{path}: another supervision stands there than the composite in {folder} was trained on; say "
+            f"--data {path} to take it all the same"
+        )
+    return loaded
 
 
 @contextmanager

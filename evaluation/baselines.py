@@ -38,8 +38,13 @@ Predictor = Callable[[np.ndarray], np.ndarray]
 
 def _filled(scores: np.ndarray) -> np.ndarray:
     """Scores with each candidate's mean where it was not measured: regressors can't leave cells out."""
-    means = np.nanmean(scores, 0)
-    return np.where(np.isnan(scores), means, scores)
+    return np.where(np.isnan(scores), means_of(scores), scores)
+
+
+def means_of(scores: np.ndarray) -> np.ndarray:
+    """Mean of each candidate's measured scores, 0 for one without any, as everywhere."""
+    count = (~np.isnan(scores)).sum(0)
+    return np.nan_to_num(scores).sum(0) / np.maximum(count, 1)
 
 
 def _scaled(features: np.ndarray) -> tuple[Any, np.ndarray]:
@@ -89,7 +94,7 @@ def clusters(train: Side, count: int) -> Predictor:
 
     count = min(count, len(train.features))
     model = KMeans(n_clusters=count, n_init=3, random_state=_SEED).fit(_unit(train.features))
-    overall = np.nanmean(train.scores, 0)
+    overall = means_of(train.scores)
     means = np.empty((count, train.scores.shape[1]))
     for cluster in range(count):
         inside = train.scores[model.labels_ == cluster]

@@ -164,7 +164,10 @@ def evaluate(
         baselines = list(learnt.METHODS) if find_spec("sklearn") else []
     names = composite.pool.names
     test = read_split(composite, supervision, split)
-    sides = [side for side in ("train", "validation") if len(supervision.data[side])]
+    # Never the side that is scored: baselines would be learnt on the questions that they are asked.
+    sides = [side for side in ("train", "validation") if len(supervision.data[side]) and side != split]
+    if not sides:
+        raise ExpertokenError(f"nothing but the {split} side: baselines have nothing to be chosen on")
     known = [read_split(composite, supervision, side, states=bool(baselines)) for side in sides]
     chosen = test.logits.argmax(1)
     policies = {"composite": test.choose(chosen, "composite", predicted=test.logits)}
@@ -190,7 +193,7 @@ def evaluate(
             composite.meta, [test.prompts[i] for i in place], test.scores[place], with_self=composite.pool.has_self
         )
         report.robustness = [asdict(entry) for entry in found]
-    report.metrics = {name: value for name, value in report.metrics.items() if not math.isnan(value)}
+    report.metrics = {name: value for name, value in report.metrics.items() if math.isfinite(value)}
     report.settings = {
         "split": split,
         "queries": len(chosen),

@@ -169,7 +169,9 @@ def trade_off(predicted: np.ndarray, scores: np.ndarray, costs: np.ndarray, weig
     points = []
     for weight in weights:
         chosen = (predicted - weight * expected).argmax(1)
-        points.append((np.nanmean(costs[rows, chosen]), scores[rows, chosen].mean()))
+        paid = costs[rows, chosen]
+        paid = np.where(np.isnan(paid), expected[chosen], paid)
+        points.append((paid.mean(), scores[rows, chosen].mean()))
     return Curve(*np.array(points).T)
 
 
@@ -212,13 +214,13 @@ def cpt(preference: np.ndarray, weak: np.ndarray, strong: np.ndarray, share: flo
 
 def perf_gain(curve: Curve, best_quality: float) -> float:
     """Greatest relative gain of a curve over the best single model's quality (PerfGain, arXiv 2601.07206)."""
-    return float(curve.qualities.max() / best_quality - 1)
+    return float(curve.qualities.max() / best_quality - 1) if best_quality > 0 else float("nan")
 
 
 def cost_save(curve: Curve, best_quality: float, best_cost: float) -> float:
     """Greatest saving at no less than the best single model's quality (CostSave, arXiv 2601.07206); NaN if none."""
     enough = curve.qualities >= best_quality - 1e-12
-    return float(1 - curve.costs[enough].min() / best_cost) if enough.any() else float("nan")
+    return float(1 - curve.costs[enough].min() / best_cost) if enough.any() and best_cost > 0 else float("nan")
 
 
 def dispatch_accuracy(scores: np.ndarray, chosen: np.ndarray) -> float:

@@ -10,7 +10,7 @@ from ..data_prep.supervision import Supervision, supervision_of
 from ..modeling.composite import Composite, load_composite
 from ..modeling.errors import ExpertokenError, require_extra
 from ..train.features import cached_features
-from .baselines import Side, knn
+from .baselines import Side, knn, means_of
 
 _NEIGHBOURS = 5
 _RIGHT = 0.5
@@ -93,7 +93,9 @@ def select(
     s1, s2 = predicted.mean(0), (predicted > _RIGHT).mean(0)
     s3 = s2 * trust + (1 - s2) * (1 - trust)
     kinds = np.unique(known.benchmarks)
-    average = np.mean([np.nanmean(known.scores[known.benchmarks == kind], 0) for kind in kinds], 0)
+    # One not measured on a benchmark has nothing on average there.
+    means = np.stack([means_of(known.scores[known.benchmarks == kind]) for kind in kinds])
+    average = means.mean(0)
     found = [Ranking(name, *map(float, row)) for name, *row in zip(names, s1, s2, s3, trust, average, strict=True)]
     return sorted(found, key=lambda entry: (-entry.s3, -entry.s1))
 

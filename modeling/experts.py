@@ -16,7 +16,7 @@ BACKENDS = ("openai", "transformers", "adapter", "self")
 SELF = "self"
 """The name under which the meta LLM itself stands in distributions and reports."""
 
-RESERVED = ("composite", "random", "oracle")
+RESERVED = ("composite", "random", "oracle", "kNN", "linear", "MLP", "clusters", "factors", "encoder")
 """Names that reports use themselves."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

@@ -178,18 +178,22 @@ def extend_supervision(old: Supervision, pool: ExpertPool, expert: Expert, resul
     again = np.flatnonzero(first & ~fresh)
     names = {candidate.find_in(results.models): candidate.name for candidate in pool.candidates}
     columns = [expert.name, *(names[model] for model in results.models[1:])]
+    name_of = dict(zip(results.models, columns, strict=True))
+    flagged = frozenset((name_of[model], benchmark) for model, benchmark in results.contaminated if model in name_of)
     labelling = old.info.labelling
     parts = [known]
     if fresh.any():
         costs = None if results.costs is None else results.costs[fresh]
-        new = BenchmarkResults(queries[fresh], columns, results.scores[fresh], costs)
+        new = BenchmarkResults(queries[fresh], columns, results.scores[fresh], costs, flagged)
         shares = {key: labelling[key] for key in ("validation", "test", "seed")}
+        if labelling.get("hold_out"):
+            shares["test"] = 0.0  # the test side is what is held out, and nothing else
         parts.append(new.split(**shares))
     if len(again):
         # On known queries only the new expert's scores count: the others' are what the composite was trained on.
         place = known.queries.set_index("id", drop=False).loc[queries["id"].iloc[again]]
         costs = None if results.costs is None else results.costs[again, :1]
-        parts.append(BenchmarkResults(place, [expert.name], results.scores[again, :1], costs))
+        parts.append(BenchmarkResults(place, [expert.name], results.scores[again, :1], costs, flagged))
     extended = build_supervision(
         BenchmarkResults.merge(parts),
         ExpertPool([*pool.candidates, replace(expert, results=None)]),
@@ -201,6 +205,7 @@ def extend_supervision(old: Supervision, pool: ExpertPool, expert: Expert, resul
         leaks="keep" if old.info.leaks["equal"]["handled"] == "keep" else "drop",
         **{key: labelling[key] for key in ("validation", "test", "seed")},
     )
+    extended.info.leaks["near"] = old.info.leaks.get("near", {})
     _keep_targets(extended, old, pool)
     return extended
 
@@ -216,9 +221,9 @@ def _known_ids(known: BenchmarkResults, queries: pd.DataFrame) -> list[str]:
     text_of = dict(zip(known.queries["id"], map(normalise, known.queries["prompt"]), strict=True))
     texts = [normalise(prompt) for prompt in queries["prompt"]]
     found = [key if text_of.get(key) == text else None for key, text in zip(queries["id"], texts, strict=True)]
-    free = defaultdict(list)
+    taken, free = set(found), defaultdict(list)
     for key, text in reversed(text_of.items()):
-        if key not in set(found):
+        if key not in taken:
             free[text].append(key)
     for place, (key, text) in enumerate(zip(queries["id"], texts, strict=True)):
         if found[place] is None and free[text]:
@@ -302,10 +307,11 @@ def _compare(
         logits = problem_logits(rows, problem.features, meta.transform, with_self=pool.has_self)
         columns = np.array([supervision.info.candidates.index(name) for name in pool.names])
         picks.append(columns[logits.argmax(-1).numpy()])
-    scores = [mean_score(pick, problem.scores, problem.benchmarks) for pick in picks]
+    measured = supervision.scores(split)  # as evaluation counts: scores, not utilities
+    scores = [mean_score(pick, measured, problem.benchmarks) for pick in picks]
     # Names of both pools that are in both: the expert that comes or goes is in one.
     stay = [supervision.info.candidates.index(name) for name in before[1].names if name in after[1].names]
-    unmeasured = int(np.isnan(problem.scores[:, stay]).all(1).sum())
+    unmeasured = int(np.isnan(measured[:, stay]).all(1).sum())
     return Change(int((picks[0] != picks[1]).sum()), len(picks[0]), *scores, split, unmeasured)
 
 

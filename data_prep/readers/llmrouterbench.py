@@ -11,14 +11,14 @@ from ..results import BenchmarkResults, ResultsError
 from .files import number, read_json
 
 _STAMP = re.compile(r"_(\d{8}_\d{6})$")
+_TOP_LEVEL = re.compile(r'\s*\{\s*"(dataset_name|split|model_name|demo|records)"\s*:(?!.*"configs"\s*:)', re.DOTALL)
 _FIELDS = ("dataset_name", "split", "model_name", "records")
 
 
 def recognises(file: Path, head: str) -> bool:
     """A JSON object with one of the fields that only these files have."""
-    return (
-        file.suffix == ".json" and head.lstrip().startswith("{") and ('"dataset_name"' in head or '"records"' in head)
-    )
+    # At the top level: lm-evaluation-harness has a "dataset_name" deep inside its results files.
+    return file.suffix == ".json" and _TOP_LEVEL.match(head) is not None
 
 
 def read(path: Path) -> BenchmarkResults:

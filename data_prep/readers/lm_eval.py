@@ -13,13 +13,14 @@ from .files import number, read_json, read_text
 
 _STAMP = r"\d{4}-\d{2}-\d{2}T[\d\-.:]+"
 _SAMPLES = re.compile(rf"samples_(?P<task>.+)_(?P<stamp>{_STAMP})\.jsonl")
+_RESULTS = re.compile(rf"results_{_STAMP}\.json")
 _METRICS = ("acc_norm", "acc", "exact_match", "pass@1", "f1")
 
 
 def recognises(file: Path, head: str) -> bool:
-    """A file of samples, by its name."""
+    """A file of samples or of results, by its name."""
     del head
-    return _SAMPLES.fullmatch(file.name) is not None
+    return _SAMPLES.fullmatch(file.name) is not None or _RESULTS.fullmatch(file.name) is not None
 
 
 def read(path: Path, *, metric: str | None = None) -> BenchmarkResults:

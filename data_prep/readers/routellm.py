@@ -13,7 +13,7 @@ from .table import is_score, load_table, numbers
 def recognises(file: Path, head: str) -> bool:
     """A CSV whose first column is `prompt`, without any of the columns that other formats have."""
     columns = head.partition("\n")[0].strip().split(",")
-    ours = {"model", "score", "label", "split", "benchmark", "subject", "model_id"}
+    ours = {"id", "model", "score", "label", "split", "benchmark", "subject", "model_id"}
     return file.suffix == ".csv" and columns[0] == "prompt" and len(columns) > 1 and not ours & set(columns)
 
 

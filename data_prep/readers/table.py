@@ -139,6 +139,8 @@ def _queries(frame: pd.DataFrame, columns: dict[str, str], source: str, benchmar
     if columns["id"] not in frame:
         queries["id"] = queries["benchmark"].astype(str) + "/" + queries["prompt"]
     queries["id"] = queries["id"].astype(str)
+    for name in ("benchmark", "subject"):
+        queries[name] = queries[name].map(lambda value: value if pd.isna(value) else str(value))
     return queries.where(queries.notna(), None)
 
 

@@ -113,7 +113,9 @@ def lm_eval(folder):
     for model, scores in (("org/a", (1.0, 0.0)), ("b", (0.0, 1.0))):
         place = folder / model.replace("/", "__")
         place.mkdir()
-        (place / "results_2025-01-01T00-00-00.json").write_text(json.dumps({"model_name": model}))
+        (place / "results_2025-01-01T00-00-00.json").write_text(
+            json.dumps({"results": {}, "configs": {"arc": {"dataset_name": "ARC"}}, "model_name": model})
+        )
         lines = [
             {"doc_id": i, "doc": {"question": f"question {i}"}, "target": "A", "arguments": [["q", "A"]], "resps": [],
              "filtered_resps": [], "filter": "none", "metrics": ["acc"], "doc_hash": "x", "prompt_hash": "x",

@@ -19,7 +19,8 @@ def write(folder, seed, missing=0.2):
     scores = rng.choice([0.0, 0.25, 1.0], (count, len(models)))
     scores[rng.random(scores.shape) < missing] = np.nan
     scores[:2] = [[0, 0, 0, 0], [1, 1, 1, 1]]
-    costs = rng.uniform(0.01, 0.2, scores.shape)
+    costs = rng.choice([0.01, 0.1, 0.2], scores.shape)  # a few values, so that costs tie too
+    scores[5] = np.nan  # a query nobody was measured on
     queries = pd.DataFrame(
         {
             "id": [f"q{i:03}" for i in range(count)],
@@ -55,6 +56,7 @@ def write(folder, seed, missing=0.2):
         Labelling("query", ties="cheapest"),
         Labelling("query", cost_weight=3.0),
         Labelling("subject"),
+        Labelling("subject", ties="cheapest"),
         Labelling("subject", shrinkage=7.0),
         Labelling("subject", ties="best", cost_weight=2.0),
     ],
@@ -68,7 +70,7 @@ def test_streamed_labels_are_those_of_the_table_in_memory(tmp_path, seed, labell
     found = pd.read_parquet(tmp_path / "labels.parquet")
     assert found["id"].tolist() == queries["id"].tolist()
     measured = ~np.isnan(scores).all(1)
-    np.testing.assert_array_equal(found["weight"].to_numpy()[measured], weights[measured])
+    np.testing.assert_array_equal(found["weight"].to_numpy(), weights)
     for row in np.flatnonzero(measured & (weights > 0)):
         expected = {models[column] for column in np.flatnonzero(targets[row] > 0)}
         assert set(found["winners"][row]) == expected, row

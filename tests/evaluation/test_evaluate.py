@@ -154,3 +154,11 @@ def test_queries_nobody_was_measured_on_are_left_out(composite_folder, results, 
     report = evaluate(composite_folder, gaps)
     assert report.settings["queries"] == len(side) - 4
     assert report.row("oracle").mean == 1
+
+
+def test_a_supervision_that_was_replaced_is_refused_unless_named(composite_folder, results, pool):
+    other = composite_folder.parent / "supervision"
+    build_supervision(results, pool, seed=9).save(other)
+    with pytest.raises(ExpertokenError, match="another supervision stands there than the composite"):
+        evaluate(composite_folder, baselines=[])
+    assert evaluate(composite_folder, other, baselines=[]).composite.mean > 0

@@ -145,12 +145,17 @@ def test_rows_have_no_weight_decay(tmp_path, base_folder, supervision, monkeypat
     assert rows == (0.0, [torch.Size([2, 32])])
 
 
+def heed_ctrl_c():
+    """Where the tests run in the background, a shell has told its children to ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.slow
 def test_ctrl_c_in_training_ends_in_one_line_and_the_same_command_goes_on(tmp_path, base_folder, supervision):
     command = [sys.executable, "-m", "expertoken.train", "lora", "--meta", base_folder, "--data", supervision,
                "--output_dir", tmp_path / "c", "--max_steps", "3000", "--save_steps", "10",
                "--report_to", "none", "--verify", "false", "--num_train_epochs", "100"]  # fmt: skip
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)
     deadline = time.monotonic() + 120
     while not last_complete_checkpoint(tmp_path / "c") if (tmp_path / "c").exists() else True:
         assert time.monotonic() < deadline
@@ -162,7 +167,7 @@ def test_ctrl_c_in_training_ends_in_one_line_and_the_same_command_goes_on(tmp_pa
     assert "Traceback" not in shown
     deadline = time.monotonic() + 120
     stopped = int(last_complete_checkpoint(tmp_path / "c").name.removeprefix("checkpoint-"))
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)
     while int(last_complete_checkpoint(tmp_path / "c").name.removeprefix("checkpoint-")) <= stopped:
         assert time.monotonic() < deadline
         time.sleep(0.2)
