@@ -8,7 +8,8 @@ import numpy as np
 
 from ..modeling.errors import ExpertokenError, did_you_mean
 
-_TIE = 1e-6
+TIE = 1e-6
+"""Scores this near are equal."""
 TIES = ("all", "cheapest", "best")
 
 
@@ -100,7 +101,7 @@ def winners(scores: np.ndarray, *, self_index: int | None = None, rank: np.ndarr
     """
     known = np.where(np.isnan(scores), -np.inf, scores)
     best = known.max(1, keepdims=True)
-    wins = (known >= best - _TIE) & np.isfinite(best)
+    wins = (known >= best - TIE) & np.isfinite(best)
     if self_index is not None:
         kept = wins[:, self_index].copy()
         wins[kept] = False
@@ -136,11 +137,11 @@ def _means(values: np.ndarray) -> np.ndarray:
 def _informative(data: Measured, *, self_counts: bool) -> np.ndarray:
     """Weight 1 for queries that tell candidates apart, 0 for the others, `[N]` float32."""
     best, worst = np.nanmax(data.scores, 1), np.nanmin(data.scores, 1)
-    somebody = best > np.minimum(worst, 0) + _TIE
+    somebody = best > np.minimum(worst, 0) + TIE
     # A candidate that was not measured stands apart from those who were and got it right.
-    apart = (best - worst > _TIE) | np.isnan(data.scores).any(1)
+    apart = (best - worst > TIE) | np.isnan(data.scores).any(1)
     if self_counts and data.self_index is not None:
-        apart |= np.nan_to_num(data.scores[:, data.self_index]) > _TIE
+        apart |= np.nan_to_num(data.scores[:, data.self_index]) > TIE
     return (somebody & apart).astype(np.float32)
 
 
@@ -149,7 +150,7 @@ def _lead(scores: np.ndarray, margin: float) -> np.ndarray:
     if margin <= 0:
         return np.ones(len(scores), dtype=np.float32)
     best = np.nanmax(scores, 1, keepdims=True)
-    losers = np.where(scores < best - _TIE, scores, -np.inf).max(1)
+    losers = np.where(scores < best - TIE, scores, -np.inf).max(1)
     return np.where(np.isfinite(losers), np.clip((best[:, 0] - losers) / margin, 0, 1), 1).astype(np.float32)
 
 
@@ -176,18 +177,18 @@ def subject_means(data: Measured, shrinkage: float) -> np.ndarray:
     for benchmark in np.unique(data.benchmarks):
         inside = data.benchmarks == benchmark
         known = data.scores[inside & data.learning]
-        prior = np.where(np.isnan(_means(known)), np.nan if len(known) else overall, _means(known))
+        prior = _means(known) if len(known) else overall
         for subject in np.unique(data.subjects[inside]):
             rows = data.subjects == subject
             own = data.scores[rows & data.learning]
+            if not len(own):
+                means[rows] = prior
+                continue
             count = (~np.isnan(own)).sum(0)
-            total = count + shrinkage
             with np.errstate(invalid="ignore", divide="ignore"):
-                shrunken = (np.nan_to_num(_means(own)) * count + np.nan_to_num(prior) * shrinkage) / total
+                shrunken = (np.nan_to_num(own).sum(0) + np.nan_to_num(prior) * shrinkage) / (count + shrinkage)
             # Without shrinkage a model that was not measured on a subject is not a candidate there.
-            means[rows] = (
-                np.where((total > 0) & ~(np.isnan(prior) & (count == 0)), shrunken, np.nan) if len(own) else prior
-            )
+            means[rows] = np.where((count > 0) | ((shrinkage > 0) & ~np.isnan(prior)), shrunken, np.nan)
     return means
 
 
@@ -205,7 +206,8 @@ def mixed(data: Measured, labelling: Labelling) -> tuple[np.ndarray, np.ndarray]
     """`beta * query-level + (1 - beta) * subject-level`; the subject alone where the query tells nothing."""
     own, weights = query_level(data, labelling)
     subject, _ = subject_level(data, labelling)
-    share = labelling.beta * weights[:, None]
+    # A subject in which the learning side measured nobody says nothing either; there the query alone does.
+    share = np.where(subject.any(1, keepdims=True), labelling.beta * weights[:, None], 1.0)
     return share * own + (1 - share) * subject, np.ones(len(own), dtype=np.float32)
 
 

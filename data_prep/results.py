@@ -50,6 +50,8 @@ class BenchmarkResults:
     def __post_init__(self) -> None:
         self.scores = np.asarray(self.scores, dtype=np.float32)
         self.costs = None if self.costs is None else np.asarray(self.costs, dtype=np.float32)
+        if self.costs is not None and self.costs.size and np.isnan(self.costs).all():
+            self.costs = None
         shape = (len(self.queries), len(self.models))
         if 0 in shape:
             raise ResultsError(

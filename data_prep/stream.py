@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING
 
 from ..modeling.errors import ExpertokenError, did_you_mean, one_line, require_extra
 from ..modeling.files import atomic_file
-from .labels import Labelling
+from .labels import TIE, Labelling
 from .results import ResultsError
 
 if TYPE_CHECKING:
     import duckdb
-
-STRATEGIES = ("query", "subject")
-_TIE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -65,10 +62,10 @@ def label_records(
         ImportError: the extra `data` is not installed.
     """
     labelling = Labelling(labelling) if isinstance(labelling, str) else labelling
-    if labelling.strategy not in STRATEGIES or labelling.margin:
+    if labelling.strategy not in _MAKERS or labelling.margin:
         raise ExpertokenError(
             f"labels of strategy {labelling.strategy!r} with margin {labelling.margin:g} are not made from a stream; "
-            f"expected {' or '.join(STRATEGIES)} without a margin"
+            f"expected {' or '.join(_MAKERS)} without a margin"
         )
     duckdb = require_extra("duckdb", "data")
     out = Path(out)
@@ -81,7 +78,7 @@ def label_records(
             if threads:
                 connection.execute(f"SET threads = {int(threads)}")
             seen = _open(connection, records, queries, labelling)
-            _QUERY_OR_SUBJECT[labelling.strategy](connection, labelling)
+            _MAKERS[labelling.strategy](connection, labelling)
             connection.execute(f"COPY (SELECT * FROM labels ORDER BY id) TO '{_quoted(aside)}' (FORMAT parquet)")
             count = connection.execute("SELECT count(*) FROM labels WHERE weight > 0").fetchone()[0]
         except duckdb.Error as error:
@@ -165,7 +162,7 @@ def _by_query(connection: "duckdb.DuckDBPyConnection", labelling: Labelling) -> 
         )
         connection.execute(
             "CREATE TABLE own AS SELECT id, max(u) AS best, min(u) AS worst, count(*) AS n, "
-            f"[arg_max(model, round(u / {_TIE})::BIGINT * 1000000 - rank)] AS winners "
+            f"[arg_max(model, round(u / {TIE})::BIGINT * 1000000 - rank)] AS winners "
             "FROM records JOIN ranks USING (model) GROUP BY id"
         )
     else:
@@ -182,11 +179,11 @@ def _by_query(connection: "duckdb.DuckDBPyConnection", labelling: Labelling) -> 
             f"CREATE TABLE own AS SELECT id, any_value(best) AS best, any_value(worst) AS worst, any_value(n) AS n, "
             f"{winner} AS winners FROM (SELECT records.id, records.model, best, worst, extremes.n FROM records "
             "JOIN extremes ON records.id = extremes.id JOIN models ON records.model = models.model "
-            f"WHERE u >= best - {_TIE} {qualify}) GROUP BY id"
+            f"WHERE u >= best - {TIE} {qualify}) GROUP BY id"
         )
     connection.execute(
         "CREATE TABLE labels AS SELECT q.id, q.benchmark, q.subject, q.split, coalesce(own.winners, []) AS winners, "
-        f"CASE WHEN own.best > least(own.worst, 0) + {_TIE} AND (own.best - own.worst > {_TIE} "
+        f"CASE WHEN own.best > least(own.worst, 0) + {TIE} AND (own.best - own.worst > {TIE} "
         "OR own.n < (SELECT count(*) FROM models)) THEN 1.0 ELSE 0.0 END::FLOAT AS weight "
         "FROM queries q LEFT JOIN own USING (id)"
     )
@@ -223,7 +220,7 @@ def _by_subject(connection: "duckdb.DuckDBPyConnection", labelling: Labelling) -
     connection.execute(
         "CREATE TABLE tied AS SELECT m.benchmark, m.subject, m.model, "
         f"{order} AS rank FROM means m JOIN (SELECT benchmark, subject, max(mean) AS best FROM means GROUP BY ALL) "
-        f"USING (benchmark, subject) WHERE m.mean >= best - {_TIE}; "
+        f"USING (benchmark, subject) WHERE m.mean >= best - {TIE}; "
         "CREATE TABLE winners AS SELECT benchmark, subject, list(model ORDER BY model) AS winners FROM tied JOIN "
         "(SELECT benchmark, subject, min(rank) AS first FROM tied GROUP BY ALL) USING (benchmark, subject) "
         "WHERE rank <= first GROUP BY ALL; "
@@ -233,4 +230,5 @@ def _by_subject(connection: "duckdb.DuckDBPyConnection", labelling: Labelling) -
     )
 
 
-_QUERY_OR_SUBJECT = {"query": _by_query, "subject": _by_subject}
+_MAKERS = {"query": _by_query, "subject": _by_subject}
+"""Strategies that can be streamed, to what makes their labels."""

@@ -31,6 +31,11 @@ class Side:
     scores: np.ndarray
     benchmarks: np.ndarray
 
+    def __add__(self, other: "Side") -> "Side":
+        """The queries of both."""
+        ours, theirs = vars(self).values(), vars(other).values()
+        return Side(*(np.concatenate(pair) for pair in zip(ours, theirs, strict=True)))
+
 
 Predictor = Callable[[np.ndarray], np.ndarray]
 """From features `[N, d]` to expected scores `[N, C]`."""
@@ -155,12 +160,7 @@ def predict(
     method, settings = METHODS[name]
     reached = {s: score(method(train, s)(validation.features).argmax(1), validation) for s in settings}
     best = max(settings, key=reached.__getitem__)
-    both = Side(
-        np.concatenate([train.features, validation.features]),
-        np.concatenate([train.scores, validation.scores]),
-        np.concatenate([train.benchmarks, validation.benchmarks]),
-    )
-    return method(both, best)(features), best
+    return method(train + validation, best)(features), best
 
 
 def encoder(

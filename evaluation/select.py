@@ -84,11 +84,7 @@ def select(
         texts, scores = labelled
         extra = np.asarray(cached_features(loaded.meta, list(texts), label="labelled features").hidden)
         trust = _corrected(trust, knn(known, _NEIGHBOURS)(extra), scores)
-        examples = Side(
-            np.concatenate([known.features, extra]),
-            np.concatenate([known.scores, scores]),
-            np.concatenate([known.benchmarks, np.full(len(extra), "(task)")]),
-        )
+        examples = known + Side(extra, scores, np.full(len(extra), "(task)"))
     predicted = knn(examples, _NEIGHBOURS)(states)
     s1, s2 = predicted.mean(0), (predicted > _RIGHT).mean(0)
     s3 = s2 * trust + (1 - s2) * (1 - trust)

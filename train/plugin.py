@@ -277,12 +277,11 @@ def _as_results(supervision: Supervision, names: list[str]) -> BenchmarkResults:
         scores.append(supervision.scores(side)[:, columns])
         known = supervision.costs(side)
         costs.append(np.full_like(scores[-1], np.nan) if known is None else known[:, columns])
-    total = np.concatenate(costs)
     return BenchmarkResults(
         pd.concat(frames, ignore_index=True),
         list(names),
         np.concatenate(scores),
-        None if np.isnan(total).all() else total,
+        np.concatenate(costs),
         frozenset((name, benchmark) for name, benchmark in supervision.info.labelling.get("contaminated", ())),
     )
 

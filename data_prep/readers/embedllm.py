@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from ..results import BenchmarkResults, ResultsError
-from .files import files_of, side_of
+from .files import files_of, results_of, side_of
 from .table import load_table, numbers
 
 
@@ -50,7 +50,4 @@ def _read_file(file: Path) -> BenchmarkResults:
             "split": side_of(file),
         }
     )
-    try:
-        return BenchmarkResults(queries, list(models), scores)
-    except ResultsError as error:
-        raise ResultsError(f"{file}: {error}") from None
+    return results_of(file, queries, list(models), scores)

@@ -5,9 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..results import ResultsError
+from ..results import BenchmarkResults, ResultsError
 
-_SIDE = re.compile(r"(?:^|[-_])(train|test|validation|val|dev)$")
+SIDES = {"train": "train", "validation": "validation", "val": "validation", "dev": "validation", "test": "test"}
+"""What files and splits are called to the sides that they are."""
+
+_SIDE = re.compile(rf"(?:^|[-_])({'|'.join(SIDES)})$")
 
 
 def files_of(path: Path, *suffixes: str) -> list[Path]:
@@ -27,7 +30,7 @@ def files_of(path: Path, *suffixes: str) -> list[Path]:
 def side_of(file: Path) -> str | None:
     """The split that a file's name ends in (`_train`, `-test`, or all of the name), or None."""
     found = _SIDE.search(file.stem)
-    return {"val": "validation", "dev": "validation"}.get(found[1], found[1]) if found else None
+    return SIDES[found[1]] if found else None
 
 
 def benchmark_of(file: Path) -> str:
@@ -59,6 +62,18 @@ def read_json(file: Path) -> Any:
         return json.loads(read_text(file))
     except json.JSONDecodeError as error:
         raise ResultsError(f"{file}: line {error.lineno} is not JSON ({error.msg}); is the file cut short?") from None
+
+
+def results_of(file: Path, *parts: Any) -> BenchmarkResults:
+    """`BenchmarkResults(*parts)`; what is wrong with them is told with the file's name.
+
+    Raises:
+        ResultsError: see `BenchmarkResults`.
+    """
+    try:
+        return BenchmarkResults(*parts)
+    except ResultsError as error:
+        raise ResultsError(f"{file}: {error}") from None
 
 
 def number(value: Any, place: str) -> float:

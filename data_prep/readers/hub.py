@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from ...modeling.errors import one_line
 from ..results import BenchmarkResults, ResultsError
+from .files import SIDES
 from .table import Columns, from_frame
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
-
-_SIDES = {"train": "train", "validation": "validation", "val": "validation", "dev": "validation", "test": "test"}
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -36,7 +35,7 @@ def read(
         if not len(frame):
             continue
         if chosen.split not in frame:
-            frame[chosen.split] = _SIDES.get(name)
+            frame[chosen.split] = SIDES.get(name)
         parts.append(from_frame(frame, f"{path}, split {name}", Path(path).name, chosen))
     return BenchmarkResults.merge(parts)
 

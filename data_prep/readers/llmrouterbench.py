@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ..results import BenchmarkResults, ResultsError
-from .files import number, read_json
+from .files import number, read_json, results_of
 
 _STAMP = re.compile(r"_(\d{8}_\d{6})$")
 _TOP_LEVEL = re.compile(r'\s*\{\s*"(dataset_name|split|model_name|demo|records)"\s*:(?!.*"configs"\s*:)', re.DOTALL)
@@ -60,8 +60,4 @@ def _run(key: tuple[str, str, str], file: Path, records: Any) -> BenchmarkResult
         scores.append(number(record.get("score"), f"{where}, field 'score'"))
         costs.append(number(record.get("cost"), f"{where}, field 'cost'"))
     queries = pd.DataFrame(rows, columns=["id", "prompt", "benchmark", "subject", "split"])
-    total = np.array(costs)[:, None]
-    try:
-        return BenchmarkResults(queries, [model], np.array(scores)[:, None], None if np.isnan(total).all() else total)
-    except ResultsError as error:
-        raise ResultsError(f"{file}: {error}") from None
+    return results_of(file, queries, [model], np.array(scores)[:, None], np.array(costs)[:, None])

@@ -5,6 +5,7 @@ import pickletools
 from pathlib import Path
 from typing import Any
 
+from ...modeling.errors import one_line
 from ..results import ResultsError
 
 # Exact names, not whole modules: numpy and pandas both have functions that evaluate text. Arrow's are left out: what
@@ -78,8 +79,7 @@ def read_pickle(file: Path) -> Any:
             "source, open it there and save the table as Parquet or CSV"
         ) from None
     except _DAMAGE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ResultsError(f"{file}: not a readable pickle ({reason}); is the file cut short?") from None
+        raise ResultsError(f"{file}: not a readable pickle ({one_line(error)}); is the file cut short?") from None
 
 
 def holds_mapping(file: Path) -> bool:

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from ..results import BenchmarkResults, ResultsError
-from .files import files_of
-from .table import is_score, load_table, numbers
+from .files import files_of, results_of
+from .table import load_table, numbers
 
 
 def recognises(file: Path, head: str) -> bool:
@@ -27,9 +27,6 @@ def _read_file(file: Path) -> BenchmarkResults:
     if "prompt" not in frame:
         raise ResultsError(f"{file}: no column 'prompt'; expected `prompt, MODEL, MODEL` with True or False")
     models = [name for name in frame.columns if name != "prompt" and not str(name).endswith("_response")]
-    for name in models:
-        if not is_score(frame[name]):
-            numbers(frame[name], file, name)  # raises, with the row
     if not models:
         raise ResultsError(f"{file}: empty results, no column of a model besides 'prompt'")
     is_subject = file.stem.startswith("mmlu_")
@@ -44,7 +41,4 @@ def _read_file(file: Path) -> BenchmarkResults:
         }
     )
     scores = np.stack([numbers(frame[name], file, name) for name in models], axis=1)
-    try:
-        return BenchmarkResults(queries, [str(name) for name in models], scores)
-    except ResultsError as error:
-        raise ResultsError(f"{file}: {error}") from None
+    return results_of(file, queries, [str(name) for name in models], scores)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ..results import BenchmarkResults, ResultsError
-from .files import files_of, side_of
+from .files import files_of, results_of, side_of
 from .pickles import holds_mapping, read_pickle
 from .table import load_table, numbers
 
@@ -72,10 +72,7 @@ def _results(frame: pd.DataFrame, file: Path, repeated: set[str]) -> BenchmarkRe
             "split": side_of(file),
         }
     )
-    try:
-        return BenchmarkResults(queries, models, scores, None if np.isnan(costs).all() else costs)
-    except ResultsError as error:
-        raise ResultsError(f"{file}: {error}") from None
+    return results_of(file, queries, models, scores, costs)
 
 
 def _prompt(value: object, file: Path, row: int) -> str:

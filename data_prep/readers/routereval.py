@@ -10,7 +10,7 @@ import pandas as pd
 
 from ...modeling.errors import did_you_mean
 from ..results import BenchmarkResults, ResultsError
-from .files import files_of
+from .files import files_of, results_of
 from .pickles import holds_mapping, read_pickle
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def _router_dataset(document: Mapping, file: Path, keys: tuple[str, str, str]) -
             }
         )
         if len(queries):
-            parts.append(_checked(queries, models, scores, file))
+            parts.append(results_of(file, queries, models, scores))
     return BenchmarkResults.merge(parts)
 
 
@@ -114,12 +114,5 @@ def _leaderboard(document: Mapping, file: Path) -> list[BenchmarkResults]:
             raise ResultsError(f"{place}: expected {len(models)} columns, one a model, got {scores.shape[1]}")
         ids = [f"{subset}/{index}" for index in range(len(scores))]
         queries = pd.DataFrame({"id": ids, "prompt": ids, "benchmark": str(subset), "subject": None, "split": None})
-        parts.append(_checked(queries, models, scores, file))
+        parts.append(results_of(file, queries, models, scores))
     return parts
-
-
-def _checked(queries: pd.DataFrame, models: list[str], scores: np.ndarray, file: Path) -> BenchmarkResults:
-    try:
-        return BenchmarkResults(queries, models, scores)
-    except ResultsError as error:
-        raise ResultsError(f"{file}: {error}") from None

@@ -197,7 +197,7 @@ def _long(frame: pd.DataFrame, queries: pd.DataFrame, source: str, columns: Colu
     return BenchmarkResults(first, list(models), grid(score), grid(cost) if cost in frame else None, flagged)
 
 
-def is_score(column: pd.Series) -> bool:
+def _is_score(column: pd.Series) -> bool:
     """Whether a column holds numbers or truth values only, empty cells aside."""
     if pd.api.types.is_numeric_dtype(column):
         return True
@@ -211,7 +211,7 @@ def _wide(
         models = [
             name
             for name in frame
-            if name not in taken and not str(name).startswith("Unnamed") and is_score(frame[name])
+            if name not in taken and not str(name).startswith("Unnamed") and _is_score(frame[name])
         ]
         if not models:
             raise ResultsError(f"{source}: no numeric column left to be a model's scores; name them with `models`")

@@ -72,6 +72,11 @@ def test_mixed_labels_are_the_sum_of_both_and_the_subjects_where_a_query_tells_n
     assert weights.tolist() == [1] * 4
 
 
+def test_a_mixed_label_is_the_querys_own_where_the_learning_side_measured_nobody():
+    targets, _ = label(np.array([[0.3, nan]]), ["g"], learning=np.array([False]), labelling="mixed")
+    assert targets.tolist() == [[1, 0]]
+
+
 def test_soft_labels_are_distributions_over_the_measured():
     targets, _ = label(np.array([[1, 0, nan]]), ["g"], labelling=Labelling("soft", temperature=0.5))
     assert targets[0, 2] == 0

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 
 from expertoken.data_prep.supervision import Supervision, build_supervision
+from expertoken.evaluation.baselines import METHODS
 from expertoken.evaluation.evaluate import evaluate
 from expertoken.evaluation.metrics import benchmark_means
 from expertoken.evaluation.plots import draw_report
 from expertoken.modeling.errors import ExpertokenError
-from expertoken.modeling.experts import ExpertPool
+from expertoken.modeling.experts import RESERVED, ExpertPool
 from expertoken.train.arguments import ExpertokenArguments
 from expertoken.train.run import train
 
@@ -162,3 +163,7 @@ def test_a_supervision_that_was_replaced_is_refused_unless_named(composite_folde
     with pytest.raises(ExpertokenError, match="another supervision stands there than the composite"):
         evaluate(composite_folder, baselines=[])
     assert evaluate(composite_folder, other, baselines=[]).composite.mean > 0
+
+
+def test_no_expert_can_have_the_name_of_a_line_of_the_report():
+    assert {*METHODS, "composite", "random", "oracle", "encoder"} == set(RESERVED)
