@@ -1,9 +1,12 @@
 """`expertoken expert`: plug an expert into a trained composite, list them, take one out."""
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+logger = logging.getLogger(__name__)
 
 app = typer.Typer(help="Plug an expert into a trained composite, list them, take one out.", no_args_is_help=True)
 
@@ -20,7 +23,13 @@ def add(
     name: _Name,
     model: Annotated[str, typer.Option(help="Hub id, folder, or the model's id at its endpoint.")],
     results: Annotated[Path, typer.Option(help="Benchmark results of the new expert.")],
-    backend: Annotated[str, typer.Option(help="transformers, adapter or openai.")] = "transformers",
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            help="transformers, adapter or openai. Default: openai with --base-url, adapter where --model is a LoRA "
+            "folder, else transformers."
+        ),
+    ] = None,
     format: Annotated[str, typer.Option(help="Of the results; see `expertoken prepare --help`.")] = "auto",  # noqa: A002
     option: Annotated[
         list[str] | None, typer.Option("--set", help="Option of the reader, KEY=VALUE (as in prepare).")
@@ -35,13 +44,13 @@ def add(
     trust_remote_code: _Trust = False,
 ) -> None:
     """Fit a token for one more expert. The other tokens stay bit for bit as they are."""
-    from ..modeling.experts import ExpertPool
+    from ..modeling.experts import ExpertPool, is_adapter
     from ..train.plugin import add_expert
     from .prepare import read_all
 
     given = {
         "name": name,
-        "backend": backend,
+        "backend": backend or ("openai" if base_url else "adapter" if is_adapter(model) else "transformers"),
         "model": model,
         "description": description,
         "base": base,
@@ -50,7 +59,10 @@ def add(
         "results": results_name,
     }
     entry = {key: value for key, value in given.items() if value is not None}
-    [expert] = ExpertPool.parse({"experts": [entry]}, "the new expert", Path.cwd()).candidates
+    pool = ExpertPool.parse({"experts": [entry]}, "the new expert", Path.cwd())
+    [expert] = pool.candidates
+    for sentence in pool.missing():
+        logger.warning(sentence)
     read = read_all([results], format, option)
     change = add_expert(composite, expert, read, data=data, verify=verify, trust_remote_code=trust_remote_code)
     typer.echo(f"{name} added as {expert.token}; {change}")
@@ -59,12 +71,12 @@ def add(
 @app.command("list")
 def list_experts(composite: _Composite) -> None:
     """List the experts of a composite."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from ..modeling.composite import POOL_FILE, read_manifest
     from ..modeling.experts import ExpertPool
+    from .tables import wide_console
 
     vocabulary = read_manifest(composite).base["vocab_size"]
     pool = ExpertPool.from_yaml(composite / POOL_FILE)
@@ -74,7 +86,7 @@ def list_experts(composite: _Composite) -> None:
         table.add_row(*(Text(cell) for cell in cells))  # as Text: "[/b]" is a word here, not markup
     if pool.self_expert:
         table.add_row("-", pool.self_expert.name, "self", "(meta LLM)", Text(pool.self_expert.description))
-    Console().print(table)
+    wide_console().print(table)
 
 
 @app.command()

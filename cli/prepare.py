@@ -1,5 +1,6 @@
 """`expertoken prepare`: benchmark results to supervision."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,9 @@ from ..modeling.errors import ExpertokenError
 
 if TYPE_CHECKING:
     from ..data_prep.results import BenchmarkResults
+
+
+logger = logging.getLogger(__name__)
 
 
 def prepare(
@@ -74,10 +78,13 @@ def prepare(
     from ..modeling.experts import ExpertPool
     from .tables import summary_table, wide_console
 
+    candidates = ExpertPool.from_yaml(pool) if pool else None
+    for sentence in candidates.missing() if candidates else ():
+        logger.warning(sentence)
     merged = read_all(results, format, option).flag(_pair(text) for text in contaminated or ())
     supervision = build_supervision(
         merged,
-        ExpertPool.from_yaml(pool) if pool else pool_of(merged, self_model),
+        candidates or pool_of(merged, self_model),
         labelling=Labelling(label, ties, temperature, beta, shrinkage, margin, cost_weight),
         leaks=leaks,
         near_duplicates=near_duplicates,
@@ -93,6 +100,12 @@ def prepare(
     console.print(
         f"supervision of {len(supervision.info.candidates)} candidates written to {out}: {sizes}", markup=False
     )
+    if candidates is None:
+        console.print(
+            "without --pool the experts are the results' model names, taken for hub ids; say in a pool file where "
+            "they are before anybody chats",
+            markup=False,
+        )
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -134,6 +134,8 @@ class Supervision:
 
         path = Path(path)
         recover_folder(path)
+        if not path.exists():
+            raise ExpertokenError(f"{path}: there is no supervision folder; `expertoken prepare` makes one")
         try:
             info = SupervisionInfo(**json.loads((path / INFO_FILE).read_text("utf-8")))
             with quiet_datasets():
@@ -204,7 +206,7 @@ def select_candidates(results: BenchmarkResults, pool: ExpertPool) -> BenchmarkR
         found = expert.find_in(results.models)
         if found is None:
             raise ResultsError(
-                f"expert {expert.name!r}: no results under that name nor {expert.model!r}; results are of "
+                f"expert {expert.name!r}: no results under {expert.called}; results are of "
                 f"{', '.join(results.models)}. Name the right one as `results:` in the pool"
             )
         columns.append(found)

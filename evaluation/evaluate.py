@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..data_prep.supervision import Supervision, supervision_of
 from ..modeling.composite import Composite, load_composite, read_manifest
-from ..modeling.errors import ExpertokenError
+from ..modeling.errors import ExpertokenError, did_you_mean
 from ..modeling.meta import library_versions
 from ..train.features import cached_features
 from ..train.tokens import problem_logits
@@ -158,6 +158,9 @@ def evaluate(
     started = time.perf_counter()
     folder = None if isinstance(composite, Composite) else Path(composite)
     supervision = _supervision(folder, data)
+    supervision.side(split)  # a misspelt side or baseline is told before anything is loaded
+    if unknown := [name for name in baselines or () if name not in learnt.METHODS]:
+        raise ExpertokenError(f"no baseline {unknown[0]!r}, {did_you_mean(unknown[0], learnt.METHODS)}")
     if folder is not None:
         composite = load_composite(folder, trust_remote_code=trust_remote_code)
     if baselines is None:

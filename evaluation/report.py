@@ -116,7 +116,10 @@ class Report:
             cells.append("" if row.p_value is None else _p(row.p_value).removeprefix("p = ").removeprefix("p "))
             body.append(cells)
         count = ", ".join(f"{name} {size}" for name, size in self.queries.items())
-        text = f"Percent; queries: {count}. The gain is the composite's over the line, paired."
+        text = (
+            f"Percent; queries: {count}. Best single and best per dataset were chosen on the other sides. The "
+            "gain is the composite's over the line, paired."
+        )
         return ["## Scores", "", text, "", *_table(head, body), ""]
 
     def _metrics(self) -> list[str]:

@@ -22,9 +22,9 @@ def one_line(error: BaseException) -> str:
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """The end of an error message: the nearest known word, or all of them."""
-    known = list(known)
-    close = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"available: {', '.join(known) or 'none'}"
+    known = {name.casefold(): name for name in known}
+    close = difflib.get_close_matches(given.casefold(), known, n=1, cutoff=0.6)
+    return f"did you mean {known[close[0]]!r}?" if close else f"available: {', '.join(known.values()) or 'none'}"
 
 
 def require_extra(module: str, extra: str) -> ModuleType:

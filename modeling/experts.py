@@ -21,6 +21,7 @@ RESERVED = ("composite", "random", "oracle", "kNN", "linear", "MLP", "clusters",
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
+_PATH = re.compile(r"[./~]|[^/]*/[^/]*/")  # what cannot be a hub id, `owner/name`
 
 
 class PoolError(ExpertokenError):
@@ -64,7 +65,16 @@ class Expert:
     def find_in(self, models: Iterable[str]) -> str | None:
         """The one of `models` that results call this expert by, or None."""
         models = set(models)
-        return next((key for key in (self.results, self.name, self.model) if key in models), None)
+        return next((key for key in self._keys if key in models), None)
+
+    @property
+    def called(self) -> str:
+        """The names under which results are looked for, as errors say them."""
+        return " or ".join(repr(key) for key in self._keys)
+
+    @property
+    def _keys(self) -> list[str]:
+        return [key for key in dict.fromkeys((self.results, self.name, self.model)) if key]
 
 
 def _mistakes(entry: Any, place: str) -> list[str]:  # noqa: C901 - one flat list of checks reads best in one place
@@ -199,6 +209,16 @@ class ExpertPool:
         self.index(name)
         return ExpertPool([expert for expert in self.candidates if expert.name != name])
 
+    def missing(self) -> list[str]:
+        """Local models that are not on this machine: no mistake where they will answer on another one."""
+        local = [expert for expert in self.experts if expert.backend in ("transformers", "adapter")]
+        return [
+            f"expert {expert.name!r}: there is nothing at {path} on this machine"
+            for expert in local
+            for path in (expert.model, expert.base)
+            if path and _PATH.match(path) and not Path(path).exists()
+        ]
+
     @classmethod
     def parse(cls, document: Any, source: str = "pool", folder: Path | None = None) -> "ExpertPool":
         """Build a pool from what a YAML file holds.
@@ -221,6 +241,9 @@ class ExpertPool:
         if mistakes:
             raise PoolError(f"{source}: " + "; ".join(mistakes))
         entries = [{**entry, **_absolute(entry, folder)} for entry in document["experts"]]
+        mistakes = [m for index, entry in enumerate(entries) for m in _kind_mistakes(entry, f"experts[{index}]")]
+        if mistakes:
+            raise PoolError(f"{source}: " + "; ".join(mistakes))
         try:
             return cls(Expert(**entry) for entry in entries)
         except PoolError as error:
@@ -261,6 +284,21 @@ class ExpertPool:
             entries.append(entry)
         with atomic_file(path) as aside:
             aside.write_text(yaml.safe_dump({"experts": entries}, sort_keys=False, allow_unicode=True), "utf-8")
+
+
+def is_adapter(model: str) -> bool:
+    """Whether a local folder holds a LoRA adapter."""
+    return (Path(model) / "adapter_config.json").exists()
+
+
+def _kind_mistakes(entry: dict, place: str) -> list[str]:
+    """A local folder under a backend that cannot read it."""
+    backend, model = entry.get("backend", "transformers"), entry.get("model", "")
+    if backend == "transformers" and is_adapter(model):
+        return [f"{place}.backend: {model} is a LoRA adapter; expected `backend: adapter`"]
+    if backend == "adapter" and (Path(model) / "config.json").exists() and not is_adapter(model):
+        return [f"{place}.backend: {model} is a whole model, not an adapter; expected `backend: transformers`"]
+    return []
 
 
 def _absolute(entry: dict, folder: Path | None) -> dict[str, str]:

@@ -91,9 +91,7 @@ def add_expert(
     old_pool, new_pool = composite.pool, composite.pool.with_expert(expert)
     column = expert.find_in(results.models)
     if column is None:
-        raise ResultsError(
-            f"no results of {expert.name!r} nor {expert.model!r}; results are of {', '.join(results.models)}"
-        )
+        raise ResultsError(f"no results under {expert.called}; results are of {', '.join(results.models)}")
     old = supervision_of(composite.manifest, folder, data)
     extended = extend_supervision(old, old_pool, expert, results.select([column, *_others(results, old_pool, column)]))
     objective = composite.manifest.training.get("objective", "cross_entropy")

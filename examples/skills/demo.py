@@ -23,7 +23,7 @@ from .measure import HERE, measure
 ROOT = HERE.parent.parent
 OUT = ROOT / "demo"
 LEFT_OUT = "roman"
-PER_SIDE = 16
+PER_SIDE = 12
 
 PROMPTS = (
     "What is 34 + 58?",

@@ -55,7 +55,10 @@ def one_line(result):
         (["prepare", "r.csv", "--set", "query=qestion", "--out", "s"], "no column 'qestion' with the question"),
         (["prepare", "nan.csv", "--out", "s"], "model 'b' has no score on any query"),
         (["prepare", "twice.csv", "--out", "s"], "row 2: query 'twice/q one' came before"),
-        (["prepare", "r.csv", "--pool", "pool.yaml", "--out", "s"], "expert 'physics': no results under that name"),
+        (
+            ["prepare", "r.csv", "--pool", "pool.yaml", "--out", "s"],
+            "'physics': no results under 'physics' or 'y'",
+        ),
         (["prepare", "r.csv", "--format", "tabel", "--out", "s"], "did you mean 'table'"),
         (["prepare", "r.csv", "--label", "quer", "--out", "s"], "did you mean 'query'"),
         (["evaluate", "none"], "none: no composite folder"),
@@ -63,7 +66,7 @@ def one_line(result):
         (["expert", "list", "none"], "none: no composite folder"),
         (["expert", "remove", "none", "--name", "x"], "none: no composite folder"),
         (["train", "tokens", "--meta", "m"], "--data: missing; --output_dir: missing"),
-        (["train", "--meta", "m", "--data", "none", "--output_dir", "o"], "none: not a supervision folder"),
+        (["train", "--meta", "m", "--data", "none", "--output_dir", "o"], "none: there is no supervision folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

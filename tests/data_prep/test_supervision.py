@@ -108,7 +108,7 @@ def test_near_duplicates_are_named_and_left_out_where_asked(tmp_path):
 
 def test_an_expert_without_results_is_named(results):
     pool = ExpertPool([Expert("math", model="m"), Expert("physics", model="org/physics")])
-    with pytest.raises(ResultsError, match="expert 'physics': no results under that name nor 'org/physics'"):
+    with pytest.raises(ResultsError, match="expert 'physics': no results under 'physics' or 'org/physics'"):
         build_supervision(results, pool)
 
 

@@ -165,5 +165,15 @@ def test_a_supervision_that_was_replaced_is_refused_unless_named(composite_folde
     assert evaluate(composite_folder, other, baselines=[]).composite.mean > 0
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"split": "trian"}, "no 'trian' side; it has train"), ({"baselines": ["knn"]}, "did you mean 'kNN'")],
+)
+def test_misspelt_names_are_told_before_anything_is_loaded(composite_folder, monkeypatch, options, message):
+    monkeypatch.setattr("expertoken.evaluation.evaluate.load_composite", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ExpertokenError, match=message):
+        evaluate(composite_folder, **options)
+
+
 def test_no_expert_can_have_the_name_of_a_line_of_the_report():
     assert {*METHODS, "composite", "random", "oracle", "encoder"} == set(RESERVED)

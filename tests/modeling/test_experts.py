@@ -64,6 +64,24 @@ def test_a_pool_survives_its_file_and_moves_with_its_tree(tmp_path):
     assert ExpertPool.from_yaml(tmp_path / "two" / "copy.yaml")["math"].model.startswith(str(tmp_path / "two"))
 
 
+def test_a_folder_under_a_backend_that_cannot_read_it_is_refused(tmp_path):
+    for folder, file in (("lora", "adapter_config.json"), ("whole", "config.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("{}")
+    for backend, folder, right in (("transformers", "lora", "adapter"), ("adapter", "whole", "transformers")):
+        document = {"experts": [{"name": "x", "backend": backend, "model": folder}]}
+        with pytest.raises(PoolError, match=rf"experts\[0\].backend: .*expected `backend: {right}`"):
+            ExpertPool.parse(document, folder=tmp_path)
+        document["experts"][0]["backend"] = right
+        ExpertPool.parse(document, folder=tmp_path)
+
+
+def test_local_models_that_are_not_here_are_named_but_hub_ids_are_not():
+    models = ("./nowhere", "/no/such/folder", "owner/name", "gpt2")
+    pool = ExpertPool.parse({"experts": [{"name": f"m{i}", "model": model} for i, model in enumerate(models)]})
+    assert [sentence.split(":")[0] for sentence in pool.missing()] == ["expert 'm0'", "expert 'm1'"]
+
+
 def test_an_unknown_expert_names_the_nearest():
     with pytest.raises(PoolError, match="no expert 'mat' in the pool, did you mean 'math'"):
         ExpertPool.parse(GOOD)["mat"]

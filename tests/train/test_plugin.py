@@ -104,7 +104,7 @@ def test_a_composite_from_which_one_was_removed_takes_another(composite_folder, 
 
 
 def test_results_of_someone_else_are_refused(composite_folder, base_folder):
-    with pytest.raises(ResultsError, match="no results of 'law2'"):
+    with pytest.raises(ResultsError, match="no results under 'law2'"):
         add_expert(composite_folder, Expert("law2", model=str(base_folder)), new_results())
     with pytest.raises(PoolError, match="'math' appears twice"):
         add_expert(composite_folder, Expert("math", model=str(base_folder)), new_results())
