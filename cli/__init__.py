@@ -4,6 +4,8 @@ import logging
 import os
 import sys
 import warnings
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
@@ -12,11 +14,27 @@ from . import chat, evaluate, expert, label, prepare, select, train
 
 app = typer.Typer(
     name="expertoken",
-    help="Many LLMs answer as one: one trained token per expert, learned from benchmark results.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"expertoken {metadata.version('expertoken')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Many LLMs answer as one: one trained token per expert, learned from benchmark results."""
+
+
 app.command()(prepare.prepare)
 app.command()(label.label)
 app.command(context_settings=train.PASS_THROUGH, add_help_option=False)(train.train)

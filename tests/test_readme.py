@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 import expertoken
-from expertoken.data_prep.supervision import build_supervision
+from expertoken.data_prep.readers import read_results
+from expertoken.data_prep.supervision import build_supervision, select_candidates
+from expertoken.modeling.experts import ExpertPool
 from expertoken.train.arguments import ExpertokenArguments
 from expertoken.train.run import train
 
@@ -25,6 +27,17 @@ def test_the_python_of_the_readme_runs(tmp_path, base_folder, results, pool, mon
     assert 15 <= len([line for line in code.splitlines() if line.strip()]) <= 25
     exec(compile(code, "README.md", "exec"), {})
     assert "oracle" in capsys.readouterr().out
+
+
+def test_the_table_and_the_pool_of_the_readme_fit_together(tmp_path):
+    for kind, name in (("csv", "results.csv"), ("yaml", "pool.yaml")):
+        [text] = re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL)
+        (tmp_path / name).write_text(text)
+    pool = ExpertPool.from_yaml(tmp_path / "pool.yaml")
+    assert pool.names == ["math", "law", "self"]
+    results = select_candidates(read_results(tmp_path / "results.csv"), pool)
+    assert results.scores.tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 1]]
+    assert not pool.missing()
 
 
 def test_the_tree_of_the_readme_names_what_is_there():

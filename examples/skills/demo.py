@@ -23,7 +23,6 @@ from .measure import HERE, measure
 ROOT = HERE.parent.parent
 OUT = ROOT / "demo"
 LEFT_OUT = "roman"
-PER_SIDE = 12
 
 PROMPTS = (
     "What is 34 + 58?",
@@ -102,7 +101,7 @@ def main() -> None:
     started = time.perf_counter()
     results, new_results, composite = OUT / "results", OUT / "results-new", OUT / "composite"
     step(1, "every expert and the bare meta LLM answer the benchmark (held-in and held-out tasks)")
-    answers = measure(OUT / "answers", PER_SIDE)
+    answers = measure(OUT / "answers")
     split_results(answers, results, new_results)
     step(2, "labels: who should answer what")
     pool = HERE / "pool.yaml"

@@ -23,7 +23,7 @@ from ..smollm2 import smollm2
 from .tasks import BENCHMARKS, SKILLS, tasks
 
 HERE = Path(__file__).parent
-SIDES = {"held_in": "train", "held_out": "test"}
+SIDES = {"held_in": ("train", 20), "held_out": ("test", 12)}  # as results call them, and tasks of each benchmark
 _LONGEST_ANSWER = 34  # tokens; the longest right answer of any skill, a date over a month's end, has 33, and its end
 
 
@@ -39,13 +39,13 @@ def full_pool() -> ExpertPool:
     return ExpertPool([*pool.candidates, *left_out])
 
 
-def questions(per_side: int) -> list[dict[str, str]]:
-    """The benchmark: `per_side` tasks of each benchmark and side."""
+def questions() -> list[dict[str, str]]:
+    """The tasks of each benchmark and side."""
     return [
         {"query": task.prompt, "answer": task.answer, "benchmark": benchmark, "split": split}
         for benchmark in BENCHMARKS
-        for side, split in SIDES.items()
-        for task in islice(tasks(benchmark, side), per_side)
+        for side, (split, count) in SIDES.items()
+        for task in islice(tasks(benchmark, side), count)
     ]
 
 
@@ -57,7 +57,7 @@ def _key(expert: Expert, asked: list[dict[str, str]]) -> str:
     return digest.hexdigest()[:8]
 
 
-def measure(out: Path, per_side: int) -> dict[str, Path]:
+def measure(out: Path) -> dict[str, Path]:
     """Ask and score all models of the full pool.
 
     Returns:
@@ -65,14 +65,14 @@ def measure(out: Path, per_side: int) -> dict[str, Path]:
     """
     models = LocalModels()
     base = Source(str(smollm2()))
-    asked = questions(per_side)
+    asked = questions()
     pool = full_pool()
     files = {expert.name: out / f"{expert.name}-{_key(expert, asked)}.jsonl" for expert in pool.candidates}
     missing = [expert for expert in pool.candidates if not files[expert.name].exists()]
     for expert in track(missing, description="answering", disable=not missing):
         backend = open_backend(expert, models, base)
         conversations = [[{"role": "user", "content": row["query"]}] for row in asked]
-        answers = backend.complete(conversations, Generation(max_new_tokens=_LONGEST_ANSWER))
+        answers = backend.complete(conversations, Generation(max_new_tokens=_LONGEST_ANSWER), batch_size=64)
         with atomic_file(files[expert.name]) as aside, aside.open("w") as file:
             for row, response in zip(asked, answers, strict=True):
                 score = BENCHMARKS[row["benchmark"]].score(response, row["answer"])
@@ -84,9 +84,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for the results")
-    parser.add_argument("--per-side", type=int, default=12, help="tasks a benchmark and side (default: %(default)s)")
-    options = parser.parse_args()
-    measure(options.out, options.per_side)
+    measure(parser.parse_args().out)
 
 
 if __name__ == "__main__":

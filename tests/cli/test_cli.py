@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,10 @@ def test_help_takes_under_two_seconds(verb):
         if best < 2:
             return
     assert best < 2
+
+
+def test_the_version_is_told():
+    assert expertoken("--version").stdout.strip() == f"expertoken {metadata.version('expertoken')}"
 
 
 def one_line(result):
