@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..modeling.errors import ExpertokenError
-from . import chat, evaluate, expert, label, prepare, select, train
+from . import chat, collect, evaluate, expert, label, prepare, select, train
 
 app = typer.Typer(
     name="expertoken",
@@ -35,6 +35,7 @@ def root(
     """Many LLMs answer as one: one trained token per expert, learned from benchmark results."""
 
 
+app.command()(collect.collect)
 app.command()(prepare.prepare)
 app.command()(label.label)
 app.command(context_settings=train.PASS_THROUGH, add_help_option=False)(train.train)

@@ -101,7 +101,7 @@ class CompositeModel:
         Args:
             path: the folder.
             device: where models go; the first accelerator, or the CPU, where not given.
-            dtype: of the weights; float32 on a CPU, else as trained, where not given.
+            dtype: of the weights; as `load_composite` chooses where not given.
             trust_remote_code: allow the base model's repository to run its own code.
 
         Raises:

@@ -30,7 +30,7 @@ class Manifest:
     """What `expertoken.json` says about a composite.
 
     Attributes:
-        base: model, revision, dtype, fingerprint, vocab_size and hidden_size of the meta LLM.
+        base: model, revision, dtype and device of training, fingerprint, vocab_size and hidden_size of the meta LLM.
         experts: names in token order.
         training: method, objective, labelling, regularisation and what they achieved.
         data: path and fingerprint of the supervision.
@@ -65,6 +65,7 @@ def describe_base(meta: MetaLLM) -> dict[str, Any]:
         **asdict(meta.source),
         "revision": commit or meta.source.revision,
         "dtype": describe_dtype(meta.model),
+        "device": meta.device.type,
         "fingerprint": meta.base_fingerprint,
         "vocab_size": meta.vocab_size,
         "hidden_size": meta.head.in_features,
@@ -197,7 +198,8 @@ def load_composite(
     Args:
         path: the folder.
         device: where the meta LLM goes; the first accelerator, or the CPU, where not given.
-        dtype: of its weights; where not given, float32 on a CPU and elsewhere what it was trained in.
+        dtype: of its weights; where not given, what it was trained in, or float32 on a CPU for one trained elsewhere
+            (bfloat16 is many times slower on most).
         trust_remote_code: allow the base model's repository to run its own code. A folder can't allow that for itself.
 
     Raises:
@@ -213,7 +215,7 @@ def load_composite(
             "(--trust-remote-code) if you trust it"
         )
     device = torch.device(device or default_device())
-    if dtype is None and device.type != "cpu":
+    if dtype is None and (device.type != "cpu" or base.get("device") == "cpu"):
         dtype = getattr(torch, base["dtype"])
     pool = ExpertPool.from_yaml(path / POOL_FILE)
     names = [expert.name for expert in pool]

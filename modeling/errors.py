@@ -20,11 +20,18 @@ def one_line(error: BaseException) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
+_MOST_SHOWN = 30
+
+
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """The end of an error message: the nearest known word, or all of them."""
     known = {name.casefold(): name for name in known}
     close = difflib.get_close_matches(given.casefold(), known, n=1, cutoff=0.6)
-    return f"did you mean {known[close[0]]!r}?" if close else f"available: {', '.join(known.values()) or 'none'}"
+    if close:
+        return f"did you mean {known[close[0]]!r}?"
+    shown = [*known.values()][:_MOST_SHOWN]
+    more = f" and {len(known) - len(shown)} more" if len(known) > len(shown) else ""
+    return f"available: {', '.join(shown) or 'none'}{more}"
 
 
 def require_extra(module: str, extra: str) -> ModuleType:

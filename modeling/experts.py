@@ -1,5 +1,6 @@
 """Experts and pools: who can answer, and how they are reached."""
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -9,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from .errors import ExpertokenError, did_you_mean
+from .errors import ExpertFailedError, ExpertokenError, did_you_mean
 from .files import atomic_file
 
 BACKENDS = ("openai", "transformers", "adapter", "self")
@@ -61,6 +62,19 @@ class Expert:
     def token(self) -> str:
         """The expert token as text: in exports and in what people read, never in what the meta LLM reads."""
         return f"<|expert:{self.name}|>"
+
+    def api_key(self) -> str:
+        """The key of the endpoint, from the environment.
+
+        Raises:
+            ExpertFailedError: the variable is not set.
+        """
+        # OPENAI_API_KEY belongs to the client's default address; an endpoint elsewhere must not be sent it.
+        variable = self.api_key_env or (None if self.base_url else "OPENAI_API_KEY")
+        key = os.environ.get(variable) if variable else "none"
+        if not key:
+            raise ExpertFailedError(f"the environment variable {variable} with its key is not set")
+        return key
 
     def find_in(self, models: Iterable[str]) -> str | None:
         """The one of `models` that results call this expert by, or None."""

@@ -14,7 +14,7 @@ from .files import number, read_json, read_text
 _STAMP = r"\d{4}-\d{2}-\d{2}T[\d\-.:]+"
 _SAMPLES = re.compile(rf"samples_(?P<task>.+)_(?P<stamp>{_STAMP})\.jsonl")
 _RESULTS = re.compile(rf"results_{_STAMP}\.json")
-_METRICS = ("acc_norm", "acc", "exact_match", "pass@1", "f1")
+METRICS = ("acc_norm", "acc", "exact_match", "pass@1", "f1")
 
 
 def recognises(file: Path, head: str) -> bool:
@@ -70,7 +70,7 @@ def _read_samples(file: Path, task: str, model: str, metric: str | None) -> Benc
         chosen_filter = chosen_filter or sample.get("filter", "none")
         if sample.get("filter", "none") != chosen_filter:
             continue
-        name = metric or next((key for key in _METRICS if key in sample), None)
+        name = metric or next((key for key in METRICS if key in sample), None)
         if name not in sample:
             raise ResultsError(f"{place}: no metric {name or 'known here'!r}; available: {sample.get('metrics')}")
         ids.append(f"{task}/{sample['doc_id']}")
@@ -85,13 +85,20 @@ def _read_samples(file: Path, task: str, model: str, metric: str | None) -> Benc
     return BenchmarkResults(queries, [model], np.array(scores, dtype=np.float32)[:, None])
 
 
+def question_of(document: Any) -> str | None:
+    """The question as a document of a task has it, or None."""
+    if not isinstance(document, dict):
+        return None
+    for key in ("question", "query", "prompt", "problem", "instruction", "input", "text"):
+        if isinstance(document.get(key), str) and document[key].strip():
+            return document[key]
+    return None
+
+
 def _prompt(sample: dict[str, Any], place: str) -> str:
     """The question: a field of the document where it has one, else the prompt that the model was given."""
-    document = sample.get("doc")
-    if isinstance(document, dict):
-        for key in ("question", "query", "prompt", "problem", "instruction", "input", "text"):
-            if isinstance(document.get(key), str) and document[key].strip():
-                return document[key]
+    if found := question_of(sample.get("doc")):
+        return found
     arguments = sample.get("arguments")
     if isinstance(arguments, dict):
         arguments = [list(entry.values()) if isinstance(entry, dict) else entry for entry in arguments.values()]

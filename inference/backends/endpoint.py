@@ -1,6 +1,5 @@
 """OpenAI-compatible endpoints, through the `openai` client."""
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,13 +24,8 @@ class EndpointBackend(Backend):
     def __init__(self, expert: Expert) -> None:
         import openai
 
-        # OPENAI_API_KEY belongs to the client's default address; an endpoint elsewhere must not be sent it.
-        variable = expert.api_key_env or (None if expert.base_url else "OPENAI_API_KEY")
-        key = os.environ.get(variable) if variable else "none"
-        if not key:
-            raise ExpertFailedError(f"the environment variable {variable} with its key is not set")
         self.expert = expert
-        self.client = openai.OpenAI(api_key=key, base_url=expert.base_url, timeout=_TIMEOUT, max_retries=2)
+        self.client = openai.OpenAI(api_key=expert.api_key(), base_url=expert.base_url, timeout=_TIMEOUT, max_retries=2)
 
     def _options(self, generation: Generation) -> dict[str, Any]:
         options = {

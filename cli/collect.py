@@ -1,0 +1,51 @@
+"""`expertoken collect`: benchmark results of a pool's experts, by way of lm-evaluation-harness."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def collect(
+    pool: Annotated[Path, typer.Argument(help="Pool file (YAML).")],
+    tasks: Annotated[str, typer.Option(help="Tasks or groups of lm-evaluation-harness: NAME[,NAME].")],
+    out: Annotated[Path, typer.Option(help="Folder of the results; `expertoken prepare` reads it.")],
+    meta: Annotated[
+        str | None, typer.Option(help="The meta LLM: what `self` and adapters without a base run on.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with tasks of your own (YAML).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many questions of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt. Default: the task's.")] = None,
+    chat_template: Annotated[
+        bool, typer.Option(help="Ask local models through their chat template, as a composite does.")
+    ] = True,
+    metric: Annotated[
+        str | None, typer.Option(help="The score. Default: the first of acc_norm, acc, exact_match, pass@1, f1.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of local models.")] = 8,
+    engine: Annotated[str, typer.Option(help="local: one pair after another. ray: pairs on a Ray cluster.")] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(help="ray: address of the cluster. Default: a local one is started.")
+    ] = None,
+    cpus: Annotated[float, typer.Option(help="ray: CPUs that a pair asks for.")] = 1,
+    gpus: Annotated[float, typer.Option(help="ray: GPUs that a local model's pair asks for.")] = 0,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let repositories run their own code.")] = False,
+) -> None:
+    """Run a pool's experts on lm-evaluation-harness tasks; goes on where it stopped."""
+    from ..data_prep import collect as collecting
+    from ..modeling.experts import ExpertPool
+
+    evaluation = collecting.Evaluation(
+        include_path=None if include_path is None else str(include_path.absolute()),
+        limit=limit,
+        num_fewshot=num_fewshot,
+        chat_template=chat_template,
+        metric=metric,
+        batch_size=batch_size,
+        meta=meta,
+        trust_remote_code=trust_remote_code,
+    )
+    cluster = collecting.Cluster(ray_address, cpus, gpus)
+    read = ExpertPool.from_yaml(pool)
+    files = collecting.collect(read, tasks.split(","), out, evaluation, engine=engine, cluster=cluster)
+    typer.echo(f"{len(files)} results in {out}; next: expertoken prepare {out} --pool {pool} --out supervision/")

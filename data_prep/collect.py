@@ -1,0 +1,313 @@
+"""Collecting benchmark results: the experts of a pool run on tasks of lm-evaluation-harness.
+
+The harness evaluates; this module brings it the experts, writes down who answered what, and goes on where it stopped.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from ..modeling.errors import ExpertokenError, did_you_mean, one_line, require_extra
+from ..modeling.experts import SELF, Expert, ExpertPool
+from ..modeling.files import atomic_file
+from ..modeling.meta import Source, load_causal_lm
+from .readers.lm_eval import METRICS, question_of
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+
+logger = logging.getLogger(__name__)
+
+ENGINES = ("local", "ray")
+_SETTINGS_FILE = "collect.json"
+_CONCURRENT = 8  # requests to an endpoint at a time
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is asked of the harness, of every expert alike.
+
+    Attributes:
+        include_path: folder with tasks of one's own (the harness's YAML).
+        limit: only the first so many documents of each task.
+        num_fewshot: examples in the prompt; the task's own number where not given.
+        chat_template: whether local models are asked through their chat template (endpoints always are), as experts of
+            a composite are.
+        metric: which per-sample metric is the score; the first there is of `METRICS` where not given.
+        batch_size: of local models.
+        meta: the meta LLM: hub id, folder or GGUF file; for `self` and for adapters without a base of their own.
+        trust_remote_code: allow models' and tasks' repositories to run their own code.
+    """
+
+    include_path: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    chat_template: bool = True
+    metric: str | None = None
+    batch_size: int = 8
+    meta: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the engine `ray` runs.
+
+    Attributes:
+        address: of the cluster; a local one is started where not given.
+        cpus: that a pair asks for.
+        gpus: that a pair of a local model asks for; a share is possible.
+    """
+
+    address: str | None = None
+    cpus: float = 1
+    gpus: float = 0
+
+
+Pair = tuple[Expert, str]
+
+
+def collect(
+    pool: ExpertPool,
+    tasks: Sequence[str],
+    out: Path | str,
+    evaluation: Evaluation | None = None,
+    *,
+    engine: str = "local",
+    cluster: Cluster | None = None,
+) -> list[Path]:
+    """Run every candidate of a pool on every task; a file per pair, in the `table` format of `expertoken prepare`.
+
+    Pairs whose file is there are not run again, so an interrupted run goes on. A pair that fails is told and does not
+    stop the others.
+
+    Args:
+        pool: experts, and self where it is a candidate.
+        tasks: names of tasks or groups of the harness.
+        out: folder of the results.
+        evaluation: what is asked of the harness.
+        engine: `local`, one pair after another, or `ray`, pairs on a Ray cluster.
+        cluster: for `ray`.
+
+    Raises:
+        ExpertokenError: a task is unknown, `out` was collected with other settings, or pairs failed.
+        ImportError: the extra `collect` (or `ray`) is not installed.
+    """
+    if engine not in ENGINES:
+        raise ExpertokenError(f"engine: unknown {engine!r}, {did_you_mean(engine, ENGINES)}")
+    evaluation = evaluation or Evaluation()
+    out = Path(out)
+    manager = _task_manager(evaluation)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            raise ExpertokenError(f"no task {task!r} in the harness, {did_you_mean(task, manager.all_tasks)}")
+    for expert in pool.candidates:
+        _check(expert, evaluation)
+    _remember(out, pool, evaluation)
+    # By expert, so that a local model is loaded once for all its tasks.
+    pairs = [(expert, task) for expert in pool.candidates for task in tasks]
+    missing = [pair for pair in pairs if not _file(out, *pair).exists()]
+    run = _run_on_ray(missing, evaluation, cluster or Cluster()) if engine == "ray" else _run_local(missing, evaluation)
+    failed = []
+    bar = tqdm(total=len(pairs), initial=len(pairs) - len(missing), desc="collect", unit="pair", disable=not missing)
+    for (expert, task), rows in run:
+        if isinstance(rows, Exception):
+            failed.append(f"{expert.name} on {task}: {one_line(rows) or type(rows).__name__}")
+            logger.warning("%s", failed[-1])
+        else:
+            with atomic_file(_file(out, expert, task)) as aside, aside.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        bar.update()
+    bar.close()
+    if failed:
+        raise ExpertokenError(
+            f"{len(failed)} of {len(pairs)} pairs failed (the first: {failed[0]}); the others are in {out}. Run the "
+            "same command again to try those once more"
+        )
+    return [_file(out, *pair) for pair in pairs]
+
+
+def _file(out: Path, expert: Expert, task: str) -> Path:
+    return out / f"{expert.name}--{task}.jsonl"
+
+
+def _task_manager(evaluation: Evaluation) -> "TaskManager":
+    require_extra("lm_eval", "collect")
+    from lm_eval.tasks import TaskManager
+
+    if evaluation.include_path and not Path(evaluation.include_path).is_dir():
+        raise ExpertokenError(f"{evaluation.include_path}: no such folder; expected tasks of your own (YAML)")
+    return TaskManager(include_path=evaluation.include_path)
+
+
+def _check(expert: Expert, evaluation: Evaluation) -> None:
+    """Tell what an expert lacks before any other is run for hours."""
+    needs_meta = expert.backend == SELF or (expert.backend == "adapter" and not expert.base)
+    if needs_meta and not evaluation.meta:
+        raise ExpertokenError(f"expert {expert.name!r} runs on the meta LLM; say which with --meta")
+    if expert.backend == "openai":
+        expert.api_key()
+
+
+def _remember(out: Path, pool: ExpertPool, evaluation: Evaluation) -> None:
+    """Write down what a folder's results were made with; another limit or model must not go on in the same folder."""
+    file = out / _SETTINGS_FILE
+    left_out = ("batch_size", "include_path", "trust_remote_code")  # nothing of these changes a score
+    settings = {key: value for key, value in asdict(evaluation).items() if key not in left_out}
+    identity = ("backend", "model", "base", "revision", "base_url")
+    experts = {e.name: {key: getattr(e, key) for key in identity} for e in pool.candidates}
+    known = {"settings": settings, "experts": {}}
+    if file.exists():
+        known = json.loads(file.read_text("utf-8"))
+        differing = [
+            f"{key} {known['settings'].get(key)!r} then, {value!r} now"
+            for key, value in settings.items()
+            if known["settings"].get(key) != value
+        ]
+        differing += [
+            f"expert {name!r} was another model"
+            for name, entry in experts.items()
+            if known["experts"].get(name, entry) != entry
+        ]
+        if differing:
+            raise ExpertokenError(f"{out} was collected otherwise ({'; '.join(differing)}); choose another --out")
+    known["experts"] |= experts
+    with atomic_file(file) as aside:
+        aside.write_text(json.dumps(known, indent=2) + "\n", "utf-8")
+
+
+def _run_local(pairs: Sequence[Pair], evaluation: Evaluation) -> Iterator[tuple[Pair, list[dict] | Exception]]:
+    loaded: tuple[Expert, LM] | None = None
+    for pair in pairs:
+        expert, task = pair
+        try:
+            if loaded is None or loaded[0] is not expert:
+                loaded = None  # the one before makes room first
+                loaded = (expert, language_model(expert, evaluation))
+            yield pair, evaluate_pair(loaded[1], expert, task, evaluation)
+        except Exception as error:  # the harness, tasks and models raise all kinds; the other pairs go on
+            yield pair, error
+
+
+def _run_on_ray(
+    pairs: Sequence[Pair], evaluation: Evaluation, cluster: Cluster
+) -> Iterator[tuple[Pair, list[dict] | Exception]]:
+    ray = require_extra("ray", "ray")
+    if not pairs:
+        return
+    started = not ray.is_initialized()
+    if started:
+        ray.init(cluster.address, include_dashboard=False, log_to_driver=False)
+    run = ray.remote(_remote_pair)
+    pending = {}
+    for expert, task in pairs:
+        gpus = 0 if expert.backend == "openai" else cluster.gpus
+        future = run.options(num_cpus=cluster.cpus, num_gpus=gpus, name=f"{expert.name}--{task}").remote(
+            expert, task, evaluation
+        )
+        pending[future] = (expert, task)
+    try:
+        while pending:
+            [future], _ = ray.wait(list(pending), num_returns=1)
+            pair = pending.pop(future)
+            try:
+                yield pair, ray.get(future)
+            except ray.exceptions.RayTaskError as error:
+                yield pair, error.cause
+            except ray.exceptions.RayError as error:
+                yield pair, error
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _remote_pair(expert: Expert, task: str, evaluation: Evaluation) -> list[dict]:
+    return evaluate_pair(language_model(expert, evaluation), expert, task, evaluation)
+
+
+def language_model(expert: Expert, evaluation: Evaluation) -> "LM":
+    """An expert as the harness wants it.
+
+    Raises:
+        ExpertokenError: it can't be loaded, or its key is not set.
+    """
+    if expert.backend == "openai":
+        from lm_eval.models.openai_completions import LocalChatCompletion
+
+        base_url = (expert.base_url or "https://api.openai.com/v1").rstrip("/")
+        return LocalChatCompletion(
+            base_url=f"{base_url}/chat/completions",
+            model=expert.model,
+            header={"Authorization": f"Bearer {expert.api_key()}"},
+            num_concurrent=_CONCURRENT,
+        )
+    from lm_eval.models.huggingface import HFLM
+
+    name = expert.base or evaluation.meta if expert.backend in ("adapter", SELF) else expert.model
+    revision = expert.revision if expert.backend == "transformers" else None
+    model, tokenizer = load_causal_lm(Source(name, revision, evaluation.trust_remote_code))
+    if expert.backend == "adapter":
+        from peft import PeftModel
+
+        # Merged, because the harness ties the weights of what it gets, which PEFT's wrappers do not survive.
+        model = PeftModel.from_pretrained(model, expert.model, revision=expert.revision).merge_and_unload()
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=evaluation.batch_size)
+
+
+def evaluate_pair(lm: "LM", expert: Expert, task: str, evaluation: Evaluation) -> list[dict[str, Any]]:
+    """One expert on one task, or on all tasks of a group: rows of a long table.
+
+    Raises:
+        ExpertokenError: the expert can't be asked what the task asks, or no metric of the task is known here.
+    """
+    from lm_eval import simple_evaluate
+
+    manager = _task_manager(evaluation)
+    chat = expert.backend == "openai" or (evaluation.chat_template and lm.tokenizer.chat_template is not None)
+    try:
+        found = simple_evaluate(
+            lm,
+            tasks=[task],
+            num_fewshot=evaluation.num_fewshot,
+            limit=evaluation.limit,
+            apply_chat_template=chat,
+            task_manager=manager,
+            bootstrap_iters=0,
+        )
+    except NotImplementedError as error:
+        raise ExpertokenError(
+            f"the task needs log-probabilities, which a chat endpoint does not give; take its generative form ({error})"
+        ) from None
+    texts = manager.load([task])["tasks"]
+    rows = []
+    for name, samples in found["samples"].items():
+        chosen = samples[0]["filter"]
+        for sample in samples:
+            if sample["filter"] == chosen:  # of several filters (strict-match, flexible-extract) the task's first
+                rows.append(_row(sample, name, task, expert, texts[name], evaluation.metric))
+    return rows
+
+
+def _row(
+    sample: dict[str, Any], name: str, task: str, expert: Expert, harness_task: Any, metric: str | None
+) -> dict[str, Any]:
+    key = metric or next((key for key in METRICS if key in sample), None)
+    if key not in sample:
+        raise ExpertokenError(f"task {name}: no metric {key or 'known here'!r}; it has {', '.join(sample['metrics'])}")
+    answer = sample["resps"][0][0]
+    return {
+        "id": f"{name}/{sample['doc_id']}",
+        # Not the prompt that was sent, which differs between experts by their chat templates.
+        "query": question_of(sample["doc"]) or str(harness_task.doc_to_text(sample["doc"])),
+        "model": expert.name,
+        "score": float(sample[key]),
+        "benchmark": task,
+        "subject": None if name == task else name.removeprefix(f"{task}_"),
+        "response": answer if isinstance(answer, str) else None,
+    }

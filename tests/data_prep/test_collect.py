@@ -1,0 +1,181 @@
+"""`expertoken collect` with the real harness, tasks from a local folder and tiny local models; no hub is asked."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from expertoken.data_prep.collect import Evaluation, collect
+from expertoken.data_prep.readers import read_results
+from expertoken.data_prep.supervision import select_candidates
+from expertoken.modeling.errors import ExpertokenError
+from expertoken.modeling.experts import Expert, ExpertPool
+
+pytest.importorskip("lm_eval")
+
+GENERATED = """
+task: sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/sums.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+CHOSEN = """
+task: choices
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/choices.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Question: {{stem}}\\nAnswer:"
+doc_to_choice: options
+doc_to_target: label
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+
+
+@pytest.fixture
+def task_folder(tmp_path):
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    sums = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(4)]
+    choices = [{"stem": f"Which is {i}?", "options": ["no", "yes"], "label": i % 2} for i in range(4)]
+    for name, rows, text in (("sums", sums, GENERATED), ("choices", choices, CHOSEN)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.yaml").write_text(text.replace("FOLDER", str(folder)))
+    return folder
+
+
+@pytest.fixture
+def adapter(base_folder, tmp_path):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base_folder), LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    model.save_pretrained(tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """A chat endpoint that can add."""
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            seen.append((self.path, self.headers["authorization"], body))
+            number = int(body["messages"][-1]["content"].split()[2])
+            choice = {"index": 0, "message": {"role": "assistant", "content": str(number + 1)}}
+            answer = json.dumps({"choices": [choice]}).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("ADDER_KEY", "very-secret")
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    yield Expert("adder", "openai", "some/adder", base_url=url, api_key_env="ADDER_KEY"), seen
+    server.shutdown()
+
+
+def test_every_kind_of_expert_is_run_and_prepare_reads_what_comes_out(
+    base_folder, adapter, endpoint, task_folder, tmp_path
+):
+    remote, seen = endpoint
+    pool = ExpertPool(
+        [
+            Expert("local", model=str(base_folder)),
+            Expert("lora", "adapter", str(adapter)),
+            remote,
+            Expert("self", "self"),
+        ]
+    )
+    evaluation = Evaluation(str(task_folder), meta=str(base_folder), batch_size=2)
+    files = collect(pool, ["sums"], tmp_path / "out", evaluation)
+    assert [file.name for file in files] == [f"{name}--sums.jsonl" for name in pool.names]
+    results = select_candidates(read_results(tmp_path / "out"), pool)
+    assert results.queries["prompt"].tolist() == [f"What is {i} + 1?" for i in range(4)]
+    assert set(results.queries["benchmark"]) == {"sums"}
+    assert results.scores[:, 2].tolist() == [1, 1, 1, 1]
+    assert results.scores[:, 0].tolist() == results.scores[:, 3].tolist()
+    assert {(path, key) for path, key, _ in seen} == {("/v1/chat/completions", "Bearer very-secret")}
+    assert {body["model"] for *_, body in seen} == {"some/adder"}
+    for file in (tmp_path / "out").iterdir():
+        assert "very-secret" not in file.read_text()
+
+
+def test_pairs_that_are_done_are_not_run_again_and_other_settings_are_refused(base_folder, task_folder, tmp_path):
+    pool = ExpertPool([Expert("one", model=str(base_folder))])
+    evaluation = Evaluation(str(task_folder), limit=2)
+    [first] = collect(pool, ["choices"], tmp_path / "out", evaluation)
+    stamp = first.stat().st_mtime_ns
+    collect(pool, ["choices", "sums"], tmp_path / "out", evaluation)
+    assert first.stat().st_mtime_ns == stamp
+    results = read_results(tmp_path / "out")
+    # A document without a field for the question is known by the task's own text, without any chat template.
+    assert "Question: Which is 0?\nAnswer:" in results.queries["prompt"].tolist()
+    assert len(results) == 4
+    with pytest.raises(ExpertokenError, match="collected otherwise.*limit 2 then, 3 now.*another --out"):
+        collect(pool, ["choices"], tmp_path / "out", Evaluation(str(task_folder), limit=3))
+    with pytest.raises(ExpertokenError, match="expert 'one' was another model"):
+        collect(ExpertPool([Expert("one", model="else")]), ["sums"], tmp_path / "out", evaluation)
+
+
+def test_a_pair_that_fails_does_not_stop_the_others(base_folder, endpoint, task_folder, tmp_path):
+    remote, _ = endpoint
+    pool = ExpertPool([remote, Expert("gone", model="./nowhere"), Expert("local", model=str(base_folder))])
+    with pytest.raises(ExpertokenError, match="2 of 3 pairs failed .*needs log-probabilities"):
+        collect(pool, ["choices"], tmp_path / "out", Evaluation(str(task_folder)))
+    assert (tmp_path / "out" / "local--choices.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("experts", "tasks", "message"),
+    [
+        ([Expert("a", model="m")], ["choicez"], "no task 'choicez' in the harness, did you mean 'choices'"),
+        ([Expert("a", "adapter", "m")], ["sums"], "expert 'a' runs on the meta LLM; say which with --meta"),
+        ([Expert("a", "openai", "m", api_key_env="UNSET_KEY")], ["sums"], "UNSET_KEY with its key is not set"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(experts, tasks, message, task_folder, tmp_path):
+    with pytest.raises(ExpertokenError, match=message):
+        collect(ExpertPool(experts), tasks, tmp_path / "out", Evaluation(str(task_folder)))
+
+
+def test_the_command_runs_pairs_on_a_local_ray_cluster(base_folder, task_folder, tmp_path):
+    pytest.importorskip("ray")
+    (tmp_path / "pool.yaml").write_text(
+        f"experts:\n- {{name: one, model: {base_folder}}}\n- {{name: self, backend: self}}\n"
+    )
+    command = [str(Path(sys.executable).parent / "expertoken"), "collect", "pool.yaml", "--tasks", "sums,choices"]
+    command += ["--out", "out", "--meta", str(base_folder), "--include-path", str(task_folder), "--engine", "ray"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "4 results in out" in done.stdout
+    on_ray = read_results(tmp_path / "out")
+    pool = ExpertPool.from_yaml(tmp_path / "pool.yaml")
+    collect(pool, ["sums", "choices"], tmp_path / "local", Evaluation(str(task_folder), meta=str(base_folder)))
+    assert on_ray.scores.tolist() == read_results(tmp_path / "local").scores.tolist()
