@@ -173,7 +173,7 @@ def evaluate(
         raise ExpertokenError(f"nothing but the {split} side: baselines have nothing to be chosen on")
     known = [read_split(composite, supervision, side, states=bool(baselines)) for side in sides]
     chosen = test.logits.argmax(1)
-    policies = {"composite": test.choose(chosen, "composite", predicted=test.logits)}
+    policies = {"composite": test.choose(chosen, "composite", predicted=_expectations(composite, test.logits))}
     policies |= {name: test.choose(np.full(len(chosen), index), "expert") for index, name in enumerate(names)}
     policies |= _simple(names, known, test)
     policies |= _learnt(baselines, encoder, known, test)
@@ -210,6 +210,18 @@ def evaluate(
         "versions": library_versions() | _commit(),
     }
     return report
+
+
+def _expectations(composite: Composite, logits: np.ndarray) -> np.ndarray:
+    """What the composite expects of each candidate, `[N, C]`, to be weighed against costs.
+
+    Trained for correctness that is each one's probability of being right (of self, 1/2): differences of logits choose
+    the same candidate, but say little about what is lost with another. For other objectives the logits are all there is.
+    """
+    if composite.manifest.training.get("objective") != "correctness":
+        return logits
+    reference = logits[:, -1:] if composite.pool.has_self else 0.0
+    return 1 / (1 + np.exp(reference - logits))
 
 
 def _supervision(folder: Path | None, data: Supervision | Path | str | None) -> Supervision:

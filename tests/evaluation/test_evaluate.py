@@ -6,9 +6,10 @@ import pytest
 
 from expertoken.data_prep.supervision import Supervision, build_supervision
 from expertoken.evaluation.baselines import METHODS
-from expertoken.evaluation.evaluate import evaluate
+from expertoken.evaluation.evaluate import _expectations, evaluate
 from expertoken.evaluation.metrics import benchmark_means
 from expertoken.evaluation.plots import draw_report
+from expertoken.modeling.composite import Composite, Manifest
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import RESERVED, ExpertPool
 from expertoken.train.arguments import ExpertokenArguments
@@ -121,6 +122,15 @@ def test_two_candidates_give_the_figures_of_routellm(tmp_path, base_folder, resu
     report = evaluate(folder, data, baselines=["linear"])
     assert report.metrics["APGR, composite"] > 0.9
     assert 0 < report.metrics["CPT(50%), composite"] <= report.metrics["CPT(80%), linear"] <= 1
+
+
+def test_a_composite_trained_for_correctness_is_weighed_by_its_probabilities(meta, pool):
+    """Two queries with the same odds between the candidates: who is lost with the weak one differs all the same."""
+    logits = np.array([[4.0, 3.0, 0.0], [0.5, -0.5, 0.0]])
+    for objective, expected in (("cross_entropy", logits), ("correctness", 1 / (1 + np.exp(-logits)))):
+        composite = Composite(meta, pool, Manifest({}, [], {"objective": objective}))
+        np.testing.assert_allclose(_expectations(composite, logits), expected)
+    np.testing.assert_allclose(_expectations(composite, logits + 7), expected)  # only what is above self counts
 
 
 def test_an_encoder_is_fine_tuned_as_a_baseline(composite_folder, tmp_path):
