@@ -216,7 +216,7 @@ def _expectations(composite: Composite, logits: np.ndarray) -> np.ndarray:
     """What the composite expects of each candidate, `[N, C]`, to be weighed against costs.
 
     Trained for correctness that is each one's probability of being right (of self, 1/2): differences of logits choose
-    the same candidate, but say little about what is lost with another. For other objectives the logits are all there is.
+    the same candidate, but say little about what is lost with another. Other objectives have their logits.
     """
     if composite.manifest.training.get("objective") != "correctness":
         return logits
