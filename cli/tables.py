@@ -34,10 +34,13 @@ def report_table(report: "Report") -> Table:
     """An evaluation: routers and models down, benchmarks across, with 95 % intervals."""
     benchmarks = list(report.queries)
     table = Table("", "mean [95 % interval]", *map(escape, benchmarks), "share", "composite's gain", title="scores, %")
-    table.caption = "best single and best per dataset were chosen on the other sides"
+    left_out = len(report.rows) - len(report.shown())
+    table.caption = "best single and best per dataset were chosen on the other sides" + (
+        f"; {left_out} more experts in report.json" if left_out else ""
+    )
     for column in table.columns:
         column.no_wrap = True
-    for row in report.rows:
+    for row in report.shown():
         low, high = row.interval
         gain = (
             ""

@@ -173,14 +173,17 @@ def evaluate(
         raise ExpertokenError(f"nothing but the {split} side: baselines have nothing to be chosen on")
     known = [read_split(composite, supervision, side, states=bool(baselines)) for side in sides]
     chosen = test.logits.argmax(1)
-    policies = {"composite": test.choose(chosen, "composite", predicted=_expectations(composite, test.logits))}
+    probabilities = np.exp(test.logits - test.logits.max(1, keepdims=True))
+    probabilities /= probabilities.sum(1, keepdims=True)
+    of_correctness = composite.manifest.training.get("objective") == "correctness"
+    expected = _chances(test.logits, with_self=composite.pool.has_self) if of_correctness else test.logits
+    policies = {"composite": test.choose(chosen, "composite", predicted=expected)}
     policies |= {name: test.choose(np.full(len(chosen), index), "expert") for index, name in enumerate(names)}
     policies |= _simple(names, known, test)
     policies |= _learnt(baselines, encoder, known, test)
     policies["oracle"] = test.choose(test.scores.argmax(1), "bound")
-    probabilities = np.exp(test.logits - test.logits.max(1, keepdims=True))
-    probabilities /= probabilities.sum(1, keepdims=True)
-    error, reliability = metrics.calibration(probabilities.max(1), policies["composite"].values)
+    confidence = (expected if of_correctness else probabilities).max(1)
+    error, reliability = metrics.calibration(confidence, policies["composite"].values)
     report = Report(
         rows=_rows(policies, test.benchmarks, resamples),
         shares={name: float((chosen == index).mean()) for index, name in enumerate(names)},
@@ -212,16 +215,13 @@ def evaluate(
     return report
 
 
-def _expectations(composite: Composite, logits: np.ndarray) -> np.ndarray:
-    """What the composite expects of each candidate, `[N, C]`, to be weighed against costs.
+def _chances(logits: np.ndarray, *, with_self: bool) -> np.ndarray:
+    """Each candidate's probability of being right, `[N, C]`, as the objective `correctness` means it (of self, 1/2).
 
-    Trained for correctness that is each one's probability of being right (of self, 1/2): differences of logits choose
-    the same candidate, but say little about what is lost with another. Other objectives have their logits.
+    Differences of logits choose the same candidate, but say little about what is lost with another: that costs are
+    weighed against these is worth 0.085 of APGR on RouteLLM's data (docs/results.md).
     """
-    if composite.manifest.training.get("objective") != "correctness":
-        return logits
-    reference = logits[:, -1:] if composite.pool.has_self else 0.0
-    return 1 / (1 + np.exp(reference - logits))
+    return 1 / (1 + np.exp((logits[:, -1:] if with_self else 0.0) - logits))
 
 
 def _supervision(folder: Path | None, data: Supervision | Path | str | None) -> Supervision:

@@ -8,6 +8,7 @@ from typing import Any
 from ..modeling.files import atomic_file
 
 _SURE = 0.05
+_MOST_EXPERTS = 30  # lines that a table has room for
 
 
 @dataclass
@@ -72,6 +73,12 @@ class Report:
         """A row by name."""
         return next(row for row in self.rows if row.name == name)
 
+    def shown(self) -> list[Row]:
+        """The rows that tables show: of a large pool only the best experts; `report.json` has them all."""
+        experts = sorted((row for row in self.rows if row.kind == "expert"), key=lambda row: -row.mean)
+        left_out = {row.name for row in experts[_MOST_EXPERTS:]}
+        return [row for row in self.rows if row.kind != "expert" or row.name not in left_out]
+
     def verdict(self) -> list[str]:
         """Where the composite wins and where it does not, in sentences: best single, best per dataset, best router."""
         rivals = [row for row in self.rows if row.name.startswith("best ")]
@@ -104,7 +111,7 @@ class Report:
         priced = any(row.cost is not None for row in self.rows)
         head = ["", "mean", "95 % interval", *self.queries, *(["USD per 1000"] if priced else []), "share", "gain", "p"]
         body = []
-        for row in self.rows:
+        for row in self.shown():
             cells = [row.name, f"{100 * row.mean:.2f}", "{:.1f} to {:.1f}".format(*(100 * v for v in row.interval))]
             cells += [f"{100 * row.benchmarks[name]:.1f}" for name in self.queries]
             if priced:
@@ -127,7 +134,7 @@ class Report:
         return ["## Metrics", "", *_table(["metric", "value"], rows), ""] if rows else []
 
     def _confusion(self) -> list[str]:
-        if not self.confusion:
+        if not self.confusion or len(self.shares) > _MOST_EXPERTS:
             return []
         names = list(self.shares)
         rows = [[name, *(f"{v:.0f}" for v in row)] for name, row in zip(names, self.confusion, strict=True)]

@@ -2,14 +2,16 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from expertoken.data_prep.results import BenchmarkResults
 from expertoken.data_prep.supervision import Supervision, build_supervision
 from expertoken.evaluation.baselines import METHODS
-from expertoken.evaluation.evaluate import _expectations, evaluate
+from expertoken.evaluation.evaluate import evaluate
 from expertoken.evaluation.metrics import benchmark_means
 from expertoken.evaluation.plots import draw_report
-from expertoken.modeling.composite import Composite, Manifest
+from expertoken.evaluation.report import Report, Row
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import RESERVED, ExpertPool
 from expertoken.train.arguments import ExpertokenArguments
@@ -124,13 +126,23 @@ def test_two_candidates_give_the_figures_of_routellm(tmp_path, base_folder, resu
     assert 0 < report.metrics["CPT(50%), composite"] <= report.metrics["CPT(80%), linear"] <= 1
 
 
-def test_a_composite_trained_for_correctness_is_weighed_by_its_probabilities(meta, pool):
-    """Two queries with the same odds between the candidates: who is lost with the weak one differs all the same."""
-    logits = np.array([[4.0, 3.0, 0.0], [0.5, -0.5, 0.0]])
-    for objective, expected in (("cross_entropy", logits), ("correctness", 1 / (1 + np.exp(-logits)))):
-        composite = Composite(meta, pool, Manifest({}, [], {"objective": objective}))
-        np.testing.assert_allclose(_expectations(composite, logits), expected)
-    np.testing.assert_allclose(_expectations(composite, logits + 7), expected)  # only what is above self counts
+def test_a_composite_trained_for_correctness_is_weighed_by_its_chances_of_being_right(tmp_path, base_folder):
+    """Odds between the experts are alike on all queries; the chance that only the strong one is right is not."""
+    from transformers import TrainingArguments
+
+    rng = np.random.default_rng(0)
+    texts = [f"{('Compute', 'What is the law in case')[i % 2]} {i}, please." for i in range(400)]
+    hard = np.arange(400) % 2 == 1
+    scores = np.stack([rng.random(400) < np.where(hard, 0.35, 0.96), rng.random(400) < np.where(hard, 0.6, 0.985)], 1)
+    queries = pd.DataFrame({"id": map(str, range(400)), "prompt": texts, "benchmark": "b", "subject": None})
+    results = BenchmarkResults(queries.assign(split=None), ["weak", "strong"], scores.astype(float))
+    build_supervision(results, labelling="correctness", test=0.5).save(tmp_path / "s")
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), verify=False)
+    folder = train(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
+    report = evaluate(folder, baselines=[])
+    assert report.settings["training"]["objective"] == "correctness"
+    assert report.metrics["APGR, composite"] > 0.6
+    assert report.metrics["calibration error (ECE)"] < 0.1
 
 
 def test_an_encoder_is_fine_tuned_as_a_baseline(composite_folder, tmp_path):
@@ -155,6 +167,14 @@ def test_changes_of_the_text_keep_what_they_should():
     assert sorted(changed) == sorted(question)
     assert [line[:2] for line in changed.splitlines()[1:4]] == ["A.", "B.", "C."]
     assert all(change(question, Random(3)) != question for change in CHANGES.values())
+
+
+def test_of_a_large_pool_the_tables_show_the_best_experts_only():
+    rows = [Row("composite", "composite", 0.9, (0.8, 1.0), {"b": 0.9})]
+    rows += [Row(f"e{i}", "expert", i / 100, (0.0, 1.0), {"b": i / 100}) for i in range(100)]
+    report = Report(rows, shares={row.name: 0.01 for row in rows[1:]}, queries={"b": 5}, confusion=[[0.0] * 100] * 100)
+    assert [row.name for row in report.shown()] == ["composite", *(f"e{i}" for i in range(70, 100))]
+    assert len(report.markdown().splitlines()) < 80
 
 
 def test_queries_nobody_was_measured_on_are_left_out(composite_folder, results, pool, caplog):

@@ -1,0 +1,133 @@
+"""A hard pool in RouterEval's shape: 1,000 experts on real questions: `python benchmarks/hard_pool.py`.
+
+The questions are MMLU's as RouteLLM publishes them; the experts are synthetic. Each has a general ability, strengths
+and weaknesses in subjects, and answers a question rightly with the probability of an item-response model: ability in
+the subject less the question's difficulty. Of 3,000 such experts the 1,000 best (all_strong), the 1,000 worst
+(all_weak) and every third (strong_to_weak) are RouterEval's three pools (arXiv 2503.10657). They are written as
+RouterEval's pickle, read by its reader, learnt, and measured by its figures: mu, V_R, V_B, E_p. Prints a Markdown
+table.
+"""
+
+import argparse
+import pickle
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from expertoken.data_prep.readers import read_results
+from expertoken.data_prep.supervision import build_supervision
+from expertoken.evaluation.evaluate import evaluate
+from expertoken.evaluation.report import Report
+from expertoken.examples.smollm2 import smollm2
+from expertoken.modeling.composite import Composite, Manifest, describe_base
+from expertoken.modeling.meta import MetaLLM, Source
+from expertoken.train.features import cached_features
+from expertoken.train.tokens import Problem, fit_rows
+
+KINDS = ("all_strong", "all_weak", "strong_to_weak")
+LABELS = {"correctness": "correctness", "query": "cross_entropy"}
+STRENGTHS = (0.3, 0.1, 0.03, 0.01, 0.003)
+POPULATION, SIZE = 3000, 1000
+_SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
+
+
+def answers(subjects: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Who answers what rightly, `[N, POPULATION]` of 0 and 1."""
+    kinds, index = np.unique(subjects, return_inverse=True)
+    ability = rng.normal(0.5, 0.7, (POPULATION, 1)) + rng.normal(0, 0.7, (POPULATION, len(kinds)))
+    difficulty = rng.normal(0, 1, len(subjects)) + rng.normal(0, 0.5, len(kinds))[index]
+    odds = ability[:, index].T - difficulty[:, None]
+    return (rng.random(odds.shape) < 1 / (1 + np.exp(-1.7 * odds))).astype(np.float32)
+
+
+def write(queries: pd.DataFrame, file: Path, seed: int = 0) -> None:
+    """RouterEval's `mmlu_router_dataset.pkl`."""
+    rng = np.random.default_rng(seed)
+    right = answers(queries["subject"].to_numpy(dtype=str), rng)
+    order = rng.permutation(len(queries))
+    ends = np.cumsum([round(share * len(queries)) for share in _SHARES.values()])[:-1]
+    sides = dict(zip(_SHARES, np.split(order, ends), strict=True))
+    ranked = right[sides["train"]].mean(0).argsort()[::-1]
+    pools = {"all_strong": ranked[:SIZE], "all_weak": ranked[-SIZE:], "strong_to_weak": ranked[:: POPULATION // SIZE]}
+    group = {
+        kind: {
+            "data": {f"{side}_score": right[np.ix_(rows, chosen)] for side, rows in sides.items()},
+            "model": [f"expert-{index}" for index in chosen],
+        }
+        for kind, chosen in pools.items()
+    }
+    prompts = {f"{side}_prompt": queries["prompt"].iloc[rows].tolist() for side, rows in sides.items()}
+    document = {"hard": {SIZE: group}, "split_index": {}, "prompt": prompts}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(pickle.dumps(document))
+
+
+def learn(meta: MetaLLM, file: Path, kind: str, label: str, routers: list[str]) -> tuple[Report, float]:
+    """Fit tokens for a pool and evaluate them; the report, and the seconds of the fit."""
+    results = read_results(file, "routereval", difficulty="hard", candidates=str(SIZE), kind=kind)
+    supervision = build_supervision(results, labelling=label, leaks="drop", near_duplicates="ignore")
+    problems = {}
+    for name in ("train", "validation"):
+        side = supervision.side(name)
+        features = cached_features(meta, side["messages"], label=f"{name} features")
+        problems[name] = Problem(features, *supervision.arrays(name), side["benchmark"])
+    started = time.perf_counter()
+    fit = fit_rows(
+        problems["train"],
+        problems["validation"],
+        objective=LABELS[label],
+        l2=STRENGTHS,
+        transform=meta.transform,
+        with_self=False,
+    )
+    seconds = time.perf_counter() - started
+    meta.rows = fit.rows
+    manifest = Manifest(describe_base(meta), supervision.pool.names, {"objective": LABELS[label]})
+    composite = Composite(meta, supervision.pool, manifest)
+    return evaluate(composite, supervision, baselines=routers, resamples=1000), seconds
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="has routellm/")
+    parser.add_argument("--out", type=Path, default=Path("runs/hard_pool"), help="default: %(default)s")
+    parser.add_argument("--dtype", default="float32", help="of the meta LLM (default: %(default)s)")
+    parser.add_argument("--routers", default="kNN,linear,clusters,factors", help="default: %(default)s")
+    options = parser.parse_args()
+    queries = read_results(options.data / "routellm", "routellm").queries
+    file = options.out / "mmlu_router_dataset.pkl"
+    write(queries, file)
+    meta = MetaLLM.from_pretrained(Source(str(smollm2())), SIZE, dtype=getattr(torch, options.dtype))
+    print("| pool | router | mu | 95 % interval | V_R | V_B | E_p, bits |\n|---|---|---|---|---|---|---|")
+    fits = []
+    for kind in KINDS:
+        for number, label in enumerate(LABELS):
+            report, seconds = learn(meta, file, kind, label, [] if number else options.routers.split(","))
+            fits.append(seconds)
+            figures = report.metrics
+            entropy = {"composite": f"{figures['entropy of the predictions, bits (E_p)']:.2f}"}
+            best = max(row.mean for row in report.rows if row.kind == "expert")
+            for row in report.rows:
+                if row.kind == "expert" or (number and row.kind != "composite"):
+                    continue
+                name = f"tokens, {label}" if row.kind == "composite" else row.name
+                interval = f"{100 * row.interval[0]:.1f} to {100 * row.interval[1]:.1f}"
+                ratios = f"{row.mean / 0.864:.3f} | {row.mean / best:.3f}"
+                print(
+                    f"| {kind} | {name} | {100 * row.mean:.2f} | {interval} | {ratios} | {entropy.get(row.name, '')} |",
+                    flush=True,
+                )
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(
+        f"\n{SIZE} experts, {report.settings['queries']} test queries; fits of {len(STRENGTHS)} strengths "
+        f"{', '.join(f'{seconds:.0f}' for seconds in fits)} s; peak memory {memory:.1f} GiB"
+    )
+
+
+if __name__ == "__main__":
+    main()
