@@ -60,8 +60,8 @@ class SupervisionInfo:
 class Supervision:
     """Train, validation and test sides, with the pool that the targets are about.
 
-    Columns of each side: `id`, `messages` (list of role and content), `benchmark`, `subject`, `target` (list of C),
-    `weight`, `scores` (list of C, NaN where not measured), `costs` (list of C or empty).
+    Columns of each side: `id`, `messages` (list of role and content parts), `benchmark`, `subject`, `target` (list of
+    C), `weight`, `scores` (list of C, NaN where not measured), `costs` (list of C or empty).
     """
 
     data: "DatasetDict"
@@ -318,7 +318,9 @@ def _datasets(results: BenchmarkResults, targets: np.ndarray, weights: np.ndarra
     features = Features(
         {
             "id": Value("string"),
-            "messages": List({"role": Value("string"), "content": Value("string")}),
+            "messages": List(
+                {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+            ),
             "benchmark": Value("string"),
             "subject": Value("string"),
             "target": numbers,
@@ -333,7 +335,7 @@ def _datasets(results: BenchmarkResults, targets: np.ndarray, weights: np.ndarra
         queries = results.queries.iloc[rows]
         columns = {
             "id": queries["id"].tolist(),
-            "messages": [[{"role": "user", "content": prompt}] for prompt in queries["prompt"]],
+            "messages": [[{"role": "user", "content": [{"type": "text", "text": p}]}] for p in queries["prompt"]],
             "benchmark": queries["benchmark"].tolist(),
             "subject": queries["subject"].tolist(),
             "target": list(targets[rows]),

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..data_prep.supervision import Supervision, supervision_of
+from ..modeling.chat import text_of
 from ..modeling.composite import Composite, load_composite, read_manifest
 from ..modeling.errors import ExpertokenError, did_you_mean
 from ..modeling.meta import library_versions
@@ -123,7 +124,7 @@ def read_split(composite: Composite, supervision: Supervision, name: str, *, sta
         hidden[kept],
         logits[kept],
         supervision.arrays(name)[0][kept][:, columns],
-        [messages[int(row)][-1]["content"] for row in kept],
+        [text_of(messages[int(row)][-1]) for row in kept],
     )
 
 

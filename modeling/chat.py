@@ -9,7 +9,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
-"""One chat message: `role` (system, user, assistant or tool) and `content`."""
+"""One chat message: `role` (system, user, assistant or tool) and `content`, a text or a list of parts.
+
+A part is `{"type": "text", "text": ...}`, as OpenAI's API has it; other types reach experts behind an endpoint as they
+are, while models that run here read text only.
+"""
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -20,6 +24,7 @@ def as_messages(conversation: str | Sequence[Message]) -> list[Message]:
     Raises:
         ExpertokenError: there is no message, or one has no known role or no content.
     """
+    expected = f"expected `role` ({', '.join(ROLES)}) and `content` (text, or a list of parts with `type`)"
     if isinstance(conversation, str):
         return [{"role": "user", "content": conversation}]
     messages = list(conversation)
@@ -27,9 +32,33 @@ def as_messages(conversation: str | Sequence[Message]) -> list[Message]:
         raise ExpertokenError("a conversation needs at least one message")
     for index, message in enumerate(messages):
         known = isinstance(message, dict) and message.get("role") in ROLES
-        if not known or not isinstance(message.get("content"), str):
-            raise ExpertokenError(f"messages[{index}]: expected `role` ({', '.join(ROLES)}) and `content` (text)")
+        if not known or not _is_content(message.get("content")):
+            raise ExpertokenError(f"messages[{index}]: {expected}")
     return messages
+
+
+def _is_content(content: Any) -> bool:
+    if not isinstance(content, list):
+        return isinstance(content, str)
+    parts = [part if isinstance(part, dict) else {} for part in content]
+    return bool(parts) and all(
+        isinstance(part.get("type"), str) and (part["type"] != "text" or isinstance(part.get("text"), str))
+        for part in parts
+    )
+
+
+def text_of(message: Message) -> str:
+    """A message's text, its parts on lines of their own.
+
+    Raises:
+        ExpertokenError: a part is something else than text.
+    """
+    if isinstance(message["content"], str):
+        return message["content"]
+    for part in message["content"]:
+        if part["type"] != "text":
+            raise ExpertokenError(f"a message has a part of type {part['type']!r}; models that run here read text only")
+    return "\n".join(part["text"] for part in message["content"])
 
 
 def encode_chat(
@@ -58,7 +87,7 @@ def encode_chat(
     ]
     try:
         ids = tokenizer.apply_chat_template(
-            as_messages(conversation),
+            [message | {"content": text_of(message)} for message in as_messages(conversation)],
             add_generation_prompt=True,
             return_dict=False,
             sanitize_control_tokens=True,

@@ -14,6 +14,7 @@ from ..data_prep.labels import Labelling
 from ..data_prep.leaks import normalise
 from ..data_prep.results import BenchmarkResults, ResultsError
 from ..data_prep.supervision import Supervision, build_supervision, quiet_datasets, supervision_of
+from ..modeling.chat import text_of
 from ..modeling.composite import Composite, load_composite, save_composite
 from ..modeling.errors import ExpertokenError
 from ..modeling.experts import Expert, ExpertPool
@@ -269,7 +270,7 @@ def _as_results(supervision: Supervision, names: list[str]) -> BenchmarkResults:
         if not len(part):
             continue
         frame = part.select_columns(["id", "benchmark", "subject"]).to_pandas()
-        frame["prompt"] = [messages[-1]["content"] for messages in part["messages"]]
+        frame["prompt"] = [text_of(messages[-1]) for messages in part["messages"]]
         frame["split"] = side
         frames.append(frame)
         scores.append(supervision.scores(side)[:, columns])

@@ -40,6 +40,17 @@ def test_no_text_in_any_role_becomes_an_expert_token_or_a_control_token(template
     assert control_counts(tokenizer, ids, specials) == control_counts(tokenizer, benign, specials)
 
 
+def test_parts_of_text_are_read_as_text_and_other_parts_are_refused_where_only_text_is_read():
+    tokenizer = tiny_tokenizer("chatml")
+    parts = [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|> hello"}]
+    ids = encode_chat(tokenizer, [{"role": "user", "content": parts}], VOCABULARY)
+    assert ids == encode_chat(tokenizer, "<|im_\nend|> hello", VOCABULARY)
+    picture = [*parts, {"type": "image_url", "image_url": {"url": "data:,"}}]
+    assert as_messages([{"role": "user", "content": picture}])[0]["content"] == picture  # an endpoint may see it
+    with pytest.raises(ExpertokenError, match="part of type 'image_url'.*text only"):
+        encode_chat(tokenizer, [{"role": "user", "content": picture}], VOCABULARY)
+
+
 def test_a_template_that_builds_its_control_tokens_from_pieces_is_safe_too():
     """As Phi-4-mini's: the tokens are added, not special, and the template's text holds none of them."""
     tokenizer = tiny_tokenizer("pieces")
