@@ -18,6 +18,13 @@ def evaluate(
             help="Learnt routers beside it: kNN,linear,MLP,clusters,factors, or none. Default: all, with `eval`."
         ),
     ] = None,
+    embedder: Annotated[
+        str | None,
+        typer.Option(
+            help="sentence-transformers model (hub id or folder) for the features of those routers. Default: the meta "
+            "LLM's states."
+        ),
+    ] = None,
     encoder: Annotated[
         str | None, typer.Option(help="Also fine-tune this encoder (hub id or folder) as a router; takes its time.")
     ] = None,
@@ -36,6 +43,7 @@ def evaluate(
         data,
         split,
         baselines=chosen,
+        embedder=embedder,
         encoder=encoder,
         robustness=robustness,
         resamples=resamples,

@@ -6,7 +6,7 @@ it has to choose (neighbours, strength, size) it chooses on the validation side,
 
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,6 +158,20 @@ def predict(
     reached = {s: score(method(train, s)(validation.features).argmax(1), validation) for s in settings}
     best = max(settings, key=reached.__getitem__)
     return method(train + validation, best)(features), best
+
+
+def embed(model: str, texts: Sequence[str]) -> np.ndarray:
+    """A sentence-transformers model's embeddings of texts, `[N, d]`.
+
+    Args:
+        model: hub id or folder.
+        texts: N of them.
+
+    Raises:
+        ImportError: the extra `embed` is not installed.
+    """
+    library = require_extra("sentence_transformers", "embed")
+    return library.SentenceTransformer(model).encode(list(texts), show_progress_bar=len(texts) > 256)
 
 
 def encoder(

@@ -134,6 +134,7 @@ def evaluate(
     split: str = "test",
     *,
     baselines: Sequence[str] | None = None,
+    embedder: str | None = None,
     encoder: str | None = None,
     robustness: int = 0,
     resamples: int = 5000,
@@ -148,6 +149,8 @@ def evaluate(
         data: a supervision folder, or a loaded one; the one it was trained on where not given (folders only).
         split: which side.
         baselines: names from `baselines.METHODS`. Where not given, all of them if scikit-learn is installed.
+        embedder: a sentence-transformers model (hub id or folder) that gives the baselines their features; the meta
+            LLM's states, which the composite has too, where not given.
         encoder: also fine-tune this encoder (hub id or folder) as a baseline; takes its time.
         robustness: on how many queries to try changes of the text; 0 leaves that out.
         resamples: of the bootstrap.
@@ -172,7 +175,7 @@ def evaluate(
     sides = [side for side in ("train", "validation") if len(supervision.data[side]) and side != split]
     if not sides:
         raise ExpertokenError(f"nothing but the {split} side: baselines have nothing to be chosen on")
-    known = [read_split(composite, supervision, side, states=bool(baselines)) for side in sides]
+    known = [read_split(composite, supervision, side, states=bool(baselines) and not embedder) for side in sides]
     chosen = test.logits.argmax(1)
     probabilities = np.exp(test.logits - test.logits.max(1, keepdims=True))
     probabilities /= probabilities.sum(1, keepdims=True)
@@ -181,7 +184,7 @@ def evaluate(
     policies = {"composite": test.choose(chosen, "composite", predicted=expected)}
     policies |= {name: test.choose(np.full(len(chosen), index), "expert") for index, name in enumerate(names)}
     policies |= _simple(names, known, test)
-    policies |= _learnt(baselines, encoder, known, test)
+    policies |= _learnt(baselines, embedder, encoder, known, test)
     policies["oracle"] = test.choose(test.scores.argmax(1), "bound")
     confidence = (expected if of_correctness else probabilities).max(1)
     error, reliability = metrics.calibration(confidence, policies["composite"].values)
@@ -205,6 +208,7 @@ def evaluate(
         "split": split,
         "queries": len(chosen),
         "resamples": resamples,
+        "baselines_on": embedder or "states of the meta LLM",
         "data_fingerprint": supervision.info.fingerprint,
         "base": composite.manifest.base,
         "training": composite.manifest.training,
@@ -274,11 +278,17 @@ def _simple(names: list[str], known: list[Split], test: Split) -> dict[str, Poli
     }
 
 
-def _learnt(names: Sequence[str], encoder: str | None, known: list[Split], test: Split) -> dict[str, Policy]:
-    """Routers from libraries, on the same states."""
+def _learnt(
+    names: Sequence[str], embedder: str | None, encoder: str | None, known: list[Split], test: Split
+) -> dict[str, Policy]:
+    """Routers from libraries, on the same states or on an embedder's."""
     if len(known) < 2:
         return {}
-    train, validation = (learnt.Side(side.features, side.raw, side.benchmarks) for side in known)
+    sides = (*known, test)
+    features = [learnt.embed(embedder, side.prompts) if embedder and names else side.features for side in sides]
+    train, validation = (
+        learnt.Side(found, side.raw, side.benchmarks) for found, side in zip(features[:2], known, strict=True)
+    )
 
     def score(chosen: np.ndarray, side: learnt.Side) -> float:
         got = metrics.chosen_scores(np.nan_to_num(side.scores), chosen)
@@ -286,7 +296,7 @@ def _learnt(names: Sequence[str], encoder: str | None, known: list[Split], test:
 
     found = {}
     for name in tqdm(names, desc="baselines", unit="router", leave=False, disable=not names):
-        predicted, setting = learnt.predict(name, train, validation, test.features, score)
+        predicted, setting = learnt.predict(name, train, validation, features[-1], score)
         found[name] = test.choose(predicted.argmax(1), "router", predicted=predicted, setting=setting)
     if encoder:
         texts = {"train": known[0].prompts, "test": test.prompts}

@@ -5,13 +5,21 @@ import re
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from ..modeling.meta import MetaLLM, token_batches
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _OPTION = re.compile(r"^(\(?[A-H][.):])(.*)$", re.MULTILINE)
 _MAX_TOKENS = 4096
+_ATTACKED = 16  # questions that the adversarial suffix is found on
+_STEPS = 40  # of its search
+_WORDS = 10  # that it has
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ def shuffled_options(text: str, rng: random.Random) -> str:
 
 
 def suffix(text: str, rng: random.Random) -> str:
-    """Twenty random tokens' worth of noise behind the question, as attacks on routers append it."""
+    """Twenty random words behind the question."""
     words = ("".join(rng.choices(string.ascii_letters + string.punctuation, k=rng.randint(2, 7))) for _ in range(20))
     return f"{text} {' '.join(words)}"
 
@@ -88,24 +96,74 @@ def robustness(
         seed: of the changes.
     """
 
-    def decide(texts: Sequence[str]) -> np.ndarray:
+    def logits(texts: Sequence[str]) -> np.ndarray:
         encoded = [meta.encode(text) for text in texts]
-        chosen = np.empty(len(texts), dtype=int)
+        found = np.empty((len(texts), len(meta.rows) + int(with_self)), dtype=np.float32)
         for batch in token_batches([len(ids) for ids in encoded], _MAX_TOKENS):
-            chosen[batch] = meta.candidate_logits([encoded[i] for i in batch], with_self=with_self).argmax(1).numpy()
-        return chosen
+            found[batch] = meta.candidate_logits([encoded[i] for i in batch], with_self=with_self).float().numpy()
+        return found
 
-    plain = decide(prompts)
-    rows = np.arange(len(prompts))
+    plain = logits(prompts).argmax(1)
+
+    def compare(name: str, changed: list[str], first: int = 0) -> list[Robustness]:
+        """On the questions from `first` on that the change touched."""
+        kept = np.array([i for i in range(first, len(prompts)) if changed[i] != prompts[i]], dtype=int)
+        if not len(kept):
+            return []
+        chosen = logits([changed[i] for i in kept]).argmax(1)
+        lost = (scores[kept, plain[kept]] - scores[kept, chosen]).mean()
+        return [Robustness(name, float((chosen != plain[kept]).mean()), float(lost), len(kept))]
+
     found = []
-    for name, change in CHANGES.items():
-        changed = [change(text, random.Random(seed + place)) for place, text in enumerate(prompts)]
-        touched = np.array([a != b for a, b in zip(changed, prompts, strict=True)])
-        if not touched.any():
-            continue
-        kept = np.flatnonzero(touched)
-        chosen = plain.copy()
-        chosen[kept] = decide([changed[i] for i in kept])
-        lost = (scores[rows, plain] - scores[rows, chosen])[kept].mean()
-        found.append(Robustness(name, float((chosen != plain)[kept].mean()), float(lost), len(kept)))
+    for name, change in tqdm(CHANGES.items(), desc="robustness", unit="change", leave=False):
+        found += compare(name, [change(prompts[i], random.Random(seed + i)) for i in range(len(prompts))])
+    attacked = min(_ATTACKED, len(prompts) // 2)
+    if attacked and len(meta.rows) + int(with_self) > 1:
+        gadget = adversarial_suffix(logits, prompts[:attacked], plain[:attacked], meta.tokenizer, random.Random(seed))
+        found += compare("adversarial suffix", [f"{text} {gadget}" for text in prompts], attacked)
     return found
+
+
+def adversarial_suffix(
+    logits: Callable[[Sequence[str]], np.ndarray],
+    prompts: Sequence[str],
+    chosen: np.ndarray,
+    tokenizer: "PreTrainedTokenizerBase",
+    rng: random.Random,
+) -> str:
+    """One suffix for all questions that takes decisions away from whom they went to.
+
+    Hill climbing over single words, as the query-independent gadgets of "Rerouting LLM Routers" (arXiv 2501.01818) are
+    found: a change is kept if the mean lead of the chosen candidates falls.
+
+    Args:
+        logits: of the candidates, `[N, C]`, for texts.
+        prompts: the questions it is found on; measure on others.
+        chosen: `[N]`, who they went to.
+        tokenizer: whose vocabulary gives the words.
+        rng: of the search.
+    """
+    count = tokenizer.vocab_size
+
+    def word() -> str:
+        while not (found := tokenizer.decode([rng.randrange(count)], skip_special_tokens=True).strip()).isprintable():
+            pass
+        return found
+
+    def lead(words: Sequence[str]) -> float:
+        values = logits([f"{text} {' '.join(words)}" for text in prompts])
+        rows = np.arange(len(prompts))
+        ours = values[rows, chosen].copy()
+        values[rows, chosen] = -np.inf
+        # Beyond -1 a decision is lost: to push it further would cost others.
+        return float(np.maximum(ours - values.max(1), -1).mean())
+
+    best = [word() for _ in range(_WORDS)]
+    least = lead(best)
+    for _ in tqdm(range(_STEPS), desc="adversarial suffix", unit="step", leave=False):
+        trial = list(best)
+        trial[rng.randrange(_WORDS)] = word()
+        reached = lead(trial)
+        if reached < least:
+            best, least = trial, reached
+    return " ".join(best)

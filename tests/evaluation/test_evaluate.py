@@ -1,4 +1,5 @@
 import json
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -7,13 +8,15 @@ import pytest
 
 from expertoken.data_prep.results import BenchmarkResults
 from expertoken.data_prep.supervision import Supervision, build_supervision
-from expertoken.evaluation.baselines import METHODS
+from expertoken.evaluation.baselines import METHODS, embed
 from expertoken.evaluation.evaluate import evaluate
 from expertoken.evaluation.metrics import benchmark_means
 from expertoken.evaluation.plots import draw_report
 from expertoken.evaluation.report import Report, Row
+from expertoken.evaluation.robustness import adversarial_suffix
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import RESERVED, ExpertPool
+from expertoken.tests.tiny import tiny_tokenizer
 from expertoken.train.arguments import ExpertokenArguments
 from expertoken.train.run import train
 
@@ -101,6 +104,8 @@ def test_every_figure_of_the_field_is_there_and_holds_together(priced_report):
     assert found["CostSave, composite"] > 0
     assert np.sum(priced_report.confusion) == pytest.approx(priced_report.settings["queries"])
     assert [entry["change"] for entry in priced_report.robustness][:2] == ["lower case", "upper case"]
+    attack = priced_report.robustness[-1]
+    assert (attack["change"], attack["queries"]) == ("adversarial suffix", 5)  # not measured on what it was found on
 
 
 def test_the_verdict_says_so_where_the_composite_does_not_win(composite_folder, results, pool):
@@ -157,6 +162,24 @@ def test_an_encoder_is_fine_tuned_as_a_baseline(composite_folder, tmp_path):
     assert report.row("encoder").kind == "router"
 
 
+def test_baselines_can_have_an_embedders_features(composite_folder, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=64, max_position_embeddings=512)  # fmt: skip
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    words = Transformer(str(tmp_path / "bert"))
+    SentenceTransformer(modules=[words, Pooling(32)], device="cpu").save(str(tmp_path / "embedder"))
+    report = evaluate(composite_folder, baselines=["linear"], embedder=str(tmp_path / "embedder"))
+    assert report.settings["baselines_on"] == str(tmp_path / "embedder")
+    assert report.row("linear").mean > report.row("random").mean
+    assert embed(str(tmp_path / "embedder"), ["one", "two"]).shape == (2, 32)
+
+
 def test_changes_of_the_text_keep_what_they_should():
     from random import Random
 
@@ -175,6 +198,19 @@ def test_of_a_large_pool_the_tables_show_the_best_experts_only():
     report = Report(rows, shares={row.name: 0.01 for row in rows[1:]}, queries={"b": 5}, confusion=[[0.0] * 100] * 100)
     assert [row.name for row in report.shown()] == ["composite", *(f"e{i}" for i in range(70, 100))]
     assert len(report.markdown().splitlines()) < 80
+
+
+def test_the_adversarial_suffix_finds_what_turns_a_router():
+    tokenizer = tiny_tokenizer("chatml")
+
+    def logits(texts):
+        weak = np.array([text.count("a") for text in texts], dtype=float)
+        return np.stack([3 - weak, np.zeros(len(texts))], 1)
+
+    found = adversarial_suffix(logits, ["Why?", "How?"], np.array([0, 0]), tokenizer, random.Random(0))
+    words = random.Random(0)
+    noise = " ".join(tokenizer.decode([words.randrange(tokenizer.vocab_size)]) for _ in range(10))
+    assert found.count("a") > noise.count("a")
 
 
 def test_queries_nobody_was_measured_on_are_left_out(composite_folder, results, pool, caplog):
