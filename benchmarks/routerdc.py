@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from expertoken.data_prep.readers import read_results
 from expertoken.data_prep.results import BenchmarkResults
@@ -33,8 +34,9 @@ RECIPES = {
     "tokens, subject labels": ("subject", "cross_entropy"),
     "tokens, query labels": ("query", "cross_entropy"),
     "tokens, soft labels": ("soft", "cross_entropy"),
-    "tokens, correctness": ("query", "correctness"),
-    "tokens, expected score": ("query", "expected_score"),
+    "tokens, mixed labels": ("mixed", "cross_entropy"),
+    "tokens, correctness": ("correctness", "correctness"),
+    "tokens, expected score": ("expected-score", "expected_score"),
 }
 PUBLISHED = {
     "RouterDC (published)": (61.07, 70.32, 51.77, 58.52, 51.02),
@@ -50,8 +52,10 @@ def read(folder: Path) -> BenchmarkResults:
     return BenchmarkResults.merge([read_results(file, "routerdc") for file in files])
 
 
-def run_recipe(meta: MetaLLM, supervision: Supervision, objective: str) -> tuple[Report, dict]:
-    """Fit, then evaluate on the test side."""
+def run_recipe(
+    meta: MetaLLM, supervision: Supervision, objective: str, baselines: list[str] | None
+) -> tuple[Report, dict]:
+    """Fit, then evaluate on the test side, beside all learnt routers where `baselines` is None."""
     problems = {}
     for side in ("train", "validation"):
         part = supervision.side(side)
@@ -72,7 +76,7 @@ def run_recipe(meta: MetaLLM, supervision: Supervision, objective: str) -> tuple
     seconds = time.perf_counter() - started
     meta.rows = fit.rows
     manifest = Manifest(describe_base(meta), [expert.name for expert in supervision.pool])
-    report = evaluate(Composite(meta, supervision.pool, manifest), supervision)
+    report = evaluate(Composite(meta, supervision.pool, manifest), supervision, baselines=baselines)
     chosen = next(entry for entry in fit.path if entry["l2"] == fit.l2)
     return report, {**chosen, "fit_seconds": seconds}
 
@@ -114,9 +118,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="has routerdc/")
     parser.add_argument("--out", type=Path, default=Path("runs/routerdc"), help="default: %(default)s")
+    parser.add_argument("--dtype", default="float32", help="of the meta LLM (default: %(default)s)")
     options = parser.parse_args()
     results = read(options.data / "routerdc")
-    meta = MetaLLM.from_pretrained(Source(str(smollm2())), len(results.models))
+    meta = MetaLLM.from_pretrained(Source(str(smollm2())), len(results.models), dtype=getattr(torch, options.dtype))
     started = time.perf_counter()
     sides = build_supervision(results, labelling="subject", leaks="drop")
     computed = 0
@@ -126,7 +131,8 @@ def main() -> None:
     reports, fits = {}, {}
     for name, (strategy, objective) in RECIPES.items():
         supervision = build_supervision(results, labelling=strategy, leaks="drop")
-        reports[name], fits[name] = run_recipe(meta, supervision, objective)
+        # The learnt routers do not see the labels: once is enough.
+        reports[name], fits[name] = run_recipe(meta, supervision, objective, [] if reports else None)
     best = max(fits, key=lambda name: fits[name]["validation_score"])
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print("\n".join(table(reports)))
@@ -135,7 +141,7 @@ def main() -> None:
     print(
         f"features: {computed} of {sum(sides.info.sizes.values())} queries computed now in {feature_seconds:.0f} s; "
         f"fits {np.sum([fit['fit_seconds'] for fit in fits.values()]):.0f} s together; peak memory {memory:.1f} GiB; "
-        f"{sides.info.leaks['found']} leaked train queries dropped; sizes {sides.info.sizes}"
+        f"{sides.info.leaks['equal']['found']} leaked train queries dropped; sizes {sides.info.sizes}"
     )
     options.out.mkdir(parents=True, exist_ok=True)
     with atomic_file(options.out / "routerdc.json") as aside:
