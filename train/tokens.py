@@ -178,10 +178,13 @@ def _fit_rows(
 
     def solve(problems: Sequence[Problem], strength: float, begin: np.ndarray) -> Any:
         evaluator = _Loss(problems, OBJECTIVES[objective], transform, **options)
+        # By the number of candidates, as each has its share of the loss only: a strength means the same for a pool of 7
+        # and of 1,000, and in the objective `correctness` every row is the solution of a problem of its own.
+        penalty = strength / 2 / train.targets.shape[1]
 
         def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
             coordinates = torch.from_numpy(flat.reshape(shape)).requires_grad_()
-            value = evaluator(space.rows(coordinates)) + strength / 2 * coordinates[:, :-1].square().sum()
+            value = evaluator(space.rows(coordinates)) + penalty * coordinates[:, :-1].square().sum()
             value.backward()
             return value.item(), coordinates.grad.numpy().ravel()
 

@@ -25,7 +25,7 @@ def test_a_handful_of_labelled_examples_is_used(composite_folder):
     assert after["math"].trust < before["math"].trust
     assert after["math"].s3 < before["math"].s3
     assert after["law"].s1 > before["law"].s1
-    assert after["self"].trust == before["self"].trust  # not measured
+    assert after["self"].trust == pytest.approx(before["self"].trust, abs=1e-12)  # not measured
 
 
 def test_the_smoother_takes_the_accuracy_of_tasks_as_far_away():

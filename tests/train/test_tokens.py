@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -37,8 +39,9 @@ def test_the_rows_solve_the_same_problem_as_a_reference_solver():
     # must not regularise; scaled up a thousandfold it as good as doesn't.
     hidden = problem.features.hidden.astype(np.float64)
     design = np.column_stack([hidden / space.scale, 1e3 * (hidden @ space.bias.numpy())])
+    share = strength / problem.targets.shape[1]  # a strength is shared by the candidates
     reference = sklearn.LogisticRegression(
-        C=1 / (strength * len(hidden)), fit_intercept=False, tol=1e-10, max_iter=100000
+        C=1 / (share * len(hidden)), fit_intercept=False, tol=1e-10, max_iter=100000
     ).fit(design, problem.targets.argmax(1))
     expected = torch.log_softmax(torch.from_numpy(design @ reference.coef_.T), 1)
     logits = problem_logits(found.rows, problem.features, LogitTransform(), with_self=False)
@@ -115,3 +118,11 @@ def test_the_final_fit_learns_from_validation_too():
     )
     loss = module._Loss([both], module.OBJECTIVES["cross_entropy"], LogitTransform(), with_self=False, fixed_rows=None)
     assert float(loss(final.rows.double())) < float(loss(fit(train, l2=[0.05]).rows.double()))
+
+
+def test_in_the_objective_correctness_an_expert_more_changes_no_other_row():
+    """Each row is a problem of its own, however many there are: with the strength too."""
+    problem = make_problem()
+    alone = replace(problem, targets=problem.targets[:, :1], scores=problem.scores[:, :1])
+    options = {"objective": "correctness", "l2": [0.1]}
+    torch.testing.assert_close(fit(problem, **options).rows[:1], fit(alone, **options).rows, rtol=1e-3, atol=2e-3)
