@@ -5,9 +5,10 @@ memory stays bounded however many there are.
 """
 
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,24 @@ def all_logits(
     return torch.cat(parts, 1)
 
 
+def _on_one_thread_where_small(fit: Callable[..., Fit]) -> Callable[..., Fit]:
+    """Run a fit of a small problem on one thread.
+
+    Where others use the cores too, threads wait for each other far longer than they compute: 500 states of a 135M model
+    beside a busy job took 23 s with two threads, 0.2 s with one.
+    """
+
+    @wraps(fit)
+    def run(train: Problem, *arguments: Any, **options: Any) -> Fit:
+        threadpoolctl = require_extra("threadpoolctl", "train")
+        small = train.features.hidden.size * train.targets.shape[1] < _SMALL
+        with threadpoolctl.threadpool_limits(1) if small else nullcontext():
+            return fit(train, *arguments, **options)
+
+    return run
+
+
+@_on_one_thread_where_small
 def fit_rows(
     train: Problem,
     validation: Problem | None,
@@ -132,42 +151,6 @@ def fit_rows(
         max_iterations: of L-BFGS, per strength.
     """
     require_extra("scipy", "train")
-    with _threads_for(train):
-        return _fit_rows(
-            train,
-            validation,
-            objective=objective,
-            l2=l2,
-            transform=transform,
-            with_self=with_self,
-            fixed_rows=fixed_rows,
-            max_iterations=max_iterations,
-        )
-
-
-def _threads_for(problem: Problem) -> AbstractContextManager:
-    """One thread for a small problem.
-
-    Where others use the cores too, threads wait for each other far longer than they compute: 500 states of a 135M model
-    beside a busy job took 23 s with two threads, 0.2 s with one.
-    """
-    from threadpoolctl import threadpool_limits
-
-    small = problem.features.hidden.size * problem.targets.shape[1] < _SMALL
-    return threadpool_limits(1) if small else nullcontext()
-
-
-def _fit_rows(
-    train: Problem,
-    validation: Problem | None,
-    *,
-    objective: str,
-    l2: Sequence[float],
-    transform: LogitTransform,
-    with_self: bool,
-    fixed_rows: torch.Tensor | None,
-    max_iterations: int,
-) -> Fit:
     from scipy.optimize import minimize
 
     space = RowSpace(train.features.hidden, transform)
@@ -194,7 +177,7 @@ def _fit_rows(
     begin = np.zeros(shape)
     if objective == "expected_score":
         # Its gradient vanishes far from a solution, so every strength starts at the convex problem's.
-        convex = _fit_rows(
+        convex = fit_rows(
             train,
             validation,
             objective="cross_entropy",
