@@ -51,7 +51,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "httpx2", "openai", "datasets", "deepspeed", "DeepSpeed", "accelerate"):
+    for noisy in ("httpx", "httpx2", "openai", "datasets", "deepspeed", "DeepSpeed", "accelerate", "lm_eval"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         app()
