@@ -11,22 +11,20 @@ table.
 import argparse
 import pickle
 import resource
-import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
+from expertoken.benchmarks.fitting import fit
 from expertoken.data_prep.readers import read_results
 from expertoken.data_prep.supervision import build_supervision
 from expertoken.evaluation.evaluate import evaluate
+from expertoken.evaluation.metrics import reference_score
 from expertoken.evaluation.report import Report
 from expertoken.examples.smollm2 import smollm2
-from expertoken.modeling.composite import Composite, Manifest, describe_base
 from expertoken.modeling.meta import MetaLLM, Source
-from expertoken.train.features import cached_features
-from expertoken.train.tokens import Problem, fit_rows
 
 KINDS = ("all_strong", "all_weak", "strong_to_weak")
 LABELS = {"correctness": "correctness", "query": "cross_entropy"}
@@ -70,24 +68,7 @@ def learn(meta: MetaLLM, file: Path, kind: str, label: str, routers: list[str]) 
     """Fit tokens for a pool and evaluate them; the report, and the seconds of the fit."""
     results = read_results(file, "routereval", difficulty="hard", candidates=str(SIZE), kind=kind)
     supervision = build_supervision(results, labelling=label, leaks="drop", near_duplicates="ignore")
-    problems = {}
-    for name in ("train", "validation"):
-        side = supervision.side(name)
-        features = cached_features(meta, side["messages"], label=f"{name} features")
-        problems[name] = Problem(features, *supervision.arrays(name), side["benchmark"])
-    started = time.perf_counter()
-    fit = fit_rows(
-        problems["train"],
-        problems["validation"],
-        objective=LABELS[label],
-        l2=STRENGTHS,
-        transform=meta.transform,
-        with_self=False,
-    )
-    seconds = time.perf_counter() - started
-    meta.rows = fit.rows
-    manifest = Manifest(describe_base(meta), supervision.pool.names, {"objective": LABELS[label]})
-    composite = Composite(meta, supervision.pool, manifest)
+    composite, _, seconds = fit(meta, supervision, LABELS[label], STRENGTHS)
     return evaluate(composite, supervision, baselines=routers, resamples=1000), seconds
 
 
@@ -97,7 +78,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="has routellm/")
     parser.add_argument("--out", type=Path, default=Path("runs/hard_pool"), help="default: %(default)s")
     parser.add_argument("--dtype", default="float32", help="of the meta LLM (default: %(default)s)")
-    parser.add_argument("--routers", default="kNN,linear,clusters,factors", help="default: %(default)s")
+    parser.add_argument("--routers", default="kNN,linear,MLP,clusters,factors", help="default: %(default)s")
     options = parser.parse_args()
     queries = read_results(options.data / "routellm", "routellm").queries
     file = options.out / "mmlu_router_dataset.pkl"
@@ -117,7 +98,7 @@ def main() -> None:
                     continue
                 name = f"tokens, {label}" if row.kind == "composite" else row.name
                 interval = f"{100 * row.interval[0]:.1f} to {100 * row.interval[1]:.1f}"
-                ratios = f"{row.mean / 0.864:.3f} | {row.mean / best:.3f}"
+                ratios = f"{row.mean / reference_score('mmlu'):.3f} | {row.mean / best:.3f}"
                 print(
                     f"| {kind} | {name} | {100 * row.mean:.2f} | {interval} | {ratios} | {entropy.get(row.name, '')} |",
                     flush=True,

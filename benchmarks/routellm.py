@@ -7,11 +7,13 @@ nothing was trained on (five folds of subjects, each held out once, their querie
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from expertoken.benchmarks.fitting import problems_of, states
 from expertoken.data_prep.readers import read_results
 from expertoken.data_prep.results import BenchmarkResults
 from expertoken.data_prep.supervision import Supervision, build_supervision
@@ -19,8 +21,7 @@ from expertoken.evaluation import baselines, metrics
 from expertoken.examples.smollm2 import smollm2
 from expertoken.modeling.meta import MetaLLM, Source
 from expertoken.train.arguments import L2
-from expertoken.train.features import Features, cached_features
-from expertoken.train.tokens import Problem, fit_rows, problem_logits
+from expertoken.train.tokens import fit_rows, problem_logits
 
 LABELS = {
     "tokens, correctness of the query": ("correctness", "correctness"),
@@ -28,13 +29,7 @@ LABELS = {
     "tokens, query labels": ("query", "cross_entropy"),
     "tokens, subject labels": ("subject", "cross_entropy"),
 }
-ROUTERS = ("kNN", "linear", "clusters", "factors")
-SIDES = ("train", "validation", "test")
-
-
-def states(meta: MetaLLM, supervision: Supervision) -> dict[str, Features]:
-    """Of all sides."""
-    return {side: cached_features(meta, supervision.side(side)["messages"], label=f"{side} features") for side in SIDES}
+ROUTERS = tuple(baselines.METHODS)
 
 
 def subject_means(supervision: Supervision, scores: np.ndarray) -> np.ndarray:
@@ -49,20 +44,10 @@ def tokens(meta: MetaLLM, results: BenchmarkResults, name: str, **split: object)
     label, objective = LABELS[name]
     supervision = build_supervision(results, labelling=label, leaks="drop", near_duplicates="ignore", **split)
     found = states(meta, supervision)
-    problems = {}
-    for side in ("train", "validation"):
-        targets, scores, weights = supervision.arrays(side)
-        if side == "train" and "subject (" in name:
-            scores = subject_means(supervision, scores)
-        problems[side] = Problem(found[side], targets, scores, weights, supervision.side(side)["benchmark"])
-    fit = fit_rows(
-        problems["train"],
-        problems["validation"],
-        objective=objective,
-        l2=L2,
-        transform=meta.transform,
-        with_self=False,
-    )
+    train, validation = problems_of(supervision, found)
+    if "subject (" in name:
+        train = replace(train, scores=subject_means(supervision, train.scores))
+    fit = fit_rows(train, validation, objective=objective, l2=L2, transform=meta.transform, with_self=False)
     logits = problem_logits(fit.rows, found["test"], meta.transform, with_self=False).numpy()
     return 1 / (1 + np.exp(-logits)) if objective == "correctness" else logits, supervision
 

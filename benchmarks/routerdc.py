@@ -9,24 +9,23 @@ import argparse
 import json
 import resource
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from expertoken.benchmarks.fitting import fit
 from expertoken.data_prep.readers import read_results
 from expertoken.data_prep.results import BenchmarkResults
 from expertoken.data_prep.supervision import Supervision, build_supervision
 from expertoken.evaluation.evaluate import evaluate
 from expertoken.evaluation.report import Report
 from expertoken.examples.smollm2 import smollm2
-from expertoken.modeling.composite import Composite, Manifest, describe_base
 from expertoken.modeling.files import atomic_file
 from expertoken.modeling.meta import MetaLLM, Source
-from expertoken.train.arguments import L2
 from expertoken.train.features import cached_features
-from expertoken.train.tokens import Problem, fit_rows
 
 FILES = ("mmlu_{}", "gsm8k-{}", "cmmlu_{}", "arc_challenge_{}", "humaneval_{}")
 COLUMNS = ("mmlu", "gsm8k", "cmmlu", "arc_challenge", "humaneval")
@@ -52,32 +51,11 @@ def read(folder: Path) -> BenchmarkResults:
     return BenchmarkResults.merge([read_results(file, "routerdc") for file in files])
 
 
-def run_recipe(
-    meta: MetaLLM, supervision: Supervision, objective: str, baselines: list[str] | None
-) -> tuple[Report, dict]:
-    """Fit, then evaluate on the test side, beside all learnt routers where `baselines` is None."""
-    problems = {}
-    for side in ("train", "validation"):
-        part = supervision.side(side)
-        problems[side] = Problem(
-            cached_features(meta, part["messages"], label=f"{side} features"),
-            *supervision.arrays(side),
-            part["benchmark"],
-        )
-    started = time.perf_counter()
-    fit = fit_rows(
-        problems["train"],
-        problems["validation"],
-        objective=objective,
-        l2=L2,
-        transform=meta.transform,
-        with_self=False,
-    )
-    seconds = time.perf_counter() - started
-    meta.rows = fit.rows
-    manifest = Manifest(describe_base(meta), [expert.name for expert in supervision.pool])
-    report = evaluate(Composite(meta, supervision.pool, manifest), supervision, baselines=baselines)
-    chosen = next(entry for entry in fit.path if entry["l2"] == fit.l2)
+def run_recipe(meta: MetaLLM, supervision: Supervision, objective: str, **routers: Any) -> tuple[Report, dict]:
+    """Fit, then evaluate on the test side, beside the learnt routers that `evaluate` is asked for."""
+    composite, found, seconds = fit(meta, supervision, objective)
+    report = evaluate(composite, supervision, **routers)
+    chosen = next(entry for entry in found.path if entry["l2"] == found.l2)
     return report, {**chosen, "fit_seconds": seconds}
 
 
@@ -119,6 +97,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="has routerdc/")
     parser.add_argument("--out", type=Path, default=Path("runs/routerdc"), help="default: %(default)s")
     parser.add_argument("--dtype", default="float32", help="of the meta LLM (default: %(default)s)")
+    parser.add_argument("--encoder", help="also fine-tune this encoder (hub id or folder) as a router")
+    parser.add_argument("--embedder", help="also give the learnt routers this sentence-transformers model's features")
     options = parser.parse_args()
     results = read(options.data / "routerdc")
     meta = MetaLLM.from_pretrained(Source(str(smollm2())), len(results.models), dtype=getattr(torch, options.dtype))
@@ -132,7 +112,16 @@ def main() -> None:
     for name, (strategy, objective) in RECIPES.items():
         supervision = build_supervision(results, labelling=strategy, leaks="drop")
         # The learnt routers do not see the labels: once is enough.
-        reports[name], fits[name] = run_recipe(meta, supervision, objective, [] if reports else None)
+        routers = {"baselines": []} if reports else {"encoder": options.encoder}
+        reports[name], fits[name] = run_recipe(meta, supervision, objective, **routers)
+    if options.embedder:
+        other, _ = run_recipe(meta, supervision, objective, embedder=options.embedder)
+        first = next(iter(reports.values()))
+        first.rows += [
+            replace(row, name=f"{row.name}, on {Path(options.embedder).name}")
+            for row in other.rows
+            if row.kind == "router"
+        ]
     best = max(fits, key=lambda name: fits[name]["validation_score"])
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print("\n".join(table(reports)))

@@ -50,11 +50,12 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     folder = out or composite / "report"
+    pictures = []
     if plot and find_spec("matplotlib"):
         from ..evaluation.plots import draw_report
 
-        draw_report(report, folder)
-    report.save_folder(folder)
+        pictures = draw_report(report, folder)
+    report.save_folder(folder, pictures)
     console = wide_console()
     console.print(report_table(report))
     for sentence in report.verdict():

@@ -78,6 +78,8 @@ def prepare(
     from ..modeling.experts import ExpertPool
     from .tables import summary_table, wide_console
 
+    if pool and self_model:
+        raise ExpertokenError("--self-model is for results without a pool; in a pool file say `backend: self`")
     candidates = ExpertPool.from_yaml(pool) if pool else None
     for sentence in candidates.missing() if candidates else ():
         logger.warning(sentence)

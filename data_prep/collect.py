@@ -3,10 +3,13 @@
 The harness evaluates; this module brings it the experts, writes down who answered what, and goes on where it stopped.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,7 @@ from ..modeling.errors import ExpertokenError, did_you_mean, one_line, require_e
 from ..modeling.experts import SELF, Expert, ExpertPool
 from ..modeling.files import atomic_file
 from ..modeling.meta import Source, load_causal_lm
-from .readers.lm_eval import METRICS, question_of
+from .readers.lm_eval import METRICS, question_of, subject_of
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -103,13 +106,9 @@ def collect(
         raise ExpertokenError(f"engine: unknown {engine!r}, {did_you_mean(engine, ENGINES)}")
     evaluation = evaluation or Evaluation()
     out = Path(out)
-    manager = _task_manager(evaluation)
-    for task in tasks:
-        if task not in manager.all_tasks:
-            raise ExpertokenError(f"no task {task!r} in the harness, {did_you_mean(task, manager.all_tasks)}")
     for expert in pool.candidates:
         _check(expert, evaluation)
-    _remember(out, pool, evaluation)
+    _remember(out, pool, evaluation, {task: _identity(_load_task(task, evaluation)) for task in tasks})
     # By expert, so that a local model is loaded once for all its tasks.
     pairs = [(expert, task) for expert in pool.candidates for task in tasks]
     missing = [pair for pair in pairs if not _file(out, *pair).exists()]
@@ -146,6 +145,42 @@ def _task_manager(evaluation: Evaluation) -> "TaskManager":
     return TaskManager(include_path=evaluation.include_path)
 
 
+def _load_task(name: str, evaluation: Evaluation) -> dict[str, Any]:
+    """The harness's task of that name, or the tasks of the group.
+
+    Raises:
+        ExpertokenError: there is none, its data can't be had, or it has no metric that is a score of a sample.
+    """
+    manager = _task_manager(evaluation)
+    if name not in manager.all_tasks:
+        raise ExpertokenError(f"no task {name!r} in the harness, {did_you_mean(name, manager.all_tasks)}")
+    try:
+        tasks = manager.load([name])["tasks"]
+    except Exception as error:  # of datasets, the hub's client, the task's own code, ...
+        raise ExpertokenError(f"task {name}: its data can't be loaded ({one_line(error)})") from error
+    wanted = (evaluation.metric,) if evaluation.metric else METRICS
+    for found, task in tasks.items():
+        there = [entry["metric"] for entry in task.config.metric_list or () if isinstance(entry["metric"], str)]
+        if there and not set(wanted) & set(there):
+            raise ExpertokenError(
+                f"task {found}: no metric {' or '.join(wanted)}; say --metric with one that is a score of each sample: "
+                f"{', '.join(there)}"
+            )
+    return tasks
+
+
+def _identity(tasks: dict[str, Any]) -> str:
+    """A hash of what tasks ask: another wording or other documents under the same name are another benchmark."""
+    digest = hashlib.sha256()
+    for name, task in sorted(tasks.items()):
+        # As far as they are templates: a function has no text that stays the same.
+        wording = [getattr(task.config, key) for key in ("doc_to_text", "doc_to_target", "doc_to_choice")]
+        digest.update(json.dumps([name, [part for part in wording if isinstance(part, str | list)]]).encode())
+        for document in task.eval_docs:
+            digest.update(json.dumps(document, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
 def _check(expert: Expert, evaluation: Evaluation) -> None:
     """Tell what an expert lacks before any other is run for hours."""
     needs_meta = expert.backend == SELF or (expert.backend == "adapter" and not expert.base)
@@ -155,29 +190,37 @@ def _check(expert: Expert, evaluation: Evaluation) -> None:
         expert.api_key()
 
 
-def _remember(out: Path, pool: ExpertPool, evaluation: Evaluation) -> None:
+def _remember(out: Path, pool: ExpertPool, evaluation: Evaluation, tasks: dict[str, str]) -> None:
     """Write down what a folder's results were made with; another limit or model must not go on in the same folder."""
     file = out / _SETTINGS_FILE
     left_out = ("batch_size", "include_path", "trust_remote_code")  # nothing of these changes a score
     settings = {key: value for key, value in asdict(evaluation).items() if key not in left_out}
-    identity = ("backend", "model", "base", "revision", "base_url")
+    identity = ("backend", "model", "base", "revision", "base_url", "cost")
     experts = {e.name: {key: getattr(e, key) for key in identity} for e in pool.candidates}
-    known = {"settings": settings, "experts": {}}
+    known = {"harness": version("lm_eval"), "settings": settings, "experts": {}, "tasks": {}}
     if file.exists():
-        known = json.loads(file.read_text("utf-8"))
+        try:
+            known |= json.loads(file.read_text("utf-8"))
+        except (ValueError, TypeError) as error:
+            raise ExpertokenError(f"{file}: damaged ({one_line(error)}); choose another --out") from None
+        if known["harness"] != version("lm_eval"):
+            logger.warning("%s was collected with lm_eval %s, this is %s", out, known["harness"], version("lm_eval"))
         differing = [
             f"{key} {known['settings'].get(key)!r} then, {value!r} now"
             for key, value in settings.items()
             if known["settings"].get(key) != value
         ]
         differing += [
-            f"expert {name!r} was another model"
+            f"expert {name!r} was another model or had another cost"
             for name, entry in experts.items()
             if known["experts"].get(name, entry) != entry
         ]
+        other = [name for name, mark in tasks.items() if known["tasks"].get(name, mark) != mark]
+        differing += [f"task {name!r} asked something else" for name in other]
         if differing:
             raise ExpertokenError(f"{out} was collected otherwise ({'; '.join(differing)}); choose another --out")
     known["experts"] |= experts
+    known["tasks"] |= tasks
     with atomic_file(file) as aside:
         aside.write_text(json.dumps(known, indent=2) + "\n", "utf-8")
 
@@ -238,10 +281,8 @@ def language_model(expert: Expert, evaluation: Evaluation) -> "LM":
         ExpertokenError: it can't be loaded, or its key is not set.
     """
     if expert.backend == "openai":
-        from lm_eval.models.openai_completions import LocalChatCompletion
-
         base_url = (expert.base_url or "https://api.openai.com/v1").rstrip("/")
-        return LocalChatCompletion(
+        return _endpoint_class()(
             base_url=f"{base_url}/chat/completions",
             model=expert.model,
             header={"Authorization": f"Bearer {expert.api_key()}"},
@@ -260,6 +301,45 @@ def language_model(expert: Expert, evaluation: Evaluation) -> "LM":
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=evaluation.batch_size)
 
 
+def _endpoint_class() -> type["LM"]:
+    """The harness's chat endpoint, made to remember what each prompt used: the harness itself throws that away."""
+    from lm_eval.models.openai_completions import LocalChatCompletion
+
+    asked: ContextVar[str] = ContextVar("asked")  # of each concurrent request its own
+
+    class MeteredEndpoint(LocalChatCompletion):
+        used: dict[str, dict[str, int]]
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.used = {}
+
+        async def amodel_call(self, session: Any, sem: Any, messages: Any, **options: Any) -> Any:
+            asked.set(messages[0][0])
+            return await super().amodel_call(session, sem, messages, **options)
+
+        def parse_generations(self, outputs: Any, **options: Any) -> list[str]:
+            self.used[asked.get()] = outputs.get("usage") or {}
+            return super().parse_generations(outputs, **options)
+
+    return MeteredEndpoint
+
+
+def _cost(lm: "LM", expert: Expert, sample: dict[str, Any]) -> float | None:
+    """USD of one answer at the pool's prices; None where there are none, or nothing was generated."""
+    prompt, answer = sample["arguments"][0][0], sample["resps"][0][0]
+    if expert.cost is None or not isinstance(answer, str):
+        return None
+    if expert.backend == "openai":
+        used = lm.used.get(prompt[0], {})
+        if not {"prompt_tokens", "completion_tokens"} <= used.keys():
+            return None
+        tokens = (used["prompt_tokens"], used["completion_tokens"])
+    else:
+        tokens = (len(lm.tok_encode(prompt)), len(lm.tok_encode(answer)))
+    return (tokens[0] * expert.cost["input"] + tokens[1] * expert.cost["output"]) / 1e6
+
+
 def evaluate_pair(lm: "LM", expert: Expert, task: str, evaluation: Evaluation) -> list[dict[str, Any]]:
     """One expert on one task, or on all tasks of a group: rows of a long table.
 
@@ -268,7 +348,7 @@ def evaluate_pair(lm: "LM", expert: Expert, task: str, evaluation: Evaluation) -
     """
     from lm_eval import simple_evaluate
 
-    manager = _task_manager(evaluation)
+    harness_tasks = _load_task(task, evaluation)
     chat = expert.backend == "openai" or (evaluation.chat_template and lm.tokenizer.chat_template is not None)
     try:
         found = simple_evaluate(
@@ -277,20 +357,20 @@ def evaluate_pair(lm: "LM", expert: Expert, task: str, evaluation: Evaluation) -
             num_fewshot=evaluation.num_fewshot,
             limit=evaluation.limit,
             apply_chat_template=chat,
-            task_manager=manager,
+            task_manager=_task_manager(evaluation),
             bootstrap_iters=0,
         )
     except NotImplementedError as error:
         raise ExpertokenError(
             f"the task needs log-probabilities, which a chat endpoint does not give; take its generative form ({error})"
         ) from None
-    texts = manager.load([task])["tasks"]
     rows = []
     for name, samples in found["samples"].items():
         chosen = samples[0]["filter"]
         for sample in samples:
             if sample["filter"] == chosen:  # of several filters (strict-match, flexible-extract) the task's first
-                rows.append(_row(sample, name, task, expert, texts[name], evaluation.metric))
+                row = _row(sample, name, task, expert, harness_tasks[name], evaluation.metric)
+                rows.append(row | {"cost": _cost(lm, expert, sample)})
     return rows
 
 
@@ -299,15 +379,21 @@ def _row(
 ) -> dict[str, Any]:
     key = metric or next((key for key in METRICS if key in sample), None)
     if key not in sample:
-        raise ExpertokenError(f"task {name}: no metric {key or 'known here'!r}; it has {', '.join(sample['metrics'])}")
+        has = ", ".join(sample["metrics"])
+        raise ExpertokenError(f"task {name}: its samples have no metric {key or 'known here'!r}; say --metric: {has}")
+    # Not the prompt that was sent, which differs between experts by their chat templates.
+    asked = harness_task.doc_to_text(sample["doc"])
+    query = question_of(sample["doc"], asked if isinstance(asked, str) else "")
+    if query is None:
+        # Winogrande's kind, where the text is the number of the right one of several beginnings.
+        query = asked if isinstance(asked, str) else "\n".join(map(str, harness_task.doc_to_choice(sample["doc"])))
     answer = sample["resps"][0][0]
     return {
         "id": f"{name}/{sample['doc_id']}",
-        # Not the prompt that was sent, which differs between experts by their chat templates.
-        "query": question_of(sample["doc"]) or str(harness_task.doc_to_text(sample["doc"])),
+        "query": query,
         "model": expert.name,
         "score": float(sample[key]),
         "benchmark": task,
-        "subject": None if name == task else name.removeprefix(f"{task}_"),
+        "subject": subject_of(name, task),
         "response": answer if isinstance(answer, str) else None,
     }

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -54,6 +54,21 @@ class Labelling:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ExpertokenError(f"{name}: expected {low:g} to {high:g}, got {value:g}")
+        for name, strategies in _READ_BY.items():
+            default = next(field.default for field in fields(self) if field.name == name)
+            if getattr(self, name) != default and self.strategy not in strategies:
+                raise ExpertokenError(
+                    f"{name}: labels by {self.strategy!r} do not depend on it; it is for {', '.join(strategies)}"
+                )
+
+
+_READ_BY = {
+    "temperature": ("soft",),
+    "beta": ("mixed",),
+    "shrinkage": ("subject", "mixed"),
+    "margin": ("query", "subject", "mixed", "soft"),
+}
+"""Options that not every strategy reads, to those that do."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +93,38 @@ class Measured:
 
 
 def utility(scores: np.ndarray, costs: np.ndarray | None, cost_weight: float) -> np.ndarray:
-    """`score - lambda * cost` (RouterBench, arXiv 2403.12031, section 3). A cost that is not known counts as 0."""
+    """`score - lambda * cost` (RouterBench, arXiv 2403.12031, section 3), of costs without gaps."""
     if costs is None or cost_weight == 0:
         return scores
-    return (scores - cost_weight * np.nan_to_num(costs)).astype(scores.dtype)
+    return (scores - cost_weight * costs).astype(scores.dtype)
+
+
+def filled_costs(
+    costs: np.ndarray, learning: np.ndarray, *, self_index: int | None = None, names: Sequence[str] | None = None
+) -> np.ndarray:
+    """Costs without gaps: a candidate's mean on the learning side where a query's own cost is not known.
+
+    Self without any known cost is free, as answering asks for no other model. A gap that counted as 0 would make an
+    expert the best choice for not saying what it costs.
+
+    Args:
+        costs: `[N, C]` USD, NaN where not known.
+        learning: `[N]` mask of train and validation.
+        self_index: the column of self, if it is a candidate.
+        names: of the candidates, for the error.
+
+    Raises:
+        ExpertokenError: an expert's cost is known on no query.
+    """
+    means = _means(costs[learning])
+    means = np.where(np.isnan(means), _means(costs), means)
+    if self_index is not None and np.isnan(means[self_index]):
+        means[self_index] = 0.0
+    if np.isnan(means).any():
+        index = int(np.isnan(means).argmax())
+        name = names[index] if names is not None else f"number {index}"
+        raise ExpertokenError(f"cost_weight: no cost is known of candidate {name!r}; add its costs or leave it out")
+    return np.where(np.isnan(costs), means, costs)
 
 
 def winners(scores: np.ndarray, *, self_index: int | None = None, rank: np.ndarray | None = None) -> np.ndarray:
@@ -255,6 +298,7 @@ def label(
     *,
     costs: np.ndarray | None = None,
     self_index: int | None = None,
+    names: Sequence[str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Targets and weights by a labelling strategy.
 
@@ -266,6 +310,7 @@ def label(
         labelling: strategy and parameters, or a strategy's name.
         costs: `[N, C]` USD, NaN where not known.
         self_index: the column of self, if it is a candidate.
+        names: of the candidates, for errors.
 
     Returns:
         targets `[N, C]` and weights `[N]`, float32. A query without any measurement has weight 0.
@@ -274,6 +319,7 @@ def label(
         ExpertokenError: there is no such strategy or way to break ties, or costs are needed and not there.
     """
     labelling = Labelling(labelling) if isinstance(labelling, str) else labelling
+    learning = np.ones(len(scores), dtype=bool) if learning is None else np.asarray(learning)
     if costs is None and (labelling.cost_weight > 0 or labelling.ties == "cheapest"):
         need = "cost_weight" if labelling.cost_weight > 0 else "ties: cheapest"
         raise ExpertokenError(f"{need}: needs costs, and the results have none")
@@ -282,14 +328,17 @@ def label(
     weights = np.zeros(len(scores), dtype=np.float32)
     if not measured.any():
         return targets, weights
+    paid = costs
+    if labelling.cost_weight > 0:
+        paid = filled_costs(costs, learning, self_index=self_index, names=names)
     subjects = [None] * len(scores) if subjects is None else subjects
     pairs = np.array([f"{benchmark}\0{subject or ''}" for benchmark, subject in zip(benchmarks, subjects, strict=True)])
     data = Measured(
-        utility(scores, costs, labelling.cost_weight)[measured],
+        utility(scores, paid, labelling.cost_weight)[measured],
         np.full(scores.shape, np.nan)[measured] if costs is None else costs[measured],
         np.unique(np.asarray(benchmarks, dtype=str), return_inverse=True)[1][measured],
         np.unique(pairs, return_inverse=True)[1][measured],
-        np.ones(measured.sum(), dtype=bool) if learning is None else np.asarray(learning)[measured],
+        learning[measured],
         self_index,
     )
     targets[measured], weights[measured] = STRATEGIES[labelling.strategy](data, labelling)

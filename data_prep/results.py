@@ -37,8 +37,8 @@ class BenchmarkResults:
             there say less than they seem to, and labels leave them out.
 
     Raises:
-        ResultsError: there are no queries or models, shapes differ, an id or a model appears twice, or a score is
-            outside [0, 1].
+        ResultsError: there are no queries or models, shapes differ, an id or a model appears twice, a score is outside
+            [0, 1], or a cost is negative or infinite.
     """
 
     queries: pd.DataFrame
@@ -84,6 +84,15 @@ class BenchmarkResults:
                 f"query {self.queries['id'][row]!r}, model {self.models[column]!r}: score {self.scores[row, column]:g} "
                 "is outside [0, 1]; scale scores first"
             )
+        if self.costs is not None:
+            with np.errstate(invalid="ignore"):
+                wrong = np.argwhere((self.costs < 0) | np.isinf(self.costs))
+            if len(wrong):
+                row, column = wrong[0]
+                raise ResultsError(
+                    f"query {self.queries['id'][row]!r}, model {self.models[column]!r}: cost "
+                    f"{self.costs[row, column]:g} is not a price; expected USD per query, 0 or more"
+                )
         blank = self.queries["prompt"].isna() | (self.queries["prompt"].astype(str).str.strip() == "")
         if blank.any():
             raise ResultsError(
@@ -188,8 +197,8 @@ class BenchmarkResults:
     ) -> "BenchmarkResults":
         """The same results with every query assigned to train, validation or test.
 
-        Sides that the files state are kept. Without a stated test side, `test` of each benchmark's queries become it;
-        without a stated validation side, `validation` of each benchmark's train queries; subjects in proportion.
+        Sides that the files state are kept. Where no file states a test side, `test` of each benchmark's queries become
+        it; where some do, of those benchmarks of which nothing is stated. Validation likewise, from train.
 
         Args:
             validation: share of train, drawn at random within each benchmark, subjects in proportion.
@@ -202,18 +211,18 @@ class BenchmarkResults:
             ResultsError: the files state an unknown side, or there is nothing of what is to be held out.
         """
         if hold_out:
-            return self._without(hold_out).split(validation=validation, seed=seed)
+            return self._without(hold_out).split(validation=validation, test=0, seed=seed)
         queries = self.queries.copy()
         rng = np.random.default_rng(seed)
         given = set(queries["split"].dropna())
         if unknown := given - set(SPLITS):
             raise ResultsError(f"unknown split {min(unknown)!r}; expected {', '.join(SPLITS)}")
+        silent = {name for name, sides in queries.groupby("benchmark")["split"] if sides.isna().all()}
         queries["split"] = queries["split"].fillna("train")
         for side, share in (("test", test), ("validation", validation)):
-            if side in given:
-                continue
-            for _, group in queries[queries["split"] == "train"].groupby("benchmark", sort=True, dropna=False):
-                queries.loc[_draw(group["subject"], share, rng), "split"] = side
+            for name, group in queries[queries["split"] == "train"].groupby("benchmark", sort=True, dropna=False):
+                if side not in given or name in silent:
+                    queries.loc[_draw(group["subject"], share, rng), "split"] = side
         return replace(self, queries=queries)
 
     def _without(self, hold_out: HoldOut) -> "BenchmarkResults":

@@ -132,10 +132,25 @@ def _open(
     if twice:
         raise ResultsError(f"{queries}: query id {twice[0]!r} appears twice; ids are unique, drop or rename one")
     cost = "cost" if priced else "NULL::DOUBLE"
-    utility = f"score - {labelling.cost_weight!r} * coalesce(cost, 0)" if labelling.cost_weight else "score"
+    utility = "score"
+    if labelling.cost_weight:
+        # A gap takes the model's mean cost, see `labels.filled_costs`.
+        source = sources[records]
+        connection.execute(
+            f"CREATE TABLE prices AS SELECT model, coalesce(avg(r.cost) FILTER (learning), avg(r.cost)) AS price, "
+            f"min(r.cost) AS low FROM {source} r JOIN queries USING (id) GROUP BY model"
+        )
+        bad = connection.execute("SELECT model, price FROM prices WHERE price IS NULL OR low < 0 LIMIT 1").fetchone()
+        if bad:
+            told = "no cost is known" if bad[1] is None else "a cost is below 0"
+            raise ResultsError(f"{records}: model {bad[0]!r}: {told}; add its costs or leave it out")
+        utility = (
+            f"score - {labelling.cost_weight!r} * coalesce(cost, (SELECT price FROM prices p WHERE p.model = r.model))"
+        )
     connection.execute(
         f"CREATE VIEW records AS SELECT id, model, score, ({utility})::DOUBLE AS u, cost FROM (SELECT id, model, "
-        f"score::DOUBLE AS score, {cost} AS cost FROM {sources[records]}) WHERE score IS NOT NULL AND NOT isnan(score)"
+        f"score::DOUBLE AS score, {cost} AS cost FROM {sources[records]}) r "
+        "WHERE score IS NOT NULL AND NOT isnan(score)"
     )
     # Who is best, the test side must not decide; where nobody asks for it, this pass reads two columns and no ids.
     side, mean = ("JOIN queries USING (id)", "avg(u) FILTER (learning)") if labelling.ties == "best" else ("", "avg(u)")

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..modeling.errors import ExpertokenError, one_line
+from ..modeling.errors import ExpertokenError, did_you_mean, one_line
 from ..modeling.experts import SELF, Expert, ExpertPool
 from ..modeling.files import atomic_folder, recover_folder
-from .labels import Labelling, label, utility
+from .labels import Labelling, filled_costs, label, utility
 from .leaks import find_leaks, find_near_duplicates
 from .results import SPLITS, BenchmarkResults, HoldOut, ResultsError
 
@@ -87,11 +87,19 @@ class Supervision:
         """
         part = self.side(name).with_format("numpy")
         weight = self.info.labelling.get("cost_weight", 0.0)
-        known = utility(self.scores(name), self.costs(name), weight)
+        known = utility(self.scores(name), self._paid(name) if weight else None, weight)
         benchmarks = np.asarray(self.side(name)["benchmark"], dtype=str)
         for candidate, benchmark in self.info.labelling.get("contaminated", ()):
             known[benchmarks == benchmark, self.info.candidates.index(candidate)] = np.nan
         return np.asarray(part["target"], np.float32), known, np.asarray(part["weight"], np.float32)
+
+    def _paid(self, name: str) -> np.ndarray:
+        """Costs of a side without gaps, as the labels were made with them."""
+        sides = [side for side in SPLITS if len(self.data[side])]
+        costs = np.concatenate([self._costs(side) for side in sides])
+        of = np.repeat(sides, [len(self.data[side]) for side in sides])
+        self_index = len(self.pool) if self.info.has_self else None
+        return filled_costs(costs, of != "test", self_index=self_index, names=self.info.candidates)[of == name]
 
     def scores(self, name: str) -> np.ndarray:
         """Scores of a side as measured, `[N, C]` float32, NaN where a candidate was not: what evaluation counts."""
@@ -99,10 +107,12 @@ class Supervision:
 
     def costs(self, name: str) -> np.ndarray | None:
         """USD of each candidate's answers `[N, C]` of a side, NaN where not known; None where nothing is known."""
-        rows = self.side(name)["costs"]
-        unknown = [np.nan] * len(self.info.candidates)
-        costs = np.asarray([row or unknown for row in rows], np.float32)
+        costs = self._costs(name)
         return None if np.isnan(costs).all() else costs
+
+    def _costs(self, name: str) -> np.ndarray:
+        unknown = [np.nan] * len(self.info.candidates)
+        return np.asarray([row or unknown for row in self.side(name)["costs"]], np.float32)
 
     def stamp(self) -> None:
         """Set the fingerprint to that of the contents."""
@@ -184,7 +194,13 @@ def quiet_datasets() -> Iterator[None]:
 
 
 def pool_of(results: BenchmarkResults, self_model: str | None = None) -> ExpertPool:
-    """A pool made from the models that results name, for those who have not written one yet."""
+    """A pool made from the models that results name, for those who have not written one yet.
+
+    Raises:
+        ResultsError: there are no results of `self_model`.
+    """
+    if self_model is not None and self_model not in results.models:
+        raise ResultsError(f"self model: no results of {self_model!r}, {did_you_mean(self_model, results.models)}")
     experts = []
     for model in results.models:
         if model == self_model:
@@ -266,6 +282,7 @@ def build_supervision(
         labelling,
         costs=results.costs,
         self_index=len(pool) if pool.has_self else None,
+        names=pool.names,
     )
     if not weights[side == "train"].any():
         raise ResultsError("every candidate scores alike on every train query; there is nothing to learn from")

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ..modeling.errors import require_extra
+from ..modeling.errors import ExpertokenError, one_line, require_extra
 
 _SEED = 0
+_ENOUGH = 50
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,9 @@ def mlp(train: Side, width: int) -> Predictor:
     from sklearn.neural_network import MLPRegressor
 
     scaler, scaled = _scaled(train.features)
-    model = MLPRegressor(hidden_layer_sizes=(width,), alpha=1e-2, early_stopping=True, max_iter=200, random_state=_SEED)
+    enough = len(train.features) >= _ENOUGH  # a tenth of them is what it stops on
+    options = {"alpha": 1e-2, "early_stopping": enough, "max_iter": 200, "random_state": _SEED}
+    model = MLPRegressor(hidden_layer_sizes=(width,), **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # not converged: stopped early on purpose
         model.fit(scaled, _filled(train.scores))
@@ -160,6 +163,20 @@ def predict(
     return method(train + validation, best)(features), best
 
 
+def check_model(model: str) -> None:
+    """See that a model of an embedder or an encoder is there, before anything else takes its time.
+
+    Raises:
+        ExpertokenError: it is not, or is none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ExpertokenError(f"{model}: no such encoder; expected a hub id or a folder ({one_line(error)})") from None
+
+
 def embed(model: str, texts: Sequence[str]) -> np.ndarray:
     """A sentence-transformers model's embeddings of texts, `[N, d]`.
 
@@ -213,17 +230,20 @@ def encoder(
             batch["labels"] = torch.tensor(np.stack([row["labels"] for row in rows]), dtype=torch.float32)
         return batch
 
-    arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(prefix="encoder-"),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=batch_size,
-        learning_rate=2e-5,
-        save_strategy="no",
-        report_to="none",
-        logging_steps=50,
-        use_cpu=not torch.accelerator.is_available(),
-    )
-    trainer = Trainer(network, arguments, data_collator=collate, train_dataset=examples("train", _filled(train.scores)))
-    trainer.train()
-    logits = trainer.predict(examples("test", None)).predictions
+    with tempfile.TemporaryDirectory(prefix="encoder-") as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=batch_size,
+            learning_rate=2e-5,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=50,
+            use_cpu=not torch.accelerator.is_available(),
+        )
+        learnt = examples("train", _filled(train.scores))
+        trainer = Trainer(network, arguments, data_collator=collate, train_dataset=learnt)
+        trainer.train()
+        logits = trainer.predict(examples("test", None)).predictions
     return 1 / (1 + np.exp(-logits))

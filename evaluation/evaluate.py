@@ -1,131 +1,34 @@
 """The composite on one side of a supervision, beside everything it has to beat."""
 
 import logging
-import math
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from ..data_prep.supervision import Supervision, supervision_of
-from ..modeling.chat import text_of
 from ..modeling.composite import Composite, load_composite, read_manifest
 from ..modeling.errors import ExpertokenError, did_you_mean
 from ..modeling.meta import library_versions
-from ..train.features import cached_features
-from ..train.tokens import problem_logits
 from . import baselines as learnt
 from . import metrics
+from .figures import add_pair, add_scores, add_trade_offs
 from .report import Report, Row
 from .robustness import robustness as measure_robustness
+from .sides import Policy, Split, expected_costs, read_split
 
 logger = logging.getLogger(__name__)
 
-_LAMBDAS = np.concatenate([[0.0], np.geomspace(1e-3, 1e3, 61)])
 _PARTIAL_ORACLE = 0.5
-
-
-@dataclass
-class Policy:
-    """A way to choose.
-
-    Attributes:
-        kind: see `Row`.
-        values: `[N]` score on each query; of a random choice its expectation.
-        costs: `[N]` USD on each query, or None.
-        predicted: `[N, C]` what a router expects of the candidates, for the trade-off of cost and quality.
-        setting: what was chosen on validation.
-    """
-
-    kind: str
-    values: np.ndarray
-    costs: np.ndarray | None = None
-    predicted: np.ndarray | None = None
-    setting: Any = None
-
-
-@dataclass(frozen=True)
-class Split:
-    """One side of the supervision, in the order of the composite's candidates.
-
-    Attributes:
-        raw: scores `[N, C]`, NaN where not measured.
-        costs: `[N, C]` USD, or None.
-        benchmarks: `[N]` names.
-        features: `[N, d]` of the meta LLM.
-        logits: `[N, C]` of the composite.
-        targets: `[N, C]` of the labels.
-        prompts: the last message of each conversation.
-    """
-
-    raw: np.ndarray
-    costs: np.ndarray | None
-    benchmarks: np.ndarray
-    features: np.ndarray
-    logits: np.ndarray
-    targets: np.ndarray
-    prompts: list[str]
-
-    @property
-    def scores(self) -> np.ndarray:
-        """Scores with 0 where not measured."""
-        return np.nan_to_num(self.raw)
-
-    def choose(self, chosen: np.ndarray, kind: str, **more: Any) -> Policy:
-        """The policy that makes these choices."""
-        rows = np.arange(len(chosen))
-        return Policy(kind, self.scores[rows, chosen], None if self.costs is None else self.costs[rows, chosen], **more)
-
-
-def read_split(composite: Composite, supervision: Supervision, name: str, *, states: bool = True) -> Split:
-    """A side with the composite's logits, by way of the feature cache. Queries nobody was measured on are left out.
-
-    Args:
-        composite: whose candidates and states.
-        supervision: that has the side.
-        name: of the side.
-        states: whether features and logits are needed; without them they are empty.
-
-    Raises:
-        ExpertokenError: the supervision lacks the side or a candidate, or nobody was measured on it.
-    """
-    absent = [candidate for candidate in composite.pool.names if candidate not in supervision.info.candidates]
-    if absent:
-        raise ExpertokenError(
-            f"the supervision has no scores of {', '.join(absent)}; it has {', '.join(supervision.info.candidates)}"
-        )
-    columns = [supervision.info.candidates.index(candidate) for candidate in composite.pool.names]
-    side = supervision.side(name)
-    raw, costs = supervision.scores(name)[:, columns], supervision.costs(name)
-    kept = np.flatnonzero(~np.isnan(raw).all(1))
-    if not len(kept):
-        raise ExpertokenError(f"no candidate of the composite was measured on the {name} side; nothing to compare")
-    if len(kept) < len(raw):
-        logger.warning("%d queries that no candidate was measured on are left out", len(raw) - len(kept))
-    messages = side["messages"]
-    hidden = logits = np.zeros((len(raw), 0), np.float32)
-    if states:
-        meta = composite.meta
-        features = cached_features(meta, messages, label=f"{name} features")
-        hidden = np.asarray(features.hidden)
-        logits = problem_logits(meta.rows, features, meta.transform, with_self=composite.pool.has_self).numpy()
-    return Split(
-        raw[kept],
-        None if costs is None else costs[kept][:, columns],
-        np.asarray(side["benchmark"], dtype=str)[kept],
-        hidden[kept],
-        logits[kept],
-        supervision.arrays(name)[0][kept][:, columns],
-        [text_of(messages[int(row)][-1]) for row in kept],
-    )
+_FIGURES = 1000  # resamples of figures that are not means: each of them costs a curve
+_FOLD = 5  # where there is one side to learn from, every so-manieth query of it is validation
 
 
 def evaluate(
@@ -165,6 +68,8 @@ def evaluate(
     supervision.side(split)  # a misspelt side or baseline is told before anything is loaded
     if unknown := [name for name in baselines or () if name not in learnt.METHODS]:
         raise ExpertokenError(f"no baseline {unknown[0]!r}, {did_you_mean(unknown[0], learnt.METHODS)}")
+    for model in filter(None, (embedder, encoder)):
+        learnt.check_model(model)
     if folder is not None:
         composite = load_composite(folder, trust_remote_code=trust_remote_code)
     if baselines is None:
@@ -176,39 +81,45 @@ def evaluate(
     if not sides:
         raise ExpertokenError(f"nothing but the {split} side: baselines have nothing to be chosen on")
     known = [read_split(composite, supervision, side, states=bool(baselines) and not embedder) for side in sides]
+    expected_cost = expected_costs(known, test)
+    if test.costs is not None:
+        test = replace(test, costs=np.where(np.isnan(test.costs), expected_cost, test.costs))
     chosen = test.logits.argmax(1)
     probabilities = np.exp(test.logits - test.logits.max(1, keepdims=True))
     probabilities /= probabilities.sum(1, keepdims=True)
     of_correctness = composite.manifest.training.get("objective") == "correctness"
-    expected = _chances(test.logits, with_self=composite.pool.has_self) if of_correctness else test.logits
+    expected = _chances(test.logits, with_self=composite.pool.has_self) if of_correctness else probabilities
     policies = {"composite": test.choose(chosen, "composite", predicted=expected)}
     policies |= {name: test.choose(np.full(len(chosen), index), "expert") for index, name in enumerate(names)}
     policies |= _simple(names, known, test)
     policies |= _learnt(baselines, embedder, encoder, known, test)
-    policies["oracle"] = test.choose(test.scores.argmax(1), "bound")
-    confidence = (expected if of_correctness else probabilities).max(1)
-    error, reliability = metrics.calibration(confidence, policies["composite"].values)
+    policies["oracle"] = test.choose(metrics.oracle(test.scores, test.costs), "bound")
+    confidence = expected.max(1)
     report = Report(
         rows=_rows(policies, test.benchmarks, resamples),
         shares={name: float((chosen == index).mean()) for index, name in enumerate(names)},
         queries={str(n): int(c) for n, c in zip(*np.unique(test.benchmarks, return_counts=True), strict=True)},
         confusion=metrics.confusion(test.targets, chosen).tolist(),
-        reliability=reliability,
+        reliability=metrics.calibration(confidence, policies["composite"].values),
     )
-    report.metrics = _metrics(report, test, chosen, probabilities) | {"calibration error (ECE)": error}
-    _trade_offs(report, policies, known, test)
+    counts = metrics.resample_counts(test.benchmarks, min(resamples, _FIGURES))
+    add_scores(report, policies, test, chosen, probabilities, confidence, counts)
+    add_pair(report, policies, known, test, counts)
+    if test.costs is not None:
+        add_trade_offs(report, policies, test, expected_cost, counts)
     if robustness:
         place = np.random.default_rng(0).permutation(len(chosen))[:robustness]
         found = measure_robustness(
             composite.meta, [test.prompts[i] for i in place], test.scores[place], with_self=composite.pool.has_self
         )
         report.robustness = [asdict(entry) for entry in found]
-    report.metrics = {name: value for name, value in report.metrics.items() if math.isfinite(value)}
     report.settings = {
         "split": split,
         "queries": len(chosen),
         "resamples": resamples,
         "baselines_on": embedder or "states of the meta LLM",
+        "confidence": "chance of being right" if of_correctness else "probability of the chosen candidate",
+        "without_known_cost": [n for n, cost in zip(names, expected_cost, strict=True) if np.isnan(cost)],
         "data_fingerprint": supervision.info.fingerprint,
         "base": composite.manifest.base,
         "training": composite.manifest.training,
@@ -247,7 +158,8 @@ def _rows(policies: dict[str, Policy], benchmarks: np.ndarray, resamples: int) -
             metrics.mean_over_benchmarks(policy.values, benchmarks),
             metrics.bootstrap_interval(policy.values, benchmarks, resamples=resamples),
             metrics.benchmark_means(policy.values, benchmarks),
-            None if policy.costs is None or np.isnan(policy.costs).all() else float(np.nanmean(policy.costs)),
+            # A mean over the queries whose cost happens to be known would be another router's.
+            None if policy.costs is None or np.isnan(policy.costs).any() else float(policy.costs.mean()),
             setting=policy.setting,
         )
         if name != "composite":
@@ -268,8 +180,8 @@ def _simple(names: list[str], known: list[Split], test: Split) -> dict[str, Poli
     single = int(means.mean(0).argmax())
     best_of = {name: int(row.argmax()) for name, row in zip(kinds, means, strict=True)}
     per_dataset = np.array([best_of.get(name, single) for name in test.benchmarks])
-    half = metrics.partial_oracle(test.scores, _PARTIAL_ORACLE)
-    costs = None if test.costs is None else np.nanmean(test.costs, 1)
+    half = metrics.partial_oracle(test.scores, _PARTIAL_ORACLE, test.costs)
+    costs = None if test.costs is None else test.costs.mean(1)
     return {
         f"best single ({names[single]})": test.choose(np.full(len(test.raw), single), "baseline"),
         "best per dataset": test.choose(per_dataset, "baseline"),
@@ -282,10 +194,14 @@ def _learnt(
     names: Sequence[str], embedder: str | None, encoder: str | None, known: list[Split], test: Split
 ) -> dict[str, Policy]:
     """Routers from libraries, on the same states or on an embedder's."""
-    if len(known) < 2:
-        return {}
+    if len(known) == 1:
+        rows = np.arange(len(known[0].raw))
+        known = [known[0].take(rows[rows % _FOLD > 0]), known[0].take(rows[rows % _FOLD == 0])]
     sides = (*known, test)
-    features = [learnt.embed(embedder, side.prompts) if embedder and names else side.features for side in sides]
+    features = [side.features for side in sides]
+    if embedder and names:
+        every = learnt.embed(embedder, [prompt for side in sides for prompt in side.prompts])
+        features = np.split(every, np.cumsum([len(side.prompts) for side in sides])[:-1])
     train, validation = (
         learnt.Side(found, side.raw, side.benchmarks) for found, side in zip(features[:2], known, strict=True)
     )
@@ -303,61 +219,6 @@ def _learnt(
         predicted = learnt.encoder(encoder, texts, train)
         found["encoder"] = test.choose(predicted.argmax(1), "router", predicted=predicted, setting=encoder)
     return found
-
-
-def _metrics(report: Report, test: Split, chosen: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
-    """RouterEval's and LLMRouterBench's figures of the composite."""
-    mean = report.composite.mean
-    best = max(row.mean for row in report.rows if row.kind == "expert")
-    oracle, random = report.row("oracle").mean, report.row("random").mean
-    found = {
-        "mean score (RouterEval mu, AvgAcc)": mean,
-        "over the best single, mu / best (V_B)": mean / best if best else math.nan,
-        "entropy of the predictions, bits (E_p)": metrics.entropy_bits(probabilities),
-        "relative gain over random (Gain@R)": mean / random - 1 if random else math.nan,
-        "relative gain over the best single (Gain@B)": mean / best - 1 if best else math.nan,
-        "relative gap to the oracle (Gap@O)": 1 - mean / oracle if oracle else math.nan,
-        "dispatch accuracy": metrics.dispatch_accuracy(test.scores, chosen),
-    }
-    references = [metrics.REFERENCE_SCORES.get(name.lower().replace("-", "_")) for name in report.queries]
-    if all(references):
-        found["over the reference, mu / reference (V_R)"] = mean / float(np.mean(references))
-    for count, share in metrics.recall_when_few_can(test.scores, chosen).items():
-        found[f"recall where {count} candidate{'s' if count > 1 else ''} can"] = share
-    return found
-
-
-def _trade_offs(report: Report, policies: dict[str, Policy], known: list[Split], test: Split) -> None:
-    """Curves of cost and quality with AIQ, PerfGain and CostSave; APGR and CPT where there are two candidates."""
-    scores = test.scores
-    if test.raw.shape[1] == 2:
-        weak, strong = np.concatenate([side.scores for side in known]).mean(0).argsort()
-        if scores[:, strong].mean() > scores[:, weak].mean():
-            for name, policy in policies.items():
-                if policy.predicted is not None:
-                    preference = policy.predicted[:, strong] - policy.predicted[:, weak]
-                    pair = (preference, scores[:, weak], scores[:, strong])
-                    report.metrics[f"APGR, {name}"] = metrics.apgr(*pair)
-                    for share in (0.5, 0.8):
-                        report.metrics[f"CPT({share:.0%}), {name}"] = metrics.cpt(*pair, share)
-    if test.costs is None or np.isnan(test.costs).all(0).any():
-        return
-    expected = np.nanmean(test.costs, 0)
-    best = int(scores.mean(0).argmax())
-    points = metrics.Curve(expected, scores.mean(0))
-    curves = {"single models": points}
-    for name, policy in policies.items():
-        if policy.predicted is not None:
-            spread = policy.predicted.std() / max(np.ptp(expected), 1e-12)
-            curves[name] = metrics.trade_off(policy.predicted, scores, test.costs, _LAMBDAS * spread)
-    low, high = float(expected.min()), float(expected.max())
-    for name, curve in curves.items():
-        costs, qualities = curve.hull()
-        report.curves[name] = {"costs": costs.tolist(), "qualities": qualities.tolist()}
-        report.metrics[f"AIQ, {name}"] = curve.aiq(low, high)
-        if name != "single models":
-            report.metrics[f"PerfGain, {name}"] = metrics.perf_gain(curve, scores[:, best].mean())
-            report.metrics[f"CostSave, {name}"] = metrics.cost_save(curve, scores[:, best].mean(), expected[best])
 
 
 def _peak_gib() -> float:

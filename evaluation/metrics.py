@@ -1,6 +1,7 @@
 """What the field measures routers by, on plain arrays. N queries, C candidates; scores `[N, C]`, choices `[N]`."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,28 @@ REFERENCE_SCORES = {
     "mmlu_pro": 0.637,
 }
 """RouterEval's reference accuracies (arXiv 2503.10657), of GPT-4 or another strong model, per benchmark."""
+
+_ALIASES = {
+    "arc_challenge": "arc",
+    "arc_c": "arc",
+    "truthful_qa": "truthfulqa",
+    "truthfulqa_mc": "truthfulqa",
+    "truthfulqa_mc2": "truthfulqa",
+    "winograde": "winogrande",
+    "gpqa_diamond": "gpqa",
+    "bbh_zeroshot": "bbh",
+    "mmlu_generative": "mmlu",
+}
+
+
+def reference_score(benchmark: str) -> float | None:
+    """RouterEval's reference accuracy on a benchmark, however its files spell the name; None for others."""
+    name = re.sub(r"[^a-z0-9]+", "_", benchmark.lower()).strip("_")
+    return REFERENCE_SCORES.get(_ALIASES.get(name, name))
+
+
+RIGHT = 0.5
+"""A score above it counts as solved."""
 
 
 def benchmark_means(values: np.ndarray, benchmarks: Sequence[str]) -> dict[str, float]:
@@ -81,6 +104,23 @@ def _resampled(values: np.ndarray, benchmarks: Sequence[str], resamples: int, se
     return means / len(groups)
 
 
+def resample_counts(benchmarks: Sequence[str], resamples: int, seed: int = 0) -> np.ndarray:
+    """How often each query is drawn in each resample, `[R, N]`; drawn with replacement within each benchmark."""
+    names = np.asarray(benchmarks, dtype=str)
+    rng = np.random.default_rng(seed)
+    counts = np.zeros((resamples, len(names)), dtype=np.int32)
+    for name in np.unique(names):
+        rows = np.flatnonzero(names == name)
+        counts[:, rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=resamples)
+    return counts
+
+
+def benchmark_weights(counts: np.ndarray, benchmarks: Sequence[str]) -> np.ndarray:
+    """Weights `[R, N]` with which `weights @ values` is the mean over benchmarks of the mean value, per resample."""
+    names, index, sizes = np.unique(np.asarray(benchmarks, dtype=str), return_inverse=True, return_counts=True)
+    return counts / (sizes[index] * len(names))
+
+
 def chosen_scores(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """Score of each query's chosen candidate, `[N]`."""
     return scores[np.arange(len(scores)), chosen]
@@ -88,15 +128,29 @@ def chosen_scores(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 def entropy_bits(probabilities: np.ndarray) -> float:
     """RouterEval's E_p: mean entropy of the router's predictions over the candidates, in bits (arXiv 2503.10657)."""
+    return float(entropies_bits(probabilities).mean())
+
+
+def entropies_bits(probabilities: np.ndarray) -> np.ndarray:
+    """Entropy of each row, `[N]` bits."""
     logs = np.log2(probabilities, out=np.zeros_like(probabilities, dtype=float), where=probabilities > 0)
-    return float(-(probabilities * logs).sum(1).mean())
+    return -(probabilities * logs).sum(1)
 
 
-def partial_oracle(scores: np.ndarray, p: float, seed: int = 0) -> np.ndarray:
+def oracle(scores: np.ndarray, costs: np.ndarray | None = None) -> np.ndarray:
+    """The best candidate of each query, of several the cheapest (RouterBench, arXiv 2403.12031); choices `[N]`."""
+    if costs is None:
+        return scores.argmax(1)
+    best = scores >= scores.max(1, keepdims=True) - 1e-6
+    paid = np.where(np.isnan(costs), np.finfo(np.float64).max, costs)
+    return np.where(best, paid, np.inf).argmin(1)
+
+
+def partial_oracle(scores: np.ndarray, p: float, costs: np.ndarray | None = None, seed: int = 0) -> np.ndarray:
     """RouterEval's r_o(p): the best candidate with probability p, else one at random; choices `[N]`."""
     rng = np.random.default_rng(seed)
     guess = rng.integers(scores.shape[1], size=len(scores))
-    return np.where(rng.random(len(scores)) < p, scores.argmax(1), guess)
+    return np.where(rng.random(len(scores)) < p, oracle(scores, costs), guess)
 
 
 @dataclass(frozen=True)
@@ -155,24 +209,41 @@ def _below(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float
     return (b[1] - a[1]) * (c[0] - a[0]) <= (c[1] - a[1]) * (b[0] - a[0])
 
 
-def trade_off(predicted: np.ndarray, scores: np.ndarray, costs: np.ndarray, weights: Sequence[float]) -> Curve:
-    """A router's curve: for each lambda the candidate with the best `predicted score - lambda * expected cost`.
+@dataclass(frozen=True)
+class Outcomes:
+    """What each setting of a trade-off pays and gets on each query.
+
+    Attributes:
+        paid: `[P, N]` USD.
+        got: `[P, N]` scores.
+    """
+
+    paid: np.ndarray
+    got: np.ndarray
+
+    def curve(self, counts: np.ndarray | None = None) -> Curve:
+        """Means over the queries, each counted so often as `counts` `[N]` says."""
+        if counts is None:
+            return Curve(self.paid.mean(1), self.got.mean(1))
+        return Curve(self.paid @ counts / counts.sum(), self.got @ counts / counts.sum())
+
+
+def trade_off(
+    predicted: np.ndarray, scores: np.ndarray, costs: np.ndarray, expected: np.ndarray, weights: Sequence[float]
+) -> Outcomes:
+    """A router's trade-off: for each lambda the candidate with the best `predicted score - lambda * expected cost`.
 
     Args:
         predicted: `[N, C]` scores that the router expects.
         scores: `[N, C]` as measured.
-        costs: `[N, C]` USD as measured. What a router may know beforehand is each candidate's mean.
+        costs: `[N, C]` USD as measured.
+        expected: `[C]` USD that each candidate costs on average: what a router may know beforehand.
         weights: lambdas, score per USD.
     """
-    expected = np.nanmean(costs, 0)
     rows = np.arange(len(scores))
-    points = []
-    for weight in weights:
-        chosen = (predicted - weight * expected).argmax(1)
-        paid = costs[rows, chosen]
-        paid = np.where(np.isnan(paid), expected[chosen], paid)
-        points.append((paid.mean(), scores[rows, chosen].mean()))
-    return Curve(*np.array(points).T)
+    choices = [(predicted - weight * expected).argmax(1) for weight in weights]
+    paid, got = (np.stack([values[rows, c] for c in choices]).astype(float) for values in (costs, scores))
+    return Outcomes(paid, got)
 
 
 def strong_share_curve(preference: np.ndarray, weak: np.ndarray, strong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -223,9 +294,9 @@ def cost_save(curve: Curve, best_quality: float, best_cost: float) -> float:
     return float(1 - curve.costs[enough].min() / best_cost) if enough.any() and best_cost > 0 else float("nan")
 
 
-def dispatch_accuracy(scores: np.ndarray, chosen: np.ndarray) -> float:
-    """Share of queries whose chosen candidate is one of the best."""
-    return float((chosen_scores(scores, chosen) >= scores.max(1) - 1e-6).mean())
+def among_the_best(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Whether each query's chosen candidate is one of the best, `[N]`."""
+    return chosen_scores(scores, chosen) >= scores.max(1) - 1e-6
 
 
 def confusion(targets: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -233,29 +304,29 @@ def confusion(targets: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     return targets.T @ np.eye(targets.shape[1])[chosen]
 
 
-def recall_when_few_can(scores: np.ndarray, chosen: np.ndarray, most: int = 3, right: float = 0.5) -> dict[int, float]:
-    """How often a query that only k candidates solve went to one of them, for k = 1 to `most`; NaN without any.
+def solved_by_few(scores: np.ndarray, most: int = 3) -> dict[int, np.ndarray]:
+    """Rows of the queries that just k candidates solve, for k = 1 to `most`.
 
-    Where routers lose most to the oracle (arXiv 2601.07206). A score above `right` counts as solved.
+    Where routers lose most to the oracle (arXiv 2601.07206).
     """
-    solved = scores > right
-    hit = solved[np.arange(len(solved)), chosen]
-    found = {}
-    for count in range(1, most + 1):
-        rows = solved.sum(1) == count
-        found[count] = float(hit[rows].mean()) if rows.any() else float("nan")
-    return found
+    solvers = (scores > RIGHT).sum(1)
+    return {count: np.flatnonzero(solvers == count) for count in range(1, most + 1)}
 
 
-def calibration(
-    confidence: np.ndarray, outcome: np.ndarray, bins: int = 15
-) -> tuple[float, list[tuple[float, float, int]]]:
-    """Expected calibration error (arXiv 1706.04599), and per bin mean confidence, mean outcome and count."""
-    places = np.minimum((confidence * bins).astype(int), bins - 1)
-    table = [
-        (float(confidence[places == b].mean()), float(outcome[places == b].mean()), int((places == b).sum()))
-        for b in range(bins)
-        if (places == b).any()
+def calibration(confidence: np.ndarray, outcome: np.ndarray, bins: int = 15) -> list[tuple[float, float, int]]:
+    """Reliability: per bin of confidence mean confidence, mean outcome and count."""
+    return [
+        (float(confidence[rows].mean()), float(outcome[rows].mean()), len(rows)) for rows in _bins(confidence, bins)
     ]
-    error = sum(count * abs(sure - right) for sure, right, count in table) / len(confidence)
-    return float(error), table
+
+
+def calibration_errors(confidence: np.ndarray, outcome: np.ndarray, counts: np.ndarray, bins: int = 15) -> np.ndarray:
+    """Expected calibration error (arXiv 1706.04599) in each resample, `[R]`; see `resample_counts`."""
+    gaps = [np.abs(counts[:, rows] @ (confidence - outcome)[rows]) for rows in _bins(confidence, bins)]
+    return np.sum(gaps, axis=0) / counts.sum(1)
+
+
+def _bins(confidence: np.ndarray, bins: int) -> Iterator[np.ndarray]:
+    places = np.minimum((confidence * bins).astype(int), bins - 1)
+    for place in np.unique(places):
+        yield np.flatnonzero(places == place)

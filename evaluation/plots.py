@@ -1,5 +1,6 @@
 """The report as pictures: scores, shares, experts by benchmark, calibration, cost against quality."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,7 +98,7 @@ def draw_experts(report: Report) -> "Figure":
     """Scores of every candidate and of the composite on every benchmark."""
     from matplotlib import pyplot
 
-    rows = [report.composite, *(row for row in report.rows if row.kind == "expert")][: _MOST_LABELS + 1]
+    rows = [report.composite, *(row for row in report.shown() if row.kind == "expert")]
     names = list(report.queries)[:_MOST_LABELS]
     values = 100 * np.array([[row.benchmarks[name] for name in names] for row in rows])
     figure, axes = pyplot.subplots(figsize=(0.75 * len(names) + 3.2, 0.36 * len(rows) + 1.6), layout="constrained")
@@ -149,7 +150,7 @@ def draw_reliability(report: Report) -> "Figure":
     axes.scatter(sure, right, 20 + 400 * count / count.sum(), color=_COLOURS["composite"], alpha=0.8)
     error = report.metrics.get("calibration error (ECE)")
     axes.set_title("" if error is None else f"calibration error {error:.3f}", fontsize=10)
-    axes.set_xlabel("probability of the chosen candidate")
+    axes.set_xlabel(report.settings.get("confidence", "confidence"))
     axes.set_ylabel("its mean score")
     axes.set_xlim(0, 1.02)
     axes.set_ylim(0, 1.02)
@@ -158,30 +159,44 @@ def draw_reliability(report: Report) -> "Figure":
     return figure
 
 
+def _between(costs: np.ndarray, points: int = 50) -> np.ndarray:
+    """Costs with points between each and the next."""
+    parts = [np.linspace(low, high, points) for low, high in itertools.pairwise(costs)]
+    return np.concatenate([*parts, costs[-1:]])
+
+
 def draw_costs(report: Report) -> "Figure":
     """Cost against quality: single models, and the hull that each router reaches."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
-    for row in report.rows:
-        if row.kind == "expert" and row.cost is not None:
-            quality = 100 * np.average(list(row.benchmarks.values()), weights=list(report.queries.values()))
-            axes.scatter(1000 * row.cost, quality, color=_COLOURS["expert"], zorder=3)
+    named = {row.name for row in report.shown()}
+    priced = [row for row in report.rows if row.kind == "expert" and row.cost is not None]
+    for row in priced:
+        quality = 100 * np.average(list(row.benchmarks.values()), weights=list(report.queries.values()))
+        axes.scatter(1000 * row.cost, quality, color=_COLOURS["expert"], zorder=3)
+        if row.name in named:
             axes.annotate(row.name, (1000 * row.cost, quality), fontsize=7, xytext=(4, -7), textcoords="offset points")
     others = iter(pyplot.get_cmap("Dark2").colors)
     for name, curve in report.curves.items():
         ours = name == "composite"
         colour = _COLOURS["composite"] if ours else "#999999" if name == "single models" else next(others, "#777777")
+        # Between two vertices a router mixes them: a straight line in cost, which a logarithmic axis bends.
+        costs = _between(np.array(curve["costs"]))
         axes.plot(
-            [1000 * cost for cost in curve["costs"]],
-            [100 * quality for quality in curve["qualities"]],
+            1000 * costs,
+            100 * np.interp(costs, curve["costs"], curve["qualities"]),
             color=colour,
             linewidth=2.5 if ours else 1.2,
             linestyle=":" if name == "single models" else "-",
             label=f"{name}, AIQ {report.metrics.get(f'AIQ, {name}', float('nan')):.3f}",
             zorder=2 if ours else 1,
         )
-    axes.set_xscale("log")
+    paid = [1000 * row.cost for row in priced if row.cost > 0]
+    if paid:
+        # Logarithmic but for a stretch at zero, so that what costs nothing has a place.
+        axes.set_xscale("symlog", linthresh=min(paid) / 2, linscale=0.3)
+    axes.set_xlim(left=0 if any(row.cost == 0 for row in priced) or not paid else 0.7 * min(paid))
     axes.set_xlabel("USD per 1000 queries")
     axes.set_ylabel("mean score over queries, %")
     axes.legend(frameon=False, fontsize=8)

@@ -1,13 +1,18 @@
 """What an evaluation found, as an object and as a folder that a person would rather look at than read."""
 
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..modeling.files import atomic_file
 
 _SURE = 0.05
+_BOUNDS = (_SURE / 2, 1 - _SURE / 2)
 _MOST_EXPERTS = 30  # lines that a table has room for
 
 
@@ -47,6 +52,8 @@ class Report:
         shares: share of queries per candidate.
         queries: per benchmark.
         metrics: the field's figures by name; NaN-free, what can't be had is left out.
+        intervals: of the figures that have one, 95 %, bootstrap within benchmarks.
+        told: sentences of the verdict about figures that are no mean score.
         confusion: label (rows) against choice (columns), queries, in the order of `shares`.
         reliability: per bin of confidence: mean confidence, mean score, queries.
         curves: per router its hull of cost and quality.
@@ -58,6 +65,8 @@ class Report:
     shares: dict[str, float]
     queries: dict[str, int]
     metrics: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    told: list[str] = field(default_factory=list)
     confusion: list[list[float]] = field(default_factory=list)
     reliability: list[tuple[float, float, int]] = field(default_factory=list)
     curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
@@ -73,6 +82,15 @@ class Report:
         """A row by name."""
         return next(row for row in self.rows if row.name == name)
 
+    def add(self, name: str, value: float, resampled: np.ndarray | None = None) -> None:
+        """A figure, with the interval that its resampled values give; one that is not finite is left out."""
+        if not math.isfinite(value):
+            return
+        self.metrics[name] = float(value)
+        draws = resampled[np.isfinite(resampled)] if resampled is not None else ()
+        if len(draws):
+            self.intervals[name] = tuple(float(bound) for bound in np.quantile(draws, _BOUNDS))
+
     def shown(self) -> list[Row]:
         """The rows that tables show: of a large pool only the best experts; `report.json` has them all."""
         experts = sorted((row for row in self.rows if row.kind == "expert"), key=lambda row: -row.mean)
@@ -85,19 +103,19 @@ class Report:
         routers = [row for row in self.rows if row.kind == "router"]
         if routers:
             rivals.append(max(routers, key=lambda row: row.mean))
-        return [_sentence(row) for row in rivals]
+        return [_sentence(row) for row in rivals] + self.told
 
     def save(self, path: Path | str) -> None:
         """Write `report.json`."""
         with atomic_file(path) as aside:
             aside.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
 
-    def save_folder(self, folder: Path | str) -> None:
-        """Write `report.json` and `report.md`; the pictures are `plots.draw_report`'s."""
+    def save_folder(self, folder: Path | str, pictures: Sequence[Path] = ()) -> None:
+        """Write `report.json`, and `report.md` with links to the pictures that `plots.draw_report` drew of it."""
         folder = Path(folder)
         self.save(folder / "report.json")
         with atomic_file(folder / "report.md") as aside:
-            aside.write_text(self.markdown(sorted(file.name for file in folder.glob("*.png"))), "utf-8")
+            aside.write_text(self.markdown([file.name for file in pictures]), "utf-8")
 
     def markdown(self, pictures: list[str] | None = None) -> str:
         """The report as Markdown, with links to the pictures beside it."""
@@ -130,8 +148,15 @@ class Report:
         return ["## Scores", "", text, "", *_table(head, body), ""]
 
     def _metrics(self) -> list[str]:
-        rows = [[name, f"{value:.4f}"] for name, value in self.metrics.items()]
-        return ["## Metrics", "", *_table(["metric", "value"], rows), ""] if rows else []
+        rows = []
+        for name, value in self.metrics.items():
+            interval = self.intervals.get(name)
+            rows.append([name, f"{value:.4f}", "" if interval is None else "{:.4f} to {:.4f}".format(*interval)])
+        text = ["PerfGain and CostSave are of the curve's best point, chosen on these queries."] if self.curves else []
+        if absent := self.settings.get("without_known_cost") if self.curves else None:
+            text.append(f"Not in the curves of cost and quality, because no cost is known: {', '.join(absent)}.")
+        head = ["metric", "value", "95 % interval"]
+        return ["## Metrics", "", " ".join(text), "", *_table(head, rows), ""] if rows else []
 
     def _confusion(self) -> list[str]:
         if not self.confusion or len(self.shares) > _MOST_EXPERTS:

@@ -23,6 +23,7 @@ from .features import Features
 logger = logging.getLogger(__name__)
 
 _CHUNK = 16384  # states per step of the stream: 16384 x 4096 float32 are 256 MiB
+_CURVATURE = 0.1  # of a logistic loss at chances of 0.1 to 0.9 it is 0.09 to 0.25; steps vary little from 0.03 to 0.25
 _SMALL = 2**27  # multiplications of one pass over the data, below which one thread does it in milliseconds
 
 
@@ -69,6 +70,9 @@ class RowSpace:
     model. `c` is the direction with `c·h` nearest to 1 over the
     data (least squares), so `b_k` is as good as a bias and, like one, is not regularised: without it L2 would pull
     every expert towards logit 0, tens of nats below the vocabulary's Z.
+
+    The solver sees neither `u` nor `b` but what `whitened` makes of them. States of an LLM are far from round (a few
+    directions hold most of their power), and in plain coordinates L-BFGS takes ten times the steps (docs/results.md).
     """
 
     def __init__(self, hidden: np.ndarray, transform: LogitTransform) -> None:
@@ -83,10 +87,26 @@ class RowSpace:
         self.scale = float(np.sqrt(power / len(hidden))) * transform.scale
         bias = np.linalg.solve(second + 1e-6 * power * np.eye(width), first)
         self.bias = torch.from_numpy(bias / transform.scale)
+        # What coordinates multiply: `coordinates @ basis` are rows, and `moment` is the mean square of `basis h`.
+        self.basis = torch.cat([torch.eye(width, dtype=torch.float64) / self.scale, self.bias[None]])
+        self.moment = self.basis @ torch.from_numpy(second / len(hidden)) @ self.basis.T * transform.scale**2
 
     def rows(self, coordinates: torch.Tensor) -> torch.Tensor:
         """`[K, d + 1]` coordinates to `[K, d]` rows, float64."""
-        return coordinates[:, :-1] / self.scale + coordinates[:, -1:] * self.bias
+        return coordinates @ self.basis
+
+    def whitened(self, penalty: float, curvature: float) -> torch.Tensor:
+        """A basis of the coordinates, `[d + 1, d + 1]`, in which the loss is about as steep in every direction.
+
+        The Hessian of one row is near `curvature * moment + penalty * I` (the identity without the bias), the sum
+        `A = L L'`; in `v = coordinates @ L` it is near the identity, and `coordinates = v @ inverse(L)`.
+        """
+        hessian = curvature * self.moment
+        hessian.diagonal()[:-1] += penalty
+        # The bias is as good as a direction of the states, so without this a weak penalty leaves the sum singular.
+        hessian.diagonal().add_(1e-9 * hessian.trace() / len(hessian))
+        lower = torch.linalg.cholesky(hessian)
+        return torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False)
 
 
 def all_logits(
@@ -159,20 +179,26 @@ def fit_rows(
     shape = (count, train.features.hidden.shape[1] + 1)
     options = {"with_self": with_self, "fixed_rows": fixed_rows}
 
-    def solve(problems: Sequence[Problem], strength: float, begin: np.ndarray) -> Any:
+    def solve(problems: Sequence[Problem], strength: float, begin: np.ndarray) -> tuple[np.ndarray, float, int]:
         evaluator = _Loss(problems, OBJECTIVES[objective], transform, **options)
         # By the number of candidates, as each has its share of the loss only: a strength means the same for a pool of 7
         # and of 1,000, and in the objective `correctness` every row is the solution of a problem of its own.
         penalty = strength / 2 / train.targets.shape[1]
 
+        basis = space.whitened(2 * penalty, _CURVATURE / train.targets.shape[1])
+
         def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
-            coordinates = torch.from_numpy(flat.reshape(shape)).requires_grad_()
+            whitened = torch.from_numpy(flat.reshape(shape)).requires_grad_()
+            coordinates = whitened @ basis
             value = evaluator(space.rows(coordinates)) + penalty * coordinates[:, :-1].square().sum()
             value.backward()
-            return value.item(), coordinates.grad.numpy().ravel()
+            return value.item(), whitened.grad.numpy().ravel()
 
         limits = {"maxiter": max_iterations, "maxfun": 10**6}
-        return minimize(loss, begin.ravel(), jac=True, method="L-BFGS-B", options=limits)
+        start = torch.linalg.solve_triangular(basis, torch.from_numpy(begin), upper=False, left=False).numpy()
+        solution = minimize(loss, start.ravel(), jac=True, method="L-BFGS-B", options=limits)
+        found = (torch.from_numpy(solution.x.reshape(shape)) @ basis).numpy()
+        return found, float(solution.fun), int(solution.nit)
 
     begin = np.zeros(shape)
     if objective == "expected_score":
@@ -193,12 +219,11 @@ def fit_rows(
     strengths = sorted(set(l2), reverse=True) if validation else [l2[0]]
     fits = []
     for strength in tqdm(strengths, desc="fit", unit="l2", leave=False, disable=len(strengths) == 1):
-        solution = solve([train], strength, begin)
-        found = solution.x.reshape(shape)
+        found, value, iterations = solve([train], strength, begin)
         if objective != "expected_score":
             begin = found  # the next, weaker strength is solved sooner from here
         rows = space.rows(torch.from_numpy(found)).float()
-        entry = {"l2": strength, "train_loss": float(solution.fun), "iterations": int(solution.nit)}
+        entry = {"l2": strength, "train_loss": value, "iterations": iterations}
         if validation:
             entry |= assess(rows, validation, objective, transform, **options)
         logger.debug("l2 %g: %s", strength, entry)
@@ -209,7 +234,7 @@ def fit_rows(
     )
     if validation is None:
         return replace(best, path=path)
-    final = solve([train, validation], best.l2, best.coordinates).x.reshape(shape)
+    final, _, _ = solve([train, validation], best.l2, best.coordinates)
     return Fit(space.rows(torch.from_numpy(final)).float(), best.l2, path, final)
 
 

@@ -6,14 +6,13 @@ import numpy as np
 import pandas as pd
 
 from ..results import BenchmarkResults, ResultsError
-from .files import files_of, results_of, side_of
+from .files import files_of, header_of, results_of, side_of
 from .table import load_table, numbers
 
 
 def recognises(file: Path, head: str) -> bool:
     """A CSV with the columns prompt_id and model_id."""
-    columns = set(head.partition("\n")[0].strip().split(","))
-    return file.suffix == ".csv" and {"prompt_id", "model_id"} <= columns
+    return file.suffix == ".csv" and {"prompt_id", "model_id"} <= set(header_of(head))
 
 
 def read(path: Path) -> BenchmarkResults:
@@ -25,13 +24,16 @@ def read(path: Path) -> BenchmarkResults:
 
 
 def _read_file(file: Path) -> BenchmarkResults:
-    frame = load_table(file)
+    frame = load_table(file, texts=("prompt_id", "model_id", "model_name", "prompt"))
     for column in ("prompt_id", "model_id", "label", "prompt"):
         if column not in frame:
             raise ResultsError(f"{file}: no column {column!r}; expected prompt_id, model_id, label and prompt")
         if frame[column].isna().any() and column != "label":
             row = int(frame[column].isna().to_numpy().argmax()) + 1
             raise ResultsError(f"{file}: row {row}, column {column!r}: empty; every record needs it")
+    texts = frame.groupby("prompt_id", sort=False)["prompt"].nunique()
+    if (texts > 1).any():
+        raise ResultsError(f"{file}: prompt_id {texts.idxmax()!r} stands for different prompts; give each its own")
     label = numbers(frame["label"], file, "label")
     rows, ids = pd.factorize(frame["prompt_id"].astype(str))
     names = frame["model_name"] if "model_name" in frame else frame["model_id"]

@@ -1,10 +1,13 @@
 """What readers share: finding files and opening them with one-line errors."""
 
+import csv
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
+from ...modeling.errors import one_line
 from ..results import BenchmarkResults, ResultsError
 
 SIDES = {"train": "train", "validation": "validation", "val": "validation", "dev": "validation", "test": "test"}
@@ -45,7 +48,7 @@ def read_text(file: Path) -> str:
         ResultsError: it can't be read, or is not UTF-8.
     """
     try:
-        return file.read_text("utf-8")
+        return file.read_text("utf-8-sig")  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
         raise ResultsError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     except OSError as error:
@@ -58,13 +61,30 @@ def read_json(file: Path) -> Any:
     Raises:
         ResultsError: it is not JSON in UTF-8.
     """
+    return parse_json(read_text(file), file)
+
+
+def parse_json(text: str, file: Path, line: int = 1) -> Any:
+    """A JSON document that begins on a line of a file.
+
+    Raises:
+        ResultsError: it is not JSON.
+    """
     try:
-        return json.loads(read_text(file))
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ResultsError(f"{file}: line {error.lineno} is not JSON ({error.msg}); is the file cut short?") from None
+        place = f"{file}: line {line + error.lineno - 1}"
+        raise ResultsError(f"{place} is not JSON ({error.msg}); is the file cut short?") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, lists in lists in lists
+        raise ResultsError(f"{file}: line {line} is not JSON that can be read ({one_line(error)})") from None
 
 
-def results_of(file: Path, *parts: Any) -> BenchmarkResults:
+def header_of(head: str) -> list[str]:
+    """The columns of a CSV by its beginning."""
+    return next(csv.reader([head.partition("\n")[0]]), [])
+
+
+def results_of(file: Path | str, *parts: Any) -> BenchmarkResults:
     """`BenchmarkResults(*parts)`; what is wrong with them is told with the file's name.
 
     Raises:
@@ -80,11 +100,14 @@ def number(value: Any, place: str) -> float:
     """A score as a float; null is NaN (not measured), true and false are 1 and 0.
 
     Raises:
-        ResultsError: it is not a number.
+        ResultsError: it is not a number, or NaN: a score that a program failed to compute is not one nobody measured.
     """
     if value is None:
-        return float("nan")
+        return math.nan
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ResultsError(f"{place}: expected a number, got {value!r}") from None
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if math.isnan(found):
+        raise ResultsError(f"{place}: expected a number (null where not measured), got {value!r:.80}")
+    return found

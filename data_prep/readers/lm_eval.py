@@ -1,6 +1,5 @@
 """lm-evaluation-harness output (--log_samples): a folder per model, `results_*.json` and `samples_<task>_*.jsonl`."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,16 @@ import numpy as np
 import pandas as pd
 
 from ..results import BenchmarkResults, ResultsError
-from .files import number, read_json, read_text
+from .files import number, parse_json, read_json, read_text, results_of
 
 _STAMP = r"\d{4}-\d{2}-\d{2}T[\d\-.:]+"
 _SAMPLES = re.compile(rf"samples_(?P<task>.+)_(?P<stamp>{_STAMP})\.jsonl")
 _RESULTS = re.compile(rf"results_{_STAMP}\.json")
-METRICS = ("acc_norm", "acc", "exact_match", "pass@1", "f1")
+METRICS = ("acc_norm", "acc", "exact_match", "pass@1", "f1", "prompt_level_strict_acc")
+_GROUPS = ("mmlu_pro", "mmlu")
+_QUESTIONS = ("question", "query", "prompt", "problem", "instruction", "input", "sentence", "goal", "text")
+_ANSWERS = ("answer", "target", "label", "gold", "solution", "output", "completion", "rationale", "explanation")
+_LONG = 12  # characters
 
 
 def recognises(file: Path, head: str) -> bool:
@@ -28,8 +31,8 @@ def read(path: Path, *, metric: str | None = None) -> BenchmarkResults:
 
     Args:
         path: the harness's `--output_path`, or one model's folder in it.
-        metric: which per-sample metric is the score; where not given the first there is of acc_norm, acc, exact_match,
-            pass@1 and f1. With several filters (`strict-match`, `flexible-extract`) the first one in the file counts.
+        metric: which per-sample metric is the score; where not given the first there is of `METRICS`. With several
+            filters (`strict-match`, `flexible-extract`) the first one in the file counts.
     """
     newest: dict[tuple[Path, str], Path] = {}
     for file in sorted(path.rglob("samples_*.jsonl") if path.is_dir() else [path]):
@@ -39,32 +42,51 @@ def read(path: Path, *, metric: str | None = None) -> BenchmarkResults:
         newest[file.parent, match["task"]] = file  # sorted by time stamp, so the last one wins
     if not newest:
         raise ResultsError(f"{path}: empty results, no samples_*.jsonl below it (run lm_eval with --log_samples)")
-    names = {folder: _model_name(folder) for folder in {folder for folder, _ in newest}}
-    parts = [_read_samples(file, task, names[folder], metric) for (folder, task), file in newest.items()]
+    summaries = {folder: _summary(folder) for folder in {folder for folder, _ in newest}}
+    parts = [_read_samples(file, task, *summaries[folder], metric) for (folder, task), file in newest.items()]
     return BenchmarkResults.merge(parts)
 
 
-def _model_name(folder: Path) -> str:
-    """The model as the results file beside the samples names it, or the folder's name."""
+def _summary(folder: Path) -> tuple[str, dict[str, str]]:
+    """What the results file beside the samples says: the model's name, and of tasks of a group the whole group."""
     results = sorted(folder.glob("results_*.json"))
-    if not results:
-        return folder.name.replace("__", "/")
-    document = read_json(results[-1])
-    name = document.get("model_name") if isinstance(document, dict) else None
-    return str(name or folder.name.replace("__", "/"))
+    document = read_json(results[-1]) if results else {}
+    if not isinstance(document, dict):
+        raise ResultsError(f"{results[-1]}: expected an object, got a {type(document).__name__}")
+    name = str(document.get("model_name") or folder.name.replace("__", "/"))
+    groups = document.get("group_subtasks")
+    return name, benchmarks_of(groups) if isinstance(groups, dict) else {}
 
 
-def _read_samples(file: Path, task: str, model: str, metric: str | None) -> BenchmarkResults:
+def benchmarks_of(groups: dict[str, list[str]]) -> dict[str, str]:
+    """Of every task in a group the outermost group: mmlu_astronomy is in mmlu_stem, which is in mmlu."""
+    parent = {task: group for group, tasks in groups.items() for task in tasks if task != group}
+
+    def outermost(name: str) -> str:
+        seen = {name}
+        while parent.get(name) not in (None, *seen):
+            name = parent[name]
+            seen.add(name)
+        return name
+
+    return {task: outermost(task) for task in parent}
+
+
+def subject_of(task: str, benchmark: str) -> str | None:
+    """A task's name less its benchmark's, or None where the task is the benchmark."""
+    return None if task == benchmark else task.removeprefix(f"{benchmark}_")
+
+
+def _read_samples(
+    file: Path, task: str, model: str, benchmarks: dict[str, str], metric: str | None
+) -> BenchmarkResults:
     ids, prompts, scores = [], [], []
     chosen_filter = None
     for line_number, line in enumerate(read_text(file).splitlines(), 1):
         if not line.strip():
             continue
         place = f"{file}: line {line_number}"
-        try:
-            sample = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ResultsError(f"{place}: not JSON ({error.msg}); is the file cut short?") from None
+        sample = parse_json(line, file, line_number)
         if not isinstance(sample, dict) or "doc_id" not in sample:
             raise ResultsError(f"{place}, field 'doc_id': missing; expected a sample written by --log_samples")
         chosen_filter = chosen_filter or sample.get("filter", "none")
@@ -78,31 +100,67 @@ def _read_samples(file: Path, task: str, model: str, metric: str | None) -> Benc
         scores.append(number(sample[name], f"{place}, field {name!r}"))
     if not ids:
         raise ResultsError(f"{file}: empty results, no samples in it")
-    # The harness writes the tasks of a group as GROUP_SUBJECT; mmlu is the one whose subjects people train on.
-    subject = task.removeprefix("mmlu_") if task.startswith("mmlu_") else None
-    benchmark = "mmlu" if subject else task
+    # Without a results file that names the groups, at least those whose subjects people train on.
+    known = next((group for group in _GROUPS if task.startswith(f"{group}_")), task)
+    benchmark = benchmarks.get(task, known)
+    subject = subject_of(task, benchmark)
     queries = pd.DataFrame({"id": ids, "prompt": prompts, "benchmark": benchmark, "subject": subject, "split": None})
-    return BenchmarkResults(queries, [model], np.array(scores, dtype=np.float32)[:, None])
+    return results_of(file, queries, [model], np.array(scores, dtype=np.float32)[:, None])
 
 
-def question_of(document: Any) -> str | None:
-    """The question as a document of a task has it, or None."""
+def question_of(document: Any, prompt: str) -> str | None:
+    """What a document asks, as it stands in a prompt: without few-shot examples, instructions and chat templates.
+
+    Those differ between models, and are not what a user would write. A passage before the question and options behind
+    it belong to it where the model saw them: without them different questions are the same text ("Which of these is
+    correct?"), or no question at all.
+
+    Args:
+        document: of a task, as its data set has it.
+        prompt: that was made of it.
+
+    Returns:
+        the part of the prompt from the document's first text to its last; where the prompt holds none of them (its
+        texts are put together otherwise) the document's own question and options; None where it has no question.
+    """
     if not isinstance(document, dict):
         return None
-    for key in ("question", "query", "prompt", "problem", "instruction", "input", "text"):
-        if isinstance(document.get(key), str) and document[key].strip():
-            return document[key]
-    return None
+    texts = {k: v.strip() for k, v in document.items() if isinstance(v, str) and v.strip() and k not in _ANSWERS}
+    asked = next((texts[key] for key in _QUESTIONS if key in texts), None)
+    # The last occurrence: examples come first. Short texts (a level, a category) may stand in a prompt by chance.
+    shown = [text for text in texts.values() if text in prompt and (text == asked or len(text) >= _LONG)]
+    options = _options(document)
+    if not shown:
+        return None if asked is None else "\n".join([asked, *options])
+    start = min(prompt.rfind(text) for text in shown)
+    end = max(prompt.rfind(text) + len(text) for text in shown)
+    place = start
+    for option in options:
+        place = prompt.find(option, place)
+        if place < 0:
+            break
+        place += len(option)
+    return prompt[start : max(end, place)]
+
+
+def _options(document: dict[str, Any]) -> list[str]:
+    """What can be chosen from: a list of texts, ARC's `{text: [...]}`, or Winogrande's `option1`, `option2`."""
+    for key in ("choices", "options", "endings"):
+        value = document.get(key)
+        value = value.get("text") if isinstance(value, dict) else value
+        if isinstance(value, list) and value and all(isinstance(option, str) for option in value):
+            return [option.strip() for option in value]
+    numbered = [document.get(f"option{number}") for number in (1, 2, 3, 4, 5)]
+    return [option for option in numbered if isinstance(option, str)]
 
 
 def _prompt(sample: dict[str, Any], place: str) -> str:
-    """The question: a field of the document where it has one, else the prompt that the model was given."""
-    if found := question_of(sample.get("doc")):
-        return found
+    """The question as the model was asked it, or the whole prompt where the document does not tell it apart."""
     arguments = sample.get("arguments")
     if isinstance(arguments, dict):
         arguments = [list(entry.values()) if isinstance(entry, dict) else entry for entry in arguments.values()]
     try:
-        return str(arguments[0][0])
+        prompt = str(arguments[0][0])
     except (TypeError, IndexError, KeyError):
         raise ResultsError(f"{place}, field 'arguments': expected the prompt given to the model") from None
+    return question_of(sample.get("doc"), prompt) or prompt

@@ -6,15 +6,15 @@ import numpy as np
 import pandas as pd
 
 from ..results import BenchmarkResults, ResultsError
-from .files import files_of, results_of
+from .files import files_of, header_of, results_of
 from .table import load_table, numbers
 
 
 def recognises(file: Path, head: str) -> bool:
     """A CSV whose first column is `prompt`, without any of the columns that other formats have."""
-    columns = head.partition("\n")[0].strip().split(",")
+    columns = header_of(head)
     ours = {"id", "model", "score", "label", "split", "benchmark", "subject", "model_id"}
-    return file.suffix == ".csv" and columns[0] == "prompt" and len(columns) > 1 and not ours & set(columns)
+    return file.suffix == ".csv" and columns[:1] == ["prompt"] and len(columns) > 1 and not ours & set(columns)
 
 
 def read(path: Path) -> BenchmarkResults:

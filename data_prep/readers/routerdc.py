@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from ..results import BenchmarkResults, ResultsError
-from .files import benchmark_of, files_of, number, read_json, side_of
+from .files import benchmark_of, files_of, number, read_json, results_of, side_of
 
 
 def recognises(file: Path, head: str) -> bool:
@@ -59,4 +59,4 @@ def _read_file(file: Path, correct_above_zero: bool | None) -> BenchmarkResults:
             "split": side_of(file),
         }
     )
-    return BenchmarkResults(queries, list(models), scores)
+    return results_of(file, queries, list(models), scores)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from ...modeling.errors import did_you_mean, one_line
 from ..results import BenchmarkResults, ResultsError
-from .files import files_of
+from .files import files_of, results_of
 
 SUFFIXES = (".csv", ".parquet", ".jsonl")
 
@@ -65,7 +65,8 @@ def read(path: Path, **columns: Any) -> BenchmarkResults:
         **columns: names of columns, see `Columns`.
     """
     chosen = Columns(**columns)
-    frames = {file: load_table(file) for file in files_of(path, *SUFFIXES)}
+    texts = (*chosen.of_queries.values(), chosen.model)
+    frames = {file: load_table(file, texts=texts) for file in files_of(path, *SUFFIXES)}
     names = {file: file.stem for file in frames}
     if len(frames) > 1 and _one_file_a_model(list(frames.values()), chosen):
         names = dict.fromkeys(frames, path.name)
@@ -99,11 +100,17 @@ def from_frame(frame: pd.DataFrame, source: str, benchmark: str, columns: Column
     queries = _queries(frame, columns.of_queries, source, benchmark)
     if columns.models is None and columns.model in frame:
         return _long(frame, queries, source, columns)
-    return _wide(frame, queries, source, columns.models, set(columns.of_queries.values()))
+    # Costs and flags belong to one model, so in a wide table they belong to nobody; at least they are no model.
+    reserved = {*columns.of_queries.values(), columns.cost, columns.contaminated}
+    return _wide(frame, queries, source, columns.models, reserved)
 
 
-def load_table(file: Path) -> pd.DataFrame:
+def load_table(file: Path, *, texts: Sequence[str] = ()) -> pd.DataFrame:
     """A CSV, Parquet or JSONL file as it is.
+
+    Args:
+        file: the table.
+        texts: columns that are text whatever they look like: the id 0012 is not 12.
 
     Raises:
         ResultsError: it can't be read, or has no rows.
@@ -111,18 +118,19 @@ def load_table(file: Path) -> pd.DataFrame:
     try:
         if file.suffix == ".csv":
             # Only an empty cell is missing: "None" and "NA" are answers and questions like any other.
-            frame = pd.read_csv(file, keep_default_na=False, na_values=[""])
+            types = dict.fromkeys(texts, str)
+            frame = pd.read_csv(file, keep_default_na=False, na_values=[""], dtype=types)
         elif file.suffix == ".parquet":
             frame = pd.read_parquet(file)
         elif file.suffix == ".jsonl":
-            frame = pd.read_json(file, lines=True, precise_float=True)
+            frame = pd.read_json(file, lines=True, precise_float=True, dtype=False, convert_dates=False)
         else:
             raise ResultsError(f"{file}: expected {', '.join(SUFFIXES)}")
     except pd.errors.EmptyDataError:
         raise ResultsError(f"{file}: empty results, the file has no header and no rows") from None
     except UnicodeDecodeError as error:
         raise ResultsError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    except (ValueError, OSError) as error:  # pandas and Arrow raise their parse errors as these
+    except (ValueError, OverflowError, RecursionError, OSError) as error:  # as pandas and Arrow raise parse errors
         raise ResultsError(f"{file}: not a readable {file.suffix} table ({one_line(error)})") from None
     if frame.empty:
         raise ResultsError(f"{file}: empty results, the table has no rows")
@@ -194,14 +202,15 @@ def _long(frame: pd.DataFrame, queries: pd.DataFrame, source: str, columns: Colu
     if columns.contaminated in frame:
         marked = numbers(frame[columns.contaminated], source, columns.contaminated) > 0
         flagged = frozenset(zip(names[marked], queries["benchmark"][marked], strict=True))
-    return BenchmarkResults(first, list(models), grid(score), grid(cost) if cost in frame else None, flagged)
+    return results_of(source, first, list(models), grid(score), grid(cost) if cost in frame else None, flagged)
 
 
 def _is_score(column: pd.Series) -> bool:
-    """Whether a column holds numbers or truth values only, empty cells aside."""
+    """Whether a column holds numbers, or mostly scores and truth values: a cell that is neither is then told."""
     if pd.api.types.is_numeric_dtype(column):
         return True
-    return column.dropna().astype(str).str.lower().isin(["true", "false", "nan"]).all() and column.notna().any()
+    spelled = column.dropna().astype(str).str.lower().replace({"true": "1", "false": "0"})
+    return len(spelled) > 0 and pd.to_numeric(spelled, errors="coerce").between(0, 1).mean() >= 0.5
 
 
 def _wide(
@@ -226,4 +235,4 @@ def _wide(
             "repeated queries an 'id' column"
         )
     scores = np.stack([numbers(frame[name], source, name) for name in models], axis=1)
-    return BenchmarkResults(queries, [str(name) for name in models], scores)
+    return results_of(source, queries, [str(name) for name in models], scores)

@@ -8,6 +8,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -62,6 +63,46 @@ def task_folder(tmp_path):
     return folder
 
 
+WINOGRANDE = """
+task: pronouns
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/pronouns.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: !function wino.doc_to_text
+doc_to_choice: !function wino.doc_to_choice
+doc_to_target: !function wino.doc_to_target
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+WINOGRANDE_CODE = """
+def doc_to_text(doc):
+    return {"1": 0, "2": 1}[doc["answer"]]
+
+def doc_to_choice(doc):
+    place = doc["sentence"].index("_")
+    return [doc["sentence"][:place] + doc[key] for key in ("option1", "option2")]
+
+def doc_to_target(doc):
+    return doc["sentence"][doc["sentence"].index("_") + 1:].strip()
+"""
+PASSAGE = """
+task: passages
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/passages.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "Read.\\n\\n{{passage}}\\nQuestion: {{question}}\\nAnswer:"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 4}
+metric_list: [{metric: METRIC, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def write_task(folder, name, text, rows):
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{name}.yaml").write_text(text.replace("FOLDER", str(folder)).replace("METRIC", "exact_match"))
+
+
 @pytest.fixture
 def adapter(base_folder, tmp_path):
     model = get_peft_model(
@@ -82,7 +123,8 @@ def endpoint(monkeypatch):
             seen.append((self.path, self.headers["authorization"], body))
             number = int(body["messages"][-1]["content"].split()[2])
             choice = {"index": 0, "message": {"role": "assistant", "content": str(number + 1)}}
-            answer = json.dumps({"choices": [choice]}).encode()
+            usage = {"prompt_tokens": 100 + number, "completion_tokens": 10}
+            answer = json.dumps({"choices": [choice], "usage": usage}).encode()
             self.send_response(200)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(answer)))
@@ -96,7 +138,8 @@ def endpoint(monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("ADDER_KEY", "very-secret")
     url = f"http://127.0.0.1:{server.server_port}/v1"
-    yield Expert("adder", "openai", "some/adder", base_url=url, api_key_env="ADDER_KEY"), seen
+    cost = {"input": 1000.0, "output": 5000.0}
+    yield Expert("adder", "openai", "some/adder", base_url=url, api_key_env="ADDER_KEY", cost=cost), seen
     server.shutdown()
 
 
@@ -107,7 +150,7 @@ def test_every_kind_of_expert_is_run_and_prepare_reads_what_comes_out(
     pool = ExpertPool(
         [
             Expert("local", model=str(base_folder)),
-            Expert("lora", "adapter", str(adapter)),
+            Expert("lora", "adapter", str(adapter), cost={"input": 1e4, "output": 0}),
             remote,
             Expert("self", "self"),
         ]
@@ -120,6 +163,10 @@ def test_every_kind_of_expert_is_run_and_prepare_reads_what_comes_out(
     assert set(results.queries["benchmark"]) == {"sums"}
     assert results.scores[:, 2].tolist() == [1, 1, 1, 1]
     assert results.scores[:, 0].tolist() == results.scores[:, 3].tolist()
+    # What the endpoint says it used, at the pool's price; of a local expert its own tokens; nothing where no price is.
+    assert results.costs[:, 2] == pytest.approx([(1000 * (100 + i) + 50000) / 1e6 for i in range(4)])
+    assert (results.costs[:, 1] >= 5 * 1e4 / 1e6).all()
+    assert np.isnan(results.costs[:, [0, 3]]).all()
     assert {(path, key) for path, key, _ in seen} == {("/v1/chat/completions", "Bearer very-secret")}
     assert {body["model"] for *_, body in seen} == {"some/adder"}
     for file in (tmp_path / "out").iterdir():
@@ -139,8 +186,41 @@ def test_pairs_that_are_done_are_not_run_again_and_other_settings_are_refused(ba
     assert len(results) == 4
     with pytest.raises(ExpertokenError, match="collected otherwise.*limit 2 then, 3 now.*another --out"):
         collect(pool, ["choices"], tmp_path / "out", Evaluation(str(task_folder), limit=3))
-    with pytest.raises(ExpertokenError, match="expert 'one' was another model"):
+    with pytest.raises(ExpertokenError, match="expert 'one' was another model or had another cost"):
         collect(ExpertPool([Expert("one", model="else")]), ["sums"], tmp_path / "out", evaluation)
+
+
+def test_the_query_is_what_was_asked_and_never_the_number_of_the_right_answer(base_folder, task_folder, tmp_path):
+    (task_folder / "wino.py").write_text(WINOGRANDE_CODE)
+    sentence = {"sentence": "Ann thanked Eve because _ had helped.", "option1": "Ann", "option2": "Eve", "answer": "2"}
+    write_task(task_folder, "pronouns", WINOGRANDE, [sentence])
+    passages = [{"passage": f"The {c} house is old.", "question": "Which colour?", "answer": c} for c in ("red", "tan")]
+    write_task(task_folder, "passages", PASSAGE, passages)
+    pool = ExpertPool([Expert("one", model=str(base_folder))])
+    collect(pool, ["pronouns", "passages"], tmp_path / "out", Evaluation(str(task_folder)))
+    assert set(read_results(tmp_path / "out").queries["prompt"]) == {
+        "Ann thanked Eve because _ had helped.\nAnn\nEve",
+        "The red house is old.\nQuestion: Which colour?",
+        "The tan house is old.\nQuestion: Which colour?",
+    }
+
+
+def test_a_task_that_asks_something_else_under_the_same_name_is_refused(base_folder, task_folder, tmp_path):
+    pool = ExpertPool([Expert("one", model=str(base_folder))])
+    collect(pool, ["sums"], tmp_path / "out", Evaluation(str(task_folder)))
+    (task_folder / "sums.jsonl").write_text(json.dumps({"question": "What is 7 + 1?", "answer": "8"}) + "\n")
+    with pytest.raises(ExpertokenError, match="collected otherwise \\(task 'sums' asked something else\\)"):
+        collect(pool, ["sums"], tmp_path / "out", Evaluation(str(task_folder)))
+    (tmp_path / "out" / "collect.json").write_text("{")
+    with pytest.raises(ExpertokenError, match=r"collect.json: damaged .*choose another --out"):
+        collect(pool, ["sums"], tmp_path / "out", Evaluation(str(task_folder)))
+
+
+def test_a_task_without_a_score_of_single_samples_is_told_before_any_model_is_loaded(task_folder, tmp_path):
+    text = PASSAGE.replace("METRIC", "bleu")
+    write_task(task_folder, "passages", text, [{"passage": "It is old.", "question": "What is?", "answer": "it"}])
+    with pytest.raises(ExpertokenError, match="task passages: no metric acc_norm or .*say --metric with one .*: bleu"):
+        collect(ExpertPool([Expert("one", model="./nowhere")]), ["passages"], tmp_path, Evaluation(str(task_folder)))
 
 
 def test_a_pair_that_fails_does_not_stop_the_others(base_folder, endpoint, task_folder, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 
 from expertoken.data_prep import readers
 from expertoken.data_prep.readers import detect, read_results
+from expertoken.data_prep.readers.lm_eval import question_of
 from expertoken.data_prep.results import ResultsError
 
 DATA = Path(os.environ.get("EXPERTOKEN_DATA", Path(__file__).parents[2] / "../shared/data"))
@@ -170,6 +171,66 @@ def test_a_file_of_exactly_the_published_shape_is_recognised_and_read(tmp_path, 
     np.testing.assert_array_equal(first, expected)
 
 
+def test_a_byte_order_mark_and_quoted_headers_are_no_obstacle(tmp_path):
+    routerdc(tmp_path)
+    file = tmp_path / "arc_test.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert len(read_results(tmp_path)) == 2
+    (tmp_path / "mmlu_law.csv").write_text('"prompt","org/a","b"\nWho may sue?,True,False\n')
+    assert detect(tmp_path / "mmlu_law.csv") == "routellm"
+
+
+def test_ids_and_questions_that_look_like_numbers_stay_text(tmp_path):
+    (tmp_path / "t.csv").write_text("id,query,model,score\n0012,007,a,1\n012,7.0,a,0\n")
+    (tmp_path / "t.jsonl").write_text(
+        '{"id": "0012", "query": "007", "model": "a", "score": 1}\n{"id": "012", "query": "7.0", "model": "a", "score": 0}\n'
+    )
+    for name in ("t.csv", "t.jsonl"):
+        queries = read_results(tmp_path / name).queries
+        assert queries[["id", "prompt"]].values.tolist() == [["0012", "007"], ["012", "7.0"]]
+
+
+def test_a_column_of_costs_is_no_model_of_a_wide_table(tmp_path):
+    (tmp_path / "t.csv").write_text("query,a,b,cost\nWho?,1,0,0.5\n")
+    assert read_results(tmp_path).models == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("document", "prompt", "expected"),
+    [
+        ({"question": "What is 2+2?", "answer": "4"}, "Q: What is 1+1? A: 2\n\nQ: What is 2+2? A:", "What is 2+2?"),
+        (
+            {"question": "Which is right?", "subject": "law", "choices": ["4", "5"], "answer": 1},
+            "About law.\n\nWhich is right?\nA. 4\nB. 5\nAnswer:",
+            "Which is right?\nA. 4\nB. 5",
+        ),
+        (
+            {"passage": "It was a long winter night.", "question": "When?", "label": 0},
+            "<|im_start|>user\nIt was a long winter night.\nQuestion: When?<|im_end|>",
+            "It was a long winter night.\nQuestion: When?",
+        ),
+        ({"sentence": "Ann saw Eve as _ left.", "option1": "Ann", "option2": "Eve"}, "Ann saw Eve as Ann", "Ann saw Eve as _ left.\nAnn\nEve"),
+        ({"premise": "x"}, "other", None),
+    ],
+)  # fmt: skip
+def test_of_a_harness_prompt_the_documents_own_part_is_the_question(document, prompt, expected):
+    assert question_of(document, prompt) == expected
+
+
+def test_harness_groups_become_benchmarks_and_mmlu_pro_is_not_mmlu(tmp_path):
+    lm_eval(tmp_path)
+    for folder in tmp_path.iterdir():
+        sample = folder / "samples_arc_2025-01-01T00-00-00.jsonl"
+        for task in ("mmlu_pro_biology", "bench_stem_physics"):
+            (folder / f"samples_{task}_2025-01-01T00-00-00.jsonl").write_text(sample.read_text())
+        summary = folder / "results_2025-01-01T00-00-00.json"
+        groups = {"bench": ["bench_stem"], "bench_stem": ["bench_stem_physics"]}
+        summary.write_text(json.dumps(json.loads(summary.read_text()) | {"group_subtasks": groups}))
+    queries = read_results(tmp_path).queries
+    found = set(map(tuple, queries[["benchmark", "subject"]].values.tolist()))
+    assert found == {("arc", None), ("mmlu_pro", "biology"), ("bench", "stem_physics")}
+
+
 def test_routerbench_costs_turns_and_subjects(tmp_path):
     routerbench_csv(tmp_path)
     results = read_results(tmp_path)
@@ -280,10 +341,14 @@ def group_of(document):
 
 MALFORMED = {
     "routerdc, cut short": (routerdc, cut, "routerdc", r"arc_test.json: line 1 is not JSON .*cut short"),
-    "routerdc, score is text": (routerdc, replaced(b"0.93", b'"good"'), None, r"entry 1, field 'scores.b': expected a number, got 'good'"),
+    "routerdc, score is text": (routerdc, replaced(b"0.93", b'"good"'), None, r"entry 1, field 'scores.b': expected a number .*, got 'good'"),
     "routerdc, no question": (routerdc, replaced(b'"question": "Who may sue?"', b'"question": 7'), None, r"entry 0, field 'question'"),
-    "routerdc, outside": (routerdc, replaced(b"0.93", b"-7"), None, r"query 'arc_test/1', model 'b': score -7 is outside"),
+    "routerdc, outside": (routerdc, replaced(b"0.93", b"-7"), None, r"arc_test.json: query 'arc_test/1', model 'b': score -7 is outside"),
     "routerdc, Latin-1": (routerdc, replaced(b"Who", b"Qu\xe9"), "routerdc", r"arc_test.json: byte \d+ is not UTF-8"),
+    "routerdc, NaN": (routerdc, replaced(b"0.93", b"NaN"), None, r"entry 1, field 'scores.b': expected a number \(null where not measured\), got nan"),
+    "routerdc, a number too large": (routerdc, replaced(b"0.93", b"9" * 400), None, r"entry 1, field 'scores.b': expected a number"),
+    "routerdc, a number of 5,000 digits": (routerdc, replaced(b"0.93", b"9" * 5000), None, r"arc_test.json: line 1 is not JSON that can be read"),
+    "routerdc, nested": (routerdc, replaced(b"0.93", b"[" * 100_000), "routerdc", r"arc_test.json: line 1 is not JSON that can be read"),
     "routerbench, no sample_id": (routerbench_csv, replaced(b"sample_id", b"sample"), None, r"csv: no column 'sample_id'"),
     "routerbench, score is text": (row_of("b", 1, "yes"), None, None, r"r.csv: row 2, column 'b': expected a number, got 'yes'"),
     "routerbench, cost is text": (row_of("b|total_cost", 0, "free"), None, None, r"r.csv: row 1, column 'b\|total_cost': expected a number"),
@@ -306,7 +371,7 @@ MALFORMED = {
     "routereval, leaderboard of other models": (lambda f: (f / "leaderboard_new.pkl").write_bytes(pickle.dumps({"data": {"arc": {"correctness": SCORES}}, "model": ["a"]})), None, None, r"data, arc: expected 1 columns, one a model, got 2"),
     "llmrouterbench, cut short": (llmrouterbench, cut, "llmrouterbench", r"json: line 1 is not JSON"),
     "llmrouterbench, no model": (llmrouterbench, replaced(b'"model_name"', b'"model"'), None, r"json: field 'model_name' is missing"),
-    "llmrouterbench, score is text": (lambda f: (f / "x_20250101_000000.json").write_text(json.dumps(run_of("a", ["A"]))), None, None, r"record 0, field 'score': expected a number, got 'A'"),
+    "llmrouterbench, score is text": (lambda f: (f / "x_20250101_000000.json").write_text(json.dumps(run_of("a", ["A"]))), None, None, r"record 0, field 'score': expected a number .*, got 'A'"),
     "llmrouterbench, index twice": (lambda f: (f / "x_20250101_000000.json").write_text(json.dumps(run_of("a", [1.0]) | {"records": run_of("a", [1.0])["records"] * 2})), None, None, r"json: query id 'aime/test/0' appears twice"),
     "llmrouterbench, no text": (lambda f: (f / "x_20250101_000000.json").write_text(json.dumps(run_of("a", []) | {"records": [{"index": 0, "score": 1}]})), None, None, r"record 0, field 'origin_query': expected text"),
     "llmrouterbench, no records": (lambda f: (f / "x_20250101_000000.json").write_text(json.dumps(run_of("a", []))), None, None, r"json: empty results"),
@@ -314,10 +379,15 @@ MALFORMED = {
     "embedllm, label is text": (embedllm, replaced(b"7,0,3,1", b"7,0,3,one"), None, r"train.csv: row 1, column 'label': expected a number, got 'one'"),
     "embedllm, no model": (embedllm, replaced(b"7,1,3,0", b"7,,3,0"), None, r"train.csv: row 2, column 'model_id': empty"),
     "embedllm, label outside": (embedllm, replaced(b"9,0,4,0", b"9,0,4,5"), None, r"train.csv: query '9', model 'org/a': score 5 is outside"),
-    "lm-eval, cut short": (lm_eval, cut, None, r"samples_arc_2025-01-01T00-00-00.jsonl: line 2: not JSON"),
+    "lm-eval, cut short": (lm_eval, cut, None, r"samples_arc_2025-01-01T00-00-00.jsonl: line 2 is not JSON"),
+    "embedllm, one id for two prompts": (embedllm, replaced(b"Who may sue?,b", b"Who pays?,b"), None, r"train.csv: prompt_id '7' stands for different prompts"),
     "lm-eval, no doc_id": (lm_eval, replaced(b'"doc_id"', b'"id"'), None, r"line 1, field 'doc_id': missing"),
+    "lm-eval, document twice": (lm_eval, replaced(b'"doc_id": 1', b'"doc_id": 0'), None, r"jsonl: query id 'arc/0' appears twice"),
     "lm-eval, score is text": (lm_eval, replaced(b'"acc": 0.0', b'"acc": "no"'), None, r"field 'acc': expected a number"),
     "table, Latin-1": (table, replaced(b"Who", b"Qu\xe9"), None, r"t.csv: byte \d+ is not UTF-8"),
+    "table, score outside": (table, replaced(b"rust?,0,1", b"rust?,0,7"), None, r"t.csv: query .*, model 'b': score 7 is outside"),
+    "table, NaN": (table, replaced(b"rust?,0,1", b"rust?,0,NaN"), None, r"t.csv: row 2, column 'b': expected a number, got 'NaN'"),
+    "table, cost below zero": (lambda f: (f / "t.csv").write_text("query,model,score,cost\nq,a,1,-5\n"), None, None, r"t.csv: query 't/q', model 'a': cost -5 is not a price"),
     "table, no question column": (table, replaced(b"query", b"qury"), None, r"t.csv: no column 'query' with the question, did you mean 'qury'"),
     "table, question twice": (table, replaced(b"What is rust?", b"Who may sue?"), None, r"t.csv: row 2: query .* came before"),
     "datasets, damaged": (hugging_face, lambda data: b"{", "datasets", r"can't be read as a dataset"),

@@ -108,16 +108,38 @@ def test_a_parameter_out_of_range_is_named(wrong):
         Labelling(**wrong)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "option"),
+    [("soft", "beta"), ("query", "shrinkage"), ("correctness", "margin"), ("mixed", "temperature")],
+)
+def test_an_option_that_a_strategy_does_not_read_is_refused(strategy, option):
+    with pytest.raises(ExpertokenError, match=f"{option}: labels by '{strategy}' do not depend on it; it is for "):
+        Labelling(strategy, **{option: 0.7})
+
+
+def test_an_expert_is_not_cheap_for_not_saying_what_it_costs():
+    costs = np.array([[0.001, nan], [0.001, 0.02], [0.001, nan]])
+    scores = np.ones((3, 2), np.float32)
+    targets, _ = label(scores, ["g"] * 3, labelling=Labelling(cost_weight=10.0), costs=costs)
+    assert targets.argmax(1).tolist() == [0, 0, 0]
+    costs[1, 1] = nan
+    with pytest.raises(ExpertokenError, match="no cost is known of candidate 'b'"):
+        label(scores, ["g"] * 3, labelling=Labelling(cost_weight=10.0), costs=costs, names=["a", "b"])
+    self_answers, _ = label(scores, ["g"] * 3, labelling=Labelling(cost_weight=10.0), costs=costs, self_index=1)
+    assert self_answers.argmax(1).tolist() == [1, 1, 1]  # self asks no other model
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @given(
     scores=arrays(np.float32, (7, 3), elements=st.sampled_from([0.0, 0.3, 1.0, nan])),
     self_index=st.sampled_from([None, 2]),
     ties=st.sampled_from(["all", "best", "cheapest"]),
     cost_weight=st.sampled_from([0.0, 2.0]),
-    shrinkage=st.sampled_from([0.0, 3.0]),
+    more=st.sampled_from([0.0, 3.0]),
 )
-def test_targets_are_distributions_over_measured_candidates(strategy, scores, self_index, ties, cost_weight, shrinkage):
+def test_targets_are_distributions_over_measured_candidates(strategy, scores, self_index, ties, cost_weight, more):
     costs = np.tile(np.array([0.3, 0.2, 0.1], np.float32), (7, 1))
+    shrinkage = more if strategy in ("subject", "mixed") else 0.0
     labelling = Labelling(strategy, ties=ties, cost_weight=cost_weight, shrinkage=shrinkage)
     learning = np.arange(7) < 5
     targets, weights = label(

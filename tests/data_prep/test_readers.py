@@ -139,7 +139,7 @@ def test_the_newest_harness_run_counts(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"doc_id": 0', "line 1: not JSON"),
+        ('{"doc_id": 0', "line 1 is not JSON"),
         ('{"doc": {}}', "field 'doc_id': missing"),
         ('{"doc_id": 0, "metrics": ["bleu"], "bleu": 1}', "no metric"),
         ('{"doc_id": 0, "acc": 1}', "field 'arguments'"),

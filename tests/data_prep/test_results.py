@@ -59,6 +59,12 @@ def test_splits_are_stratified_repeatable_and_keep_what_files_state():
     assert counts["x", "validation"] == counts["y", "validation"] == 4
     stated = make(ids, ["a"], np.ones((100, 1)), split=["train"] * 60 + ["test"] * 40).split(validation=0.5)
     assert stated.queries["split"].value_counts().to_dict() == {"test": 40, "train": 30, "validation": 30}
+    # A benchmark of which no side is stated gets its own, beside one whose files state them.
+    both = make([*ids, *(f"n{i}" for i in range(50))], ["a"], np.ones((150, 1)), benchmark=["b"] * 100 + ["new"] * 50,
+                split=["train"] * 60 + ["test"] * 40 + [None] * 50).split(test=0.2, validation=0.25)  # fmt: skip
+    sizes = both.queries.groupby(["benchmark", "split"]).size().to_dict()
+    assert sizes[("new", "test")] == 10
+    assert (sizes[("b", "test")], sizes[("b", "train")]) == (40, 45)
     with pytest.raises(ResultsError, match="unknown split 'dev'"):
         make(["1"], ["a"], [[1]], split=["dev"]).split()
 

@@ -75,12 +75,44 @@ def test_the_report_is_a_folder_with_pictures(priced_report, tmp_path):
     drawn = draw_report(priced_report, tmp_path / "report")
     assert {path.name for path in drawn} == {"scores.png", "experts.png", "shares.png", "reliability.png", "cost.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
-    priced_report.save_folder(tmp_path / "report")
+    priced_report.save_folder(tmp_path / "report", drawn)
     text = (tmp_path / "report" / "report.md").read_text()
-    for part in ("![cost](cost.png)", "| composite |", "AIQ, kNN", "## Robustness", "Better than best single"):
+    for part in ("![cost](cost.png)", "| composite |", "AIQ, kNN", "## Robustness", "Better than best single", "AIQ: "):
         assert part in text
+    priced_report.save_folder(tmp_path / "report")  # an evaluation without pictures, into the folder of one with
+    assert "cost.png" not in (tmp_path / "report" / "report.md").read_text()
     stored = json.loads((tmp_path / "report" / "report.json").read_text())
     assert {"versions", "data_fingerprint", "seconds", "peak_memory_gib"} <= set(stored["settings"])
+
+
+def test_a_candidate_without_a_known_cost_is_told_and_left_out_of_the_curves(composite_folder, results, pool):
+    costs = np.array([0.01, 0.002, np.nan]) * np.ones((len(results), 1))
+    data = build_supervision(replace(results, costs=costs), pool)
+    report = evaluate(composite_folder, data, baselines=["kNN"])
+    assert report.settings["without_known_cost"] == ["self"]
+    assert "AIQ, composite" in report.metrics
+    assert report.composite.cost is None  # it chose self at times; what the others cost is not what it costs
+    assert report.row("math").cost == pytest.approx(0.01)
+    assert "no cost is known: self" in report.markdown()
+
+
+@pytest.mark.parametrize("split", ["validation", "train"])
+def test_baselines_are_learnt_from_one_side_where_there_is_one(composite_folder, split):
+    report = evaluate(composite_folder, split=split, baselines=["kNN"])
+    assert report.row("kNN").kind == "router"
+
+
+def test_a_small_table_has_every_baseline(tmp_path, base_folder):
+    """An MLP that stops early needs some queries to stop on."""
+    from transformers import TrainingArguments
+
+    texts = [f"Compute {i}" if i % 2 else f"What is the law of {i}" for i in range(12)]
+    queries = pd.DataFrame({"id": map(str, range(12)), "prompt": texts, "benchmark": "b", "subject": None})
+    scores = np.eye(2)[np.arange(12) % 2]
+    build_supervision(BenchmarkResults(queries.assign(split=None), ["a", "b"], scores)).save(tmp_path / "s")
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), verify=False)
+    folder = train(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
+    assert {row.name for row in evaluate(folder).rows} > set(METHODS)
 
 
 def test_learnt_routers_stand_beside_the_composite_and_solve_what_is_easy(priced_report):
@@ -96,11 +128,15 @@ def test_learnt_routers_stand_beside_the_composite_and_solve_what_is_easy(priced
 def test_every_figure_of_the_field_is_there_and_holds_together(priced_report):
     found = priced_report.metrics
     mean, random = priced_report.composite.mean, priced_report.row("random").mean
-    assert found["mean score (RouterEval mu, AvgAcc)"] == mean
+    assert found["mean score (RouterEval mu, AvgAcc)"] == pytest.approx(mean)
     assert found["relative gain over random (Gain@R)"] == pytest.approx(mean / random - 1)
     assert 0 <= found["entropy of the predictions, bits (E_p)"] <= np.log2(3)
-    assert found["recall where 1 candidate can"] == found["dispatch accuracy"]
+    assert found["recall where 1 candidate can"] == found["dispatch accuracy, where somebody can"]
     assert found["AIQ, composite"] > found["AIQ, single models"]
+    for name, (low, high) in priced_report.intervals.items():
+        assert low - 1e-6 <= found[name] <= high + 1e-6, name
+    assert {"AIQ, composite", "AIQ, kNN", "calibration error (ECE)"} <= set(priced_report.intervals)
+    assert any(name.startswith("AIQ, composite less ") for name in priced_report.intervals)
     assert found["CostSave, composite"] > 0
     assert np.sum(priced_report.confusion) == pytest.approx(priced_report.settings["queries"])
     assert [entry["change"] for entry in priced_report.robustness][:2] == ["lower case", "upper case"]
@@ -233,7 +269,12 @@ def test_a_supervision_that_was_replaced_is_refused_unless_named(composite_folde
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"split": "trian"}, "no 'trian' side; it has train"), ({"baselines": ["knn"]}, "did you mean 'kNN'")],
+    [
+        ({"split": "trian"}, "no 'trian' side; it has train"),
+        ({"baselines": ["knn"]}, "did you mean 'kNN'"),
+        ({"encoder": "./nowhere"}, "./nowhere: no such encoder"),
+        ({"embedder": "./nowhere"}, "./nowhere: no such encoder"),
+    ],
 )
 def test_misspelt_names_are_told_before_anything_is_loaded(composite_folder, monkeypatch, options, message):
     monkeypatch.setattr("expertoken.evaluation.evaluate.load_composite", lambda *_, **__: pytest.fail("loaded"))

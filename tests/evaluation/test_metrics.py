@@ -8,20 +8,24 @@ from hypothesis.extra.numpy import arrays
 
 from expertoken.evaluation.metrics import (
     Curve,
+    among_the_best,
     apgr,
     bootstrap_interval,
     calibration,
+    calibration_errors,
     chosen_scores,
     confusion,
     cost_save,
     cpt,
-    dispatch_accuracy,
     entropy_bits,
     mean_over_benchmarks,
+    oracle,
     paired_p_value,
     partial_oracle,
     perf_gain,
-    recall_when_few_can,
+    reference_score,
+    resample_counts,
+    solved_by_few,
     strong_share_curve,
     trade_off,
 )
@@ -133,21 +137,43 @@ def test_gains_over_the_best_single_model():
 def test_the_trade_off_goes_from_the_best_expected_to_the_cheapest():
     scores = np.array([[1.0, 0.0], [1.0, 1.0]])
     costs = np.array([[4.0, 1.0], [4.0, 1.0]])
-    curve = trade_off(np.array([[0.9, 0.2], [0.9, 0.8]]), scores, costs, [0.0, 0.1, 10.0])
+    outcomes = trade_off(np.array([[0.9, 0.2], [0.9, 0.8]]), scores, costs, np.array([4.0, 1.0]), [0.0, 0.1, 10.0])
+    curve = outcomes.curve()
     np.testing.assert_allclose(curve.costs, [4, 2.5, 1])
     np.testing.assert_allclose(curve.qualities, [1, 1, 0.5])
 
 
 def test_recall_counts_queries_that_few_candidates_solve():
     scores = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0]], dtype=float)
-    found = recall_when_few_can(scores, np.array([0, 0, 2, 0, 0]))
-    assert found == {1: 0.5, 2: 0.0, 3: 1.0}
-    assert math.isnan(recall_when_few_can(scores[:1], np.array([0]))[2])
+    found = {count: rows.tolist() for count, rows in solved_by_few(scores).items()}
+    assert found == {1: [0, 1], 2: [2], 3: [3]}
 
 
-def test_dispatch_accuracy_counts_every_best_candidate_and_confusion_adds_up():
+def test_of_several_best_candidates_the_oracle_takes_the_cheapest_whatever_their_order():
+    scores, costs = np.array([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]]), np.array([[3.0, 1.0, 0.1], [0.1, 2.0, np.nan]])
+    assert oracle(scores, costs).tolist() == [1, 1]
+    assert oracle(scores[:, ::-1], costs[:, ::-1]).tolist() == [1, 1]
+    assert oracle(scores).tolist() == [0, 1]
+
+
+def test_resamples_draw_as_many_queries_of_each_benchmark_as_there_are():
+    names = np.array(["a"] * 30 + ["b"] * 10)
+    counts = resample_counts(names, 200)
+    assert (counts[:, :30].sum(1) == 30).all()
+    assert (counts[:, 30:].sum(1) == 10).all()
+    assert counts.std() == pytest.approx(1, abs=0.05)
+
+
+def test_a_benchmark_is_known_to_its_reference_however_it_is_spelt():
+    assert reference_score("ARC-Challenge") == reference_score("arc_challenge") == 0.852
+    assert reference_score("truthfulqa_mc2") == 0.669
+    assert reference_score("mmlu_pro") == 0.637
+    assert reference_score("legal") is None
+
+
+def test_a_choice_among_the_best_counts_and_confusion_adds_up():
     scores = np.array([[1, 1, 0], [0, 1, 0.0]])
-    assert dispatch_accuracy(scores, np.array([1, 0])) == 0.5
+    assert among_the_best(scores, np.array([1, 0])).tolist() == [True, False]
     table = confusion(np.array([[0.5, 0.5, 0], [0, 1, 0]]), np.array([1, 0]))
     np.testing.assert_array_equal(table, [[0, 0.5, 0], [1, 0.5, 0], [0, 0, 0]])
 
@@ -155,10 +181,10 @@ def test_dispatch_accuracy_counts_every_best_candidate_and_confusion_adds_up():
 def test_calibration_error_is_the_gap_between_sureness_and_outcome():
     sure = np.array([0.9] * 10 + [0.5] * 10)
     right = np.array([1.0] * 7 + [0.0] * 3 + [1.0] * 5 + [0.0] * 5)
-    error, table = calibration(sure, right)
-    assert error == pytest.approx(0.1)
-    assert [count for *_, count in table] == [10, 10]
-    assert calibration(np.array([1.0]), np.array([1.0]))[0] == 0
+    assert [count for *_, count in calibration(sure, right)] == [10, 10]
+    once, one_bin = np.ones(20, int), np.repeat([1, 0], 10)
+    np.testing.assert_allclose(calibration_errors(sure, right, np.stack([once, one_bin])), [0.1, 0.2])
+    assert calibration_errors(np.array([1.0]), np.array([1.0]), np.ones((1, 1)))[0] == 0
 
 
 def test_a_p_value_is_small_for_a_real_difference_and_large_for_none():

@@ -1,0 +1,39 @@
+"""What the measurements of routers share: a composite fitted in memory on a supervision's cached states."""
+
+import time
+
+from expertoken.data_prep.supervision import Supervision
+from expertoken.modeling.composite import Composite, Manifest, describe_base
+from expertoken.modeling.meta import MetaLLM
+from expertoken.train.arguments import L2
+from expertoken.train.features import Features, cached_features
+from expertoken.train.tokens import Fit, Problem, fit_rows
+
+SIDES = ("train", "validation", "test")
+
+
+def states(meta: MetaLLM, supervision: Supervision) -> dict[str, Features]:
+    """Of all sides."""
+    return {side: cached_features(meta, supervision.side(side)["messages"], label=f"{side} features") for side in SIDES}
+
+
+def problems_of(supervision: Supervision, found: dict[str, Features]) -> tuple[Problem, Problem]:
+    """Train and validation, as the fit wants them."""
+    train, validation = (
+        Problem(found[side], *supervision.arrays(side), supervision.side(side)["benchmark"]) for side in SIDES[:2]
+    )
+    return train, validation
+
+
+def fit(
+    meta: MetaLLM, supervision: Supervision, objective: str, l2: tuple[float, ...] = L2
+) -> tuple[Composite, Fit, float]:
+    """A composite whose rows (also the meta LLM's, now) are fitted; the fit, and its seconds without the states'."""
+    train, validation = problems_of(supervision, states(meta, supervision))
+    started = time.perf_counter()
+    found = fit_rows(train, validation, objective=objective, l2=l2, transform=meta.transform, with_self=False)
+    seconds = time.perf_counter() - started
+    meta.rows = found.rows
+    experts = [expert.name for expert in supervision.pool]
+    manifest = Manifest(describe_base(meta), experts, {"objective": objective})
+    return Composite(meta, supervision.pool, manifest), found, seconds
