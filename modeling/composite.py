@@ -19,7 +19,7 @@ from .meta import MetaLLM, Source, default_device, describe_dtype, library_versi
 
 FORMAT_VERSION = 1
 ROWS_FILE, POOL_FILE, MANIFEST_FILE = "expert_tokens.safetensors", "experts.yaml", "expertoken.json"
-ADAPTER_FILE = "adapter_config.json"
+ADAPTER_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _PROBES = ("What is 2 + 2?", "Name a river.", "Who are you? Answer in one long sentence, please.")
 """What a saved composite is asked, here and in a fresh process; any text does, these differ in length."""
@@ -30,7 +30,8 @@ class Manifest:
     """What `expertoken.json` says about a composite.
 
     Attributes:
-        base: model, revision, dtype and device of training, fingerprint, vocab_size and hidden_size of the meta LLM.
+        base: model, revision, dtype, device and quantization of training, fingerprint, vocab_size and hidden_size of
+            the meta LLM.
         experts: names in token order.
         training: method, objective, labelling, regularisation and what they achieved.
         data: path and fingerprint of the supervision.
@@ -66,6 +67,7 @@ def describe_base(meta: MetaLLM) -> dict[str, Any]:
         "revision": commit or meta.source.revision,
         "dtype": describe_dtype(meta.model),
         "device": meta.device.type,
+        "quantization": meta.quantization,
         "fingerprint": meta.base_fingerprint,
         "vocab_size": meta.vocab_size,
         "hidden_size": meta.head.in_features,
@@ -106,43 +108,86 @@ def read_rows(path: Path, names: list[str], width: int) -> torch.Tensor:
     return rows
 
 
-def save_composite(composite: Composite, path: Path | str, *, verify: bool = True) -> None:
+@dataclass(frozen=True)
+class Trained:
+    """What training changed, whole: under ZeRO-3 and FSDP2 it is spread over the processes.
+
+    Attributes:
+        rows: `[K, d]` float32.
+        adapter: LoRA's weights, or None.
+        probes: logits `[3, C]` that a reload has to repeat, or None.
+    """
+
+    rows: torch.Tensor
+    adapter: dict[str, torch.Tensor] | None
+    probes: torch.Tensor | None
+
+    @classmethod
+    def of(cls, composite: "Composite", *, probe: bool = True) -> "Trained":
+        """Bring it together; every process has to call this."""
+        meta = composite.meta
+        adapter = meta.adapter_state() if meta.adapted else None
+        return cls(meta.rows, adapter, probe_logits(composite) if probe else None)
+
+
+def save_composite(
+    composite: Composite, path: Path | str, *, verify: bool = True, trained: Trained | None = None
+) -> None:
     """Write a composite folder, completely or not at all.
 
     Args:
         composite: what to write.
         path: the folder; one that is there is replaced.
         verify: load it in a fresh process and compare logits before it takes the place of the old one.
+        trained: what training changed, where several processes had to bring it together before one of them saves.
 
     Raises:
         ExpertokenError: it could not be written, or the fresh process came to other logits.
     """
     path = Path(path)
-    meta, pool, manifest = composite.meta, composite.pool, composite.manifest
-    names = [expert.name for expert in pool]
-    manifest.experts = names
+    trained = trained or Trained.of(composite, probe=verify)
     with atomic_folder(path) as folder:
-        write_rows(meta.rows, names, folder / ROWS_FILE)
-        pool.to_yaml(folder / POOL_FILE)
-        document = asdict(manifest)
-        document["base"]["model"] = portable(meta.source.model, path)
-        if "path" in manifest.data:
-            document["data"]["path"] = portable(manifest.data["path"], path)
-        (folder / MANIFEST_FILE).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
-        meta.tokenizer.save_pretrained(folder)
-        if meta.adapted:
-            meta.model.save_pretrained(folder, save_embedding_layers=False)
-            _name_base(folder / ADAPTER_FILE, document["base"]["model"])
-        (folder / "README.md").write_text(_card(pool, manifest, meta.source.model), "utf-8")
+        write_composite(composite, folder, trained)
         if verify:
             try:
-                verify_reload(composite, folder)
+                verify_reload(composite, folder, trained.probes)
             except ExpertokenError as error:
                 # Training may have taken days: what it made is kept aside, under a name that nobody takes for good.
                 rejected = path.with_name(f"{path.name}.unverified")
                 shutil.rmtree(rejected, ignore_errors=True)
                 shutil.copytree(folder, rejected)
                 raise ExpertokenError(f"{error}; what was written is kept in {rejected}") from error
+
+
+def write_composite(composite: Composite, folder: Path, trained: Trained) -> None:
+    """Write the files of a composite.
+
+    Args:
+        composite: whose.
+        folder: that exists, where it will be or beside it: paths in its files are relative to it.
+        trained: rows and adapter.
+    """
+    meta, pool, manifest = composite.meta, composite.pool, composite.manifest
+    names = [expert.name for expert in pool]
+    manifest.experts = names
+    write_rows(trained.rows, names, folder / ROWS_FILE)
+    pool.to_yaml(folder / POOL_FILE)
+    document = asdict(manifest)
+    document["base"]["model"] = portable(meta.source.model, folder)
+    if "path" in manifest.data:
+        document["data"]["path"] = portable(manifest.data["path"], folder)
+    (folder / MANIFEST_FILE).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+    meta.tokenizer.save_pretrained(folder)
+    if trained.adapter is not None:
+        config = meta.model.peft_config["default"]
+        inference, config.inference_mode = config.inference_mode, True
+        config.save_pretrained(folder)
+        config.inference_mode = inference
+        from safetensors.torch import save_file
+
+        save_file(trained.adapter, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        _name_base(folder / ADAPTER_FILE, document["base"]["model"])
+    (folder / "README.md").write_text(_card(pool, manifest, meta.source.model), "utf-8")
 
 
 def _name_base(file: Path, base: str) -> None:
@@ -221,7 +266,7 @@ def load_composite(
     names = [expert.name for expert in pool]
     rows = read_rows(path / ROWS_FILE, names, base["hidden_size"])
     source = Source(_resolved(base["model"], path), base.get("revision"), trust_remote_code)
-    meta = MetaLLM.from_pretrained(source, len(pool), device=device, dtype=dtype)
+    meta = MetaLLM.from_pretrained(source, len(pool), device=device, dtype=dtype, quantization=base.get("quantization"))
     meta.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     if "path" in manifest.data:
         manifest.data["path"] = _resolved(manifest.data["path"], path)
@@ -243,13 +288,17 @@ def probe_logits(composite: Composite) -> torch.Tensor:
     return torch.cat([meta.candidate_logits([meta.encode(text)], with_self=True) for text in _PROBES])
 
 
-def verify_reload(composite: Composite, folder: Path) -> None:
+def verify_reload(composite: Composite, folder: Path, expected: torch.Tensor) -> None:
     """Load `folder` in a fresh process and compare its logits with those of `composite`.
+
+    Args:
+        composite: that was written.
+        folder: where to.
+        expected: its `probe_logits`.
 
     Raises:
         ExpertokenError: the process failed, or came to other logits.
     """
-    expected = probe_logits(composite)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHER_VARIABLES)}
     meta = composite.meta
     dtype, trusted = describe_dtype(meta.model), str(int(meta.source.trust_remote_code))

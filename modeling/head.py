@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .errors import ExpertokenError
+from .sharding import full_shape, gathered
 
 
 class ExpertHead(nn.Linear):
@@ -28,8 +29,7 @@ class ExpertHead(nn.Linear):
 
     def __init__(self, head: nn.Linear, num_experts: int) -> None:
         nn.Module.__init__(self)  # not Linear's: that would allocate a second vocabulary matrix
-        self.in_features = head.weight.shape[1]
-        self.out_features = head.weight.shape[0]
+        self.out_features, self.in_features = full_shape(head.weight)
         self.weight = head.weight
         self.bias = head.bias
         rows = torch.zeros(num_experts, self.in_features, dtype=torch.float32, device=head.weight.device)
@@ -53,7 +53,7 @@ def install_head(model: nn.Module, num_experts: int) -> ExpertHead:
         ExpertokenError: the model's head is not an `nn.Linear` (a quantised head, or no language model).
     """
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.weight.dim() != 2:
+    if not isinstance(head, nn.Linear) or len(full_shape(head.weight)) != 2:
         kind = type(head).__name__
         raise ExpertokenError(
             f"{type(model).__name__}: expected an nn.Linear output head, got {kind}; use a causal LM whose head is not "
@@ -74,6 +74,8 @@ def initial_row(model: nn.Module, description_ids: list[int]) -> torch.Tensor:
     Returns:
         `[d]`, float32.
     """
-    weight = model.get_output_embeddings().weight.detach()
-    rows = weight[torch.tensor(sorted(set(description_ids)), device=weight.device)] if description_ids else weight
-    return rows.float().mean(0)
+    weight = model.get_output_embeddings().weight
+    with gathered([weight]):
+        values = weight.detach()
+        rows = values[torch.tensor(sorted(set(description_ids)), device=values.device)] if description_ids else values
+        return rows.float().mean(0)

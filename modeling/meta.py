@@ -13,10 +13,11 @@ from torch import nn
 
 from .chat import Message, encode_chat
 from .dispatch import candidate_logits, dispatch_forward
-from .errors import ExpertokenError, one_line
+from .errors import ExpertokenError, one_line, require_extra
 from .gguf import converted
 from .head import ExpertHead, initial_row, install_head
 from .logits import LogitTransform
+from .sharding import full_shape, gathered, overwrite, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +45,8 @@ def load_causal_lm(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
+    quantization: str | None = None,
+    attention: str | None = None,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a causal LM and its tokenizer from a hub id, a local folder or a GGUF file, in evaluation mode.
 
@@ -52,6 +55,8 @@ def load_causal_lm(
         device: where to; the first accelerator, or the CPU, where not given.
         dtype: of the weights. Where not given: float32 on a CPU (bfloat16 is many times slower there), else the dtype
             the model was saved in.
+        quantization: `nf4`: linear layers in 4 bits by bitsandbytes, with double quantisation; the head stays as it is.
+        attention: implementation; transformers' choice where not given.
 
     Raises:
         ExpertokenError: the model can't be loaded; the message says why.
@@ -67,9 +72,13 @@ def load_causal_lm(
         raise ExpertokenError(f"{source.model}: no such folder; expected a hub id, a model folder or a GGUF file")
     where = str(path) if path.exists() else source.model
     options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    loading = {} if attention is None else {"attn_implementation": attention}
+    if quantization:
+        loading |= {"quantization_config": _quantized(quantization, device, dtype), "device_map": {"": device}}
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options).to(device)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options, **loading)
+        model = _unpacked(model) if quantization else model.to(device)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError) as error:
         raise ExpertokenError(f"{source.model}: can't be loaded as a causal LM ({one_line(error)})") from error
     except Exception as error:
@@ -79,6 +88,36 @@ def load_causal_lm(
             f"{source.model}: a weights file is damaged ({one_line(error)}); fetch it again"
         ) from error
     return model.eval(), tokenizer
+
+
+def _quantized(name: str, device: torch.device, dtype: torch.dtype | str) -> Any:
+    """The configuration of a quantisation.
+
+    Raises:
+        ExpertokenError: it is not known here.
+        ImportError: bitsandbytes is not installed.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if name != "nf4":
+        raise ExpertokenError(f"quantization: expected nf4, got {name!r}")
+    require_extra("bitsandbytes", "train")
+    compute = dtype if isinstance(dtype, torch.dtype) else torch.float32 if device.type == "cpu" else torch.bfloat16
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+
+
+def _unpacked(model: nn.Module) -> nn.Module:
+    """Keep bitsandbytes from repacking weights on CPUs with AVX-512 at their first use.
+
+    It does so in place, in evaluation mode only, for bfloat16 whatever dtype was asked for: the fingerprint, the
+    decision and the training step after it would depend on the processor.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
@@ -97,8 +136,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrai
 
 def share_weights(model: nn.Module) -> nn.Module:
     """A second model over the very same tensors: it can get a head or adapters of its own at the cost of a megabyte."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
+    shared = [*model.parameters(), *model.buffers()]
+    shared += [tensor.quant_state for tensor in shared if getattr(tensor, "quant_state", None) is not None]
+    return copy.deepcopy(model, memo={id(thing): thing for thing in shared})
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -111,11 +151,12 @@ def fingerprint(model: nn.Module) -> str:
     for name, parameter in sorted(model.named_parameters()):
         if name.endswith("expert_rows"):
             continue
-        flat = parameter.detach().flatten()
-        count = min(64, flat.numel())
-        places = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long().to(flat.device)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(flat[places].to(torch.bfloat16).view(torch.uint8).cpu().numpy().tobytes())
+        digest.update(f"{name}{tuple(full_shape(parameter))}".encode())
+        with gathered([parameter]):
+            flat = parameter.detach().flatten()
+            count = min(64, flat.numel())
+            places = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long().to(flat.device)
+            digest.update(flat[places].to(torch.bfloat16).view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -141,6 +182,7 @@ class MetaLLM:
         tokenizer: with a chat template.
         source: where the model came from, as composites record it.
         num_experts: K.
+        quantization: of the model, or None.
 
     Attributes:
         vocab_size: V, the rows of the original head; expert k has the id `V + k`.
@@ -150,14 +192,20 @@ class MetaLLM:
     """
 
     def __init__(
-        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", source: Source, num_experts: int
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        source: Source,
+        num_experts: int,
+        quantization: str | None = None,
     ) -> None:
         self.plain = model
+        self.quantization = quantization
         self.base_fingerprint = fingerprint(model)
         self.model = share_weights(model)
         self.tokenizer = tokenizer
         self.source = source
-        self.vocab_size = model.get_output_embeddings().weight.shape[0]
+        self.vocab_size = full_shape(model.get_output_embeddings().weight)[0]
         self.transform = LogitTransform.of(model.config)
         install_head(self.model, num_experts)
 
@@ -169,11 +217,15 @@ class MetaLLM:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
+        quantization: str | None = None,
+        attention: str | None = None,
     ) -> "MetaLLM":
-        """Load a causal LM and give it `num_experts` expert rows (zeros). Errors as in `load_causal_lm`."""
+        """Load a causal LM and give it `num_experts` expert rows (zeros). Arguments and errors as `load_causal_lm`."""
         source = Source(source) if isinstance(source, str) else source
-        model, tokenizer = load_causal_lm(source, device=device, dtype=dtype)
-        return cls(model, tokenizer, source, num_experts)
+        model, tokenizer = load_causal_lm(
+            source, device=device, dtype=dtype, quantization=quantization, attention=attention
+        )
+        return cls(model, tokenizer, source, num_experts, quantization)
 
     @property
     def adapted(self) -> bool:
@@ -193,12 +245,32 @@ class MetaLLM:
     @property
     def rows(self) -> torch.Tensor:
         """A copy of the expert rows, `[K, d]` float32 on the CPU."""
-        return self.head.expert_rows.detach().cpu().clone()
+        return whole(self.head.expert_rows).float()
 
     @rows.setter
     def rows(self, rows: torch.Tensor) -> None:
         parameter = nn.Parameter(rows.to(self.device, torch.float32), requires_grad=self.head.expert_rows.requires_grad)
         self.head.expert_rows = parameter
+
+    def adapter_state(self) -> dict[str, torch.Tensor]:
+        """LoRA's weights as PEFT names them in a file, whole, on the CPU (collective where weights are split)."""
+        from peft import get_peft_model_state_dict
+
+        named = {name: whole(p) for name, p in self.model.named_parameters() if "lora_" in name}
+        return get_peft_model_state_dict(self.model, state_dict=named)
+
+    def set_adapter_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Put weights as `adapter_state` gives them into the adapter, in place (collective likewise).
+
+        Raises:
+            ExpertokenError: they are another adapter's.
+        """
+        named = {n.replace(".default.", "."): p for n, p in self.model.named_parameters() if "lora_" in n}
+        differing = set(named) ^ set(state) or {k for k in named if full_shape(named[k]) != state[k].shape}
+        if differing:
+            raise ExpertokenError(f"the adapter's weights are of another model or rank (at {min(differing)})")
+        for name, parameter in named.items():
+            overwrite(parameter, state[name])
 
     def initial_row(self, description: str) -> torch.Tensor:
         """Where an expert's row starts, `[d]`; see `head.initial_row`."""

@@ -63,6 +63,35 @@ def expected_score(
     return (regret * weights).sum(), weights.sum()
 
 
+_CONTRASTED = 3  # positives and negatives of a query, as in RouterDC
+
+
+def contrastive(
+    logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor, reference: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sample-LLM contrastive loss of RouterDC (arXiv 2409.19886): each good candidate against the bad ones.
+
+    `sum over i in the best: -log(exp(l_i) / (exp(l_i) + sum over j in the worst: exp(l_j)))`, with the three best and
+    the three worst candidates of a query. Of these only those count that are right (the best: 1/2 or more) or wrong
+    (the worst: less); a query that leaves nobody on one of the sides teaches nothing.
+    """
+    del targets, reference
+    count = min(_CONTRASTED, logits.shape[-1])
+    known = scores.nan_to_num()
+    best = torch.where(scores.isnan(), -torch.inf, scores).topk(count, -1).indices
+    worst = torch.where(scores.isnan(), torch.inf, scores).topk(count, -1, largest=False).indices
+    measured = ~scores.isnan()
+    good = (known >= 0.5) & measured
+    bad = (known < 0.5) & measured
+    opposed = torch.where(bad.gather(-1, worst), logits.gather(-1, worst), -torch.inf)
+    some = bad.gather(-1, worst).any(-1)
+    # A query without anybody to oppose gets a finite stand-in: its gradient must be zero, not NaN.
+    rivals = torch.where(some[:, None], opposed, 0.0).logsumexp(-1)
+    pairs = F.softplus(rivals[:, None] - logits.gather(-1, best))
+    kept = good.gather(-1, best) & some[:, None]
+    return (torch.where(kept, pairs, 0.0).sum(-1) * weights).sum(), weights.sum()
+
+
 Objective = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
 ]
@@ -71,4 +100,5 @@ OBJECTIVES: dict[str, Objective] = {
     "cross_entropy": cross_entropy,
     "correctness": correctness,
     "expected_score": expected_score,
+    "contrastive": contrastive,
 }

@@ -3,9 +3,13 @@
 from functools import lru_cache
 from pathlib import Path
 
+import pandas as pd
 import torch
 import transformers as t
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from expertoken.data_prep.results import BenchmarkResults
+from expertoken.modeling.experts import Expert, ExpertPool
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -132,3 +136,26 @@ def tiny_folder(path: Path, architecture: str = "llama-tied", template: str = "c
     tiny_model(architecture, seed).save_pretrained(path)
     tiny_tokenizer(template).save_pretrained(path)
     return path
+
+
+def tiny_pool(base: Path) -> ExpertPool:
+    """Two experts and self; the experts are the base itself, so that they can really answer."""
+    return ExpertPool(
+        [
+            Expert("math", model=str(base), description="Compute plus"),
+            Expert("law", model=str(base), description="capital of France"),
+            Expert("self", backend="self", results="meta"),
+        ]
+    )
+
+
+def tiny_results() -> BenchmarkResults:
+    """120 queries of three benchmarks, each with a model that is right there and nowhere else."""
+    rows, scores = [], []
+    for index in range(120):
+        kind = index % 3
+        prompt = (f"Compute {index} plus 3.", f"What is the law in case {index}?", f"Tell me something, take {index}.")
+        rows.append((f"q{index}", prompt[kind], ("sums", "cases", "chats")[kind], None, None))
+        scores.append([float(kind == column) for column in range(3)])
+    frame = pd.DataFrame(rows, columns=["id", "prompt", "benchmark", "subject", "split"])
+    return BenchmarkResults(frame, ["math", "law", "meta"], scores)

@@ -7,11 +7,12 @@ Imports no torch, so that `--help` answers at once.
 
 from dataclasses import dataclass, field
 
-METHODS = ("tokens", "lora")
+METHODS = ("tokens", "lora", "qlora")
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 DTYPES = ("float32", "bfloat16", "float16")
 L2 = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 """Strengths that are tried where none are given."""
-OBJECTIVE_NAMES = ("cross_entropy", "correctness", "expected_score")
+OBJECTIVE_NAMES = ("cross_entropy", "correctness", "expected_score", "contrastive")
 
 
 def _option(default: object, text: str) -> object:
@@ -28,17 +29,21 @@ class ExpertokenArguments:
     data: str = field(metadata={"help": "Supervision folder, made by `expertoken prepare`."})
     method: str = _option(
         "tokens",
-        "tokens: only the expert rows are trained, on states computed once. lora: LoRA on the backbone and the rows.",
+        "tokens: only the expert rows are trained, on states computed once. lora: LoRA on the backbone and the rows. "
+        "qlora: the same on a backbone in 4 bits (NF4, double quantisation; the head stays as it is).",
     )
     objective: str | None = _option(
         None,
         "cross_entropy: to the label's distribution, one-hot or soft. correctness: one binary problem per expert. "
-        "expected_score: the score of a choice drawn from the dispatch distribution. Default: what the "
-        "labels were made for.",
+        "expected_score: the score of a choice drawn from the dispatch distribution. contrastive: the best candidates "
+        "of a query against its worst (RouterDC). Default: what the labels were made for.",
     )
     revision: str | None = _option(None, "Git revision of a hub model.")
     dtype: str | None = _option(
         None, "Weights of the meta LLM: float32, bfloat16 or float16. Default: float32 on CPU, else as saved."
+    )
+    attn_implementation: str | None = _option(
+        None, "Attention: sdpa, eager, flash_attention_2, ... Default: what transformers takes for the model."
     )
     trust_remote_code: bool = _option(False, "Allow the meta LLM's repository to run its own code here.")
     max_tokens: int = _option(4096, "tokens: padded tokens of one batch of the forward pass.")
@@ -46,15 +51,19 @@ class ExpertokenArguments:
         list(L2),
         "tokens: L2 strengths to try; the one with the best validation score is kept.",
     )
-    warm_start: bool = _option(True, "lora: start from the rows that method tokens finds, not from the descriptions.")
-    lora_r: int = _option(8, "lora: rank.")
-    lora_alpha: int = _option(16, "lora: scale is lora_alpha / lora_r.")
-    lora_dropout: float = _option(0.05, "lora: dropout on the adapters' input.")
-    lora_target_modules: list[str] = _option(["all-linear"], "lora: names of the layers to adapt.")
-    rows_learning_rate: float | None = _option(None, "lora: learning rate of the expert rows. Default: learning_rate.")
+    warm_start: bool = _option(
+        True, "lora, qlora: start from the rows that method tokens finds, not from the descriptions."
+    )
+    lora_r: int = _option(8, "lora, qlora: rank.")
+    lora_alpha: int = _option(16, "lora, qlora: scale is lora_alpha / lora_r.")
+    lora_dropout: float = _option(0.05, "lora, qlora: dropout on the adapters' input.")
+    lora_target_modules: list[str] = _option(["all-linear"], "lora, qlora: names of the layers to adapt.")
+    rows_learning_rate: float | None = _option(
+        None, "lora, qlora: learning rate of the expert rows. Default: learning_rate."
+    )
     resume: str = _option(
         "auto",
-        "lora: auto continues the last complete checkpoint of the same run in output_dir; never starts anew; or the "
-        "path of a checkpoint.",
+        "lora, qlora: auto continues the last complete checkpoint of the same run in output_dir; never starts anew; or "
+        "the path of a checkpoint.",
     )
     verify: bool = _option(True, "Load the saved composite in a fresh process and compare logits.")

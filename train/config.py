@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..modeling.errors import ExpertokenError, did_you_mean, one_line, require_extra
-from .arguments import DTYPES, METHODS, OBJECTIVE_NAMES, ExpertokenArguments
+from .arguments import ATTENTION, DTYPES, METHODS, OBJECTIVE_NAMES, ExpertokenArguments
+from .launch import shipped
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser, TrainingArguments
 
 RECIPES = Path(__file__).parent.parent / "configs" / "train"
+DEEPSPEED = RECIPES.parent / "deepspeed"
 
 _USAGE = (
     "accelerate launch -m expertoken.train [RECIPE] --meta MODEL --data SUPERVISION --output_dir COMPOSITE "
@@ -24,7 +26,10 @@ _USAGE = (
 _EPILOG = (
     "RECIPE is a YAML file or the name of a shipped one ({recipes}). Command line beats YAML beats default. Every "
     "argument of transformers.TrainingArguments is accepted too (--learning_rate, --report_to tensorboard, ...); "
-    "--help-all lists them."
+    "--help-all lists them. `expertoken train ... --accelerate_config NAME` launches itself under accelerate with a "
+    "file or a shipped configuration ({configs}); --num_processes, --num_machines, --machine_rank, "
+    "--main_process_ip, --main_process_port and --gpu_ids may stand beside it. --deepspeed takes a file or the name "
+    "of a shipped one ({deepspeed}), for torchrun and DeepSpeed's own launcher."
 )
 
 _OURS = dict.fromkeys(
@@ -54,9 +59,14 @@ def make_parser(*, everything: bool) -> "HfArgumentParser":
         prog="expertoken train",
         usage=_USAGE,
         description="Train expert tokens from supervision and write a composite folder.",
-        epilog=_EPILOG.format(recipes=recipes),
+        epilog=_EPILOG.format(recipes=recipes, configs=", ".join(shipped()), deepspeed=", ".join(_deepspeed())),
         allow_abbrev=False,
     )
+
+
+def _deepspeed() -> dict[str, Path]:
+    """The shipped DeepSpeed configurations by name."""
+    return {file.stem: file for file in sorted(DEEPSPEED.glob("*.json"))}
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -93,6 +103,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ExpertokenArguments, "Training
         sys.exit(0)
     parser = make_parser(everything=True)
     recipe = read_recipe(argv.pop(0)) if argv and not argv[0].startswith("-") else {}
+    argv = _with_deepspeed_file(argv)
     actions = {action.dest: action for action in parser._actions}
     mistakes = [f"{key}: unknown key, {did_you_mean(str(key), actions)}" for key in recipe if key not in actions]
     given = {item.split("=")[0][2:].replace("-", "_") for item in argv if item.startswith("--")}
@@ -128,6 +139,17 @@ def _typed(value: Any, action: argparse.Action) -> Any:
     return str(value) if isinstance(value, float) else value
 
 
+def _with_deepspeed_file(argv: list[str]) -> list[str]:
+    """The command line with the name of a shipped DeepSpeed configuration replaced by its file."""
+    name = _values(argv).get("deepspeed")
+    if name is None or Path(name).suffix == ".json":
+        return argv
+    if name not in _deepspeed():
+        raise ConfigError(f"--deepspeed {name}: expected a file or a shipped one, {did_you_mean(name, _deepspeed())}")
+    replaced = {name: str(_deepspeed()[name]), f"--deepspeed={name}": f"--deepspeed={_deepspeed()[name]}"}
+    return [replaced.get(item, item) for item in argv]
+
+
 def _values(argv: Sequence[str]) -> dict[str, str]:
     """What the command line says, by name: `--key value` and `--key=value`."""
     values = {}
@@ -139,7 +161,12 @@ def _values(argv: Sequence[str]) -> dict[str, str]:
 
 
 def _choices(values: dict[str, Any]) -> list[str]:
-    allowed = {"method": METHODS, "objective": OBJECTIVE_NAMES, "dtype": DTYPES}
+    allowed = {
+        "method": METHODS,
+        "objective": OBJECTIVE_NAMES,
+        "dtype": DTYPES,
+        "attn_implementation": ATTENTION,
+    }
     return [
         f"{key}: unknown value {values[key]!r}, {did_you_mean(str(values[key]), known)}"
         for key, known in allowed.items()

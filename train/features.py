@@ -27,6 +27,7 @@ from ..modeling.chat import Message
 from ..modeling.errors import ExpertokenError
 from ..modeling.files import atomic_folder, cache_folder
 from ..modeling.meta import MetaLLM, describe_dtype, fingerprint, token_batches
+from ..modeling.sharding import is_split
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,12 @@ def cached_features(
     missing = sorted(first.values())
     barrier()  # every process has looked before any of them changes the cache
     started = time.perf_counter()
+    if missing and is_split(meta.model):
+        raise ExpertokenError(
+            f"{label}: {len(missing)} queries are not in the cache, and a model that ZeRO-3 has split can't compute "
+            "them here; run method tokens on the same data before (its states are kept in $EXPERTOKEN_CACHE), load "
+            "whole (zero3_init_flag: false), or start cold with --warm_start false"
+        )
     if missing:
         new = [hashes[index] for index in missing]
         folder = root / hashlib.sha256(b"".join(new)).hexdigest()[:16]

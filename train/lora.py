@@ -1,4 +1,4 @@
-"""Method `lora`: LoRA on the backbone together with the expert rows, through `transformers.Trainer`.
+"""Methods `lora` and `qlora`: LoRA on the backbone together with the expert rows, through `transformers.Trainer`.
 
 Loss and logits exist at the dispatch position only; the rows keep no weight decay (AdamW would shrink rows that get no
 gradient), and a checkpoint holds the plain PEFT adapter with the rows beside it.
@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +18,51 @@ from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from ..data_prep.supervision import Supervision
-from ..modeling.composite import ROWS_FILE, read_rows, write_rows
+from ..modeling.composite import ADAPTER_WEIGHTS, ROWS_FILE, Composite, Trained, read_rows, write_composite
 from ..modeling.dispatch import candidate_logits, dispatch_forward
 from ..modeling.errors import ExpertokenError, one_line
 from ..modeling.files import atomic_file
 from ..modeling.meta import MetaLLM
 from ..modeling.objectives import OBJECTIVES
+from ..modeling.sharding import overwrite
 from .arguments import ExpertokenArguments
 from .processes import barrier
 from .tokens import mean_score
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _TORCH_ARCHIVE = ("PytorchStreamWriter", "inline_container")
 _RUN_FILE = Path("runs") / "run.json"
 _FIELDS = ("target", "scores", "weight", "benchmark")
+_NAMED = 5  # queries that an error names
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "DefaultCPUAllocator")
 
 
 class DispatchTrainer(Trainer):
     """A `Trainer` for expert tokens.
 
+    Every checkpoint is a composite folder, beside what the Trainer resumes from.
+
     Args:
-        meta: the meta LLM, its model already wrapped by PEFT.
+        composite: its model already wrapped by PEFT.
         objective: a key of `OBJECTIVES`.
-        names: of the experts, in row order.
-        with_self: whether self is a candidate.
         rows_learning_rate: of the rows; the adapters' where None.
         **options: of `Trainer`.
     """
 
     def __init__(
-        self,
-        meta: MetaLLM,
-        objective: str,
-        names: list[str],
-        *,
-        with_self: bool,
-        rows_learning_rate: float | None,
-        **options: Any,
+        self, composite: Composite, objective: str, *, rows_learning_rate: float | None, **options: Any
     ) -> None:
-        self.meta, self.objective, self.names = meta, OBJECTIVES[objective], names
-        self.with_self, self.rows_learning_rate = with_self, rows_learning_rate
-        super().__init__(model=meta.model, data_collator=self._collate, **options)
+        self.composite, self.meta, self.with_self = composite, composite.meta, composite.pool.has_self
+        self.objective, self.rows_learning_rate = OBJECTIVES[objective], rows_learning_rate
+        super().__init__(model=self.meta.model, data_collator=self._collate, **options)
         self.label_names = list(_FIELDS)
 
     def _collate(self, examples: Sequence[dict]) -> dict[str, torch.Tensor]:
         # On the CPU: data loader workers must not touch the accelerator, and the Trainer moves batches itself.
         batch = self.meta.pad([e["input_ids"] for e in examples], "cpu")
-        return batch | {key: torch.tensor(np.array([e[key] for e in examples]), dtype=torch.float32) for key in _FIELDS}
+        batch |= {key: torch.tensor(np.array([e[key] for e in examples]), dtype=torch.float32) for key in _FIELDS}
+        return batch | {"row": torch.tensor([e["row"] for e in examples])}
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, **_: Any) -> Any:
         """The objective at the dispatch positions; with `return_outputs` also the candidates' logits `[N, C]`."""
@@ -77,8 +74,21 @@ class DispatchTrainer(Trainer):
         # the mean over processes and accumulated batches is the gradient of the large batch.
         loss = total / len(candidates)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()} at step {self.state.global_step}; lower the learning rate")
+            self._tell_not_finite(loss, candidates, inputs["row"], model.training)
         return (loss, {"logits": candidates}) if return_outputs else loss
+
+    def _tell_not_finite(
+        self, loss: torch.Tensor, candidates: torch.Tensor, rows: torch.Tensor, training: bool
+    ) -> None:
+        dataset = self.train_dataset if training else self.eval_dataset
+        at_fault = ~candidates.isfinite().all(-1)
+        named = rows[at_fault] if at_fault.any() else rows
+        queries = ", ".join(repr(dataset.query(int(row))) for row in named[:_NAMED])
+        weights = "the weights are no longer finite" if at_fault.all() else "the others of the batch are finite"
+        raise FloatingPointError(
+            f"loss is {loss.item()} at step {self.state.global_step}, with queries {queries} ({weights}); lower the "
+            "learning rate, say --max_grad_norm, or take those queries out. The last checkpoint is from before"
+        )
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict, *_: Any, **__: Any) -> tuple:
         """Loss, candidates' logits and scores of an evaluation batch."""
@@ -103,13 +113,15 @@ class DispatchTrainer(Trainer):
             self.optimizer = kind(groups, **options)
         return self.optimizer
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:  # the Trainer calls this on every process
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.meta.model.save_pretrained(folder, state_dict=state_dict, save_embedding_layers=False)
-        write_rows(self.meta.rows, self.names, folder / ROWS_FILE)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a composite of what is trained now. The Trainer's own would gather the whole model under ZeRO-3."""
+        trained = Trained.of(self.composite, probe=False)  # on every process
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            training = self.composite.manifest.training | {"steps": self.state.global_step}
+            manifest = replace(self.composite.manifest, training=training)
+            write_composite(replace(self.composite, manifest=manifest), folder, trained)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         self._restore(Path(resume_from_checkpoint))
@@ -120,45 +132,55 @@ class DispatchTrainer(Trainer):
 
     def _restore(self, folder: Path) -> None:
         """Put a checkpoint's adapter and rows into the model, in place, so that the optimizer keeps its parameters."""
-        from peft import set_peft_model_state_dict
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         file = folder / ADAPTER_WEIGHTS
         try:
-            set_peft_model_state_dict(self.meta.model, load_file(file))
-        except (OSError, SafetensorError, RuntimeError) as error:
+            self.meta.set_adapter_state(load_file(file))
+        except (OSError, SafetensorError, ExpertokenError) as error:
             raise ExpertokenError(
                 f"{file}: missing, damaged or of another model ({one_line(error)}); remove {folder.name}, and the "
                 "run goes on from the checkpoint before it"
             ) from error
-        rows = read_rows(folder / ROWS_FILE, self.names, self.meta.head.in_features)
-        with torch.no_grad():
-            self.meta.head.expert_rows.copy_(rows)
+        names = [expert.name for expert in self.composite.pool]
+        overwrite(self.meta.head.expert_rows, read_rows(folder / ROWS_FILE, names, self.meta.head.in_features))
 
 
-def encode_side(meta: MetaLLM, supervision: Supervision, name: str, *, learn: bool) -> list[dict[str, Any]]:
-    """A supervision side as examples.
+class Examples(torch.utils.data.Dataset):
+    """A supervision side as examples, read from disk and encoded when they are asked for.
+
+    So a side needs memory for its targets and scores only, and none for texts and ids.
 
     Args:
-        meta: the meta LLM.
+        meta: the meta LLM, for its encoding.
         supervision: what is learnt from.
         name: of the side.
         learn: leave out queries of weight 0, which teach nothing, and scale the other weights to mean 1.
     """
-    side = supervision.side(name)
-    columns = dict(zip(("target", "scores", "weight"), supervision.arrays(name), strict=True))
-    # A number per benchmark travels with each query: the Trainer may evaluate in an order of its own.
-    columns["benchmark"] = np.unique(np.asarray(side["benchmark"], dtype=str), return_inverse=True)[1]
-    rows = range(len(side))
-    if learn:
-        rows = np.flatnonzero(columns["weight"])
-        columns["weight"] /= columns["weight"][rows].mean()
-    conversations = side["messages"]
-    return [
-        {"input_ids": meta.encode(conversations[int(row)]), **{key: columns[key][row] for key in _FIELDS}}
-        for row in rows
-    ]
+
+    def __init__(self, meta: MetaLLM, supervision: Supervision, name: str, *, learn: bool) -> None:
+        self._meta, self._side = meta, supervision.side(name)
+        columns = dict(zip(("target", "scores", "weight"), supervision.arrays(name), strict=True))
+        # A number per benchmark travels with each query: the Trainer may evaluate in an order of its own.
+        columns["benchmark"] = np.unique(np.asarray(self._side["benchmark"], dtype=str), return_inverse=True)[1]
+        self._rows = np.arange(len(self._side))
+        if learn:
+            self._rows = np.flatnonzero(columns["weight"])
+            columns["weight"] /= columns["weight"][self._rows].mean()
+        self._columns = columns
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = int(self._rows[index])
+        ids = self._meta.encode(self._side[row]["messages"])
+        return {"input_ids": ids, "row": row, **{key: column[row] for key, column in self._columns.items()}}
+
+    def query(self, row: int) -> str:
+        """The id of a query, as errors name it."""
+        return self._side[row]["id"]
 
 
 def wrap_with_lora(meta: MetaLLM, options: ExpertokenArguments) -> None:
@@ -233,12 +255,30 @@ def record_run(resume: str, output_dir: Path, run: dict[str, Any]) -> None:
         aside.write_text(json.dumps(run, indent=2) + "\n")
 
 
+def _out_of_memory(trainer: DispatchTrainer) -> str:
+    """What to change, nearest first."""
+    arguments, size = trainer.args, trainer.args.per_device_train_batch_size
+    advice = []
+    if size > 1:
+        more = 2 * arguments.gradient_accumulation_steps
+        advice.append(
+            f"--per_device_train_batch_size {size // 2} --gradient_accumulation_steps {more} (the same gradients)"
+        )
+    if not arguments.gradient_checkpointing:
+        advice.append("--gradient_checkpointing true")
+    if arguments.device.type != "cpu" and not (arguments.bf16 or arguments.fp16):
+        advice.append("--bf16 true")
+    advice += ["--method qlora", "--accelerate_config zero3"]
+    return (
+        f"out of memory at step {trainer.state.global_step}, {size} queries a batch; try {', or '.join(advice)}. "
+        "Checkpoints before it are whole, the same command goes on from there"
+    )
+
+
 def train_lora(
-    meta: MetaLLM,
+    composite: Composite,
     supervision: Supervision,
-    names: list[str],
     *,
-    with_self: bool,
     options: ExpertokenArguments,
     arguments: TrainingArguments,
     run: dict[str, Any],
@@ -248,6 +288,7 @@ def train_lora(
     Returns:
         what the manifest records: steps, best score, seconds.
     """
+    meta = composite.meta
     set_seed(arguments.seed)  # the Trainer does so too, but after the adapters have drawn their start
     wrap_with_lora(meta, options)
 
@@ -269,14 +310,12 @@ def train_lora(
     arguments.eval_steps = arguments.save_steps
     arguments.ddp_find_unused_parameters = False
     trainer = DispatchTrainer(
-        meta,
+        composite,
         options.objective,
-        names,
-        with_self=with_self,
         rows_learning_rate=options.rows_learning_rate,
         args=arguments,
-        train_dataset=encode_side(meta, supervision, "train", learn=True),
-        eval_dataset=encode_side(meta, supervision, "validation", learn=False),
+        train_dataset=Examples(meta, supervision, "train", learn=True),
+        eval_dataset=Examples(meta, supervision, "validation", learn=False),
         compute_metrics=score,
     )
     checkpoint = find_checkpoint(options.resume, Path(arguments.output_dir), run)
@@ -286,9 +325,14 @@ def train_lora(
     barrier()
     if checkpoint:
         logger.info("continuing %s", checkpoint)
+    if arguments.gradient_checkpointing:
+        # The other way needs inputs with gradients, and the embeddings of a LoRA'd model have none.
+        arguments.gradient_checkpointing_kwargs = arguments.gradient_checkpointing_kwargs or {"use_reentrant": False}
     try:
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (OSError, RuntimeError) as error:
+        if any(word in str(error) for word in _OUT_OF_MEMORY):
+            raise ExpertokenError(_out_of_memory(trainer)) from error
         # torch reports a file that it could not finish as a RuntimeError of its archive writer.
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_ARCHIVE):
             raise

@@ -1,11 +1,19 @@
-"""Several training processes: whether they know of each other, waiting, leaving."""
+"""Several training processes: whether they know of each other, how they load, waiting, leaving."""
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..modeling.errors import ExpertokenError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+_ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_hf")
 
 
 def check_world(world_size: int) -> None:
@@ -23,6 +31,52 @@ def check_world(world_size: int) -> None:
             f"{launched} processes were launched but {world_size} work together; on CPU launch with "
             "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ...`"
         )
+
+
+def check_offload(arguments: "TrainingArguments") -> None:
+    """Refuse another optimizer than AdamW where DeepSpeed keeps its states on the CPU.
+
+    accelerate puts DeepSpeed's Adam in the place of any optimizer then, without a word: `--optim sgd` at its learning
+    rate wrecks the rows.
+
+    Raises:
+        ExpertokenError: such an optimizer was asked for.
+    """
+    plugin = arguments.deepspeed_plugin
+    offloaded = plugin and plugin.deepspeed_config.get("zero_optimization", {}).get("offload_optimizer", {})
+    if offloaded and offloaded.get("device", "none") != "none" and str(arguments.optim.value) not in _ADAM:
+        raise ExpertokenError(
+            f"--optim {arguments.optim.value}: with optimizer states on the CPU DeepSpeed's own Adam runs, whatever is "
+            "asked for; take adamw_torch, or a configuration without offload"
+        )
+
+
+@contextmanager
+def loading(arguments: "TrainingArguments") -> Iterator[None]:
+    """Load a model inside the block as the launch configuration says: under ZeRO-3 split at once, or whole first.
+
+    Transformers splits weights while it loads them whenever ZeRO-3 is on. Then only the engine can run the model, and
+    states for a start of the tokens can't be computed; so that is done where `zero3_init_flag` asks for it.
+    """
+    plugin = arguments.deepspeed_plugin
+    if plugin is None or plugin.zero_stage != 3:
+        yield
+        return
+    import deepspeed
+    from transformers.integrations import deepspeed as integration
+
+    if not deepspeed.comm.is_initialized():  # without it every process counts itself alone while it loads
+        backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else None
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+    if plugin.zero3_init_flag:
+        yield
+        return
+    config = integration.deepspeed_config()
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        plugin.dschf = integration.HfDeepSpeedConfig(config)  # registers itself; transformers keeps a weak reference
 
 
 def barrier() -> None:

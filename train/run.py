@@ -10,12 +10,12 @@ import torch
 
 from ..data_prep.labels import OBJECTIVE_OF
 from ..data_prep.supervision import Supervision
-from ..modeling.composite import Composite, Manifest, describe_base, save_composite
+from ..modeling.composite import Composite, Manifest, Trained, describe_base, save_composite
 from ..modeling.errors import ExpertokenError, require_extra
 from ..modeling.meta import MetaLLM, Source
 from .arguments import ExpertokenArguments
 from .features import cached_features
-from .processes import barrier, check_world
+from .processes import barrier, check_offload, check_world, loading
 from .tokens import Fit, Problem, fit_rows, mean_score
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ class Run:
             self.supervision.info.labelling["strategy"], "cross_entropy"
         )
         check_world(arguments.world_size)
+        check_offload(arguments)
+        if options.method == "qlora" and getattr(arguments.deepspeed_plugin, "zero_stage", 0) == 3:
+            raise ExpertokenError("method qlora: ZeRO-3 can't split 4-bit weights; launch it with ddp or zero2")
         if arguments.n_gpu > 1:
             # The Trainer would wrap the model in DataParallel, which splits what `logits_to_keep` must not split.
             raise ExpertokenError(
@@ -48,8 +51,29 @@ class Run:
             )
         source = Source(options.meta, options.revision, options.trust_remote_code)
         dtype = getattr(torch, options.dtype) if options.dtype else None
-        self.meta = MetaLLM.from_pretrained(source, len(self.pool), device=arguments.device, dtype=dtype)
+        with loading(arguments):
+            self.meta = MetaLLM.from_pretrained(
+                source,
+                len(self.pool),
+                device=arguments.device,
+                dtype=dtype,
+                quantization="nf4" if options.method == "qlora" else None,
+                attention=options.attn_implementation,
+            )
         self.meta.rows = torch.stack([self.meta.initial_row(expert.description) for expert in self.pool])
+        info = self.supervision.info
+        manifest = Manifest(
+            base=describe_base(self.meta),
+            experts=[expert.name for expert in self.pool],
+            training={
+                "method": options.method,
+                "objective": self.objective,
+                "labelling": info.labelling,
+                "processes": arguments.world_size,
+            },
+            data={"path": str(Path(options.data).resolve()), "fingerprint": info.fingerprint, "sizes": info.sizes},
+        )
+        self.composite = Composite(self.meta, self.pool, manifest)
 
     def fit_tokens(self) -> Fit:
         """States of the train and validation sides, then the rows."""
@@ -86,7 +110,7 @@ class Run:
         return {"l2": fit.l2, **chosen, "seconds": round(time.perf_counter() - started, 1)}
 
     def run_lora(self) -> dict[str, Any]:
-        """Method `lora`."""
+        """Methods `lora` and `qlora`."""
         from .lora import train_lora
 
         if self.options.warm_start:
@@ -98,10 +122,8 @@ class Run:
             run[key] = getattr(self.arguments, key)
         run["data_fingerprint"] = self.supervision.info.fingerprint
         return train_lora(
-            self.meta,
+            self.composite,
             self.supervision,
-            [expert.name for expert in self.pool],
-            with_self=self.pool.has_self,
             options=self.options,
             arguments=self.arguments,
             run=run,
@@ -118,29 +140,23 @@ class Run:
                     for key, value in entry.items():
                         writer.add_scalar(f"tokens/{key}", value, step)
 
-    def save(self, outcome: dict[str, Any]) -> Path:
-        """Write the composite folder (main process)."""
-        info = self.supervision.info
-        training = {"method": self.options.method, "objective": self.objective, "labelling": info.labelling}
-        output = Path(self.arguments.output_dir)
-        manifest = Manifest(
-            base=describe_base(self.meta),
-            experts=[expert.name for expert in self.pool],
-            training=training | outcome | {"processes": self.arguments.world_size},
-            data={"path": str(Path(self.options.data).resolve()), "fingerprint": info.fingerprint, "sizes": info.sizes},
-        )
-        save_composite(Composite(self.meta, self.pool, manifest), output, verify=self.options.verify)
-        return output
+    def save(self, outcome: dict[str, Any]) -> None:
+        """Write the composite folder: every process brings its part, the main one writes."""
+        self.composite.manifest.training |= outcome
+        trained = Trained.of(self.composite, probe=self.options.verify)
+        if self.arguments.process_index == 0:
+            output = Path(self.arguments.output_dir)
+            save_composite(self.composite, output, verify=self.options.verify, trained=trained)
 
 
 def train(options: ExpertokenArguments, arguments: "TrainingArguments") -> Path:
     """Run one training to its composite folder."""
     run = Run(options, arguments)
-    outcome = {"tokens": run.run_tokens, "lora": run.run_lora}[options.method]()
+    outcome = run.run_tokens() if options.method == "tokens" else run.run_lora()
     barrier()
     output = Path(arguments.output_dir)
+    run.save(outcome)
     if arguments.process_index == 0:
-        run.save(outcome)
         _summary(run, outcome, output)
     barrier()
     return output

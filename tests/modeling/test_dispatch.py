@@ -1,10 +1,12 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertoken.modeling.dispatch import Dispatch, dispatch_distribution, last_positions
-from expertoken.modeling.objectives import OBJECTIVES, correctness, cross_entropy
+from expertoken.modeling.objectives import OBJECTIVES, contrastive, correctness, cross_entropy
 
 
 @settings(deadline=None)
@@ -72,3 +74,26 @@ def test_in_correctness_the_rows_do_not_know_of_each_other():
     single, _ = correctness(alone, scores[:, :1], scores[:, :1], torch.zeros(5), torch.ones(5))
     single.backward()
     torch.testing.assert_close(logits.grad[:, 0] * mass, alone.grad[:, 0])
+
+
+def test_the_contrastive_loss_is_that_of_its_definition():
+    """RouterDC's (arXiv 2409.19886), query by query, candidate by candidate."""
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 7, generator=rng, requires_grad=True)
+    scores = torch.rand(40, 7, generator=rng)
+    scores[torch.rand(40, 7, generator=rng) < 0.2] = torch.nan
+    scores[0], scores[1] = 1.0, 0.0  # nobody to oppose, nobody to favour
+    weights = torch.rand(40, generator=rng)
+    plain = 0.0
+    for row, known, weight in zip(logits.tolist(), scores.tolist(), weights.tolist(), strict=True):
+        ranked = sorted((s, i) for i, s in enumerate(known) if s == s)
+        best = [i for s, i in ranked[::-1][:3] if s >= 0.5]
+        worst = [i for s, i in ranked[:3] if s < 0.5]
+        for i in best if worst else []:
+            plain -= weight * math.log(math.exp(row[i]) / (math.exp(row[i]) + sum(math.exp(row[j]) for j in worst)))
+    total, mass = contrastive(logits, scores, scores, scores[:, 0], weights)
+    assert float(total) == pytest.approx(plain, rel=1e-5)
+    assert float(mass) == pytest.approx(float(weights.sum()))
+    total.backward()
+    assert torch.isfinite(logits.grad).all()
+    assert (logits.grad[:2] == 0).all()

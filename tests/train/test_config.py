@@ -1,12 +1,15 @@
+import json
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 import expertoken
+from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import ExpertPool
-from expertoken.train import entry
-from expertoken.train.config import RECIPES, ConfigError, parse_arguments
+from expertoken.train import entry, launch
+from expertoken.train.config import DEEPSPEED, RECIPES, ConfigError, parse_arguments
 
 CONFIGS = Path(expertoken.__file__).parent / "configs"
 NEEDED = ["--meta", "m", "--data", "d", "--output_dir", "o"]
@@ -21,7 +24,7 @@ def test_every_training_recipe_goes_through_the_entry_point(recipe, monkeypatch,
     entry.main([recipe.stem, "--meta", "m", "--data", "d", "--output_dir", str(tmp_path)])
     [(options, arguments)] = seen
     values = yaml.safe_load(recipe.read_text())
-    assert options.method == recipe.stem
+    assert recipe.stem.startswith(options.method)
     assert not set(values) & {"eval_strategy", "eval_steps"}  # decided by the method
     for key, value in values.items():
         holder = options if hasattr(options, key) else arguments
@@ -29,7 +32,17 @@ def test_every_training_recipe_goes_through_the_entry_point(recipe, monkeypatch,
         assert found == [value] if isinstance(found, list) else str(getattr(found, "value", found)) == str(value), key
     head = recipe.read_text().splitlines()
     assert head[0].startswith("# ")
-    assert any("accelerate launch -m expertoken.train" in line for line in head)
+    launched = [line for line in head if f"expertoken.train {recipe.stem} " in line or f" train {recipe.stem} " in line]
+    assert launched
+    for line in launched:  # every launch line is one that the entry point takes, and names shipped configurations
+        words = line.removeprefix("#").split()
+        argv = words[words.index(recipe.stem) :]
+        if "--accelerate_config" in argv:
+            argv = launch.command(argv)
+            argv = argv[argv.index("expertoken.train") + 1 :]
+        assert parse_arguments(argv)[0].meta.count("/") == 1
+    override = next(line for line in head if line.startswith("# One override, as an example: "))
+    assert parse_arguments([recipe.stem, *NEEDED, *override.split(": ")[1].split()])
 
 
 @pytest.mark.parametrize("pool", sorted((CONFIGS / "pools").glob("*.yaml")), ids=lambda path: path.stem)
@@ -38,7 +51,72 @@ def test_every_shipped_pool_is_read(pool):
 
 
 def test_no_yaml_is_outside_the_tested_folders():
-    assert {path.parent.name for path in CONFIGS.rglob("*.yaml")} == {"train", "pools"}
+    assert {path.parent.name for path in CONFIGS.rglob("*.yaml")} == {"train", "pools", "accelerate"}
+
+
+@pytest.mark.parametrize("name", launch.shipped())
+def test_every_launch_configuration_says_what_it_is_for_and_accelerate_reads_it(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path, document = launch.read_config(name)
+    head = path.read_text().splitlines()
+    assert head[0].startswith("# ")
+    assert any(f"expertoken train lora --accelerate_config {name} " in line for line in head) or name == "cpu"
+    found = load_config_from_file(str(path))
+    assert found.num_processes == document["num_processes"]
+    assert str(getattr(found.distributed_type, "value", found.distributed_type)) == document["distributed_type"]
+
+
+def test_a_launch_configuration_becomes_one_command():
+    argv = ["lora", "--accelerate_config", "zero3", "--num_processes=8", "--meta", "m", "--zero3_init_flag", "true"]
+    python, *rest = launch.command(argv)
+    assert python == sys.executable
+    assert rest[:3] == ["-m", "accelerate.commands.launch", "--config_file"]
+    assert rest[4:] == [
+        "--num_processes",
+        "8",
+        "--zero3_init_flag",
+        "true",
+        "-m",
+        "expertoken.train",
+        "lora",
+        "--meta",
+        "m",
+    ]
+    assert launch.command(["lora", "--meta", "m"]) is None
+    with pytest.raises(
+        ExpertokenError, match="zero33: expected a file or a shipped configuration, did you mean 'zero3'"
+    ):
+        launch.command(["--accelerate_config", "zero33"])
+    with pytest.raises(ExpertokenError, match="--accelerate_config: expected a value behind it"):
+        launch.command(["--accelerate_config"])
+
+
+def test_on_a_machine_without_accelerators_each_kind_of_launch_gets_what_it_needs(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert launch.environment(["--accelerate_config", "ddp"])["ACCELERATE_USE_CPU"] == "true"
+    assert "ACCELERATE_USE_CPU" not in launch.environment(["--accelerate_config", "zero2"])
+    with pytest.raises(ExpertokenError, match="fsdp2: FSDP needs accelerators; on a CPU take ddp or zero3"):
+        launch.environment(["--accelerate_config", "fsdp2"])
+
+
+@pytest.mark.parametrize("name", sorted(DEEPSPEED.glob("*.json")), ids=lambda path: path.stem)
+def test_a_deepspeed_configuration_says_the_same_as_accelerates_of_that_name(name):
+    said = json.loads(name.read_text())
+    inline = launch.read_config(name.stem)[1]["deepspeed_config"]
+    zero = said["zero_optimization"]
+    assert f"configs/accelerate/{name.stem}.yaml" in said["_for"]
+    assert zero["stage"] == inline["zero_stage"]
+    for key in ("offload_optimizer", "offload_param"):
+        assert zero.get(key, {"device": "none"})["device"] == inline[f"{key}_device"]
+    _, arguments = parse_arguments([*NEEDED, "--deepspeed", name.stem])
+    assert arguments.deepspeed == str(name)
+
+
+def test_a_missing_deepspeed_configuration_names_the_shipped_ones():
+    with pytest.raises(ConfigError, match="--deepspeed zero4: expected a file or a shipped one, did you mean 'zero3'"):
+        parse_arguments([*NEEDED, "--deepspeed", "zero4"])
 
 
 def test_command_line_beats_yaml_beats_default(tmp_path):

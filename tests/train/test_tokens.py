@@ -55,7 +55,7 @@ def test_chunks_do_not_change_the_solution(monkeypatch):
     torch.testing.assert_close(fit(problem).rows, whole, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["cross_entropy", "correctness", "expected_score"])
+@pytest.mark.parametrize("objective", ["cross_entropy", "correctness", "expected_score", "contrastive"])
 @pytest.mark.parametrize("with_self", [False, True])
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(softcap=30.0), LogitTransform(scale=0.25)])
 def test_every_objective_beats_the_best_single_candidate(objective, with_self, transform):

@@ -1,0 +1,59 @@
+"""Weights that a launcher has split over processes (DeepSpeed ZeRO-3, FSDP2), seen or written whole.
+
+Everything here but `full_shape` is collective: every process has to call it, in the same order.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+def full_shape(tensor: torch.Tensor) -> torch.Size:
+    """The shape of the whole; ZeRO-3 leaves an empty tensor where the weights were."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has split the weights, so that a forward pass needs its engine and every process."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+@contextmanager
+def gathered(tensors: Iterable[torch.Tensor], *, write: bool = False) -> Iterator[None]:
+    """Have ZeRO-3's tensors whole inside the block.
+
+    Args:
+        tensors: parameters; those that are not split are as they are.
+        write: whether the block changes them; what the first process makes of them is what all get.
+    """
+    split = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    if not split:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(split, modifier_rank=0 if write else None):
+        yield
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of the whole on the CPU."""
+    if hasattr(tensor, "full_tensor"):  # FSDP2's DTensor
+        return tensor.detach().full_tensor().cpu().clone()
+    with gathered([tensor]):
+        return tensor.detach().cpu().clone()
+
+
+@torch.no_grad()
+def overwrite(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Put values into a tensor in place, so that an optimizer keeps its parameter."""
+    if hasattr(tensor, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        values = distribute_tensor(values.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)
+        tensor.copy_(values)
+        return
+    with gathered([tensor], write=True):
+        tensor.copy_(values)

@@ -1,0 +1,51 @@
+"""Training in processes of their own, as a user launches it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+GLOO_ABORT = "terminate called without an active exception"  # at shutdown, see train/processes.py
+SGD = ("--lora_dropout", "0", "--seed", "1", "--learning_rate", "0.3", "--warmup_steps", "0", "--logging_steps", "1",
+       "--lr_scheduler_type", "constant", "--warm_start", "false", "--max_steps", "6", "--save_steps", "6",
+       # Adam makes a full step of any gradient, also of one that is zero but for rounding.
+       "--optim", "sgd")  # fmt: skip
+
+
+def command(config: str, folder: Path, base: Path, data: Path, method: str, *more: str) -> list[str]:
+    return [str(Path(sys.executable).parent / "expertoken"), "train", method, "--accelerate_config", config, "--meta",
+            str(base), "--data", str(data), "--output_dir", str(folder), "--report_to", "none", *more]  # fmt: skip
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "EXPERTOKEN_CACHE": str(cache)}
+
+
+def launch(config: str, folder: Path, base: Path, data: Path, method: str = "lora", *more: str) -> Path:
+    """Train, and judge by what the launcher says; gloo's abort at shutdown, and only that, is tried again."""
+    given = command(config, folder, base, data, method, "--main_process_port", "0", *more)
+    variables = environment(folder.parent / "cache")
+    for _ in range(3):
+        done = subprocess.run(given, env=variables, capture_output=True, text=True, timeout=400)
+        if GLOO_ABORT not in done.stderr:
+            break
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything that training changed."""
+    files = [folder / name for name in ("expert_tokens.safetensors", "adapter_model.safetensors")]
+    return {name: value for file in files if file.exists() for name, value in load_file(file).items()}
+
+
+def assert_same(one: Path, two: Path, rtol: float = 1e-4) -> None:
+    """Equal weights, each within `rtol` of the largest of its tensor."""
+    first, second = trained(one), trained(two)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        tolerance = rtol * float(value.abs().max())
+        torch.testing.assert_close(second[name], value, rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")

@@ -1,0 +1,108 @@
+"""`--accelerate_config NAME`: the same command again, under `accelerate launch` with a shipped configuration."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from ..modeling.errors import ExpertokenError, did_you_mean, require_extra
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "accelerate"
+_FLAG = "--accelerate_config"
+_LAUNCHER = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "gpu_ids")
+"""What of `accelerate launch` may stand beside it; everything else is the configuration's."""
+_SWITCHES = ("zero3_init_flag",)
+
+
+def shipped() -> list[str]:
+    """Names of the configurations that come with expertoken."""
+    return sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+
+
+def read_config(name: str) -> tuple[Path, dict]:
+    """A configuration by the name of a shipped one, or by its path.
+
+    Raises:
+        ExpertokenError: there is none, or it is no YAML mapping.
+    """
+    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else CONFIGS / f"{name}.yaml"
+    if not path.exists():
+        raise ExpertokenError(
+            f"{_FLAG} {name}: expected a file or a shipped configuration, {did_you_mean(name, shipped())}"
+        )
+    try:
+        document = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ExpertokenError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(document, dict):
+        raise ExpertokenError(f"{path}: expected keys and values, got {type(document).__name__}")
+    return path, document
+
+
+def command(argv: Sequence[str]) -> list[str] | None:
+    """The `accelerate launch` command that `argv` asks for, or None where it names no configuration.
+
+    Raises:
+        ExpertokenError: there is no such configuration.
+    """
+    values, rest = _take(argv, (_FLAG.lstrip("-"), *_LAUNCHER, *_SWITCHES))
+    if (name := values.pop("accelerate_config", None)) is None:
+        return None
+    path, _ = read_config(name)
+    flags = [part for key, value in values.items() for part in (f"--{key}", value)]
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *flags,
+            "-m", "expertoken.train", *rest]  # fmt: skip
+
+
+def environment(argv: Sequence[str]) -> dict[str, str]:
+    """The environment of that command: what a configuration can't say about a machine without an accelerator.
+
+    Raises:
+        ExpertokenError: the configuration needs an accelerator, and there is none.
+    """
+    name = _take(argv, (_FLAG.lstrip("-"),))[0]["accelerate_config"]
+    kind = read_config(name)[1].get("distributed_type")
+    import torch
+
+    added = {}
+    if not torch.accelerator.is_available():
+        if kind == "FSDP":
+            # accelerate would go on with plain data parallelism and not say so.
+            raise ExpertokenError(f"{_FLAG} {name}: FSDP needs accelerators; on a CPU take ddp or zero3")
+        if kind != "DEEPSPEED":  # for DeepSpeed the same variable switches DeepSpeed off
+            added["ACCELERATE_USE_CPU"] = "true"
+        added["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+    return os.environ | added
+
+
+def relaunch(argv: Sequence[str]) -> None:
+    """Become the `accelerate launch` process that `argv` asks for; return where it asks for none."""
+    started = command(argv)
+    if started is None:
+        return
+    require_extra("accelerate", "train")
+    variables = environment(argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(started[0], started, variables)  # noqa: S606 - our own interpreter; signals reach the launcher itself
+
+
+def _take(argv: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Take `--name value` and `--name=value` out of a command line: the values by name, and the rest.
+
+    Raises:
+        ExpertokenError: a name has no value.
+    """
+    values, rest = {}, []
+    items = iter(argv)
+    for item in items:
+        key, equals, value = item.partition("=")
+        if key.removeprefix("--") not in names or not key.startswith("--"):
+            rest.append(item)
+            continue
+        if not equals and (value := next(items, None)) is None:
+            raise ExpertokenError(f"{item}: expected a value behind it")
+        values[key.removeprefix("--")] = value
+    return values, rest
