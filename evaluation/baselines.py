@@ -240,6 +240,7 @@ def encoder(
             save_strategy="no",
             report_to="none",
             logging_steps=50,
+            train_sampling_strategy="group_by_length",
             use_cpu=not torch.accelerator.is_available(),
         )
         learnt = examples("train", _filled(train.scores))

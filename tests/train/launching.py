@@ -43,8 +43,12 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(one: Path, two: Path, rtol: float = 1e-4) -> None:
+    """Two composites with equal weights."""
+    assert_same_weights(trained(one), trained(two), rtol)
+
+
+def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], rtol: float) -> None:
     """Equal weights, each within `rtol` of the largest of its tensor."""
-    first, second = trained(one), trained(two)
     assert first.keys() == second.keys()
     for name, value in first.items():
         tolerance = rtol * float(value.abs().max())

@@ -1,0 +1,230 @@
+"""Method lora beside TRL's SFTTrainer with LoRA and PEFT's trainable tokens: `python benchmarks/lora_speed.py`.
+
+The same model (SmolLM2-135M-Instruct), the same real questions, adapters, optimizer and number of steps, one pass over
+the data; the label is the expert token behind the generation prompt. Ours groups questions by length, as the recipe
+`lora` does; TRL runs with its own random batches, and once more with batches grouped by length. Each side runs in a
+process of its own, one after the other, several times in turn. Prints examples per second, peak memory and validation
+score of all, and the ratio to TRL's, for the questions as they are and for questions of one length.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
+RATE = 1e-3
+WARM = 2  # steps that are not timed
+
+
+def prepare(data: Path, out: Path, count: int, tokens: int | None) -> None:
+    """A supervision of the first questions, each repeated or cut to about `tokens` tokens where that is given."""
+    from expertoken.data_prep.readers import read_results
+    from expertoken.data_prep.supervision import build_supervision
+
+    results = read_results(data / "routerdc", "routerdc")
+    results = results.take((results.queries["benchmark"] != "humaneval").to_numpy())
+    results = results.take(np.random.default_rng(0).permutation(len(results))[: 3 * count])
+    if tokens:
+        text = results.queries["prompt"].map(lambda prompt: (prompt + "\n") * (1 + 4 * tokens // len(prompt)))
+        results.queries["prompt"] = [f"{index}: {text[: 3 * tokens]}" for index, text in enumerate(text)]
+    results.queries["split"] = ["train"] * count + ["validation"] * (len(results) - count)
+    results.queries["benchmark"] = "all"
+    build_supervision(results, labelling="subject", leaks="keep", near_duplicates="ignore").save(out)
+
+
+def common(folder: Path, steps: int, batch: int) -> dict[str, Any]:
+    """Training arguments of both sides."""
+    return {
+        "output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": batch, "learning_rate": RATE,
+        "lr_scheduler_type": "constant", "report_to": "none", "save_strategy": "no", "use_cpu": True, "seed": 0,
+        "logging_steps": 1000, "disable_tqdm": True,
+    }  # fmt: skip
+
+
+class Clock:
+    """Seconds from the end of the warm-up to the end, as a Trainer's callback."""
+
+    def __init__(self) -> None:
+        from transformers import TrainerCallback
+
+        clock = self
+
+        class Callback(TrainerCallback):
+            def on_step_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.global_step == WARM:
+                    clock.started = time.perf_counter()
+                clock.ended = time.perf_counter()
+
+        self.started = self.ended = 0.0
+        self.callback = Callback()
+
+
+def ours(data: Path, work: Path, steps: int, batch: int) -> dict[str, float]:
+    """Method lora."""
+    import torch
+    from transformers import TrainingArguments
+
+    from expertoken.data_prep.supervision import Supervision
+    from expertoken.examples.smollm2 import smollm2
+    from expertoken.modeling.composite import Composite, Manifest, describe_base
+    from expertoken.modeling.meta import MetaLLM
+    from expertoken.train.arguments import ExpertokenArguments
+    from expertoken.train.lora import DispatchTrainer, Examples, wrap_with_lora
+
+    supervision = Supervision.load(data)
+    meta = MetaLLM.from_pretrained(str(smollm2()), len(supervision.pool))
+    meta.rows = torch.stack([meta.initial_row(expert.description) for expert in supervision.pool])
+    torch.manual_seed(0)
+    wrap_with_lora(meta, ExpertokenArguments(meta="", data="", **{
+        "lora_r": LORA["r"], "lora_alpha": LORA["lora_alpha"], "lora_dropout": LORA["lora_dropout"]}))  # fmt: skip
+    names = [expert.name for expert in supervision.pool]
+    composite = Composite(meta, supervision.pool, Manifest(describe_base(meta), names))
+    clock = Clock()
+    trainer = DispatchTrainer(
+        composite, "cross_entropy", rows_learning_rate=None,
+        args=TrainingArguments(
+            remove_unused_columns=False, train_sampling_strategy="group_by_length", **common(work, steps, batch)
+        ),
+        train_dataset=Examples(meta, supervision, "train", learn=True), callbacks=[clock.callback],
+    )  # fmt: skip
+    trainer.train()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    meta.model.eval()
+    side = supervision.side("validation")
+    scores = supervision.scores("validation")
+    chosen = [
+        int(meta.candidate_logits([meta.encode(messages)], with_self=False).argmax()) for messages in side["messages"]
+    ]
+    return {"seconds": clock.ended - clock.started, "memory": memory, "score": _score(scores, chosen)}
+
+
+def trl(data: Path, work: Path, steps: int, batch: int, sampling: str = "random") -> dict[str, float]:
+    """SFTTrainer with LoRA and trainable tokens: the label is the answer, of which the loss is taken alone."""
+    import datasets
+    import torch
+    from peft import LoraConfig
+    from peft.utils.other import TrainableTokensWrapper
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    from expertoken.data_prep.supervision import Supervision
+    from expertoken.examples.smollm2 import smollm2
+    from expertoken.modeling.chat import text_of
+    from expertoken.modeling.gguf import converted
+
+    TrainableTokensWrapper.bias = None  # TRL 1.16 asks the head for it and PEFT 0.21's wrapper has none: a crash
+    supervision = Supervision.load(data)
+    folder = converted(Path(smollm2()))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = [expert.token for expert in supervision.pool]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    with torch.no_grad():
+        mean = model.get_input_embeddings().weight.mean(0)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        model.get_input_embeddings().weight[ids] = mean
+    targets, _, weights = supervision.arrays("train")
+    rows = np.flatnonzero(weights)
+
+    def user(row: int, name: str = "train") -> list[dict[str, str]]:
+        return [{"role": "user", "content": text_of(supervision.side(name)[row]["messages"][-1])}]
+
+    labelled = [
+        {
+            "prompt": user(int(row)),
+            "completion": [{"role": "assistant", "content": tokens[int(targets[row].argmax())]}],
+        }
+        for row in rows
+    ]
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", trainable_token_indices=ids, **LORA)
+    clock = Clock()
+    trainer = SFTTrainer(
+        model,
+        args=SFTConfig(completion_only_loss=True, max_length=8192, gradient_checkpointing=False, bf16=False,
+                       train_sampling_strategy=sampling, **common(work, steps, batch)),
+        train_dataset=datasets.Dataset.from_list(labelled), processing_class=tokenizer, peft_config=config,
+        callbacks=[clock.callback],
+    )  # fmt: skip
+    trainer.train()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    trained = trainer.model.eval()
+    scores, chosen = supervision.scores("validation"), []
+    with torch.inference_mode():
+        for row in range(len(scores)):
+            encoded = tokenizer.apply_chat_template(
+                user(row, "validation"), add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            chosen.append(int(trained(**encoded, logits_to_keep=1).logits[0, -1, ids].argmax()))
+    return {"seconds": clock.ended - clock.started, "memory": memory, "score": _score(scores, chosen)}
+
+
+def _score(scores: np.ndarray, chosen: list[int]) -> float:
+    return float(np.nan_to_num(scores)[np.arange(len(chosen)), chosen].mean())
+
+
+SIDES = {"ours": ours, "TRL": trl, "TRL, grouped": partial(trl, sampling="group_by_length")}
+
+
+def run(side: str, data: Path, work: Path, steps: int, batch: int) -> dict[str, float]:
+    """One side in a process of its own."""
+    command = [sys.executable, __file__, "--side", side, "--supervision", str(data), "--out", str(work)]
+    done = subprocess.run([*command, "--steps", str(steps), "--batch", str(batch)], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="has routerdc/")
+    parser.add_argument("--out", type=Path, default=Path("runs/lora_speed"), help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=32, help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="of both sides in turn, at the questions' own lengths")
+    parser.add_argument(
+        "--lengths", default="128,512,1024", help="of questions, in tokens, a few steps each; '' for none"
+    )
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--supervision", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        print(json.dumps(SIDES[options.side](options.supervision, options.out, options.steps, options.batch)))
+        return
+    print("| tokens a question | | examples/s | peak GiB | validation score | ours is faster | ours needs, of memory |")
+    print("|---|---|---|---|---|---|---|")
+    lengths = [None, *(int(text) for text in options.lengths.split(",") if text)]
+    for tokens in lengths:
+        steps, batch = (options.steps, options.batch) if tokens is None else (WARM + 3, 4)
+        data = options.out / f"supervision-{tokens or 'own'}"
+        prepare(options.data, data, steps * batch, tokens)
+        rounds = options.rounds if tokens is None else 1
+        found = {side: [] for side in SIDES}
+        for _ in range(rounds):
+            for side in SIDES:
+                found[side].append(run(side, data, options.out / side, steps, batch))
+        median = {
+            side: {key: float(np.median([entry[key] for entry in entries])) for key in entries[0]}
+            for side, entries in found.items()
+        }
+        for side, entry in median.items():
+            speed = (steps - WARM) * batch / entry["seconds"]
+            cells = [str(tokens or "own"), side, f"{speed:.2f}", f"{entry['memory']:.2f}", f"{entry['score']:.3f}"]
+            ratios = [a["seconds"] / b["seconds"] for a, b in zip(found[side], found["ours"], strict=True)]
+            cells.append(f"{np.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})")
+            cells.append(f"{median['ours']['memory'] / entry['memory']:.2f}x")
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
