@@ -51,6 +51,12 @@ class ExpertokenArguments:
         list(L2),
         "tokens: L2 strengths to try; the one with the best validation score is kept.",
     )
+    anywhere: int = _option(
+        0,
+        "Positions inside the meta LLM's own answer to each query that are learnt too, so that it hands over in "
+        "mid-answer or holds back there. 0: only the start decides. Needs self in the pool.",
+    )
+    anywhere_tokens: int = _option(64, "anywhere: length of those answers, in tokens.")
     warm_start: bool = _option(
         True, "lora, qlora: start from the rows that method tokens finds, not from the descriptions."
     )

@@ -103,6 +103,14 @@ def _hash(ids: Sequence[int]) -> bytes:
     return hashlib.blake2b(np.asarray(ids, dtype=np.int32).tobytes(), digest_size=16).digest()
 
 
+def encode_all(
+    meta: MetaLLM, conversations: Sequence[str | Sequence[Message]], label: str, *, quiet: bool = False
+) -> list[np.ndarray]:
+    """Token ids up to each dispatch position, as arrays: Python's integers take nine times the memory."""
+    bar = tqdm(conversations, desc=label, unit="query", leave=False, delay=2, disable=quiet)
+    return [np.asarray(meta.encode(conversation), dtype=np.int32) for conversation in bar]
+
+
 def cached_features(
     meta: MetaLLM,
     conversations: Sequence[str | Sequence[Message]],
@@ -113,14 +121,29 @@ def cached_features(
     barrier: Callable[[], None] = lambda: None,
     label: str = "features",
 ) -> Features:
-    """The features of `conversations`, from the cache where they are there.
+    """The features at the dispatch positions of `conversations`; see `cached_states`."""
+    sequences = encode_all(meta, conversations, f"{label}, encoding", quiet=rank != 0)
+    return cached_states(meta, sequences, max_tokens=max_tokens, rank=rank, world=world, barrier=barrier, label=label)
+
+
+def cached_states(
+    meta: MetaLLM,
+    sequences: Sequence[np.ndarray],
+    *,
+    max_tokens: int = 4096,
+    rank: int = 0,
+    world: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+    label: str = "features",
+) -> Features:
+    """The features at the ends of `sequences` of token ids, from the cache where they are there.
 
     Rows are marked as done behind their values, so an interrupted pass goes on where it stopped. With several
     processes each computes every `world`-th batch into the same files (on a file system they share).
 
     Args:
         meta: the meta LLM.
-        conversations: N conversations.
+        sequences: N arrays of ids.
         max_tokens: padded tokens of one batch.
         rank: of this process.
         world: how many processes share the work.
@@ -130,9 +153,6 @@ def cached_features(
     Raises:
         ExpertokenError: the meta LLM gives no finite logits for a query.
     """
-    # As arrays: a list of Python's integers takes nine times the memory.
-    bar = tqdm(conversations, desc=f"{label}, encoding", unit="query", leave=False, delay=2, disable=rank != 0)
-    sequences = [np.asarray(meta.encode(conversation), dtype=np.int32) for conversation in bar]
     hashes = [_hash(ids) for ids in sequences]
     model_key = f"{_FORMAT}-{fingerprint(meta.model)}-{describe_dtype(meta.model)}"
     root = cache_folder("features") / model_key

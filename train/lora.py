@@ -25,6 +25,7 @@ from ..modeling.files import atomic_file
 from ..modeling.meta import MetaLLM
 from ..modeling.objectives import OBJECTIVES
 from ..modeling.sharding import overwrite
+from .anywhere import Positions
 from .arguments import ExpertokenArguments
 from .processes import barrier
 from .tokens import mean_score
@@ -157,26 +158,33 @@ class Examples(torch.utils.data.Dataset):
         supervision: what is learnt from.
         name: of the side.
         learn: leave out queries of weight 0, which teach nothing, and scale the other weights to mean 1.
+        positions: where they are decided; at their starts where not given.
     """
 
-    def __init__(self, meta: MetaLLM, supervision: Supervision, name: str, *, learn: bool) -> None:
+    def __init__(
+        self, meta: MetaLLM, supervision: Supervision, name: str, *, learn: bool, positions: Positions | None = None
+    ) -> None:
         self._meta, self._side = meta, supervision.side(name)
         columns = dict(zip(("target", "scores", "weight"), supervision.arrays(name), strict=True))
         # A number per benchmark travels with each query: the Trainer may evaluate in an order of its own.
         columns["benchmark"] = np.unique(np.asarray(self._side["benchmark"], dtype=str), return_inverse=True)[1]
-        self._rows = np.arange(len(self._side))
+        self._positions = positions or Positions.starts(len(self._side))
+        self._weights = columns.pop("weight")[self._positions.query] * self._positions.share
+        self._kept = np.arange(len(self._weights))
         if learn:
-            self._rows = np.flatnonzero(columns["weight"])
-            columns["weight"] /= columns["weight"][self._rows].mean()
+            self._kept = np.flatnonzero(self._weights)
+            self._weights /= self._weights[self._kept].mean()
         self._columns = columns
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._kept)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = int(self._rows[index])
-        ids = self._meta.encode(self._side[row]["messages"])
-        return {"input_ids": ids, "row": row, **{key: column[row] for key, column in self._columns.items()}}
+        place = int(self._kept[index])
+        row = int(self._positions.query[place])
+        ids = [*self._meta.encode(self._side[row]["messages"]), *self._positions.prefixes[place].tolist()]
+        columns = {key: column[row] for key, column in self._columns.items()}
+        return {"input_ids": ids, "row": row, "weight": self._weights[place], **columns}
 
     def query(self, row: int) -> str:
         """The id of a query, as errors name it."""
@@ -277,7 +285,8 @@ def _out_of_memory(trainer: DispatchTrainer) -> str:
 
 def train_lora(
     composite: Composite,
-    supervision: Supervision,
+    train: Examples,
+    validation: Examples,
     *,
     options: ExpertokenArguments,
     arguments: TrainingArguments,
@@ -314,8 +323,8 @@ def train_lora(
         options.objective,
         rows_learning_rate=options.rows_learning_rate,
         args=arguments,
-        train_dataset=Examples(meta, supervision, "train", learn=True),
-        eval_dataset=Examples(meta, supervision, "validation", learn=False),
+        train_dataset=train,
+        eval_dataset=validation,
         compute_metrics=score,
     )
     checkpoint = find_checkpoint(options.resume, Path(arguments.output_dir), run)

@@ -2,10 +2,12 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..data_prep.labels import OBJECTIVE_OF
@@ -13,8 +15,9 @@ from ..data_prep.supervision import Supervision
 from ..modeling.composite import Composite, Manifest, Trained, describe_base, save_composite
 from ..modeling.errors import ExpertokenError, require_extra
 from ..modeling.meta import MetaLLM, Source
+from .anywhere import Positions, own_answers
 from .arguments import ExpertokenArguments
-from .features import cached_features
+from .features import cached_states, encode_all
 from .processes import barrier, check_offload, check_world, loading
 from .tokens import Fit, Problem, fit_rows, mean_score
 
@@ -40,6 +43,11 @@ class Run:
             self.supervision.info.labelling["strategy"], "cross_entropy"
         )
         check_world(arguments.world_size)
+        if options.anywhere and not self.pool.has_self:
+            raise ExpertokenError(
+                "--anywhere: positions inside the meta LLM's own answer need `self` in the pool; without it there is "
+                "no such answer"
+            )
         check_offload(arguments)
         if options.method == "qlora" and getattr(arguments.deepspeed_plugin, "zero_stage", 0) == 3:
             raise ExpertokenError("method qlora: ZeRO-3 can't split 4-bit weights; launch it with ddp or zero2")
@@ -70,6 +78,7 @@ class Run:
                 "objective": self.objective,
                 "labelling": info.labelling,
                 "processes": arguments.world_size,
+                "dispatch": "anywhere" if options.anywhere else "start",
             },
             data={"path": str(Path(options.data).resolve()), "fingerprint": info.fingerprint, "sizes": info.sizes},
         )
@@ -79,17 +88,13 @@ class Run:
         """States of the train and validation sides, then the rows."""
         sides = {}
         for name in ("train", "validation"):
-            side = self.supervision.side(name)
-            features = cached_features(
-                self.meta,
-                side["messages"],
-                max_tokens=self.options.max_tokens,
-                rank=self.arguments.process_index,
-                world=self.arguments.world_size,
-                barrier=barrier,
-                label=f"{name} features",
-            )
-            sides[name] = Problem(features, *self.supervision.arrays(name), side["benchmark"])
+            encoded = self._encoded(name)
+            positions = self.positions(name, encoded)
+            sequences = positions.sequences(encoded)
+            features = cached_states(self.meta, sequences, label=f"{name} features", **self._shared_work())
+            targets, scores, weights = (array[positions.query] for array in self.supervision.arrays(name))
+            benchmarks = np.asarray(self.supervision.side(name)["benchmark"], dtype=str)[positions.query]
+            sides[name] = Problem(features, targets, scores, weights * positions.share, benchmarks)
         # Every process solves the same small problem on the same states: cheaper than sending the rows around.
         return fit_rows(
             sides["train"],
@@ -99,6 +104,26 @@ class Run:
             transform=self.meta.transform,
             with_self=self.pool.has_self,
         )
+
+    def _encoded(self, name: str) -> list[np.ndarray]:
+        quiet = self.arguments.process_index != 0
+        return encode_all(self.meta, self.supervision.side(name)["messages"], f"{name}, encoding", quiet=quiet)
+
+    def _shared_work(self) -> dict[str, Any]:
+        """How the processes share a pass over the data."""
+        return {
+            "max_tokens": self.options.max_tokens,
+            "rank": self.arguments.process_index,
+            "world": self.arguments.world_size,
+            "barrier": barrier,
+        }
+
+    def positions(self, name: str, encoded: Sequence[np.ndarray]) -> Positions:
+        """Where the queries of a side are decided."""
+        if not self.options.anywhere:
+            return Positions.starts(len(encoded))
+        answers = own_answers(self.meta, encoded, self.options.anywhere_tokens, **self._shared_work())
+        return Positions.inside(answers, self.options.anywhere)
 
     def run_tokens(self) -> dict[str, Any]:
         """Method `tokens`."""
@@ -111,7 +136,7 @@ class Run:
 
     def run_lora(self) -> dict[str, Any]:
         """Methods `lora` and `qlora`."""
-        from .lora import train_lora
+        from .lora import Examples, train_lora
 
         if self.options.warm_start:
             self.meta.rows = self.fit_tokens().rows
@@ -121,9 +146,13 @@ class Run:
         for key in ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "seed"):
             run[key] = getattr(self.arguments, key)
         run["data_fingerprint"] = self.supervision.info.fingerprint
+        anywhere = {}
+        if self.options.anywhere:
+            anywhere = {name: self.positions(name, self._encoded(name)) for name in ("train", "validation")}
         return train_lora(
             self.composite,
-            self.supervision,
+            Examples(self.meta, self.supervision, "train", learn=True, positions=anywhere.get("train")),
+            Examples(self.meta, self.supervision, "validation", learn=False, positions=anywhere.get("validation")),
             options=self.options,
             arguments=self.arguments,
             run=run,

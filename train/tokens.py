@@ -23,6 +23,7 @@ from .features import Features
 logger = logging.getLogger(__name__)
 
 _CHUNK = 16384  # states per step of the stream: 16384 x 4096 float32 are 256 MiB
+_SHAPE = 20_000  # states, at least, that the shape of all is read off
 _CURVATURE = 0.1  # of a logistic loss at chances of 0.1 to 0.9 it is 0.09 to 0.25; steps vary little from 0.03 to 0.25
 _SMALL = 2**27  # multiplications of one pass over the data, below which one thread does it in milliseconds
 
@@ -76,6 +77,9 @@ class RowSpace:
     """
 
     def __init__(self, hidden: np.ndarray, transform: LogitTransform) -> None:
+        # Of a million states every fiftieth says as much about their shape, at a fiftieth of what would cost more than
+        # the fit itself.
+        hidden = hidden[:: max(1, len(hidden) // _SHAPE)]
         width = hidden.shape[1]
         second = np.zeros((width, width))
         first = np.zeros(width)
@@ -275,16 +279,20 @@ class _Loss:
         return linear + total / mass
 
     def _chunk(self, rows: torch.Tensor, problem: Problem, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = torch.from_numpy(np.array(problem.features.hidden[part]))
-        log_mass = torch.from_numpy(np.array(problem.features.log_mass[part]))
+        hidden, log_mass = _tensor(problem.features.hidden[part]), _tensor(problem.features.log_mass[part])
         fixed = None if self.fixed_rows is None else self.transform(hidden @ self.fixed_rows.float().T)
         logits = all_logits(rows, hidden, log_mass, fixed, self.transform, with_self=self.with_self)
         targets, scores, weights = (
-            torch.from_numpy(np.ascontiguousarray(array[part]))
-            for array in (problem.targets, problem.scores, problem.weights)
+            _tensor(array[part]) for array in (problem.targets, problem.scores, problem.weights)
         )
         reference = log_mass if self.with_self else torch.zeros_like(log_mass)
         return self.objective(logits, targets, scores, reference, weights)
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """A tensor over an array's own memory: a pass over mapped states need not copy them. Nothing writes to it."""
+    array = np.ascontiguousarray(array)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 @torch.no_grad()
@@ -294,8 +302,7 @@ def problem_logits(
     """Logits of the candidates on cached states, `[N, C]` float32, streamed."""
     parts = []
     for start in range(0, len(features), _CHUNK):
-        hidden = torch.from_numpy(np.array(features.hidden[start : start + _CHUNK]))
-        log_mass = torch.from_numpy(np.array(features.log_mass[start : start + _CHUNK]))
+        hidden, log_mass = (_tensor(a[start : start + _CHUNK]) for a in (features.hidden, features.log_mass))
         parts.append(all_logits(rows, hidden, log_mass, None, transform, with_self=with_self))
     return torch.cat(parts)
 

@@ -1,0 +1,143 @@
+"""Method tokens beside the bare forward pass, and beside the recipe it replaces: `python benchmarks/tokens_speed.py`.
+
+Real questions (RouterDC's), SmolLM2-135M-Instruct. Three ways over the same data, in turn:
+- the forward pass alone, in batches of like length, one row of logits per question;
+- method tokens from nothing: the same pass, states kept, then the fit of all its strengths;
+- Expert-Token-Routing's recipe (arXiv 2403.16854): every question padded to the longest, logits at every position, some
+  epochs of forward and backward passes in which only the expert rows are trained.
+Prints seconds, ratios and the validation score of both trainings.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from expertoken.benchmarks.fitting import problems_of
+from expertoken.data_prep.readers import read_results
+from expertoken.data_prep.supervision import Supervision, build_supervision
+from expertoken.examples.smollm2 import smollm2
+from expertoken.modeling.dispatch import position_ids
+from expertoken.modeling.meta import MetaLLM, token_batches
+from expertoken.train.arguments import L2
+from expertoken.train.features import cached_features
+from expertoken.train.tokens import assess, fit_rows
+
+SIDES = ("train", "validation")
+BATCH_TOKENS = 4096
+RECIPE = {"batch": 8, "rate": 5e-3}
+
+
+def prepare(data: Path, count: int, longest: int) -> Supervision:
+    """The first questions that are not too long to be padded to."""
+    results = read_results(data / "routerdc", "routerdc")
+    results = results.take((results.queries["prompt"].str.len() < 3 * longest).to_numpy())
+    results = results.take(np.random.default_rng(0).permutation(len(results))[:count])
+    results.queries["split"] = ["train"] * (4 * count // 5) + ["validation"] * (count - 4 * count // 5)
+    return build_supervision(results, labelling="subject", leaks="keep", near_duplicates="ignore")
+
+
+@torch.inference_mode()
+def forward(meta: MetaLLM, sequences: list[list[int]]) -> float:
+    """Seconds of the forward pass alone."""
+    started = time.perf_counter()
+    for batch in token_batches([len(ids) for ids in sequences], BATCH_TOKENS):
+        inputs = meta.pad([sequences[row] for row in batch])
+        meta.plain(**inputs, position_ids=position_ids(inputs["attention_mask"]), logits_to_keep=1)
+    return time.perf_counter() - started
+
+
+def tokens(meta: MetaLLM, supervision: Supervision) -> tuple[float, float]:
+    """Seconds and validation score of method tokens, from an empty cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["EXPERTOKEN_CACHE"] = cache
+        started = time.perf_counter()
+        found = {side: cached_features(meta, supervision.side(side)["messages"], label=side) for side in SIDES}
+        train, validation = problems_of(supervision, found)
+        options = {"objective": "cross_entropy", "transform": meta.transform, "with_self": False}
+        fit = fit_rows(train, validation, l2=L2, **options)
+        seconds = time.perf_counter() - started
+        chosen = next(entry for entry in fit.path if entry["l2"] == fit.l2)
+    return seconds, chosen["validation_score"]
+
+
+def recipe(meta: MetaLLM, supervision: Supervision, epochs: int) -> tuple[float, float]:
+    """Seconds and validation score of the recipe that method tokens replaces."""
+    encoded = {side: [meta.encode(messages) for messages in supervision.side(side)["messages"]] for side in SIDES}
+    longest = max(len(ids) for sequences in encoded.values() for ids in sequences)
+    targets, _, weights = supervision.arrays("train")
+    labels = torch.from_numpy(targets.argmax(1)) + meta.vocab_size
+    for parameter in meta.model.parameters():
+        parameter.requires_grad_(False)
+    rows = torch.stack([meta.initial_row(expert.description) for expert in supervision.pool])
+    meta.rows = rows
+    meta.head.expert_rows.requires_grad_(True)
+    optimizer = torch.optim.AdamW([meta.head.expert_rows], lr=RECIPE["rate"], weight_decay=0.0)
+    order = torch.Generator().manual_seed(0)
+    started = time.perf_counter()
+    for _ in range(epochs):
+        kept = torch.from_numpy(np.flatnonzero(weights))
+        batches = kept[torch.randperm(len(kept), generator=order)].split(RECIPE["batch"])
+        for batch in tqdm(batches, desc="recipe", leave=False):
+            sequences = [encoded["train"][int(row)] for row in batch]
+            # Padded on the right to one length, the expert token's label behind each question, -100 elsewhere.
+            ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in sequences])
+            mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences])
+            wanted = torch.full_like(ids, -100)
+            for place, (row, sequence) in enumerate(zip(batch, sequences, strict=True)):
+                wanted[place, len(sequence) - 1] = labels[row]
+            logits = meta.model(input_ids=ids, attention_mask=mask).logits
+            F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    seconds = time.perf_counter() - started
+    found = {side: cached_features(meta, supervision.side(side)["messages"], label=side) for side in SIDES}
+    _, validation = problems_of(supervision, found)
+    figures = assess(meta.rows, validation, "cross_entropy", meta.transform, with_self=False)
+    return seconds, figures["validation_score"]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="has routerdc/")
+    parser.add_argument("--dtype", default="float32", help="of the meta LLM (default: %(default)s)")
+    parser.add_argument("--queries", type=int, default=400, help="default: %(default)s")
+    parser.add_argument(
+        "--longest", type=int, default=512, help="of a question, about, in tokens (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="of forward and tokens, in turn (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=3, help="of the recipe; 0 leaves it out (default: %(default)s)")
+    options = parser.parse_args()
+    supervision = prepare(options.data, options.queries, options.longest)
+    meta = MetaLLM.from_pretrained(str(smollm2()), len(supervision.pool), dtype=getattr(torch, options.dtype))
+    sequences = [meta.encode(messages) for side in SIDES for messages in supervision.side(side)["messages"]]
+    forward(meta, sequences[:20])  # warm
+    bare, ours, scores = [], [], []
+    for _ in range(options.rounds):
+        bare.append(forward(meta, sequences))
+        seconds, score = tokens(meta, supervision)
+        ours.append(seconds)
+        scores.append(score)
+    ratios = np.array(ours) / np.array(bare)
+    lengths = [len(ids) for ids in sequences]
+    print(f"{len(sequences)} questions of {np.mean(lengths):.0f} tokens in the mean, {max(lengths)} at most\n")
+    print("| | seconds | against the forward pass | validation score |\n|---|---|---|---|")
+    print(f"| forward pass | {np.median(bare):.1f} | 1.00x | |")
+    spread = f"{np.median(ratios):.3f}x ({ratios.min():.3f} to {ratios.max():.3f})"
+    print(f"| method tokens, {len(L2)} strengths | {np.median(ours):.1f} | {spread} | {scores[0]:.4f} |", flush=True)
+    if options.epochs:
+        seconds, score = recipe(meta, supervision, options.epochs)
+        name = f"padded, {options.epochs} epochs"
+        print(f"| {name} | {seconds:.1f} | {seconds / np.median(bare):.1f}x | {score:.4f} |")
+        print(f"\nmethod tokens is {seconds / np.median(ours):.1f} times as fast as the recipe")
+
+
+if __name__ == "__main__":
+    main()
