@@ -36,6 +36,7 @@ RECIPES = {
     "tokens, mixed labels": ("mixed", "cross_entropy"),
     "tokens, correctness": ("correctness", "correctness"),
     "tokens, expected score": ("expected-score", "expected_score"),
+    "tokens, contrastive (RouterDC's loss)": ("query", "contrastive"),
 }
 PUBLISHED = {
     "RouterDC (published)": (61.07, 70.32, 51.77, 58.52, 51.02),
