@@ -23,6 +23,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_folder(folder: Path) -> None:
+    """Flush a folder to disk with everything in it: what a power cut must not take."""
+    for entry in [*folder.rglob("*"), folder]:
+        _sync(entry)
+
+
 def _aside(path: Path, word: str) -> Path:
     return path.with_name(f".{path.name}.{word}")
 
@@ -65,8 +71,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
-        for entry in [*aside.rglob("*"), aside]:
-            _sync(entry)
+        sync_folder(aside)
         if path.exists():
             path.rename(old)
         aside.rename(path)

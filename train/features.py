@@ -209,7 +209,15 @@ def _compute(
     total = sum(lengths[row] for batch in batches for row in batch)
     with tqdm(total=total, unit="tok", unit_scale=True, desc=label, disable=rank != 0) as bar, _marking(block) as mark:
         for batch in batches:
-            states, mass = meta.states([sequences[row] for row in batch])
+            try:
+                states, mass = meta.states([sequences[row] for row in batch])
+            except torch.OutOfMemoryError as error:
+                longest = lengths[batch[0]]
+                raise ExpertokenError(
+                    f"{label}: out of memory in a batch of {len(batch)} x {longest} tokens; try --max_tokens "
+                    f"{max(longest, len(batch) * longest // 2)}, --dtype bfloat16 or --method qlora. States computed "
+                    "so far are kept"
+                ) from error
             if not torch.isfinite(mass).all():
                 bad = sequences[batch[int((~torch.isfinite(mass)).nonzero()[0, 0])]]
                 text = meta.tokenizer.decode(bad)[-80:]

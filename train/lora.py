@@ -21,7 +21,7 @@ from ..data_prep.supervision import Supervision
 from ..modeling.composite import ADAPTER_WEIGHTS, ROWS_FILE, Composite, Trained, read_rows, write_composite
 from ..modeling.dispatch import candidate_logits, dispatch_forward
 from ..modeling.errors import ExpertokenError, one_line
-from ..modeling.files import atomic_file
+from ..modeling.files import atomic_file, sync_folder
 from ..modeling.meta import MetaLLM
 from ..modeling.objectives import OBJECTIVES
 from ..modeling.sharding import overwrite
@@ -123,6 +123,12 @@ class DispatchTrainer(Trainer):
             training = self.composite.manifest.training | {"steps": self.state.global_step}
             manifest = replace(self.composite.manifest, training=training)
             write_composite(replace(self.composite, manifest=manifest), folder, trained)
+
+    def _save_checkpoint(self, *given: Any, **options: Any) -> None:
+        super()._save_checkpoint(*given, **options)
+        folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            sync_folder(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         self._restore(Path(resume_from_checkpoint))

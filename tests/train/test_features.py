@@ -114,3 +114,20 @@ def test_two_runs_that_begin_together_fill_one_block(meta, monkeypatch):
     found = cached_features(meta, TEXTS)
     assert len(found) == len(TEXTS)
     assert len(made) == 1
+
+
+def test_out_of_memory_says_what_to_change_and_keeps_what_was_computed(meta, monkeypatch):
+    texts = [f"question {'and more ' * i}" for i in range(6)]
+    states, calls = meta.states, []
+
+    def full(sequences):
+        calls.append(sequences)
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return states(sequences)
+
+    monkeypatch.setattr(meta, "states", full)
+    with pytest.raises(ExpertokenError, match=r"out of memory in a batch of \d+ x \d+ tokens; try --max_tokens \d+"):
+        cached_features(meta, texts, max_tokens=200)
+    monkeypatch.setattr(meta, "states", states)
+    assert 0 < cached_features(meta, texts, max_tokens=200).computed < len(texts)

@@ -11,14 +11,17 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from expertoken.data_prep.results import BenchmarkResults
 from expertoken.data_prep.supervision import build_supervision
 from expertoken.modeling.composite import ROWS_FILE, Composite, Manifest, describe_base, load_composite, write_rows
 from expertoken.modeling.errors import ExpertokenError
+from expertoken.modeling.experts import Expert
 from expertoken.modeling.meta import MetaLLM
 from expertoken.tests.tiny import tiny_folder
 from expertoken.tests.train.launching import assert_same, trained
 from expertoken.train.arguments import ExpertokenArguments
 from expertoken.train.lora import last_complete_checkpoint
+from expertoken.train.plugin import add_expert
 from expertoken.train.run import train
 
 STEPS = {"max_steps": 8, "save_steps": 4, "eval_steps": 4, "save_strategy": "steps", "eval_strategy": "steps"}
@@ -176,6 +179,33 @@ def test_every_checkpoint_is_a_composite(tmp_path, base_folder, supervision):
         assert composite.manifest.training["steps"] == step
         assert composite.pool.names == ["math", "law", "self"]
         assert composite.meta.adapted
+
+
+def test_merged_weights_give_the_same_logits(tmp_path, base_folder, supervision):
+    folder = train(options(base_folder, supervision), arguments(tmp_path / "c"))
+    apart, merged = (load_composite(folder, device="cpu").meta for _ in range(2))
+    merged.model = merged.model.merge_and_unload()
+    assert not merged.adapted
+    sequences = [apart.encode(text) for text in ("Compute 1 plus 3.", "hello")]
+    one, two = (meta.candidate_logits(sequences, with_self=True) for meta in (apart, merged))
+    assert (one - apart.candidate_logits(sequences[:1], with_self=True)).abs().max() > 0
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
+
+
+def test_an_expert_is_plugged_into_a_lora_composite_and_what_is_trained_stays(
+    tmp_path, base_folder, supervision, results
+):
+    folder = train(options(base_folder, supervision), arguments(tmp_path / "c"))
+    before = trained(folder)
+    queries = results.queries.assign(id=[f"n{i}" for i in range(120)], prompt=[f"Draw {i} now" for i in range(120)])
+    drawn = BenchmarkResults(queries.assign(benchmark="pictures"), ["painter"], np.ones((120, 1)))
+    add_expert(folder, Expert("painter", model=str(base_folder)), drawn, l2=[0.1], verify=True)
+    after = trained(folder)
+    assert torch.equal(after.pop("expert_rows")[:2], before.pop("expert_rows"))
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    composite = load_composite(folder, device="cpu")
+    logits = composite.meta.candidate_logits([composite.meta.encode("Draw 7 now")], with_self=True)
+    assert composite.pool.names[int(logits.argmax())] == "painter"
 
 
 def test_gradient_checkpointing_and_eager_attention_change_nothing(tmp_path, base_folder, supervision):
