@@ -1,6 +1,7 @@
 """The composite folder: expert rows, pool, manifest, tokenizer and, where LoRA was trained, a plain PEFT adapter."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -16,6 +17,9 @@ from .errors import ExpertokenError
 from .experts import ExpertPool
 from .files import atomic_folder, recover_folder
 from .meta import MetaLLM, Source, default_device, describe_dtype, library_versions, load_tokenizer
+from .sharding import full_shape
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 ROWS_FILE, POOL_FILE, MANIFEST_FILE = "expert_tokens.safetensors", "experts.yaml", "expertoken.json"
@@ -148,7 +152,9 @@ def save_composite(
     trained = trained or Trained.of(composite, probe=verify)
     with atomic_folder(path) as folder:
         write_composite(composite, folder, trained)
-        if verify:
+        if verify and (why := _no_room(composite.meta)):
+            logger.warning("%s is not checked in a fresh process: %s", path, why)
+        elif verify:
             try:
                 verify_reload(composite, folder, trained.probes)
             except ExpertokenError as error:
@@ -157,6 +163,20 @@ def save_composite(
                 shutil.rmtree(rejected, ignore_errors=True)
                 shutil.copytree(folder, rejected)
                 raise ExpertokenError(f"{error}; what was written is kept in {rejected}") from error
+
+
+def _no_room(meta: MetaLLM) -> str | None:
+    """Why a second copy of the meta LLM can't be loaded beside this one, or None."""
+    parameters = list(meta.plain.parameters())
+    needed = 1.2 * sum(full_shape(p).numel() * p.element_size() for p in parameters) / 2**30
+    if meta.device.type == "cuda":
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(meta.device)[0] / 2**30
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    if free >= needed:
+        return None
+    return f"a second copy of its base needs {needed:.1f} GiB, {free:.1f} GiB are free on {meta.device}"
 
 
 def write_composite(composite: Composite, folder: Path, trained: Trained) -> None:
@@ -369,5 +389,10 @@ def _card(pool: ExpertPool, manifest: Manifest, model: str) -> str:
         "",
         'composite = CompositeModel.from_pretrained(".")',
     ]
-    lines += ['print(composite.chat("Hello").text)', "```", "", f"Trained: `{json.dumps(training)}`", ""]
+    lines += ['print(composite.chat("Hello").text)', "```", ""]
+    data = {key: value for key, value in manifest.data.items() if key != "path"}  # no path of one machine in a card
+    for name, entries in (("Training and what it reached", training), ("Data", data), ("Versions", manifest.versions)):
+        lines += [f"## {name}", "", "| | |", "|---|---|"]
+        lines += [f"| {key} | `{json.dumps(value)}` |" for key, value in entries.items()]
+        lines.append("")
     return "\n".join(lines)

@@ -42,13 +42,26 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of the whole on the CPU."""
     if hasattr(tensor, "full_tensor"):  # FSDP2's DTensor
         return tensor.detach().full_tensor().cpu().clone()
+    if _has_master(tensor):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(tensor).detach().cpu().clone()
     with gathered([tensor]):
         return tensor.detach().cpu().clone()
+
+
+def _has_master(tensor: torch.Tensor) -> bool:
+    """Whether DeepSpeed trains a float32 master of a bfloat16 or float16 tensor: that is the exact one."""
+    return tensor.dtype != torch.float32 and (hasattr(tensor, "_z3_optimizer") or hasattr(tensor, "_hp_mapping"))
 
 
 @torch.no_grad()
 def overwrite(tensor: torch.Tensor, values: torch.Tensor) -> None:
     """Put values into a tensor in place, so that an optimizer keeps its parameter."""
+    if _has_master(tensor):
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(tensor, values.to(tensor.device, torch.float32))
     if hasattr(tensor, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 

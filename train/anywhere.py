@@ -6,15 +6,19 @@ cache.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..modeling.errors import ExpertokenError
 from ..modeling.files import atomic_file, cache_folder
 from ..modeling.meta import MetaLLM, describe_dtype, fingerprint, token_batches
+from ..modeling.sharding import is_split
+from .features import ALONE
+from .processes import Team
 
 _BLOCK = 256  # queries of one file of answers: what an interruption costs at most
 _SEED = 0
@@ -59,7 +63,7 @@ class Positions:
     def sequences(self, encoded: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Token ids up to each position, from the queries' own."""
         return [
-            np.concatenate([np.asarray(encoded[query], np.int32), prefix])
+            np.concatenate([np.asarray(encoded[query], np.int32), prefix]) if len(prefix) else encoded[query]
             for query, prefix in zip(self.query, self.prefixes, strict=True)
         ]
 
@@ -70,9 +74,7 @@ def own_answers(
     length: int,
     *,
     max_tokens: int = 4096,
-    rank: int = 0,
-    world: int = 1,
-    barrier: Callable[[], None] = lambda: None,
+    team: Team = ALONE,
 ) -> list[np.ndarray]:
     """What the meta LLM answers by itself, greedily; end tokens are left out.
 
@@ -81,21 +83,27 @@ def own_answers(
         encoded: ids up to the dispatch position.
         length: tokens at most.
         max_tokens: padded tokens of one batch, answers included.
-        rank: of this process.
-        world: how many share the work.
-        barrier: waits for the others.
+        team: the processes that share the work.
+
+    Raises:
+        ExpertokenError: answers are missing and the model, split by ZeRO-3, can't give them.
     """
     key = f"{fingerprint(meta.plain)}-{describe_dtype(meta.plain)}-{length}"
     folder = cache_folder("answers") / key
     blocks = [encoded[start : start + _BLOCK] for start in range(0, len(encoded), _BLOCK)]
     files = [folder / f"{_hash(block)}.npz" for block in blocks]
-    missing = [place for place, file in enumerate(files) if not file.exists()]
-    barrier()  # every process has looked before any of them writes
-    for place in tqdm(missing[rank::world], desc="own answers", unit="block", delay=2, disable=rank != 0):
+    missing = team.agree([place for place, file in enumerate(files) if not file.exists()])
+    if missing and is_split(meta.plain):
+        raise ExpertokenError(
+            "own answers: a model that ZeRO-3 has split can't give them before training; run method tokens with "
+            "--anywhere on the same data before (they are kept in $EXPERTOKEN_CACHE), or load whole"
+        )
+    mine = missing[team.rank :: team.world]
+    for place in tqdm(mine, desc="own answers", unit="block", delay=2, disable=team.rank > 0):
         answers = _generate(meta, blocks[place], length, max_tokens)
         with atomic_file(files[place]) as aside, aside.open("wb") as stream:
             np.savez(stream, *answers)
-    barrier()
+    team.barrier()
     found = []
     for file in files:
         with np.load(file) as stored:

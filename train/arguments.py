@@ -53,8 +53,8 @@ class ExpertokenArguments:
     )
     anywhere: int = _option(
         0,
-        "Positions inside the meta LLM's own answer to each query that are learnt too, so that it hands over in "
-        "mid-answer or holds back there. 0: only the start decides. Needs self in the pool.",
+        "Positions inside the meta LLM's own answer to each query that are learnt too, so that the rows know when to "
+        "hand over in mid-answer and when to hold back. 0: only the start. Needs self in the pool.",
     )
     anywhere_tokens: int = _option(64, "anywhere: length of those answers, in tokens.")
     warm_start: bool = _option(
@@ -72,4 +72,6 @@ class ExpertokenArguments:
         "lora, qlora: auto continues the last complete checkpoint of the same run in output_dir; never starts anew; or "
         "the path of a checkpoint.",
     )
-    verify: bool = _option(True, "Load the saved composite in a fresh process and compare logits.")
+    verify: bool = _option(
+        True, "Load the saved composite in a fresh process and compare logits, where a second copy has room."
+    )

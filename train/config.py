@@ -11,7 +11,7 @@ import yaml
 
 from ..modeling.errors import ExpertokenError, did_you_mean, one_line, require_extra
 from .arguments import ATTENTION, DTYPES, METHODS, OBJECTIVE_NAMES, ExpertokenArguments
-from .launch import shipped
+from .launch import BESIDE, shipped
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser, TrainingArguments
@@ -27,8 +27,7 @@ _EPILOG = (
     "RECIPE is a YAML file or the name of a shipped one ({recipes}). Command line beats YAML beats default. Every "
     "argument of transformers.TrainingArguments is accepted too (--learning_rate, --report_to tensorboard, ...); "
     "--help-all lists them. `expertoken train ... --accelerate_config NAME` launches itself under accelerate with a "
-    "file or a shipped configuration ({configs}); --num_processes, --num_machines, --machine_rank, "
-    "--main_process_ip, --main_process_port and --gpu_ids may stand beside it. --deepspeed takes a file or the name "
+    "file or a shipped configuration ({configs}); {beside} may stand beside it. --deepspeed takes a file or the name "
     "of a shipped one ({deepspeed}), for torchrun and DeepSpeed's own launcher."
 )
 
@@ -59,7 +58,9 @@ def make_parser(*, everything: bool) -> "HfArgumentParser":
         prog="expertoken train",
         usage=_USAGE,
         description="Train expert tokens from supervision and write a composite folder.",
-        epilog=_EPILOG.format(recipes=recipes, configs=", ".join(shipped()), deepspeed=", ".join(_deepspeed())),
+        epilog=_EPILOG.format(
+            recipes=recipes, configs=", ".join(shipped()), deepspeed=", ".join(_deepspeed()), beside=", ".join(BESIDE)
+        ),
         allow_abbrev=False,
     )
 
@@ -103,7 +104,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ExpertokenArguments, "Training
         sys.exit(0)
     parser = make_parser(everything=True)
     recipe = read_recipe(argv.pop(0)) if argv and not argv[0].startswith("-") else {}
-    argv = _with_deepspeed_file(argv)
+    for values in (recipe, _values(argv)):
+        _check_deepspeed(values.get("deepspeed"))
     actions = {action.dest: action for action in parser._actions}
     mistakes = [f"{key}: unknown key, {did_you_mean(str(key), actions)}" for key in recipe if key not in actions]
     given = {item.split("=")[0][2:].replace("-", "_") for item in argv if item.startswith("--")}
@@ -126,7 +128,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ExpertokenArguments, "Training
         raise ConfigError("training arguments: " + "; ".join(mistakes))
     parser.set_defaults(**defaults)
     try:
-        ours, theirs = parser.parse_args_into_dataclasses(_cpu_by_default(argv, recipe))
+        argv = _with_deepspeed_file(_cpu_by_default(argv, recipe), recipe)
+        ours, theirs = parser.parse_args_into_dataclasses(argv)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training arguments: {one_line(error)}") from None
     return ours, theirs
@@ -139,15 +142,16 @@ def _typed(value: Any, action: argparse.Action) -> Any:
     return str(value) if isinstance(value, float) else value
 
 
-def _with_deepspeed_file(argv: list[str]) -> list[str]:
-    """The command line with the name of a shipped DeepSpeed configuration replaced by its file."""
-    name = _values(argv).get("deepspeed")
-    if name is None or Path(name).suffix == ".json":
-        return argv
-    if name not in _deepspeed():
+def _check_deepspeed(name: Any) -> None:
+    if isinstance(name, str) and Path(name).suffix != ".json" and name not in _deepspeed():
         raise ConfigError(f"--deepspeed {name}: expected a file or a shipped one, {did_you_mean(name, _deepspeed())}")
-    replaced = {name: str(_deepspeed()[name]), f"--deepspeed={name}": f"--deepspeed={_deepspeed()[name]}"}
-    return [replaced.get(item, item) for item in argv]
+
+
+def _with_deepspeed_file(argv: list[str], recipe: dict[str, Any]) -> list[str]:
+    """The command line with the name of a shipped DeepSpeed configuration, there or in the recipe, made its file."""
+    name = _values(argv).get("deepspeed", recipe.get("deepspeed"))
+    file = _deepspeed().get(name) if isinstance(name, str) else None
+    return argv if file is None else [*argv, "--deepspeed", str(file)]  # of two values the last one counts
 
 
 def _values(argv: Sequence[str]) -> dict[str, str]:

@@ -28,8 +28,11 @@ from ..modeling.errors import ExpertokenError
 from ..modeling.files import atomic_folder, cache_folder
 from ..modeling.meta import MetaLLM, describe_dtype, fingerprint, token_batches
 from ..modeling.sharding import is_split
+from .processes import Team
 
 logger = logging.getLogger(__name__)
+
+ALONE = Team()
 
 _FORMAT = 1
 _BLOCK = 4096  # bytes, no larger than any file system's
@@ -116,14 +119,11 @@ def cached_features(
     conversations: Sequence[str | Sequence[Message]],
     *,
     max_tokens: int = 4096,
-    rank: int = 0,
-    world: int = 1,
-    barrier: Callable[[], None] = lambda: None,
     label: str = "features",
 ) -> Features:
     """The features at the dispatch positions of `conversations`; see `cached_states`."""
-    sequences = encode_all(meta, conversations, f"{label}, encoding", quiet=rank != 0)
-    return cached_states(meta, sequences, max_tokens=max_tokens, rank=rank, world=world, barrier=barrier, label=label)
+    sequences = encode_all(meta, conversations, f"{label}, encoding")
+    return cached_states(meta, sequences, max_tokens=max_tokens, label=label)
 
 
 def cached_states(
@@ -131,35 +131,31 @@ def cached_states(
     sequences: Sequence[np.ndarray],
     *,
     max_tokens: int = 4096,
-    rank: int = 0,
-    world: int = 1,
-    barrier: Callable[[], None] = lambda: None,
+    team: Team = ALONE,
     label: str = "features",
 ) -> Features:
     """The features at the ends of `sequences` of token ids, from the cache where they are there.
 
     Rows are marked as done behind their values, so an interrupted pass goes on where it stopped. With several
-    processes each computes every `world`-th batch into the same files (on a file system they share).
+    processes each computes every so-manieth batch into a block of its own, in a folder that all of them see: one file
+    mapped by two machines would lose rows.
 
     Args:
         meta: the meta LLM.
         sequences: N arrays of ids.
         max_tokens: padded tokens of one batch.
-        rank: of this process.
-        world: how many processes share the work.
-        barrier: waits for the others.
+        team: the processes that share the work.
         label: what the progress bar calls it.
 
     Raises:
-        ExpertokenError: the meta LLM gives no finite logits for a query.
+        ExpertokenError: the meta LLM gives no finite logits for a query, memory ran out, or the cache is not shared.
     """
     hashes = [_hash(ids) for ids in sequences]
     model_key = f"{_FORMAT}-{fingerprint(meta.model)}-{describe_dtype(meta.model)}"
     root = cache_folder("features") / model_key
     place = _lookup(root)
     first = {key: index for index, key in reversed(list(enumerate(hashes))) if key not in place}
-    missing = sorted(first.values())
-    barrier()  # every process has looked before any of them changes the cache
+    missing = team.agree(sorted(first.values()))
     started = time.perf_counter()
     if missing and is_split(meta.model):
         raise ExpertokenError(
@@ -168,17 +164,23 @@ def cached_states(
             "whole (zero3_init_flag: false), or start cold with --warm_start false"
         )
     if missing:
-        new = [hashes[index] for index in missing]
-        folder = root / hashlib.sha256(b"".join(new)).hexdigest()[:16]
-        if rank == 0:
+        batches = list(token_batches([len(sequences[index]) for index in missing], max_tokens))
+        mine = sorted(missing[row] for batch in batches[team.rank :: team.world] for row in batch)
+        if mine:
+            new = [hashes[index] for index in mine]
+            folder = root / hashlib.sha256(b"".join(new)).hexdigest()[:16]
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(root / ".lock"):  # two runs that begin together fill one block
                 if not folder.exists():
                     _Block.create(folder, new, meta.head.in_features)
-        barrier()
-        _compute(meta, _Block(folder), [sequences[index] for index in missing], max_tokens, rank, world, label)
-        barrier()
+            _compute(meta, _Block(folder), [sequences[index] for index in mine], max_tokens, label, quiet=team.rank > 0)
+        team.barrier()
         place = _lookup(root)
+        if any(key not in place for key in hashes):
+            raise ExpertokenError(
+                f"{root}: states that other processes computed are not there; all machines have to see one "
+                "$EXPERTOKEN_CACHE"
+            )
     seconds = time.perf_counter() - started if missing else 0.0
     logger.info("%s: %d of %d queries computed, the others were cached", label, len(missing), len(hashes))
     hidden, log_mass = _gather([place[key] for key in hashes])
@@ -200,23 +202,23 @@ def _compute(
     block: _Block,
     sequences: list[np.ndarray],
     max_tokens: int,
-    rank: int,
-    world: int,
     label: str,
+    *,
+    quiet: bool,
 ) -> None:
     lengths = [len(ids) for ids in sequences]
-    batches = list(token_batches(lengths, max_tokens))[rank::world]
+    batches = list(token_batches(lengths, max_tokens))
     total = sum(lengths[row] for batch in batches for row in batch)
-    with tqdm(total=total, unit="tok", unit_scale=True, desc=label, disable=rank != 0) as bar, _marking(block) as mark:
+    with tqdm(total=total, unit="tok", unit_scale=True, desc=label, disable=quiet) as bar, _marking(block) as mark:
         for batch in batches:
             try:
                 states, mass = meta.states([sequences[row] for row in batch])
             except torch.OutOfMemoryError as error:
                 longest = lengths[batch[0]]
+                fewer = f"--max_tokens {len(batch) // 2 * longest}, " if len(batch) > 1 else ""
                 raise ExpertokenError(
-                    f"{label}: out of memory in a batch of {len(batch)} x {longest} tokens; try --max_tokens "
-                    f"{max(longest, len(batch) * longest // 2)}, --dtype bfloat16 or --method qlora. States computed "
-                    "so far are kept"
+                    f"{label}: out of memory in a batch of {len(batch)} x {longest} tokens; try {fewer}--dtype "
+                    "bfloat16 or a smaller meta LLM. States computed so far are kept"
                 ) from error
             if not torch.isfinite(mass).all():
                 bad = sequences[batch[int((~torch.isfinite(mass)).nonzero()[0, 0])]]

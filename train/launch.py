@@ -12,8 +12,9 @@ from ..modeling.errors import ExpertokenError, did_you_mean, require_extra
 CONFIGS = Path(__file__).parent.parent / "configs" / "accelerate"
 _FLAG = "--accelerate_config"
 _LAUNCHER = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "gpu_ids")
-"""What of `accelerate launch` may stand beside it; everything else is the configuration's."""
 _SWITCHES = ("zero3_init_flag",)
+BESIDE = [f"--{name}" for name in (*_LAUNCHER, *_SWITCHES)]
+"""What of `accelerate launch` may stand beside `--accelerate_config`; everything else is the configuration's."""
 
 
 def shipped() -> list[str]:
@@ -62,8 +63,13 @@ def environment(argv: Sequence[str]) -> dict[str, str]:
     Raises:
         ExpertokenError: the configuration needs an accelerator, and there is none.
     """
-    name = _take(argv, (_FLAG.lstrip("-"),))[0]["accelerate_config"]
-    kind = read_config(name)[1].get("distributed_type")
+    values, _ = _take(argv, (_FLAG.lstrip("-"), *_LAUNCHER))
+    name = values["accelerate_config"]
+    config = read_config(name)[1]
+    kind = config.get("distributed_type")
+    processes = int(values.get("num_processes") or config.get("num_processes") or 1)
+    if kind == "NO" and processes > 1:
+        raise ExpertokenError(f"{_FLAG} {name}: it is for one process, and would start one; for {processes} take ddp")
     import torch
 
     added = {}
@@ -73,7 +79,10 @@ def environment(argv: Sequence[str]) -> dict[str, str]:
             raise ExpertokenError(f"{_FLAG} {name}: FSDP needs accelerators; on a CPU take ddp or zero3")
         if kind != "DEEPSPEED":  # for DeepSpeed the same variable switches DeepSpeed off
             added["ACCELERATE_USE_CPU"] = "true"
-        added["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+        here = processes // int(values.get("num_machines") or config.get("num_machines") or 1)
+        added["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(
+            max(1, (os.cpu_count() or 1) // max(1, here))
+        )
     return os.environ | added
 
 

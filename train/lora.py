@@ -27,7 +27,7 @@ from ..modeling.objectives import OBJECTIVES
 from ..modeling.sharding import overwrite
 from .anywhere import Positions
 from .arguments import ExpertokenArguments
-from .processes import barrier
+from .processes import Team, barrier
 from .tokens import mean_score
 
 logger = logging.getLogger(__name__)
@@ -124,11 +124,12 @@ class DispatchTrainer(Trainer):
             manifest = replace(self.composite.manifest, training=training)
             write_composite(replace(self.composite, manifest=manifest), folder, trained)
 
-    def _save_checkpoint(self, *given: Any, **options: Any) -> None:
-        super()._save_checkpoint(*given, **options)
-        folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and folder.exists():
-            sync_folder(folder)
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last of a checkpoint before `trainer_state.json`, which says that it is whole: so all is on disk here."""
+        super()._save_rng_state(output_dir)
+        barrier()  # the other processes' states too
+        if self.args.should_save:
+            sync_folder(Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         self._restore(Path(resume_from_checkpoint))
@@ -216,12 +217,16 @@ def wrap_with_lora(meta: MetaLLM, options: ExpertokenArguments) -> None:
     meta.head.expert_rows.requires_grad_(True)
 
 
+def _numbered(folder: Path) -> list[Path]:
+    """The Trainer's checkpoints; a folder that somebody named checkpoint-good is nobody's to delete."""
+    return [entry for entry in folder.glob("checkpoint-*") if entry.name.removeprefix("checkpoint-").isdigit()]
+
+
 def last_complete_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole: `trainer_state.json`, written last, can be read, and so can the weights."""
     from safetensors import SafetensorError, safe_open
 
-    numbered = [entry for entry in folder.glob("checkpoint-*") if entry.name.removeprefix("checkpoint-").isdigit()]
-    for entry in sorted(numbered, key=lambda entry: int(entry.name.removeprefix("checkpoint-")), reverse=True):
+    for entry in sorted(_numbered(folder), key=lambda entry: int(entry.name.removeprefix("checkpoint-")), reverse=True):
         try:
             json.loads((entry / "trainer_state.json").read_text())
             for name in (ADAPTER_WEIGHTS, ROWS_FILE):
@@ -243,10 +248,13 @@ def find_checkpoint(resume: str, output_dir: Path, run: dict[str, Any]) -> Path 
     record = output_dir / _RUN_FILE
     if resume == "auto":
         checkpoint = last_complete_checkpoint(output_dir)
-        if checkpoint and record.exists() and json.loads(record.read_text()) != run:
+        known = json.loads(record.read_text()) if checkpoint and record.exists() else run
+        other = [key for key in run | known if known.get(key) != run.get(key)]
+        if other:
+            told = ", ".join(f"{key} {known.get(key)!r} then, {run.get(key)!r} now" for key in other[:_NAMED])
             raise ExpertokenError(
-                f"{output_dir}: holds checkpoints of a run with other arguments or data; choose another --output_dir, "
-                "or say --resume never to start anew there"
+                f"{output_dir}: holds checkpoints of a run with other arguments or data ({told}); choose another "
+                "--output_dir, or say --resume never to start anew there"
             )
     elif resume == "never":
         checkpoint = None
@@ -257,13 +265,23 @@ def find_checkpoint(resume: str, output_dir: Path, run: dict[str, Any]) -> Path 
     return checkpoint
 
 
+def _asked(find: Any, resume: str, output_dir: Path, run: dict[str, Any], team: Team) -> Any:
+    """What the first process finds, its refusal included, so that the others do not wait for it in vain."""
+    if team.rank > 0:
+        return None
+    try:
+        return find(resume, output_dir, run)
+    except ExpertokenError as error:
+        return error
+
+
 def record_run(resume: str, output_dir: Path, run: dict[str, Any]) -> None:
     """Note which run the checkpoints belong to; with `--resume never` those of an earlier run go.
 
     Otherwise an interrupted new run would be continued from the old one's checkpoint, which has the higher number.
     """
     if resume == "never":
-        for entry in output_dir.glob("checkpoint-*"):
+        for entry in _numbered(output_dir):
             shutil.rmtree(entry)
     with atomic_file(output_dir / _RUN_FILE) as aside:
         aside.write_text(json.dumps(run, indent=2) + "\n")
@@ -274,18 +292,19 @@ def _out_of_memory(trainer: DispatchTrainer) -> str:
     arguments, size = trainer.args, trainer.args.per_device_train_batch_size
     advice = []
     if size > 1:
-        more = 2 * arguments.gradient_accumulation_steps
+        part = next(divisor for divisor in range(2, size + 1) if size % divisor == 0)
+        more = part * arguments.gradient_accumulation_steps
         advice.append(
-            f"--per_device_train_batch_size {size // 2} --gradient_accumulation_steps {more} (the same gradients)"
+            f"--per_device_train_batch_size {size // part} --gradient_accumulation_steps {more} (the same batches)"
         )
     if not arguments.gradient_checkpointing:
         advice.append("--gradient_checkpointing true")
     if arguments.device.type != "cpu" and not (arguments.bf16 or arguments.fp16):
         advice.append("--bf16 true")
-    advice += ["--method qlora", "--accelerate_config zero3"]
+    advice += ["--accelerate_config zero3", "--method qlora in another --output_dir"]
     return (
         f"out of memory at step {trainer.state.global_step}, {size} queries a batch; try {', or '.join(advice)}. "
-        "Checkpoints before it are whole, the same command goes on from there"
+        "Checkpoints before it are whole, and the run goes on from there"
     )
 
 
@@ -333,16 +352,16 @@ def train_lora(
         eval_dataset=validation,
         compute_metrics=score,
     )
-    checkpoint = find_checkpoint(options.resume, Path(arguments.output_dir), run)
-    barrier()  # every process has looked before the main one records this run
+    team = Team(arguments.process_index, arguments.world_size)
+    # The first process looks for all: on other machines the folder may be seen later, or not at all.
+    checkpoint = team.agree(_asked(find_checkpoint, options.resume, Path(arguments.output_dir), run, team))
+    if isinstance(checkpoint, ExpertokenError):
+        raise checkpoint
     if arguments.process_index == 0:
         record_run(options.resume, Path(arguments.output_dir), run)
     barrier()
     if checkpoint:
         logger.info("continuing %s", checkpoint)
-    if arguments.gradient_checkpointing:
-        # The other way needs inputs with gradients, and the embeddings of a LoRA'd model have none.
-        arguments.gradient_checkpointing_kwargs = arguments.gradient_checkpointing_kwargs or {"use_reentrant": False}
     try:
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (OSError, RuntimeError) as error:
@@ -355,6 +374,8 @@ def train_lora(
             f"{arguments.output_dir}: a checkpoint could not be written or read ({one_line(error)}); checkpoints "
             "before it are whole, the same command goes on from there"
         ) from error
+    # accelerate put an autocast around the model's forward for --bf16; a decision is made without.
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     meta.model.eval()
     return {
         "steps": trainer.state.global_step,

@@ -96,6 +96,8 @@ def add_expert(
     old = supervision_of(composite.manifest, folder, data)
     extended = extend_supervision(old, old_pool, expert, results.select([column, *_others(results, old_pool, column)]))
     objective = composite.manifest.training.get("objective", "cross_entropy")
+    if composite.manifest.training.get("dispatch") == "anywhere":
+        logger.warning("the new row is learnt at the starts alone; the composite's others also inside answers")
     old_rows = composite.meta.rows
     problems = {side: _problem(composite.meta, extended, side) for side in ("train", "validation")}
     fit = fit_rows(

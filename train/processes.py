@@ -4,7 +4,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -56,19 +57,23 @@ def loading(arguments: "TrainingArguments") -> Iterator[None]:
     """Load a model inside the block as the launch configuration says: under ZeRO-3 split at once, or whole first.
 
     Transformers splits weights while it loads them whenever ZeRO-3 is on. Then only the engine can run the model, and
-    states for a start of the tokens can't be computed; so that is done where `zero3_init_flag` asks for it.
+    states for a start of the tokens can't be computed; so that is done where `zero3_init_flag` asks for it. (Of a
+    DeepSpeed file given as `--deepspeed` accelerate takes it for granted; there the launcher's variable has to say so.)
     """
     plugin = arguments.deepspeed_plugin
     if plugin is None or plugin.zero_stage != 3:
         yield
         return
+    at_once = plugin.zero3_init_flag
+    if arguments.deepspeed:
+        at_once = os.environ.get("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false").lower() == "true"
     import deepspeed
     from transformers.integrations import deepspeed as integration
 
     if not deepspeed.comm.is_initialized():  # without it every process counts itself alone while it loads
         backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else None
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
-    if plugin.zero3_init_flag:
+    if at_once:
         yield
         return
     config = integration.deepspeed_config()
@@ -77,6 +82,32 @@ def loading(arguments: "TrainingArguments") -> Iterator[None]:
         yield
     finally:
         plugin.dschf = integration.HfDeepSpeedConfig(config)  # registers itself; transformers keeps a weak reference
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that share a piece of work.
+
+    Attributes:
+        rank: of this one.
+        world: how many there are.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    def barrier(self) -> None:
+        """Wait for the others."""
+        if self.world > 1:
+            barrier()
+
+    def agree(self, found: Any) -> Any:
+        """What the first process found, on all: what each of them sees in a cache that others use too may differ."""
+        if self.world == 1:
+            return found
+        shared = [found]
+        torch.distributed.broadcast_object_list(shared, src=0)
+        return shared[0]
 
 
 def barrier() -> None:

@@ -18,7 +18,7 @@ from ..modeling.meta import MetaLLM, Source
 from .anywhere import Positions, own_answers
 from .arguments import ExpertokenArguments
 from .features import cached_states, encode_all
-from .processes import barrier, check_offload, check_world, loading
+from .processes import Team, barrier, check_offload, check_world, loading
 from .tokens import Fit, Problem, fit_rows, mean_score
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Run:
 
     def __init__(self, options: ExpertokenArguments, arguments: "TrainingArguments") -> None:
         self.options, self.arguments = options, arguments
+        self.team = Team(arguments.process_index, arguments.world_size)
         self.supervision = Supervision.load(options.data)
         self.pool = self.supervision.pool
         self.objective = options.objective or OBJECTIVE_OF.get(
@@ -60,10 +61,12 @@ class Run:
         source = Source(options.meta, options.revision, options.trust_remote_code)
         dtype = getattr(torch, options.dtype) if options.dtype else None
         with loading(arguments):
+            # Under ZeRO-3 DeepSpeed brings each process its share; the whole is on a GPU only where it computes states.
+            split_later = getattr(arguments.deepspeed_plugin, "zero_stage", 0) == 3 and not options.warm_start
             self.meta = MetaLLM.from_pretrained(
                 source,
                 len(self.pool),
-                device=arguments.device,
+                device="cpu" if split_later else arguments.device,
                 dtype=dtype,
                 quantization="nf4" if options.method == "qlora" else None,
                 attention=options.attn_implementation,
@@ -91,7 +94,9 @@ class Run:
             encoded = self._encoded(name)
             positions = self.positions(name, encoded)
             sequences = positions.sequences(encoded)
-            features = cached_states(self.meta, sequences, label=f"{name} features", **self._shared_work())
+            features = cached_states(
+                self.meta, sequences, max_tokens=self.options.max_tokens, team=self.team, label=f"{name} features"
+            )
             targets, scores, weights = (array[positions.query] for array in self.supervision.arrays(name))
             benchmarks = np.asarray(self.supervision.side(name)["benchmark"], dtype=str)[positions.query]
             sides[name] = Problem(features, targets, scores, weights * positions.share, benchmarks)
@@ -109,20 +114,13 @@ class Run:
         quiet = self.arguments.process_index != 0
         return encode_all(self.meta, self.supervision.side(name)["messages"], f"{name}, encoding", quiet=quiet)
 
-    def _shared_work(self) -> dict[str, Any]:
-        """How the processes share a pass over the data."""
-        return {
-            "max_tokens": self.options.max_tokens,
-            "rank": self.arguments.process_index,
-            "world": self.arguments.world_size,
-            "barrier": barrier,
-        }
-
     def positions(self, name: str, encoded: Sequence[np.ndarray]) -> Positions:
-        """Where the queries of a side are decided."""
-        if not self.options.anywhere:
+        """Where the queries of a side are decided; of validation at their starts, as its score is a choice's."""
+        if not self.options.anywhere or name == "validation":
             return Positions.starts(len(encoded))
-        answers = own_answers(self.meta, encoded, self.options.anywhere_tokens, **self._shared_work())
+        answers = own_answers(
+            self.meta, encoded, self.options.anywhere_tokens, max_tokens=self.options.max_tokens, team=self.team
+        )
         return Positions.inside(answers, self.options.anywhere)
 
     def run_tokens(self) -> dict[str, Any]:
@@ -140,26 +138,30 @@ class Run:
 
         if self.options.warm_start:
             self.meta.rows = self.fit_tokens().rows
-        ignored = ("resume", "verify", "max_tokens")
+        # What a checkpoint depends on. Data and base by content, not by path; batches as a whole, however they are cut.
+        ignored = ("resume", "verify", "max_tokens", "meta", "data", "attn_implementation")
         self.options.objective = self.objective
         run = {key: value for key, value in asdict(self.options).items() if key not in ignored}
-        for key in ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "seed"):
-            run[key] = getattr(self.arguments, key)
+        for key in ("learning_rate", "num_train_epochs", "max_steps", "seed", "optim", "lr_scheduler_type",
+                    "warmup_steps", "weight_decay", "max_grad_norm", "train_sampling_strategy"):  # fmt: skip
+            value = getattr(self.arguments, key)
+            run[key] = getattr(value, "value", value)
+        a = self.arguments
+        run["batch"] = a.per_device_train_batch_size * a.gradient_accumulation_steps * a.world_size
         run["data_fingerprint"] = self.supervision.info.fingerprint
-        anywhere = {}
-        if self.options.anywhere:
-            anywhere = {name: self.positions(name, self._encoded(name)) for name in ("train", "validation")}
+        run["base_fingerprint"] = self.meta.base_fingerprint
+        positions = self.positions("train", self._encoded("train")) if self.options.anywhere else None
         return train_lora(
             self.composite,
-            Examples(self.meta, self.supervision, "train", learn=True, positions=anywhere.get("train")),
-            Examples(self.meta, self.supervision, "validation", learn=False, positions=anywhere.get("validation")),
+            Examples(self.meta, self.supervision, "train", learn=True, positions=positions),
+            Examples(self.meta, self.supervision, "validation", learn=False),
             options=self.options,
             arguments=self.arguments,
             run=run,
         )
 
     def _log_path(self, fit: Fit) -> None:
-        """The regularisation path in TensorBoard, with the strength's decimal logarithm as the step."""
+        """The regularisation path in TensorBoard, a step for each strength."""
         if self.arguments.process_index == 0 and "tensorboard" in (self.arguments.report_to or []):
             require_extra("tensorboard", "train")
             from torch.utils.tensorboard import SummaryWriter

@@ -35,7 +35,7 @@ def test_positions_begin_with_the_starts_and_share_a_querys_weight():
         assert len(prefix) > 0
         assert prefix.tolist() == answers[query][: len(prefix)].tolist()
     np.testing.assert_allclose(found.share, [1, 1, 1, 1 / 3, 1 / 3, 1 / 3, 1 / 2, 1 / 2])
-    sequences = found.sequences([[7, 7], [8], [9]])
+    sequences = found.sequences([np.array(ids) for ids in ([7, 7], [8], [9])])
     assert sequences[0].tolist() == [7, 7]
     assert sequences[-1].tolist() == [9, 0, 1]
 
@@ -59,7 +59,7 @@ def test_a_composite_trained_anywhere_decides_better_inside_answers_and_as_well_
         assert composite.manifest.training["dispatch"] == ("anywhere" if each else "start")
         encoded = [composite.meta.encode(messages) for messages in side["messages"]]
         found = Positions.inside(own_answers(composite.meta, encoded, 12), 4)
-        logits = [composite.meta.candidate_logits([s.tolist()], with_self=True) for s in found.sequences(encoded)]
+        logits = [composite.meta.candidate_logits([list(s)], with_self=True) for s in found.sequences(encoded)]
         wanted = np.array([np.argmax(target) for target in side["target"]])[found.query]
         right[each] = torch.cat(logits).argmax(1).numpy() == wanted
     starts, inside = slice(0, len(side)), slice(len(side), None)

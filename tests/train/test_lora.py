@@ -17,7 +17,7 @@ from expertoken.modeling.composite import ROWS_FILE, Composite, Manifest, descri
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
 from expertoken.modeling.meta import MetaLLM
-from expertoken.tests.tiny import tiny_folder
+from expertoken.tests.tiny import ARCHITECTURES, tiny_folder
 from expertoken.tests.train.launching import assert_same, trained
 from expertoken.train.arguments import ExpertokenArguments
 from expertoken.train.lora import last_complete_checkpoint
@@ -169,7 +169,7 @@ def test_out_of_memory_says_what_to_change(tmp_path, base_folder, supervision, m
         ExpertokenError, match=r"out of memory at step 0, 8 queries a batch; try --per_device_train_batch"
     ) as e:
         train(cold, arguments(tmp_path / "c", gradient_accumulation_steps=2))
-    assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 4 (the same gradients)" in str(e.value)
+    assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 4 (the same batches)" in str(e.value)
 
 
 def test_every_checkpoint_is_a_composite(tmp_path, base_folder, supervision):
@@ -215,7 +215,22 @@ def test_gradient_checkpointing_and_eager_attention_change_nothing(tmp_path, bas
     assert_same(plain, folder, rtol=1e-3)
 
 
-@pytest.mark.parametrize("architecture", ["llama-untied", "phi-bias", "gemma2-softcap", "gpt2", "gpt-neox", "qwen3"])
+def test_mixed_precision_is_for_training_alone(tmp_path, base_folder, supervision):
+    """A float32 model trained with --bf16 decides in float32 again: a fresh process comes to the same logits."""
+    train(options(base_folder, supervision, verify=True), arguments(tmp_path / "c", max_steps=4, bf16=True))
+
+
+def test_the_same_batches_cut_otherwise_go_on_and_another_batch_is_refused(tmp_path, base_folder, supervision):
+    train(options(base_folder, supervision), arguments(tmp_path / "c", max_steps=4))
+    cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    train(options(base_folder, supervision), arguments(tmp_path / "c", max_steps=4, **cut))
+    with pytest.raises(ExpertokenError, match=r"other arguments or data \(batch 8 then, 4 now\)"):
+        train(options(base_folder, supervision), arguments(tmp_path / "c", max_steps=4, per_device_train_batch_size=4))
+
+
+@pytest.mark.parametrize(
+    "architecture", [name for name in ARCHITECTURES if name not in ("llama-tied", "cohere-scaled")]
+)
 def test_lora_trains_heads_and_backbones_of_many_kinds(tmp_path, supervision, architecture):
     base = tiny_folder(tmp_path / "base", architecture)
     folder = train(options(base, supervision, verify=True), arguments(tmp_path / "c", max_steps=4))
