@@ -74,10 +74,15 @@ def prepare(
 ) -> None:
     """Make supervision from benchmark results: per query the messages and who should answer."""
     from ..data_prep.labels import Labelling
-    from ..data_prep.supervision import build_supervision, pool_of
+    from ..data_prep.supervision import build_supervision, pool_of, select_candidates
     from ..modeling.experts import ExpertPool
+    from ..modeling.files import check_product
     from .tables import summary_table, wide_console
 
+    check_product(out, "supervision")
+    for path in results:
+        if path.exists() and out.resolve() in (path.resolve(), path.resolve().parent if path.is_file() else None):
+            raise ExpertokenError(f"--out {out}: the results are there; choose a folder of its own for the supervision")
     if pool and self_model:
         raise ExpertokenError("--self-model is for results without a pool; in a pool file say `backend: self`")
     candidates = ExpertPool.from_yaml(pool) if pool else None
@@ -97,7 +102,8 @@ def prepare(
     )
     supervision.save(out)
     console = wide_console()
-    console.print(summary_table(merged.summary()))
+    # Under the candidates' names: a table of hub ids is too wide for most terminals.
+    console.print(summary_table(select_candidates(merged, supervision.pool).summary()))
     sizes = ", ".join(f"{name} {count}" for name, count in supervision.info.sizes.items())
     console.print(
         f"supervision of {len(supervision.info.candidates)} candidates written to {out}: {sizes}", markup=False

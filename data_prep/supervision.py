@@ -14,7 +14,7 @@ import numpy as np
 
 from ..modeling.errors import ExpertokenError, did_you_mean, one_line
 from ..modeling.experts import SELF, Expert, ExpertPool
-from ..modeling.files import atomic_folder, recover_folder
+from ..modeling.files import atomic_folder, check_product, recover_folder
 from .labels import Labelling, filled_costs, label, utility
 from .leaks import find_leaks, find_near_duplicates
 from .results import SPLITS, BenchmarkResults, HoldOut, ResultsError
@@ -126,7 +126,12 @@ class Supervision:
         self.info.fingerprint = digest.hexdigest()[:16]
 
     def save(self, path: Path | str) -> None:
-        """Write the folder, completely or not at all."""
+        """Write the folder, completely or not at all.
+
+        Raises:
+            ExpertokenError: it could not be written, or holds a composite.
+        """
+        check_product(path, "supervision")
         with atomic_folder(path) as folder:
             with quiet_datasets():
                 self.data.save_to_disk(folder / "data")

@@ -19,7 +19,7 @@ from ..modeling.errors import ExpertokenError, did_you_mean
 from ..modeling.meta import library_versions
 from . import baselines as learnt
 from . import metrics
-from .figures import add_pair, add_scores, add_trade_offs
+from .figures import add_calibration, add_pair, add_scores, add_trade_offs
 from .report import Report, Row
 from .robustness import robustness as measure_robustness
 from .sides import Policy, Split, expected_costs, read_split
@@ -95,15 +95,21 @@ def evaluate(
     policies |= _learnt(baselines, embedder, encoder, known, test)
     policies["oracle"] = test.choose(metrics.oracle(test.scores, test.costs), "bound")
     confidence = expected.max(1)
+    # What the probabilities were trained to be: the chance of being right, or the candidate's share of the label, which
+    # queries that all got right (or none) do not have.
+    judged = np.arange(len(chosen)) if of_correctness else np.flatnonzero(test.weights)
+    outcome = (policies["composite"].values if of_correctness else test.targets[np.arange(len(chosen)), chosen])[judged]
     report = Report(
         rows=_rows(policies, test.benchmarks, resamples),
         shares={name: float((chosen == index).mean()) for index, name in enumerate(names)},
         queries={str(n): int(c) for n, c in zip(*np.unique(test.benchmarks, return_counts=True), strict=True)},
         confusion=metrics.confusion(test.targets, chosen).tolist(),
-        reliability=metrics.calibration(confidence, policies["composite"].values),
+        reliability=metrics.calibration(confidence[judged], outcome) if len(judged) else [],
     )
     counts = metrics.resample_counts(test.benchmarks, min(resamples, _FIGURES))
-    add_scores(report, policies, test, chosen, probabilities, confidence, counts)
+    add_scores(report, policies, test, chosen, probabilities, counts)
+    if len(judged):
+        add_calibration(report, confidence[judged], outcome, counts[:, judged])
     add_pair(report, policies, known, test, counts)
     if test.costs is not None:
         add_trade_offs(report, policies, test, expected_cost, counts)
@@ -119,6 +125,7 @@ def evaluate(
         "resamples": resamples,
         "baselines_on": embedder or "states of the meta LLM",
         "confidence": "chance of being right" if of_correctness else "probability of the chosen candidate",
+        "outcome": "its mean score" if of_correctness else "its mean share of the label",
         "without_known_cost": [n for n, cost in zip(names, expected_cost, strict=True) if np.isnan(cost)],
         "data_fingerprint": supervision.info.fingerprint,
         "base": composite.manifest.base,
@@ -186,7 +193,7 @@ def _simple(names: list[str], known: list[Split], test: Split) -> dict[str, Poli
         f"best single ({names[single]})": test.choose(np.full(len(test.raw), single), "baseline"),
         "best per dataset": test.choose(per_dataset, "baseline"),
         "random": Policy("baseline", test.scores.mean(1), costs),
-        f"r_o({_PARTIAL_ORACLE})": test.choose(half, "bound"),
+        f"half oracle, r_o({_PARTIAL_ORACLE})": test.choose(half, "bound"),
     }
 
 
@@ -211,7 +218,9 @@ def _learnt(
         return metrics.mean_over_benchmarks(got, side.benchmarks)
 
     found = {}
-    for name in tqdm(names, desc="baselines", unit="router", leave=False, disable=not names):
+    bar = tqdm(names, desc="baselines", unit="router", leave=False, disable=not names)
+    for name in bar:
+        bar.set_postfix_str(name)
         predicted, setting = learnt.predict(name, train, validation, features[-1], score)
         found[name] = test.choose(predicted.argmax(1), "router", predicted=predicted, setting=setting)
     if encoder:

@@ -14,9 +14,9 @@ _SHARES = (0.5, 0.8)
 
 def add_scores(
     report: Report, policies: dict[str, Policy], test: Split, chosen: np.ndarray, probabilities: np.ndarray,
-    confidence: np.ndarray, counts: np.ndarray,
+    counts: np.ndarray,
 ) -> None:  # fmt: skip
-    """RouterEval's and LLMRouterBench's figures of the composite, and how sure it is.
+    """RouterEval's and LLMRouterBench's figures of the composite.
 
     Args:
         report: gets them.
@@ -24,7 +24,6 @@ def add_scores(
         test: the side.
         chosen: `[N]` choices of the composite.
         probabilities: `[N, C]` of its dispatch.
-        confidence: `[N]` in the choice.
         counts: `[R, N]` resamples, see `metrics.resample_counts`.
     """
     # A row per resample, the data themselves first.
@@ -54,9 +53,16 @@ def add_scores(
     for number, rows in metrics.solved_by_few(test.scores).items():
         name = f"recall where {number} candidate{'s' if number > 1 else ''} can"
         named[name] = _mean(counts[:, rows], test.scores[rows, chosen[rows]] > metrics.RIGHT)
-    named["calibration error (ECE)"] = metrics.calibration_errors(confidence, policies["composite"].values, counts)
     for name, values in named.items():
         report.add(name, values[0], values[1:])
+
+
+def add_calibration(report: Report, confidence: np.ndarray, outcome: np.ndarray, counts: np.ndarray) -> None:
+    """How far probabilities and outcomes `[N]` lie apart; `counts` `[R, N]` are resamples."""
+    counts = counts[counts.sum(1) > 0]
+    once = np.ones((1, len(outcome)), counts.dtype)
+    errors = metrics.calibration_errors(confidence, outcome, np.concatenate([once, counts]))
+    report.add("calibration error (ECE)", errors[0], errors[1:])
 
 
 def _mean(counts: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -87,9 +87,14 @@ def draw_scores(report: Report) -> "Figure":
         error_kw={"elinewidth": 1, "ecolor": "#444444", "capsize": 2},
     )
     axes.axvline(100 * report.composite.mean, color=_COLOURS["composite"], linewidth=1, linestyle=":")
+    kinds = dict.fromkeys(row.kind for row in reversed(rows))
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=_COLOURS[kind]) for kind in kinds]
+    axes.legend(handles, kinds, frameon=False, fontsize=8, loc="lower right")
     for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
         tick.set_fontweight("bold" if row.kind == "composite" else "normal")
-    axes.set_xlabel(f"mean score over {len(report.queries)} benchmarks, % (95 % interval)")
+    axes.set_xlabel(
+        f"mean score over {len(report.queries)} benchmarks, % (95 % interval of each; gains are paired and surer)"
+    )
     _plain(axes)
     return figure
 
@@ -131,7 +136,9 @@ def draw_shares(report: Report) -> "Figure":
     if report.confusion:
         labels = np.array(report.confusion).sum(1)
         share = dict(zip(report.shares, 100 * labels / max(labels.sum(), 1e-9), strict=True))
-        axes.barh(places - 0.2, [share[name] for name in names], 0.4, label="label", color=_COLOURS["baseline"])
+        axes.barh(
+            places - 0.2, [share[name] for name in names], 0.4, label="labelled as best", color=_COLOURS["baseline"]
+        )
         axes.legend(frameon=False)
     axes.set_yticks(places, names)
     axes.set_xlabel("queries, %")
@@ -151,9 +158,9 @@ def draw_reliability(report: Report) -> "Figure":
     error = report.metrics.get("calibration error (ECE)")
     axes.set_title("" if error is None else f"calibration error {error:.3f}", fontsize=10)
     axes.set_xlabel(report.settings.get("confidence", "confidence"))
-    axes.set_ylabel("its mean score")
-    axes.set_xlim(0, 1.02)
-    axes.set_ylim(0, 1.02)
+    axes.set_ylabel(report.settings.get("outcome", "outcome"))
+    axes.set_xlim(-0.03, 1.06)
+    axes.set_ylim(-0.03, 1.06)
     axes.legend(frameon=False, loc="upper left")
     _plain(axes)
     return figure

@@ -142,8 +142,10 @@ class Report:
             body.append(cells)
         count = ", ".join(f"{name} {size}" for name, size in self.queries.items())
         text = (
-            f"Percent; queries: {count}. Best single and best per dataset were chosen on the other sides. The "
-            "gain is the composite's over the line, paired."
+            f"Percent; queries: {count}. The mean is over benchmarks, each counting alike. Best single and best per "
+            "dataset were chosen on train and validation; the half oracle knows the best candidate of every other "
+            "query. The share is of queries the composite sends there; the gain is the composite's over the line, "
+            "paired on the same queries."
         )
         return ["## Scores", "", text, "", *_table(head, body), ""]
 
@@ -156,7 +158,8 @@ class Report:
         if absent := self.settings.get("without_known_cost") if self.curves else None:
             text.append(f"Not in the curves of cost and quality, because no cost is known: {', '.join(absent)}.")
         head = ["metric", "value", "95 % interval"]
-        return ["## Metrics", "", " ".join(text), "", *_table(head, rows), ""] if rows else []
+        told = [" ".join(text), ""] if text else []
+        return ["## Metrics", "", *told, *_table(head, rows), ""] if rows else []
 
     def _confusion(self) -> list[str]:
         if not self.confusion or len(self.shares) > _MOST_EXPERTS:

@@ -47,6 +47,7 @@ class Split:
         features: `[N, d]` of the meta LLM.
         logits: `[N, C]` of the composite.
         targets: `[N, C]` of the labels.
+        weights: `[N]` of the labels; 0 where a query says nothing about who should answer.
         prompts: the last message of each conversation.
     """
 
@@ -56,6 +57,7 @@ class Split:
     features: np.ndarray
     logits: np.ndarray
     targets: np.ndarray
+    weights: np.ndarray
     prompts: list[str]
 
     @property
@@ -106,13 +108,15 @@ def read_split(composite: Composite, supervision: Supervision, name: str, *, sta
         features = cached_features(meta, messages, label=f"{name} features")
         hidden = np.asarray(features.hidden)
         logits = problem_logits(meta.rows, features, meta.transform, with_self=composite.pool.has_self).numpy()
+    targets, _, weights = supervision.arrays(name)
     return Split(
         raw[kept],
         None if costs is None else costs[kept][:, columns],
         np.asarray(side["benchmark"], dtype=str)[kept],
         hidden[kept],
         logits[kept],
-        supervision.arrays(name)[0][kept][:, columns],
+        targets[kept][:, columns],
+        weights[kept],
         [text_of(messages[int(row)][-1]) for row in kept],
     )
 

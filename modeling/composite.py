@@ -15,7 +15,7 @@ import torch
 
 from .errors import ExpertokenError
 from .experts import ExpertPool
-from .files import atomic_folder, recover_folder
+from .files import atomic_folder, check_product, recover_folder
 from .meta import MetaLLM, Source, default_device, describe_dtype, library_versions, load_tokenizer
 from .sharding import full_shape
 
@@ -149,6 +149,7 @@ def save_composite(
         ExpertokenError: it could not be written, or the fresh process came to other logits.
     """
     path = Path(path)
+    check_product(path, "composite")
     trained = trained or Trained.of(composite, probe=verify)
     with atomic_folder(path) as folder:
         write_composite(composite, folder, trained)
@@ -379,7 +380,8 @@ def _card(pool: ExpertPool, manifest: Manifest, model: str) -> str:
     ]
     for expert in pool:
         model = Path(expert.model).name if Path(expert.model).exists() else expert.model
-        lines.append(f"| `{expert.token}` | {expert.backend}: `{model}` | {expert.description} |")
+        token = expert.token.replace("|", "\\|")  # a bar divides a table's cells, in code too
+        lines.append(f"| `{token}` | {expert.backend}: `{model}` | {expert.description} |")
     if pool.self_expert:
         lines.append("| (none) | the meta LLM itself | everything else |")
     lines += [

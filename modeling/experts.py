@@ -79,7 +79,12 @@ class Expert:
     def find_in(self, models: Iterable[str]) -> str | None:
         """The one of `models` that results call this expert by, or None."""
         models = set(models)
-        return next((key for key in self._keys if key in models), None)
+        found = next((key for key in self._keys if key in models), None)
+        if found is None and self.model:
+            # `organisation/math-7b` in a pool, `math-7b` in a table: as long as just one column can be meant.
+            ends = [name for name in models if name.split("/")[-1] == self.model.split("/")[-1]]
+            found = ends[0] if len(ends) == 1 else None
+        return found
 
     @property
     def called(self) -> str:

@@ -8,6 +8,41 @@ from pathlib import Path
 
 from .errors import ExpertokenError
 
+PRODUCTS = {"composite": "expertoken.json", "supervision": "supervision.json"}
+"""The folders that people name, to the file that tells them."""
+
+_OURS = {
+    *PRODUCTS.values(),
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "experts.yaml",
+    "expert_tokens.safetensors",
+    "merges.txt",
+    "README.md",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+}
+"""What a new version of such a folder replaces or drops; any other file in it is somebody else's and stays."""
+
+
+def check_product(path: Path | str, product: str) -> None:
+    """Refuse to write one product over another.
+
+    Raises:
+        ExpertokenError: `path` is a file, or holds the other product.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ExpertokenError(f"{path}: is a file; expected a folder to write the {product} to")
+    for other, marker in PRODUCTS.items():
+        if other != product and (path / marker).exists():
+            raise ExpertokenError(f"{path}: holds a {other}; choose another folder for the {product}")
+
 
 def cache_folder(kind: str) -> Path:
     """The folder for one kind of cache, under `$EXPERTOKEN_CACHE` or the user's cache directory."""
@@ -57,9 +92,9 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield an empty folder to fill; on success it takes the place of `path`, on failure `path` is as it was.
 
-    Files of the old folder are gone then; its subfolders (checkpoints, logs, reports) move over to the new one. POSIX
-    has no portable exchange of two folders, so the old one is renamed aside first; `recover_folder` finishes or undoes
-    what a crash between the renames left.
+    Our own files of the old folder are gone then; its subfolders (checkpoints, logs, reports) and what somebody else
+    put there move over to the new one. POSIX has no portable exchange of two folders, so the old one is renamed aside
+    first; `recover_folder` finishes or undoes what a crash between the renames left.
 
     Raises:
         ExpertokenError: the folder could not be written (no space, no permission).
@@ -94,6 +129,6 @@ def recover_folder(path: Path | str) -> None:
         old.rename(path)
         return
     for entry in old.iterdir():
-        if entry.is_dir() and not (path / entry.name).exists():
+        if (entry.is_dir() or entry.name not in _OURS) and not (path / entry.name).exists():
             entry.rename(path / entry.name)
     shutil.rmtree(old)

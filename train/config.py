@@ -20,8 +20,9 @@ RECIPES = Path(__file__).parent.parent / "configs" / "train"
 DEEPSPEED = RECIPES.parent / "deepspeed"
 
 _USAGE = (
-    "accelerate launch -m expertoken.train [RECIPE] --meta MODEL --data SUPERVISION --output_dir COMPOSITE "
-    "[--key value ...]"
+    "expertoken train [RECIPE] --meta MODEL --data SUPERVISION --output_dir COMPOSITE [--key value ...]\n"
+    "       expertoken train ... --accelerate_config NAME [--num_processes N ...]\n"
+    "       accelerate launch -m expertoken.train ..."
 )
 _EPILOG = (
     "RECIPE is a YAML file or the name of a shipped one ({recipes}). Command line beats YAML beats default. Every "
@@ -53,7 +54,7 @@ def make_parser(*, everything: bool) -> "HfArgumentParser":
 
         kinds.append(TrainingArguments)
     recipes = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-    return HfArgumentParser(
+    parser = HfArgumentParser(
         kinds,
         prog="expertoken train",
         usage=_USAGE,
@@ -63,6 +64,10 @@ def make_parser(*, everything: bool) -> "HfArgumentParser":
         ),
         allow_abbrev=False,
     )
+    for action in parser._actions:
+        if any(flag.startswith("--no_") for flag in action.option_strings):
+            action.help = f"The opposite of --{action.dest}."
+    return parser
 
 
 def _deepspeed() -> dict[str, Path]:
@@ -109,8 +114,11 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ExpertokenArguments, "Training
     actions = {action.dest: action for action in parser._actions}
     mistakes = [f"{key}: unknown key, {did_you_mean(str(key), actions)}" for key in recipe if key not in actions]
     given = {item.split("=")[0][2:].replace("-", "_") for item in argv if item.startswith("--")}
-    flags = {flag[2:].replace("-", "_") for action in parser._actions for flag in action.option_strings}
-    mistakes += [f"--{key}: unknown argument, {did_you_mean(key, flags)}" for key in sorted(given - flags)]
+    flags = {flag[2:].replace("-", "_") for action in parser._actions for flag in action.option_strings} - {""}
+    beside = {name.removeprefix("--") for name in BESIDE}
+    for key in sorted(given - flags):
+        told = "goes with --accelerate_config" if key in beside else f"unknown argument, {did_you_mean(key, flags)}"
+        mistakes.append(f"--{key}: {told}")
     for key in ("meta", "data", "output_dir"):
         if key not in recipe and key not in given:
             mistakes.append(f"--{key}: missing")

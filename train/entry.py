@@ -17,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     for noisy in ("httpx", "datasets", "deepspeed", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional kernel aloud, at every start
     try:
         options, arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         from .processes import leave

@@ -14,6 +14,7 @@ from ..data_prep.labels import OBJECTIVE_OF
 from ..data_prep.supervision import Supervision
 from ..modeling.composite import Composite, Manifest, Trained, describe_base, save_composite
 from ..modeling.errors import ExpertokenError, require_extra
+from ..modeling.files import check_product
 from ..modeling.meta import MetaLLM, Source
 from .anywhere import Positions, own_answers
 from .arguments import ExpertokenArguments
@@ -43,6 +44,7 @@ class Run:
         self.objective = options.objective or OBJECTIVE_OF.get(
             self.supervision.info.labelling["strategy"], "cross_entropy"
         )
+        check_product(arguments.output_dir, "composite")
         check_world(arguments.world_size)
         if options.anywhere and not self.pool.has_self:
             raise ExpertokenError(

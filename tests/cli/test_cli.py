@@ -116,3 +116,16 @@ def test_the_whole_path_from_the_command_line(tmp_path, base_folder):
     assert (tmp_path / "c" / "expert_tokens.safetensors").read_bytes() == rows_before
     shown = done("chat", "c", "--max-new-tokens", "4", input="Compute 5 plus 3.\n/why\n")
     assert "answered by math" in shown
+
+
+@pytest.mark.parametrize("out", ["results", "results/../results"])
+def test_prepare_does_not_write_into_the_folder_of_the_results(tmp_path, monkeypatch, out):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "t.csv").write_text("query,a,b\nWho?,1,0\nWhat?,0,1\n")
+    monkeypatch.chdir(tmp_path)
+    for given in ("results", "results/t.csv"):
+        done = expertoken("prepare", given, "--out", out)
+        assert done.returncode == 1
+        assert "the results are there; choose a folder of its own" in done.stderr
+    assert [file.name for file in folder.iterdir()] == ["t.csv"]

@@ -165,3 +165,32 @@ def test_what_is_held_out_is_the_test_side_and_nothing_else_is(results, pool):
     assert set(built.data["train"]["benchmark"]) == {"chats"}  # a stated test side is not learnt from
     with pytest.raises(ResultsError, match="hold out: no benchmark 'case', did you mean 'cases'"):
         build_supervision(results, pool, hold_out=("benchmark", ["case"]))
+
+
+def test_what_somebody_else_put_into_a_folder_stays(tmp_path, results, pool):
+    supervision = build_supervision(results, pool)
+    supervision.save(tmp_path / "s")
+    (tmp_path / "s" / "notes.txt").write_text("mine")
+    supervision.save(tmp_path / "s")
+    assert (tmp_path / "s" / "notes.txt").read_text() == "mine"
+    assert Supervision.load(tmp_path / "s").info == supervision.info
+
+
+def test_a_supervision_is_not_written_over_a_composite_or_a_file(tmp_path, results, pool):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "expertoken.json").write_text("{}")
+    (tmp_path / "f").write_text("")
+    supervision = build_supervision(results, pool)
+    for name, message in (
+        ("c", "c: holds a composite; choose another folder"),
+        ("f", "f: is a file; expected a folder"),
+    ):
+        with pytest.raises(ExpertokenError, match=message):
+            supervision.save(tmp_path / name)
+
+
+def test_a_pool_finds_results_that_leave_the_organisation_out(results):
+    pool = ExpertPool([Expert("maths", model="org/math"), Expert("law", model="law")])
+    assert build_supervision(results, pool).info.candidates == ["maths", "law"]
+    with pytest.raises(ResultsError, match="no results under 'x' or 'org/y'"):
+        build_supervision(results, ExpertPool([Expert("x", model="org/y")]))

@@ -101,12 +101,13 @@ def test_a_crash_between_the_two_renames_loses_nothing(tmp_path, moment):
     assert not (tmp_path / ".folder.old").exists()
 
 
-def test_saving_again_keeps_subfolders_and_drops_stale_files(tmp_path):
-    for name in ("stale", "fresh"):
+def test_saving_again_drops_our_stale_files_and_keeps_subfolders_and_what_others_put_there(tmp_path):
+    for name in ("adapter_config.json", "expertoken.json"):
         with atomic_folder(tmp_path / "folder") as folder:
             (folder / name).write_text(name)
         (tmp_path / "folder" / "runs").mkdir(exist_ok=True)
-    assert sorted(entry.name for entry in (tmp_path / "folder").iterdir()) == ["fresh", "runs"]
+        (tmp_path / "folder" / "notes.txt").write_text("mine")
+    assert sorted(entry.name for entry in (tmp_path / "folder").iterdir()) == ["expertoken.json", "notes.txt", "runs"]
 
 
 @pytest.mark.parametrize(

@@ -172,3 +172,16 @@ def test_what_the_method_decides_is_refused_and_a_wrong_number_is_named(tmp_path
         parse_arguments([str(tmp_path / "r.yaml"), *NEEDED])
     with pytest.raises(ConfigError, match="load_best_model_at_end: not to be set"):
         parse_arguments(["--load_best_model_at_end", "true", *NEEDED])
+
+
+def test_a_flag_of_the_launcher_alone_says_what_it_goes_with():
+    with pytest.raises(ConfigError, match="--num_processes: goes with --accelerate_config"):
+        parse_arguments([*NEEDED, "--num_processes", "2"])
+
+
+def test_the_help_of_an_opposite_says_so():
+    from expertoken.train.config import make_parser
+
+    shown = " ".join(make_parser(everything=False).format_help().split())
+    assert "--no_verify" in shown
+    assert "The opposite of --verify." in shown
