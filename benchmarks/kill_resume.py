@@ -79,6 +79,7 @@ def main() -> None:
         straight, killed = trained(work / "straight"), trained(work / "killed")
         worst = max(float((straight[key] - killed[key]).abs().max()) for key in straight)
         print(f"largest difference of any weight: {worst}")
+        sys.exit(worst > 0)
 
 
 if __name__ == "__main__":

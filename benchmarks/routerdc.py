@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/routerdc"), help="default: %(default)s")
     parser.add_argument("--dtype", default="float32", help="of the meta LLM (default: %(default)s)")
     parser.add_argument("--encoder", help="also fine-tune this encoder (hub id or folder) as a router")
+    parser.add_argument("--encoder-epochs", type=int, default=3, help="of that (default: %(default)s)")
     parser.add_argument("--embedder", help="also give the learnt routers this sentence-transformers model's features")
     options = parser.parse_args()
     results = read(options.data / "routerdc")
@@ -113,7 +114,8 @@ def main() -> None:
     for name, (strategy, objective) in RECIPES.items():
         supervision = build_supervision(results, labelling=strategy, leaks="drop")
         # The learnt routers do not see the labels: once is enough.
-        routers = {"baselines": []} if reports else {"encoder": options.encoder}
+        routers = {"encoder": options.encoder, "encoder_epochs": options.encoder_epochs}
+        routers = {"baselines": []} if reports else routers
         reports[name], fits[name] = run_recipe(meta, supervision, objective, **routers)
     if options.embedder:
         other, _ = run_recipe(meta, supervision, objective, embedder=options.embedder)

@@ -28,6 +28,7 @@ def evaluate(
     encoder: Annotated[
         str | None, typer.Option(help="Also fine-tune this encoder (hub id or folder) as a router; takes its time.")
     ] = None,
+    encoder_epochs: Annotated[int, typer.Option(min=1, help="Of that fine-tuning, over the train side.")] = 3,
     robustness: Annotated[int, typer.Option(min=0, help="Queries to ask again in changed wording. 0: none.")] = 0,
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 5000,
     plot: Annotated[bool, typer.Option(help="Draw pictures too. Default: with the extra `eval`.")] = True,
@@ -45,6 +46,7 @@ def evaluate(
         baselines=chosen,
         embedder=embedder,
         encoder=encoder,
+        encoder_epochs=encoder_epochs,
         robustness=robustness,
         resamples=resamples,
         trust_remote_code=trust_remote_code,

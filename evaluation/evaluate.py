@@ -39,6 +39,7 @@ def evaluate(
     baselines: Sequence[str] | None = None,
     embedder: str | None = None,
     encoder: str | None = None,
+    encoder_epochs: int = 3,
     robustness: int = 0,
     resamples: int = 5000,
     trust_remote_code: bool = False,
@@ -55,6 +56,7 @@ def evaluate(
         embedder: a sentence-transformers model (hub id or folder) that gives the baselines their features; the meta
             LLM's states, which the composite has too, where not given.
         encoder: also fine-tune this encoder (hub id or folder) as a baseline; takes its time.
+        encoder_epochs: of that, over the train side.
         robustness: on how many queries to try changes of the text; 0 leaves that out.
         resamples: of the bootstrap.
         trust_remote_code: allow the base model's repository to run its own code.
@@ -92,7 +94,7 @@ def evaluate(
     policies = {"composite": test.choose(chosen, "composite", predicted=expected)}
     policies |= {name: test.choose(np.full(len(chosen), index), "expert") for index, name in enumerate(names)}
     policies |= _simple(names, known, test)
-    policies |= _learnt(baselines, embedder, encoder, known, test)
+    policies |= _learnt(baselines, embedder, (encoder, encoder_epochs), known, test)
     policies["oracle"] = test.choose(metrics.oracle(test.scores, test.costs), "bound")
     confidence = expected.max(1)
     # What the probabilities were trained to be: the chance of being right, or the candidate's share of the label, which
@@ -198,7 +200,7 @@ def _simple(names: list[str], known: list[Split], test: Split) -> dict[str, Poli
 
 
 def _learnt(
-    names: Sequence[str], embedder: str | None, encoder: str | None, known: list[Split], test: Split
+    names: Sequence[str], embedder: str | None, encoder: tuple[str | None, int], known: list[Split], test: Split
 ) -> dict[str, Policy]:
     """Routers from libraries, on the same states or on an embedder's."""
     if len(known) == 1:
@@ -223,10 +225,12 @@ def _learnt(
         bar.set_postfix_str(name)
         predicted, setting = learnt.predict(name, train, validation, features[-1], score)
         found[name] = test.choose(predicted.argmax(1), "router", predicted=predicted, setting=setting)
-    if encoder:
+    model, epochs = encoder
+    if model:
         texts = {"train": known[0].prompts, "test": test.prompts}
-        predicted = learnt.encoder(encoder, texts, train)
-        found["encoder"] = test.choose(predicted.argmax(1), "router", predicted=predicted, setting=encoder)
+        predicted = learnt.encoder(model, texts, train, epochs=epochs)
+        setting = f"{model}, {epochs} epochs"
+        found["encoder"] = test.choose(predicted.argmax(1), "router", predicted=predicted, setting=setting)
     return found
 
 

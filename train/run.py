@@ -13,7 +13,7 @@ import torch
 from ..data_prep.labels import OBJECTIVE_OF
 from ..data_prep.supervision import Supervision
 from ..modeling.composite import Composite, Manifest, Trained, describe_base, save_composite
-from ..modeling.errors import ExpertokenError, require_extra
+from ..modeling.errors import ExpertokenError, did_you_mean
 from ..modeling.files import check_product
 from ..modeling.meta import MetaLLM, Source
 from .anywhere import Positions, own_answers
@@ -163,15 +163,26 @@ class Run:
         )
 
     def _log_path(self, fit: Fit) -> None:
-        """The regularisation path in TensorBoard, a step for each strength."""
-        if self.arguments.process_index == 0 and "tensorboard" in (self.arguments.report_to or []):
-            require_extra("tensorboard", "train")
-            from torch.utils.tensorboard import SummaryWriter
+        """The regularisation path where `--report_to` wants it, a step for each strength."""
+        wanted = [name for name in self.arguments.report_to or () if name != "none"]
+        if not wanted or self.arguments.process_index > 0:
+            return
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-            with SummaryWriter(str(Path(self.arguments.output_dir) / "runs")) as writer:
-                for step, entry in enumerate(fit.path):
-                    for key, value in entry.items():
-                        writer.add_scalar(f"tokens/{key}", value, step)
+        # accelerate's trackers: the Trainer's callbacks belong to a training loop, and here there is none.
+        for name in wanted:
+            if name not in LOGGER_TYPE_TO_CLASS:
+                known = did_you_mean(name, LOGGER_TYPE_TO_CLASS)
+                logger.warning("--report_to %s: not known to method tokens, %s", name, known)
+                continue
+            kind = LOGGER_TYPE_TO_CLASS[name]
+            place = {"logging_dir": self.arguments.output_dir} if kind.requires_logging_directory else {}
+            tracker = kind("runs" if place else "expertoken", **place)
+            tracker.start()
+            tracker.store_init_configuration({"meta": self.options.meta, "objective": self.objective})
+            for step, entry in enumerate(fit.path):
+                tracker.log({f"tokens/{key}": value for key, value in entry.items()}, step=step)
+            tracker.finish()
 
     def save(self, outcome: dict[str, Any]) -> None:
         """Write the composite folder: every process brings its part, the main one writes."""

@@ -172,6 +172,39 @@ def test_out_of_memory_says_what_to_change(tmp_path, base_folder, supervision, m
     assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 4 (the same batches)" in str(e.value)
 
 
+def test_method_tokens_reports_its_path_to_any_tracker(tmp_path, base_folder, supervision, monkeypatch, caplog):
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+
+    seen = []
+
+    class Notebook(GeneralTracker):
+        name, requires_logging_directory = "wandb", False
+
+        def __init__(self, run_name):
+            super().__init__()
+            seen.append(run_name)
+
+        @property
+        def tracker(self):
+            return self
+
+        def store_init_configuration(self, values):
+            seen.append(values)
+
+        def log(self, values, step):
+            seen.append((step, values))
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Notebook)
+    given = arguments(tmp_path / "c", report_to=["wandb", "tensorboard"])
+    given.report_to.append("codecarbon")
+    train(options(base_folder, supervision, method="tokens", l2=[1.0, 0.1]), given)
+    assert seen[0] == "expertoken"
+    assert [step for step, _ in seen[2:]] == [0, 1]
+    assert {"tokens/l2", "tokens/validation_score"} <= set(seen[2][1])
+    assert list((tmp_path / "c" / "runs").glob("events.*"))
+    assert "--report_to codecarbon: not known to method tokens" in caplog.text
+
+
 def test_every_checkpoint_is_a_composite(tmp_path, base_folder, supervision):
     folder = train(options(base_folder, supervision), arguments(tmp_path / "c"))
     for step in (4, 8):
