@@ -93,7 +93,8 @@ def draw_scores(report: Report) -> "Figure":
     for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
         tick.set_fontweight("bold" if row.kind == "composite" else "normal")
     axes.set_xlabel(
-        f"mean score over {len(report.queries)} benchmarks, % (95 % interval of each; gains are paired and surer)"
+        f"mean score over {len(report.queries)} benchmarks, %\n"
+        "(95 % interval of each alone; the report's gains are paired, and surer)"
     )
     _plain(axes)
     return figure
