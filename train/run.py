@@ -150,6 +150,7 @@ class Run:
             run[key] = getattr(value, "value", value)
         a = self.arguments
         run["batch"] = a.per_device_train_batch_size * a.gradient_accumulation_steps * a.world_size
+        run["processes"] = a.world_size  # batches grouped by length are others for others
         run["data_fingerprint"] = self.supervision.info.fingerprint
         run["base_fingerprint"] = self.meta.base_fingerprint
         positions = self.positions("train", self._encoded("train")) if self.options.anywhere else None

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 GLOO_ABORT = "terminate called without an active exception"  # at shutdown, see train/processes.py
 SGD = ("--lora_dropout", "0", "--seed", "1", "--learning_rate", "0.3", "--warmup_steps", "0", "--logging_steps", "1",
        "--lr_scheduler_type", "constant", "--warm_start", "false", "--max_steps", "6", "--save_steps", "6",
+       # The recipe's batches, grouped by length, are others for other numbers of processes.
+       "--train_sampling_strategy", "random",
        # Adam makes a full step of any gradient, also of one that is zero but for rounding.
        "--optim", "sgd")  # fmt: skip
 
