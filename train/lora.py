@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
+from transformers import EvalPrediction, Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from ..data_prep.supervision import Supervision
@@ -265,6 +265,12 @@ def find_checkpoint(resume: str, output_dir: Path, run: dict[str, Any]) -> Path 
     return checkpoint
 
 
+def _best(state: TrainerState, checkpoint: Path) -> Path:
+    """The best checkpoint of a finished run, in the folder that its last one is in now."""
+    best = checkpoint.parent / Path(state.best_model_checkpoint or checkpoint).name
+    return best if best.exists() else checkpoint
+
+
 def _asked(find: Any, resume: str, output_dir: Path, run: dict[str, Any], team: Team) -> Any:
     """What the first process finds, its refusal included, so that the others do not wait for it in vain."""
     if team.rank > 0:
@@ -362,6 +368,14 @@ def train_lora(
     barrier()
     if checkpoint:
         logger.info("continuing %s", checkpoint)
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
+    # By `auto` it is this very run; from a checkpoint that was named, somebody may want to go further.
+    if state and options.resume == "auto" and state.global_step >= state.max_steps:
+        # Killed behind its last step. The Trainer would make one more before it notices that it is through.
+        trainer.state = state
+        trainer._restore(_best(state, checkpoint))
+        meta.model.eval()
+        return {"steps": state.global_step, "validation_score": state.best_metric, "seconds": 0.0}
     try:
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (OSError, RuntimeError) as error:

@@ -214,6 +214,16 @@ def test_every_checkpoint_is_a_composite(tmp_path, base_folder, supervision):
         assert composite.meta.adapted
 
 
+def test_a_run_killed_behind_its_last_step_makes_no_further_one(tmp_path, base_folder, supervision):
+    folder = train(options(base_folder, supervision), arguments(tmp_path / "c"))
+    before = trained(folder)
+    (folder / "expertoken.json").unlink()  # as if killed before the composite was written
+    train(options(base_folder, supervision), arguments(tmp_path / "c"))
+    assert sorted(entry.name for entry in folder.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
+    assert all(torch.equal(value, before[name]) for name, value in trained(folder).items())
+    assert json.loads((folder / "expertoken.json").read_text())["training"]["steps"] == 8
+
+
 def test_merged_weights_give_the_same_logits(tmp_path, base_folder, supervision):
     folder = train(options(base_folder, supervision), arguments(tmp_path / "c"))
     apart, merged = (load_composite(folder, device="cpu").meta for _ in range(2))
