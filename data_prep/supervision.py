@@ -14,7 +14,7 @@ import numpy as np
 
 from ..modeling.errors import ExpertokenError, did_you_mean, one_line
 from ..modeling.experts import SELF, Expert, ExpertPool
-from ..modeling.files import atomic_folder, check_product, recover_folder
+from ..modeling.files import PRODUCTS, atomic_folder, check_product, recover_folder
 from .labels import Labelling, filled_costs, label, utility
 from .leaks import find_leaks, find_near_duplicates
 from .results import SPLITS, BenchmarkResults, HoldOut, ResultsError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-INFO_FILE = "supervision.json"
+INFO_FILE = PRODUCTS["supervision"]
 POOL_FILE = "experts.yaml"
 LEAKS = ("refuse", "drop", "keep")
 

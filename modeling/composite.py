@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from os.path import relpath
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ import torch
 
 from .errors import ExpertokenError
 from .experts import ExpertPool
-from .files import atomic_folder, check_product, recover_folder
+from .files import PRODUCTS, atomic_folder, check_product, recover_folder
 from .meta import MetaLLM, Source, default_device, describe_dtype, library_versions, load_tokenizer
 from .sharding import full_shape
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-ROWS_FILE, POOL_FILE, MANIFEST_FILE = "expert_tokens.safetensors", "experts.yaml", "expertoken.json"
+ROWS_FILE, POOL_FILE, MANIFEST_FILE = "expert_tokens.safetensors", "experts.yaml", PRODUCTS["composite"]
 ADAPTER_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _PROBES = ("What is 2 + 2?", "Name a river.", "Who are you? Answer in one long sentence, please.")
@@ -188,6 +188,8 @@ def write_composite(composite: Composite, folder: Path, trained: Trained) -> Non
         folder: that exists, where it will be or beside it: paths in its files are relative to it.
         trained: rows and adapter.
     """
+    from safetensors.torch import save_file
+
     meta, pool, manifest = composite.meta, composite.pool, composite.manifest
     names = [expert.name for expert in pool]
     manifest.experts = names
@@ -200,12 +202,7 @@ def write_composite(composite: Composite, folder: Path, trained: Trained) -> Non
     (folder / MANIFEST_FILE).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
     meta.tokenizer.save_pretrained(folder)
     if trained.adapter is not None:
-        config = meta.model.peft_config["default"]
-        inference, config.inference_mode = config.inference_mode, True
-        config.save_pretrained(folder)
-        config.inference_mode = inference
-        from safetensors.torch import save_file
-
+        replace(meta.model.peft_config["default"], inference_mode=True).save_pretrained(folder)
         save_file(trained.adapter, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         _name_base(folder / ADAPTER_FILE, document["base"]["model"])
     (folder / "README.md").write_text(_card(pool, manifest, meta.source.model), "utf-8")

@@ -92,7 +92,7 @@ def own_answers(
     folder = cache_folder("answers") / key
     blocks = [encoded[start : start + _BLOCK] for start in range(0, len(encoded), _BLOCK)]
     files = [folder / f"{_hash(block)}.npz" for block in blocks]
-    missing = team.agree([place for place, file in enumerate(files) if not file.exists()])
+    missing = team.agree(lambda: [place for place, file in enumerate(files) if not file.exists()])
     if missing and is_split(meta.plain):
         raise ExpertokenError(
             "own answers: a model that ZeRO-3 has split can't give them before training; run method tokens with "

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from ..modeling.errors import ExpertokenError, did_you_mean, one_line, require_extra
+from ..modeling.errors import did_you_mean, one_line, require_extra
 from .arguments import ATTENTION, DTYPES, METHODS, OBJECTIVE_NAMES, ExpertokenArguments
 from .launch import BESIDE, shipped
+from .shipped import ConfigError, names, read
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser, TrainingArguments
@@ -38,10 +37,6 @@ _OURS = dict.fromkeys(
 )
 
 
-class ConfigError(ExpertokenError):
-    """A configuration with mistakes; the message lists all of them."""
-
-
 def make_parser(*, everything: bool) -> "HfArgumentParser":
     """The argument parser; without `everything` it knows our own arguments only and needs no torch."""
     if everything:
@@ -53,7 +48,7 @@ def make_parser(*, everything: bool) -> "HfArgumentParser":
         from transformers import TrainingArguments
 
         kinds.append(TrainingArguments)
-    recipes = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+    recipes = ", ".join(names(RECIPES))
     parser = HfArgumentParser(
         kinds,
         prog="expertoken train",
@@ -81,19 +76,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such file, or it is no YAML mapping.
     """
-    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else RECIPES / f"{name}.yaml"
-    if not path.exists():
-        shipped = [file.stem for file in RECIPES.glob("*.yaml")]
-        raise ConfigError(
-            f"{name}: no such recipe; expected a YAML file or a shipped one, {did_you_mean(name, shipped)}"
-        )
-    try:
-        document = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path}: expected keys and values, got {type(document).__name__}")
-    return document
+    return read(name, RECIPES, f"{name}: no such recipe; expected a YAML file or a shipped one")[1]
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[ExpertokenArguments, "TrainingArguments"]:

@@ -155,7 +155,7 @@ def cached_states(
     root = cache_folder("features") / model_key
     place = _lookup(root)
     first = {key: index for index, key in reversed(list(enumerate(hashes))) if key not in place}
-    missing = team.agree(sorted(first.values()))
+    missing = team.agree(lambda: sorted(first.values()))
     started = time.perf_counter()
     if missing and is_split(meta.model):
         raise ExpertokenError(

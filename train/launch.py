@@ -5,9 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
-from ..modeling.errors import ExpertokenError, did_you_mean, require_extra
+from ..modeling.errors import ExpertokenError, require_extra
+from .shipped import names, read
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "accelerate"
 _FLAG = "--accelerate_config"
@@ -19,7 +18,7 @@ BESIDE = [f"--{name}" for name in (*_LAUNCHER, *_SWITCHES)]
 
 def shipped() -> list[str]:
     """Names of the configurations that come with expertoken."""
-    return sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+    return names(CONFIGS)
 
 
 def read_config(name: str) -> tuple[Path, dict]:
@@ -28,18 +27,7 @@ def read_config(name: str) -> tuple[Path, dict]:
     Raises:
         ExpertokenError: there is none, or it is no YAML mapping.
     """
-    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else CONFIGS / f"{name}.yaml"
-    if not path.exists():
-        raise ExpertokenError(
-            f"{_FLAG} {name}: expected a file or a shipped configuration, {did_you_mean(name, shipped())}"
-        )
-    try:
-        document = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ExpertokenError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(document, dict):
-        raise ExpertokenError(f"{path}: expected keys and values, got {type(document).__name__}")
-    return path, document
+    return read(name, CONFIGS, f"{_FLAG} {name}: expected a file or a shipped configuration")
 
 
 def command(argv: Sequence[str]) -> list[str] | None:
@@ -98,7 +86,7 @@ def relaunch(argv: Sequence[str]) -> None:
     os.execve(started[0], started, variables)  # noqa: S606 - our own interpreter; signals reach the launcher itself
 
 
-def _take(argv: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def _take(argv: Sequence[str], wanted: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Take `--name value` and `--name=value` out of a command line: the values by name, and the rest.
 
     Raises:
@@ -108,7 +96,7 @@ def _take(argv: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], li
     items = iter(argv)
     for item in items:
         key, equals, value = item.partition("=")
-        if key.removeprefix("--") not in names or not key.startswith("--"):
+        if key.removeprefix("--") not in wanted or not key.startswith("--"):
             rest.append(item)
             continue
         if not equals and (value := next(items, None)) is None:

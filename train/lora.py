@@ -271,16 +271,6 @@ def _best(state: TrainerState, checkpoint: Path) -> Path:
     return best if best.exists() else checkpoint
 
 
-def _asked(find: Any, resume: str, output_dir: Path, run: dict[str, Any], team: Team) -> Any:
-    """What the first process finds, its refusal included, so that the others do not wait for it in vain."""
-    if team.rank > 0:
-        return None
-    try:
-        return find(resume, output_dir, run)
-    except ExpertokenError as error:
-        return error
-
-
 def record_run(resume: str, output_dir: Path, run: dict[str, Any]) -> None:
     """Note which run the checkpoints belong to; with `--resume never` those of an earlier run go.
 
@@ -360,9 +350,7 @@ def train_lora(
     )
     team = Team(arguments.process_index, arguments.world_size)
     # The first process looks for all: on other machines the folder may be seen later, or not at all.
-    checkpoint = team.agree(_asked(find_checkpoint, options.resume, Path(arguments.output_dir), run, team))
-    if isinstance(checkpoint, ExpertokenError):
-        raise checkpoint
+    checkpoint = team.agree(lambda: find_checkpoint(options.resume, Path(arguments.output_dir), run))
     if arguments.process_index == 0:
         record_run(options.resume, Path(arguments.output_dir), run)
     barrier()

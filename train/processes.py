@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -101,12 +101,23 @@ class Team:
         if self.world > 1:
             barrier()
 
-    def agree(self, found: Any) -> Any:
-        """What the first process found, on all: what each of them sees in a cache that others use too may differ."""
+    def agree(self, look: Callable[[], Any]) -> Any:
+        """What the first process finds, on all: in a folder that others use too each may see something else.
+
+        Raises:
+            ExpertokenError: on all, what it raised on the first, so that the others do not wait for it in vain.
+        """
         if self.world == 1:
-            return found
-        shared = [found]
+            return look()
+        shared = [None]
+        if self.rank == 0:
+            try:
+                shared = [look()]
+            except ExpertokenError as error:
+                shared = [error]
         torch.distributed.broadcast_object_list(shared, src=0)
+        if isinstance(shared[0], ExpertokenError):
+            raise shared[0]
         return shared[0]
 
 
