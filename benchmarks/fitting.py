@@ -12,9 +12,9 @@ from expertoken.train.tokens import Fit, Problem, fit_rows
 SIDES = ("train", "validation", "test")
 
 
-def states(meta: MetaLLM, supervision: Supervision) -> dict[str, Features]:
-    """Of all sides."""
-    return {side: cached_features(meta, supervision.side(side)["messages"], label=f"{side} features") for side in SIDES}
+def states(meta: MetaLLM, supervision: Supervision, sides: tuple[str, ...] = SIDES) -> dict[str, Features]:
+    """Of these sides."""
+    return {side: cached_features(meta, supervision.side(side)["messages"], label=f"{side} features") for side in sides}
 
 
 def problems_of(supervision: Supervision, found: dict[str, Features]) -> tuple[Problem, Problem]:
@@ -26,10 +26,17 @@ def problems_of(supervision: Supervision, found: dict[str, Features]) -> tuple[P
 
 
 def fit(
-    meta: MetaLLM, supervision: Supervision, objective: str, l2: tuple[float, ...] = L2
+    meta: MetaLLM,
+    supervision: Supervision,
+    objective: str,
+    l2: tuple[float, ...] = L2,
+    sides: tuple[str, ...] = SIDES,
 ) -> tuple[Composite, Fit, float]:
-    """A composite whose rows (also the meta LLM's, now) are fitted; the fit, and its seconds without the states'."""
-    train, validation = problems_of(supervision, states(meta, supervision))
+    """A composite whose rows (also the meta LLM's, now) are fitted; the fit, and its seconds without the states'.
+
+    `sides` are encoded: train and validation are needed, the test side's states are kept for what comes after.
+    """
+    train, validation = problems_of(supervision, states(meta, supervision, sides))
     started = time.perf_counter()
     found = fit_rows(train, validation, objective=objective, l2=l2, transform=meta.transform, with_self=False)
     seconds = time.perf_counter() - started

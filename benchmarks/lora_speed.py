@@ -1,15 +1,18 @@
-"""Method lora beside TRL's SFTTrainer with LoRA and PEFT's trainable tokens: `python benchmarks/lora_speed.py`.
+"""Speed and memory of lora, of TRL's SFTTrainer with the same, and of tokens: `python benchmarks/lora_speed.py`.
 
 The same model (SmolLM2-135M-Instruct), the same real questions, adapters, optimizer and number of steps, one pass over
 the data; the label is the expert token behind the generation prompt. Ours groups questions by length, as the recipe
-`lora` does; TRL runs with its own random batches, and once more with batches grouped by length. Each side runs in a
-process of its own, one after the other, several times in turn. Prints examples per second, peak memory and validation
-score of all, and the ratio to TRL's, for the questions as they are and for questions of one length.
+`lora` does; TRL (with PEFT's trainable tokens) runs with its own random batches, and once more with batches grouped by
+length. Method tokens learns from the same questions, from an empty cache. Each side runs in a process of its own, one
+after the other, several times in turn. Prints examples per second, peak memory and validation score of all, and the
+ratio to lora's, for the questions as they are and for questions of one length.
 """
 
 import argparse
 import json
+import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -96,14 +99,33 @@ def ours(data: Path, work: Path, steps: int, batch: int) -> dict[str, float]:
         train_dataset=Examples(meta, supervision, "train", learn=True), callbacks=[clock.callback],
     )  # fmt: skip
     trainer.train()
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    memory = _peak()
     meta.model.eval()
     side = supervision.side("validation")
     scores = supervision.scores("validation")
     chosen = [
         int(meta.candidate_logits([meta.encode(messages)], with_self=False).argmax()) for messages in side["messages"]
     ]
-    return {"seconds": clock.ended - clock.started, "memory": memory, "score": _score(scores, chosen)}
+    return {**_speed(clock, steps, batch), "memory": memory, "score": _score(scores, chosen)}
+
+
+def tokens(data: Path, work: Path, steps: int, batch: int) -> dict[str, float]:
+    """Method tokens: states from an empty cache, then the fit."""
+    from expertoken.benchmarks.fitting import fit
+    from expertoken.data_prep.supervision import Supervision
+    from expertoken.examples.smollm2 import smollm2
+    from expertoken.modeling.meta import MetaLLM
+
+    os.environ["EXPERTOKEN_CACHE"] = str(work / "cache")
+    shutil.rmtree(work / "cache", ignore_errors=True)
+    supervision = Supervision.load(data)
+    meta = MetaLLM.from_pretrained(str(smollm2()), len(supervision.pool))
+    started = time.perf_counter()
+    _, found, _ = fit(meta, supervision, "cross_entropy", sides=("train", "validation"))
+    seconds = time.perf_counter() - started
+    examples = sum(len(supervision.side(side)) for side in ("train", "validation"))
+    score = next(entry["validation_score"] for entry in found.path if entry["l2"] == found.l2)
+    return {"seconds": seconds / examples, "memory": _peak(), "score": score}
 
 
 def trl(data: Path, work: Path, steps: int, batch: int, sampling: str = "random") -> dict[str, float]:
@@ -156,7 +178,7 @@ def trl(data: Path, work: Path, steps: int, batch: int, sampling: str = "random"
         callbacks=[clock.callback],
     )  # fmt: skip
     trainer.train()
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    memory = _peak()
     trained = trainer.model.eval()
     scores, chosen = supervision.scores("validation"), []
     with torch.inference_mode():
@@ -165,14 +187,26 @@ def trl(data: Path, work: Path, steps: int, batch: int, sampling: str = "random"
                 user(row, "validation"), add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
             chosen.append(int(trained(**encoded, logits_to_keep=1).logits[0, -1, ids].argmax()))
-    return {"seconds": clock.ended - clock.started, "memory": memory, "score": _score(scores, chosen)}
+    return {**_speed(clock, steps, batch), "memory": memory, "score": _score(scores, chosen)}
+
+
+def _peak() -> float:
+    """Of this process, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _speed(clock: Clock, steps: int, batch: int) -> dict[str, float]:
+    """Seconds of one example, without the warm-up."""
+    return {"seconds": (clock.ended - clock.started) / (steps - WARM) / batch}
 
 
 def _score(scores: np.ndarray, chosen: list[int]) -> float:
     return float(np.nan_to_num(scores)[np.arange(len(chosen)), chosen].mean())
 
 
-SIDES = {"ours": ours, "TRL": trl, "TRL, grouped": partial(trl, sampling="group_by_length")}
+SIDES = {
+    "lora": ours, "TRL": trl, "TRL, grouped": partial(trl, sampling="group_by_length"), "tokens": tokens,
+}  # fmt: skip
 
 
 def run(side: str, data: Path, work: Path, steps: int, batch: int) -> dict[str, float]:
@@ -201,14 +235,14 @@ def main() -> None:
     if options.side:
         print(json.dumps(SIDES[options.side](options.supervision, options.out, options.steps, options.batch)))
         return
-    print("| tokens a question | | examples/s | peak GiB | validation score | ours is faster | ours needs, of memory |")
+    print("| tokens a question | | examples/s | peak GiB | validation score | lora is faster | lora needs, of memory |")
     print("|---|---|---|---|---|---|---|")
     lengths = [None, *(int(text) for text in options.lengths.split(",") if text)]
-    for tokens in lengths:
-        steps, batch = (options.steps, options.batch) if tokens is None else (WARM + 3, 4)
-        data = options.out / f"supervision-{tokens or 'own'}"
-        prepare(options.data, data, steps * batch, tokens)
-        rounds = options.rounds if tokens is None else 1
+    for length in lengths:
+        steps, batch = (options.steps, options.batch) if length is None else (WARM + 3, 4)
+        data = options.out / f"supervision-{length or 'own'}"
+        prepare(options.data, data, steps * batch, length)
+        rounds = options.rounds if length is None else 1
         found = {side: [] for side in SIDES}
         for _ in range(rounds):
             for side in SIDES:
@@ -218,11 +252,16 @@ def main() -> None:
             for side, entries in found.items()
         }
         for side, entry in median.items():
-            speed = (steps - WARM) * batch / entry["seconds"]
-            cells = [str(tokens or "own"), side, f"{speed:.2f}", f"{entry['memory']:.2f}", f"{entry['score']:.3f}"]
-            ratios = [a["seconds"] / b["seconds"] for a, b in zip(found[side], found["ours"], strict=True)]
+            cells = [
+                str(length or "own"),
+                side,
+                f"{1 / entry['seconds']:.2f}",
+                f"{entry['memory']:.2f}",
+                f"{entry['score']:.3f}",
+            ]
+            ratios = [a["seconds"] / b["seconds"] for a, b in zip(found[side], found["lora"], strict=True)]
             cells.append(f"{np.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})")
-            cells.append(f"{median['ours']['memory'] / entry['memory']:.2f}x")
+            cells.append(f"{median['lora']['memory'] / entry['memory']:.2f}x")
             print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -20,6 +20,14 @@ def one_line(error: BaseException) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: on a CPU torch says so in the words of a RuntimeError only."""
+    words = ("out of memory", "can't allocate memory", "DefaultCPUAllocator")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
 _MOST_SHOWN = 30
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from .chat import Message, encode_chat
 from .dispatch import candidate_logits, dispatch_forward
-from .errors import ExpertokenError, one_line, require_extra
+from .errors import ExpertokenError, is_out_of_memory, one_line, require_extra
 from .gguf import converted
 from .head import ExpertHead, initial_row, install_head
 from .logits import LogitTransform
@@ -80,6 +80,11 @@ def load_causal_lm(
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options, **loading)
         model = _unpacked(model) if quantization else model.to(device)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise ExpertokenError(
+                f"{source.model}: does not fit into the memory of {device}; try --dtype bfloat16, 4 bits (method "
+                "qlora) or a smaller model"
+            ) from error
         raise ExpertokenError(f"{source.model}: can't be loaded as a causal LM ({one_line(error)})") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":

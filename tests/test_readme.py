@@ -1,12 +1,16 @@
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import expertoken
+from expertoken.cli import app
 from expertoken.data_prep.readers import read_results
 from expertoken.data_prep.supervision import build_supervision, select_candidates
+from expertoken.modeling.composite import load_composite
 from expertoken.modeling.experts import ExpertPool
 from expertoken.train.arguments import ExpertokenArguments
 from expertoken.train.run import train
@@ -38,6 +42,27 @@ def test_the_table_and_the_pool_of_the_readme_fit_together(tmp_path):
     results = select_candidates(read_results(tmp_path / "results.csv"), pool)
     assert results.scores.tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 1]]
     assert not pool.missing()
+
+
+def test_the_two_commands_of_the_training_manual_train_a_composite(tmp_path, base_folder, monkeypatch, capsys):
+    """Word for word, on the README's table and pool, made long enough to have sides; with a meta LLM that is here."""
+    [commands] = re.findall(
+        r"two commands:\n\n```bash\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL
+    )
+    [table] = re.findall(r"```csv\n(.*?)```", README, re.DOTALL)
+    [pool] = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    header, *rows = table.strip().splitlines()
+    many = [f"{number}. {row}" for number in range(20) for row in rows]
+    (tmp_path / "results.csv").write_text("\n".join([header, *many]) + "\n")
+    (tmp_path / "pool.yaml").write_text(pool)
+    monkeypatch.chdir(tmp_path)
+    prepare, training = (shlex.split(line)[1:] for line in commands.strip().splitlines())
+    told = CliRunner().invoke(app, [*prepare, "--near-duplicates", "ignore"])
+    assert told.exit_code == 0, told.output
+    training[training.index("--meta") + 1] = str(base_folder)
+    told = CliRunner().invoke(app, [*training, "--use_cpu", "true", "--report_to", "none", "--verify", "false"])
+    assert told.exit_code == 0, told.output
+    assert load_composite(tmp_path / "composite").pool.names == ["math", "law", "self"]
 
 
 def test_the_tree_of_the_readme_names_what_is_there():

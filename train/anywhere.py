@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..modeling.errors import ExpertokenError
+from ..modeling.errors import ExpertokenError, is_out_of_memory
 from ..modeling.files import atomic_file, cache_folder
 from ..modeling.meta import MetaLLM, describe_dtype, fingerprint, token_batches
 from ..modeling.sharding import is_split
@@ -126,9 +126,19 @@ def _generate(meta: MetaLLM, block: Sequence[Sequence[int]], length: int, max_to
     ends |= {meta.tokenizer.eos_token_id} - {None}
     for batch in token_batches([len(ids) + length for ids in block], max_tokens):
         inputs = meta.pad([block[row] for row in batch])
-        produced = meta.plain.generate(
-            **inputs, max_new_tokens=length, do_sample=False, pad_token_id=0, eos_token_id=sorted(ends) or None
-        )
+        try:
+            produced = meta.plain.generate(
+                **inputs, max_new_tokens=length, do_sample=False, pad_token_id=0, eos_token_id=sorted(ends) or None
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            longest = inputs["input_ids"].shape[1]
+            fewer = f"--max_tokens {len(batch) // 2 * (longest + length)}, " if len(batch) > 1 else ""
+            raise ExpertokenError(
+                f"own answers: out of memory in a batch of {len(batch)} x {longest} + {length} tokens; try {fewer}"
+                "--dtype bfloat16 or a smaller meta LLM. Whole blocks of answers are kept"
+            ) from error
         for row, ids in zip(batch, produced[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
             answers[row] = np.array(ids[:stop], dtype=np.int32)

@@ -24,7 +24,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from ..modeling.chat import Message
-from ..modeling.errors import ExpertokenError
+from ..modeling.errors import ExpertokenError, is_out_of_memory
 from ..modeling.files import atomic_folder, cache_folder
 from ..modeling.meta import MetaLLM, describe_dtype, fingerprint, token_batches
 from ..modeling.sharding import is_split
@@ -213,7 +213,9 @@ def _compute(
         for batch in batches:
             try:
                 states, mass = meta.states([sequences[row] for row in batch])
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 longest = lengths[batch[0]]
                 fewer = f"--max_tokens {len(batch) // 2 * longest}, " if len(batch) > 1 else ""
                 raise ExpertokenError(

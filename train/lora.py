@@ -20,7 +20,7 @@ from transformers.trainer_utils import IntervalStrategy
 from ..data_prep.supervision import Supervision
 from ..modeling.composite import ADAPTER_WEIGHTS, ROWS_FILE, Composite, Trained, read_rows, write_composite
 from ..modeling.dispatch import candidate_logits, dispatch_forward
-from ..modeling.errors import ExpertokenError, one_line
+from ..modeling.errors import ExpertokenError, is_out_of_memory, one_line
 from ..modeling.files import atomic_file, sync_folder
 from ..modeling.meta import MetaLLM
 from ..modeling.objectives import OBJECTIVES
@@ -36,7 +36,6 @@ _TORCH_ARCHIVE = ("PytorchStreamWriter", "inline_container")
 _RUN_FILE = Path("runs") / "run.json"
 _FIELDS = ("target", "scores", "weight", "benchmark")
 _NAMED = 5  # queries that an error names
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "DefaultCPUAllocator")
 
 
 class DispatchTrainer(Trainer):
@@ -366,8 +365,8 @@ def train_lora(
         return {"steps": state.global_step, "validation_score": state.best_metric, "seconds": 0.0}
     try:
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except (OSError, RuntimeError) as error:
-        if any(word in str(error) for word in _OUT_OF_MEMORY):
+    except (OSError, RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
             raise ExpertokenError(_out_of_memory(trainer)) from error
         # torch reports a file that it could not finish as a RuntimeError of its archive writer.
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_ARCHIVE):

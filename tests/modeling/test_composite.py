@@ -214,3 +214,14 @@ def test_a_composite_keeps_its_chat_template_when_the_bases_changes(tmp_path, po
     template.write_text(template.read_text().replace("assistant", "helper"))
     assert MetaLLM.from_pretrained(Source(str(base)), 2, device="cpu").encode("hello") != before
     assert load_composite(tmp_path / "c", device="cpu").meta.encode("hello") == before
+
+
+def test_a_base_that_does_not_fit_into_memory_says_what_to_change(tmp_path, base_folder, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(ExpertokenError, match="does not fit into the memory of cpu; try --dtype bfloat16"):
+        MetaLLM.from_pretrained(Source(str(base_folder)), 1, device="cpu")

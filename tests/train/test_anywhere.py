@@ -26,6 +26,15 @@ def test_answers_are_the_meta_llms_own_and_come_from_the_cache_the_second_time(m
     assert all(np.array_equal(one, two) for one, two in zip(answers, again, strict=True))
 
 
+def test_out_of_memory_says_what_to_change(meta, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(meta.plain, "generate", full)
+    with pytest.raises(ExpertokenError, match=r"out of memory in a batch of 3 x \d+ \+ 6 tokens; try --max_tokens \d+"):
+        own_answers(meta, [meta.encode(text) for text in TEXTS], 6)
+
+
 def test_positions_begin_with_the_starts_and_share_a_querys_weight():
     answers = [np.arange(10), np.zeros(0, int), np.arange(2)]
     found = Positions.inside(answers, 3)

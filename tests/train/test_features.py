@@ -116,14 +116,21 @@ def test_two_runs_that_begin_together_fill_one_block(meta, monkeypatch):
     assert len(made) == 1
 
 
-def test_out_of_memory_says_what_to_change_and_keeps_what_was_computed(meta, monkeypatch):
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to"),
+]
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_out_of_memory_says_what_to_change_and_keeps_what_was_computed(meta, monkeypatch, error):
     texts = [f"question {i} and more of the same" for i in range(24)]
     states, calls = meta.states, []
 
     def full(sequences):
         calls.append(sequences)
         if len(calls) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise error
         return states(sequences)
 
     monkeypatch.setattr(meta, "states", full)
