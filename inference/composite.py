@@ -1,9 +1,13 @@
 """`CompositeModel`: many LLMs that answer as one."""
 
+import asyncio
 import logging
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +15,20 @@ import torch
 
 from ..modeling.chat import Message, as_messages
 from ..modeling.composite import Composite, load_composite, save_composite
-from ..modeling.dispatch import Dispatch, dispatch_distribution, dispatch_forward
-from ..modeling.errors import ExpertokenError, one_line
+from ..modeling.dispatch import Dispatch
+from ..modeling.errors import ExpertokenError, RequestRefusedError, one_line
 from ..modeling.experts import SELF
-from ..modeling.meta import token_batches
-from .backends import Backend, Generation, LocalModels, open_backend
+from ..modeling.meta import end_ids
+from .backends import Backend, Generation, LocalModels, Piece, Timeouts, open_backend
 from .backends.local import first_token, stream_generate
+from .breaker import Breaker
+from .decider import Decider, Decision, OwnStart, Question
+from .loop import BackgroundLoop
+from .observer import Answered, Observer
+from .policy import Policy, last_answerer
+from .stops import StopTexts
 
 logger = logging.getLogger(__name__)
-
-_MAX_TOKENS = 4096  # padded tokens of one batch of decisions
 
 
 @dataclass(frozen=True)
@@ -29,63 +37,110 @@ class Reply:
 
     Attributes:
         text: what was answered.
-        expert: who answered.
+        expert: who answered; where one broke off and another went on, the one that went on.
         dispatch: the decision behind it.
         failures: experts that were asked before and failed, with the reason.
+        finish: why it ended (stop, length, tool_calls, ...); None where it did not come to its end.
+        prompt_tokens: that were read.
+        completion_tokens: that were written.
+        cost: USD, or None where the pool has no price.
+        decided: seconds that the decision took.
+        first: seconds from the decision to the first piece.
+        seconds: from the decision to the end.
     """
 
     text: str
     expert: str
     dispatch: Dispatch
     failures: dict[str, str] = field(default_factory=dict)
+    finish: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float | None = None
+    decided: float = 0.0
+    first: float = 0.0
+    seconds: float = 0.0
 
 
 class ReplyStream:
-    """An answer that is being given: iterate over its pieces of text.
+    """An answer that is being given: iterate over its pieces of text, with `for` or with `async for`.
 
     Attributes:
         dispatch: the decision; known from the start.
-        expert: who answers; final once the first piece is there.
-        failures: experts that failed before it, with the reason.
+        reply: what was answered so far.
     """
 
-    def __init__(self, dispatch: Dispatch) -> None:
-        self.dispatch = dispatch
-        self.expert = dispatch.expert
-        self.failures: dict[str, str] = {}
-        self._text: list[str] = []
-        self._pieces: Iterator[str] = iter(())
+    def __init__(self, decision: Decision) -> None:
+        self.dispatch = decision.dispatch
+        self.reply = Reply("", decision.dispatch.expert, decision.dispatch, decided=decision.seconds)
+        self._pieces: AsyncIterator[Piece] | None = None
+
+    @property
+    def expert(self) -> str:
+        """Who answers; final once the first piece is there, unless it breaks off."""
+        return self.reply.expert
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Experts that failed so far, with the reason."""
+        return self.reply.failures
 
     def __iter__(self) -> Iterator[str]:
-        for piece in self._pieces:
-            self._text.append(piece)
-            yield piece
+        return (piece.text for piece in BackgroundLoop.iterate(self._pieces) if piece.text)
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        async for piece in self.pieces():
+            if piece.text:
+                yield piece.text
+
+    def pieces(self) -> AsyncIterator[Piece]:
+        """The whole of the answer as it comes: text, tool calls, why it ended."""
+        return self._pieces
 
     def close(self) -> None:
         """Stop generating."""
-        if isinstance(self._pieces, Generator):
-            self._pieces.close()
+        BackgroundLoop.close(self._pieces)
 
-    @property
-    def reply(self) -> Reply:
-        """What was answered so far."""
-        return Reply("".join(self._text), self.expert, self.dispatch, dict(self.failures))
+    async def aclose(self) -> None:
+        """Stop generating."""
+        await self._pieces.aclose()
 
 
 class CompositeModel:
     """Meta LLM and experts as one model.
 
+    Each method that answers exists twice: for ordinary code, and with an `a` before its name for code that runs in an
+    event loop.
+
     Args:
         composite: a loaded composite.
         dtype: of local experts' weights; as `load_causal_lm` chooses where None.
+        policy: how a candidate is chosen where a request says nothing else; the composite's own where None.
+        timeouts: of endpoints.
+        observer: is told what happens.
     """
 
-    def __init__(self, composite: Composite, dtype: torch.dtype | str | None = None) -> None:
+    def __init__(
+        self,
+        composite: Composite,
+        dtype: torch.dtype | str | None = None,
+        *,
+        policy: Policy | None = None,
+        timeouts: Timeouts | None = None,
+        observer: Observer | None = None,
+    ) -> None:
         self.meta, self.pool, self.manifest = composite.meta, composite.pool, composite.manifest
+        self.policy = policy or Policy.parse((self.manifest.calibration or {}).get("policy"))
+        self.observer = observer or Observer()
+        self._timeouts = timeouts
         self._models = LocalModels(self.meta.device, dtype)
         self._models.add(self.meta.source, self.meta.plain, self.meta.tokenizer)
         self._backends: dict[str, Backend] = {}
+        self._breakers = {name: Breaker() for name in self.pool.names}
         self._lock = threading.RLock()
+        self._own_turn = threading.RLock()  # sampling with a seed sets the generator of the whole process
+        self._self_name = self.pool.self_expert.name if self.pool.self_expert else None
+        self._decider = Decider(self.meta, self._self_name, self.observer)
 
     @classmethod
     def from_pretrained(
@@ -95,6 +150,7 @@ class CompositeModel:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         trust_remote_code: bool = False,
+        **options: Any,
     ) -> "CompositeModel":
         """Load a composite folder. Experts are opened when they are first needed.
 
@@ -103,22 +159,24 @@ class CompositeModel:
             device: where models go; the first accelerator, or the CPU, where not given.
             dtype: of the weights; as `load_composite` chooses where not given.
             trust_remote_code: allow the base model's repository to run its own code.
+            **options: `policy`, `timeouts` and `observer`, as the class takes them.
 
         Raises:
             ExpertokenError: the folder is not a whole composite.
         """
         composite = load_composite(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        return cls(composite, dtype)
+        return cls(composite, dtype, **options)
 
     def save_pretrained(self, path: Path | str, *, verify: bool = True) -> None:
         """Write a composite folder; see `modeling.composite.save_composite`."""
         save_composite(Composite(self.meta, self.pool, self.manifest), path, verify=verify)
 
-    def route(self, conversations: str | Sequence[Any]) -> Dispatch | list[Dispatch]:
+    def route(self, conversations: str | Sequence[Any], *, policy: Policy | None = None) -> Dispatch | list[Dispatch]:
         """Decide who would answer, without answering.
 
         Args:
             conversations: one conversation (a string, or a list of messages), or a list of conversations.
+            policy: how a candidate is chosen; the composite's own where None.
 
         Returns:
             one `Dispatch`, or a list of them in the same order.
@@ -126,97 +184,136 @@ class CompositeModel:
         many = not isinstance(conversations, str) and not (
             len(conversations) > 0 and isinstance(conversations[0], dict)
         )
-        encoded = [self.meta.encode(c) for c in (conversations if many else [conversations])]
-        found: list[Dispatch | None] = [None] * len(encoded)
-        for batch in token_batches([len(ids) for ids in encoded], _MAX_TOKENS):
-            logits = self.meta.candidate_logits([encoded[i] for i in batch], with_self=self.pool.has_self)
-            for index, row in zip(batch, logits.softmax(-1), strict=True):
-                found[index] = Dispatch.from_probabilities(self.pool.names, row)
+        given = [as_messages(c) for c in (conversations if many else [conversations])]
+        found = [d.dispatch for d in self._decider.decide([self._question(messages, policy) for messages in given])]
         return found if many else found[0]
 
-    def chat(self, conversation: str | Sequence[Message], **generation: Any) -> Reply:
+    def chat(self, conversation: str | Sequence[Message], *, policy: Policy | None = None, **generation: Any) -> Reply:
         """Answer a conversation.
 
         Args:
             conversation: a string, or messages with `role` and `content`; the decision reads all of it.
-            **generation: see `Generation` (`max_new_tokens`, `temperature`, `top_p`, `seed`).
+            policy: how a candidate is chosen; the composite's own where None.
+            **generation: see `Generation` (`max_new_tokens`, `temperature`, `top_p`, `seed`, `stop`, ...).
 
         Raises:
             ExpertokenError: the conversation is not well formed, or nobody could answer.
         """
-        stream = self.stream(conversation, **generation)
-        for _ in stream:
+        return BackgroundLoop.call(self.achat(conversation, policy=policy, **generation))
+
+    def stream(
+        self, conversation: str | Sequence[Message], *, policy: Policy | None = None, **generation: Any
+    ) -> ReplyStream:
+        """Answer a conversation in pieces. Arguments and errors as in `chat`."""
+        return BackgroundLoop.call(self.astream(conversation, policy=policy, **generation))
+
+    async def achat(
+        self, conversation: str | Sequence[Message], *, policy: Policy | None = None, **generation: Any
+    ) -> Reply:
+        """As `chat`."""
+        stream = await self.astream(conversation, policy=policy, **generation)
+        async for _ in stream.pieces():
             pass
         return stream.reply
 
-    def stream(self, conversation: str | Sequence[Message], **generation: Any) -> ReplyStream:
-        """Answer a conversation in pieces. Arguments and errors as in `chat`."""
-        try:
-            options = Generation(**generation)
-        except TypeError as error:
-            raise ExpertokenError(f"unknown generation argument ({error})") from None
+    async def astream(
+        self, conversation: str | Sequence[Message], *, policy: Policy | None = None, **generation: Any
+    ) -> ReplyStream:
+        """As `stream`."""
+        options = _generation(generation)
         messages = as_messages(conversation)
-        with self._lock:
-            logits, inputs = self._decide(self.meta.encode(messages))
-        probabilities = dispatch_distribution(logits, self.meta.vocab_size, with_self=self.pool.has_self)[0]
-        dispatch = Dispatch.from_probabilities(self.pool.names, probabilities.cpu())
-        stream = ReplyStream(dispatch)
-        stream._pieces = self._answer(messages, options, stream, logits, inputs)
+        return self.answer(messages, await self.adecide(messages, policy), options)
+
+    async def adecide(self, messages: Sequence[Message], policy: Policy | None = None) -> Decision:
+        """Decide on a conversation, together with whatever else is to be decided just now."""
+        # Encoding a long conversation takes milliseconds, which other answers of this loop would wait for.
+        question = await asyncio.to_thread(self._question, messages, policy, answer=True)
+        return await self._decider.adecide(question)
+
+    def answer(self, messages: Sequence[Message], decision: Decision, generation: Generation) -> ReplyStream:
+        """The answer that follows a decision. Nothing is asked before it is iterated over.
+
+        Args:
+            messages: the conversation.
+            decision: on it.
+            generation: how.
+        """
+        stream = ReplyStream(decision)
+        stream._pieces = self._answer(self._unnamed(messages), decision, generation, stream)
         return stream
 
-    @torch.inference_mode()
-    def _decide(self, ids: list[int]) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The decision's logits `[1, V + K]`, and its input with the KV cache, for the case that self answers."""
-        from transformers import DynamicCache
+    def _unnamed(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages without `name` where it says who answered: that is between us and the user."""
+        return [
+            {key: value for key, value in message.items() if key != "name" or value not in self.pool.names}
+            for message in messages
+        ]
 
-        inputs = self.meta.pad([ids])
-        # Made from the config, so that sliding-window layers get the cache they need.
-        cache = DynamicCache(config=self.meta.plain.config)
-        logits, _ = dispatch_forward(self.meta.model, **inputs, past_key_values=cache, use_cache=True)
-        return logits.float(), inputs | {"past_key_values": cache}
+    def _question(self, messages: Sequence[Message], policy: Policy | None, *, answer: bool = False) -> Question:
+        policy = policy or self.policy
+        policy.candidates(self.pool)  # a mistake in it is told before anything is computed
+        ids = self.meta.encode(self._unnamed(messages))
+        last = last_answerer(messages, self.pool)
+        return Question(ids, partial(policy.choose, self.pool, prompt_tokens=len(ids), last=last), answer)
 
-    def _answer(
-        self,
-        messages: list[Message],
-        generation: Generation,
-        stream: ReplyStream,
-        logits: torch.Tensor,
-        inputs: dict[str, Any],
-    ) -> Iterator[str]:
-        """Ask the candidates from the most probable on until one answers."""
-        for name in stream.dispatch.ranking:
-            stream.expert = name
-            begun = False
+    async def _answer(
+        self, messages: list[Message], decision: Decision, generation: Generation, stream: ReplyStream
+    ) -> AsyncIterator[Piece]:
+        """Ask the candidates in their order until an answer is whole; the next one goes on where one broke off."""
+        turn = _Turn(stream, generation)
+        for name in self._order(decision.dispatch.ranking):
+            stream.reply = replace(stream.reply, expert=name)
             try:
-                for piece in self._pieces(name, messages, generation, logits, inputs):
-                    begun = True
-                    yield piece
-                if begun or self.pool[name].backend == SELF:
+                async with aclosing(self._ask(name, messages, turn.left(self.meta), decision, turn.text)) as pieces:
+                    async for piece in pieces:
+                        for told in turn.take(piece):
+                            yield told
+                        if turn.stops.reached:
+                            break
+                if turn.begun or self.pool[name].backend == SELF:
+                    self._breakers[name].succeeded()
+                    yield turn.end()
+                    self._tell_answered(name, decision, turn)
                     return
-                reason = "gave an empty answer"
+                reason, own_fault = "gave an empty answer", True
             except Exception as error:  # whatever an expert fails with, the user has a next best one
-                reason = one_line(error)
-                if begun:
-                    raise ExpertokenError(f"expert {name!r} broke off in its answer: {reason}") from error
-            stream.failures[name] = reason
+                reason, own_fault = one_line(error), not isinstance(error, RequestRefusedError)
+            if own_fault:
+                self._breakers[name].failed()
+            self.observer.failed(name, reason, begun=turn.begun)
+            turn.failed(name, reason)
             logger.warning("expert %r failed, the next one is asked: %s", name, reason)
+            if turn.calls:  # half a tool call can't be gone on with
+                break
+        self.observer.lost()
         reasons = "; ".join(f"{name}: {reason}" for name, reason in stream.failures.items())
+        if turn.begun:
+            raise ExpertokenError(f"the answer broke off and nobody could go on with it ({reasons})")
         raise ExpertokenError(f"no expert could answer ({reasons})")
 
-    def _pieces(
-        self,
-        name: str,
-        messages: list[Message],
-        generation: Generation,
-        logits: torch.Tensor,
-        inputs: dict[str, Any],
-    ) -> Iterator[str]:
-        # Where LoRA was trained for dispatching, self is the model without it: the one that benchmarks measured. The
-        # decision's cache is not that model's, so there it costs a prefill of its own.
-        if self.pool[name].backend == SELF and not self.meta.adapted:
-            yield from self._self_answer(logits, inputs, generation)
+    def _order(self, ranking: Sequence[str]) -> Iterator[str]:
+        """The ranking, without those that failed too often of late; they come last, where nobody else is left."""
+        skipped = []
+        for name in ranking:
+            if self._breakers[name].admits():
+                yield name
+            else:
+                self.observer.skipped(name)
+                skipped.append(name)
+        yield from skipped
+
+    async def _ask(
+        self, name: str, messages: list[Message], generation: Generation, decision: Decision, begun: str
+    ) -> AsyncIterator[Piece]:
+        """One candidate's answer, or what it adds to an answer that was begun."""
+        if decision.own is not None and name == self._self_name and not begun:
+            source = self._self_answer(decision.own, generation)
         else:
-            yield from self.backend(name).stream(messages, generation)
+            backend = await asyncio.to_thread(self.backend, name)  # a model may have to be loaded
+            source = backend.stream(messages, generation, begun=begun)
+        async with aclosing(source) as pieces:
+            async for piece in pieces:
+                yield piece
 
     def backend(self, name: str) -> Backend:
         """The opened backend of a candidate.
@@ -226,27 +323,110 @@ class CompositeModel:
         """
         with self._lock:
             if name not in self._backends:
-                self._backends[name] = open_backend(self.pool[name], self._models, self.meta.source)
+                self._backends[name] = open_backend(self.pool[name], self._models, self.meta.source, self._timeouts)
             return self._backends[name]
 
-    def _self_answer(self, logits: torch.Tensor, inputs: dict[str, Any], generation: Generation) -> Iterator[str]:
+    async def _self_answer(self, own: OwnStart, generation: Generation) -> AsyncIterator[Piece]:
         """Go on from the decision: its logits give the first token, its KV cache the rest. No second prefill."""
         model, tokenizer = self.meta.model, self.meta.tokenizer
-        token = first_token(model, inputs["input_ids"], logits[:, : self.meta.vocab_size], generation)
-        ends = self.meta.plain.generation_config.eos_token_id
-        ends = [ends] if isinstance(ends, int) else list(ends or [])
-        if token.item() in ends:
+        prompt = own.inputs["input_ids"]
+        read = int(own.inputs["attention_mask"].sum())
+        token = first_token(model, prompt, own.logits[:, : self.meta.vocab_size], generation)
+        if token.item() in end_ids(self.meta.plain, tokenizer):
+            yield Piece(finish="stop", usage=(read, 1))
             return
         if generation.max_new_tokens == 1:
-            yield tokenizer.decode(token[0], skip_special_tokens=True)
+            yield Piece(tokenizer.decode(token[0], skip_special_tokens=True), finish="length", usage=(read, 1))
             return
-        experts = list(range(self.meta.vocab_size, logits.shape[1]))
-        ids = torch.cat([inputs["input_ids"], token], 1)
+        mask = own.inputs["attention_mask"]
         rest = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "past_key_values": inputs["past_key_values"],
-            "suppress_tokens": experts,
+            "input_ids": torch.cat([prompt, token], 1),
+            "attention_mask": torch.cat([mask, torch.ones_like(token, dtype=mask.dtype)], 1),
+            "past_key_values": own.cache,
+            "suppress_tokens": list(range(self.meta.vocab_size, own.logits.shape[1])),
             "max_new_tokens": generation.max_new_tokens - 1,
         }
-        yield from stream_generate(model, tokenizer, rest, generation, first=token[0], ready=self._lock)
+        source = stream_generate(model, tokenizer, rest, generation, first=token[0], ready=self._own_turn)
+        async with aclosing(source) as pieces:
+            async for piece in pieces:
+                yield piece if piece.usage is None else replace(piece, usage=(read, piece.usage[1]))
+
+    def _tell_answered(self, name: str, decision: Decision, turn: "_Turn") -> None:
+        price = self.pool[name].cost
+        read, written = turn.usage or (decision.prompt_tokens, _count(self.meta.tokenizer, turn.text))
+        cost = None if price is None else (read * price["input"] + written * price["output"]) / 1e6
+        turn.stream.reply = replace(
+            turn.stream.reply, prompt_tokens=read, completion_tokens=written, cost=cost, seconds=turn.elapsed
+        )
+        self.observer.answered(Answered(name, turn.stream.reply.first, turn.elapsed, read, written, cost))
+
+
+class _Turn:
+    """An answer while it comes into being, whoever gives it."""
+
+    def __init__(self, stream: ReplyStream, generation: Generation) -> None:
+        self.stream, self.generation = stream, generation
+        self.stops = StopTexts(generation.stop)
+        self.calls = False
+        self.usage: tuple[int, int] | None = None
+        self._finish: str | None = None
+        self._started = time.perf_counter()
+
+    @property
+    def text(self) -> str:
+        """That is out."""
+        return self.stream.reply.text
+
+    @property
+    def begun(self) -> bool:
+        """Whether the user has something of it."""
+        return bool(self.text) or self.calls
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the decision."""
+        return time.perf_counter() - self._started
+
+    def left(self, meta: Any) -> Generation:
+        """How the rest is to be generated."""
+        if not self.text:
+            return self.generation
+        used = _count(meta.tokenizer, self.text)
+        return replace(self.generation, max_new_tokens=max(1, self.generation.max_new_tokens - used))
+
+    def take(self, piece: Piece) -> Iterator[Piece]:
+        """What of a piece is passed on."""
+        self.usage = piece.usage or self.usage
+        self._finish = piece.finish or self._finish
+        text = self.stops.feed(piece.text)
+        if not self.begun and (text or piece.tool_calls):
+            self.stream.reply = replace(self.stream.reply, first=self.elapsed)
+        self.calls = self.calls or bool(piece.tool_calls)
+        if text or piece.tool_calls or piece.logprobs:
+            self.stream.reply = replace(self.stream.reply, text=self.text + text)
+            yield replace(piece, text=text, finish=None, usage=None)
+
+    def end(self) -> Piece:
+        """The last piece of a whole answer."""
+        rest = "" if self.stops.reached else self.stops.rest()
+        finish = "stop" if self.stops.reached else self._finish or "stop"
+        self.stream.reply = replace(self.stream.reply, text=self.text + rest, finish=finish)
+        return Piece(rest, finish=finish, usage=self.usage)
+
+    def failed(self, name: str, reason: str) -> None:
+        """An expert broke off, or never began."""
+        self.usage = self._finish = None
+        self.stops = StopTexts(self.generation.stop)  # what was held back is not out, and is not gone on with
+        failures = self.stream.reply.failures | {name: reason}
+        self.stream.reply = replace(self.stream.reply, failures=failures)
+
+
+def _generation(options: dict[str, Any]) -> Generation:
+    try:
+        return Generation(**options)
+    except TypeError as error:
+        raise ExpertokenError(f"unknown generation argument ({error})") from None
+
+
+def _count(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False).input_ids)

@@ -76,7 +76,7 @@ class TerminalChat:
             self.messages.pop()  # a turn without an answer would leave two user messages in a row
             return
         self.last = stream.reply
-        self.messages.append({"role": "assistant", "content": self.last.text})
+        self.messages.append({"role": "assistant", "content": self.last.text, "name": self.last.expert})
 
     def _why(self) -> None:
         if self.last is None:
@@ -85,8 +85,15 @@ class TerminalChat:
         for name, reason in self.last.failures.items():
             self.console.print(f"{name} failed: {reason}", markup=False)
         self.console.print(f"answered by {self.last.expert} ({self.last.dispatch.reason})", markup=False)
+        cost = "" if self.last.cost is None else f", {self.last.cost:.6f} USD"
+        self.console.print(
+            f"decided in {self.last.decided:.2f} s, first piece after {self.last.first:.2f} s, "
+            f"{self.last.completion_tokens} tokens in {self.last.seconds:.2f} s{cost}",
+            markup=False,
+        )
         width = max(map(len, self.last.dispatch.probabilities))
-        for name in self.last.dispatch.ranking:
+        probabilities = self.last.dispatch.probabilities
+        for name in sorted(probabilities, key=probabilities.__getitem__, reverse=True):
             probability = self.last.dispatch.probabilities[name]
             bar = "█" * round(30 * probability)
             self.console.print(f"  {name:<{width}}  {probability:6.1%}  {bar}", markup=False)

@@ -62,12 +62,22 @@ def text_of(message: Message) -> str:
 
 
 def encode_chat(
-    tokenizer: "PreTrainedTokenizerBase", conversation: str | Sequence[Message], vocab_size: int
+    tokenizer: "PreTrainedTokenizerBase",
+    conversation: str | Sequence[Message],
+    vocab_size: int,
+    *,
+    begun: str = "",
 ) -> list[int]:
     """Token ids of a conversation up to the dispatch position: the end of the template's generation prompt.
 
     Text of the messages never becomes a control token of the template. Expert ids start at `vocab_size`, so no text
     can name them; that is checked all the same.
+
+    Args:
+        tokenizer: with a chat template.
+        conversation: the messages.
+        vocab_size: V.
+        begun: an answer that is to be continued; the ids end behind it then.
 
     Raises:
         ExpertokenError: the tokenizer has no chat template, the template refuses the conversation, or there are ids
@@ -85,10 +95,13 @@ def encode_chat(
     tokenizer.chat_control_tokens = [
         token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()
     ]
+    messages = [message | {"content": text_of(message)} for message in as_messages(conversation)]
+    begun = begun if begun.strip() else ""  # blanks alone are nothing to go on from, and templates trim them
     try:
         ids = tokenizer.apply_chat_template(
-            [message | {"content": text_of(message)} for message in as_messages(conversation)],
-            add_generation_prompt=True,
+            [*messages, {"role": "assistant", "content": begun}] if begun else messages,
+            add_generation_prompt=not begun,
+            continue_final_message=bool(begun),
             return_dict=False,
             sanitize_control_tokens=True,
         )

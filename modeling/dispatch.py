@@ -15,16 +15,13 @@ class Dispatch:
         expert: name of the candidate chosen.
         probabilities: of every candidate by name, in pool order; they sum to 1.
         reason: one line for people.
+        ranking: who is asked, in order: the one chosen, then who is next when it fails.
     """
 
     expert: str
     probabilities: dict[str, float]
     reason: str
-
-    @property
-    def ranking(self) -> list[str]:
-        """Candidates from the most to the least probable: who is asked next when one fails."""
-        return sorted(self.probabilities, key=self.probabilities.__getitem__, reverse=True)
+    ranking: tuple[str, ...]
 
     @classmethod
     def from_probabilities(cls, names: list[str], probabilities: torch.Tensor) -> "Dispatch":
@@ -35,11 +32,11 @@ class Dispatch:
             probabilities: `[C]`.
         """
         table = dict(zip(names, probabilities.tolist(), strict=True))
-        first, *rest = sorted(table.items(), key=lambda item: item[1], reverse=True)
-        reason = f"{first[0]} has probability {first[1]:.2f}"
-        if rest:
-            reason += f", next is {rest[0][0]} with {rest[0][1]:.2f}"
-        return cls(first[0], table, reason)
+        ranking = tuple(sorted(table, key=table.__getitem__, reverse=True))
+        reason = f"{ranking[0]} has probability {table[ranking[0]]:.2f}"
+        if len(ranking) > 1:
+            reason += f", next is {ranking[1]} with {table[ranking[1]]:.2f}"
+        return cls(ranking[0], table, reason, ranking)
 
 
 def last_positions(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,10 @@ class ExpertFailedError(ExpertokenError):
     """An expert could not answer (refused, out of memory, missing key); the next best one takes the turn."""
 
 
+class RequestRefusedError(ExpertFailedError):
+    """An expert refused this very request (too long, malformed); it may be well otherwise."""
+
+
 def one_line(error: BaseException) -> str:
     """The first line of an error's message that says something, or its type where none does."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

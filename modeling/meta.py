@@ -139,6 +139,12 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrai
         raise ExpertokenError(f"{folder}: its tokenizer can't be loaded ({one_line(error)})") from error
 
 
+def end_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Ids that end an answer."""
+    known = model.generation_config.eos_token_id
+    return {*([known] if isinstance(known, int) else known or ()), tokenizer.eos_token_id} - {None}
+
+
 def share_weights(model: nn.Module) -> nn.Module:
     """A second model over the very same tensors: it can get a head or adapters of its own at the cost of a megabyte."""
     shared = [*model.parameters(), *model.buffers()]

@@ -9,6 +9,7 @@ from expertoken.examples.skills.measure import HERE, full_pool
 from expertoken.examples.skills.tasks import BENCHMARKS, SKILLS, side_of, tasks
 from expertoken.inference.backends.base import Generation
 from expertoken.inference.composite import CompositeModel
+from expertoken.inference.loop import BackgroundLoop
 from expertoken.modeling.composite import Composite, Manifest, describe_base
 from expertoken.modeling.experts import Expert, ExpertPool
 from expertoken.modeling.files import cache_folder
@@ -80,7 +81,8 @@ def test_self_answers_from_the_decisions_cache_as_the_plain_model_does(composite
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     logits, inputs = composite._decide(composite.meta.encode(messages))
     own = "".join(composite._self_answer(logits, inputs, Generation(20)))
-    assert own == "".join(composite.backend("self").stream(messages, Generation(20)))
+    pieces = BackgroundLoop.iterate(composite.backend("self").stream(messages, Generation(20)))
+    assert own == "".join(piece.text for piece in pieces)
     assert "Paris" in own
 
 

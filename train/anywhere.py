@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..modeling.errors import ExpertokenError, is_out_of_memory
 from ..modeling.files import atomic_file, cache_folder
-from ..modeling.meta import MetaLLM, describe_dtype, fingerprint, token_batches
+from ..modeling.meta import MetaLLM, describe_dtype, end_ids, fingerprint, token_batches
 from ..modeling.sharding import is_split
 from .features import ALONE
 from .processes import Team
@@ -121,9 +121,7 @@ def _hash(block: Sequence[Sequence[int]]) -> str:
 @torch.inference_mode()
 def _generate(meta: MetaLLM, block: Sequence[Sequence[int]], length: int, max_tokens: int) -> list[np.ndarray]:
     answers: list[np.ndarray] = [np.zeros(0, np.int32)] * len(block)
-    ends = meta.plain.generation_config.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
-    ends |= {meta.tokenizer.eos_token_id} - {None}
+    ends = end_ids(meta.plain, meta.tokenizer)
     for batch in token_batches([len(ids) + length for ids in block], max_tokens):
         inputs = meta.pad([block[row] for row in batch])
         try:

@@ -1,8 +1,9 @@
-"""What every backend does: answer conversations."""
+"""What every backend does: answer a conversation in pieces, or go on with an answer that somebody began."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from ...modeling.chat import Message
 
@@ -16,21 +17,52 @@ class Generation:
         temperature: 0 is greedy.
         top_p: mass of the nucleus to sample from.
         seed: of sampling; None draws a new one.
+        stop: texts before which an answer ends.
+        extra: what else an endpoint is asked, as OpenAI's API calls it (`tools`, `logprobs`, ...); models that run here
+            answer in text alone.
     """
 
     max_new_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    stop: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer as it comes.
+
+    Attributes:
+        text: more of the answer; may be empty.
+        tool_calls: more of its tool calls, as OpenAI's API streams them.
+        logprobs: of the text's tokens, as OpenAI's API has them.
+        finish: why the answer ended (stop, length, tool_calls, content_filter); with its last piece.
+        usage: tokens read and written, where the backend counts them; with one of the last pieces.
+    """
+
+    text: str = ""
+    tool_calls: list[dict[str, Any]] | None = None
+    logprobs: dict[str, Any] | None = None
+    finish: str | None = None
+    usage: tuple[int, int] | None = None
+
+    @property
+    def tells(self) -> bool:
+        """Whether the user gets something of it."""
+        return bool(self.text or self.tool_calls)
 
 
 class Backend(ABC):
     """A way to reach an expert. Failures are raised as `ExpertFailedError`, with one line that says why."""
 
     @abstractmethod
-    def stream(self, messages: Sequence[Message], generation: Generation) -> Iterator[str]:
-        """The answer in pieces, as they come."""
+    def stream(self, messages: Sequence[Message], generation: Generation, *, begun: str = "") -> AsyncIterator[Piece]:
+        """The answer in pieces, as they come.
 
-    def complete(self, conversations: Sequence[Sequence[Message]], generation: Generation) -> list[str]:
-        """Answers of many conversations, in their order."""
-        return ["".join(self.stream(messages, generation)) for messages in conversations]
+        Args:
+            messages: the conversation.
+            generation: how.
+            begun: an answer that somebody else began; the pieces go on behind it.
+        """

@@ -1,17 +1,19 @@
 """Local models: a causal LM of its own, or a LoRA adapter on a base that others share."""
 
+import asyncio
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import torch
 
 from ...modeling.chat import Message, encode_chat
 from ...modeling.errors import ExpertFailedError, ExpertokenError, one_line
-from ...modeling.meta import Source, load_causal_lm, share_weights
-from .base import Backend, Generation
+from ...modeling.meta import Source, end_ids, load_causal_lm, share_weights
+from .base import Backend, Generation, Piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,14 +52,15 @@ def first_token(
     return torch.multinomial(scores.softmax(-1), 1)
 
 
-def stream_generate(
+async def stream_generate(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     inputs: dict[str, Any],
     generation: Generation,
+    *,
     first: torch.Tensor | None = None,
     ready: AbstractContextManager | None = None,
-) -> Iterator[str]:
+) -> AsyncIterator[Piece]:
     """Run `model.generate` in a thread and yield its text as it comes; closing the iterator stops the thread.
 
     Args:
@@ -72,16 +75,23 @@ def stream_generate(
     Raises:
         ExpertFailedError: generation failed.
     """
-    from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+    from transformers import AsyncTextIteratorStreamer, StoppingCriteria, StoppingCriteriaList
 
     stopped = threading.Event()
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
     failure: list[BaseException] = []
+    count = 0 if first is None else len(first)
+    last = None
+    ends = end_ids(model, tokenizer)
 
     class Stop(StoppingCriteria):
         def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            nonlocal count, last
+            count, last = count + 1, int(input_ids[0, -1])
             return torch.full((len(input_ids),), stopped.is_set(), device=input_ids.device)
 
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = AsyncTextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     options = generation_options(generation) | inputs
     if first is not None:
         streamer.next_tokens_are_prompt = False
@@ -99,20 +109,28 @@ def stream_generate(
         except BaseException as error:
             failure.append(error)
         finally:
-            streamer.text_queue.put(streamer.stop_signal)  # also where `generate` never came to it
+            # The signal also where `generate` never came to it.
+            with suppress(RuntimeError):  # the loop is closed: nobody reads any more
+                loop.call_soon_threadsafe(streamer.text_queue.put_nowait, streamer.stop_signal)
+                loop.call_soon_threadsafe(ended.set)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    threading.Thread(target=run, daemon=True).start()
     try:
-        yield from (piece for piece in streamer if piece)
+        # Not the streamer's own iterator, which needs Python 3.11.
+        while (text := await streamer.text_queue.get()) is not streamer.stop_signal:
+            if text:
+                yield Piece(text)
     finally:
         stopped.set()
-        thread.join()
+        with anyio.CancelScope(shield=True):
+            await ended.wait()
     if failure:
         error = failure[0]
         if not isinstance(error, Exception):
             raise error
         raise ExpertFailedError(f"generation failed: {one_line(error)}") from error
+    read = inputs["input_ids"].shape[1] - (0 if first is None else len(first))
+    yield Piece(finish="stop" if last in ends else "length", usage=(read, count))
 
 
 class LocalBackend(Backend):
@@ -143,14 +161,19 @@ class LocalBackend(Backend):
                 self.model.set_adapter(self.adapter, inference_mode=True)
             yield
 
-    def _encode(self, messages: Sequence[Message]) -> list[int]:
-        return encode_chat(self.tokenizer, messages, self.model.get_input_embeddings().weight.shape[0])
+    def _encode(self, messages: Sequence[Message], begun: str = "") -> list[int]:
+        return encode_chat(self.tokenizer, messages, self.model.get_input_embeddings().weight.shape[0], begun=begun)
 
-    def stream(self, messages: Sequence[Message], generation: Generation) -> Iterator[str]:
+    async def stream(
+        self, messages: Sequence[Message], generation: Generation, *, begun: str = ""
+    ) -> AsyncIterator[Piece]:
         """The answer in pieces."""
-        ids = torch.tensor([self._encode(messages)], device=self.model.device)
+        ids = torch.tensor([self._encode(messages, begun)], device=self.model.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        yield from stream_generate(self.model, self.tokenizer, inputs, generation, ready=self._ready())
+        generating = stream_generate(self.model, self.tokenizer, inputs, generation, ready=self._ready())
+        async with aclosing(generating) as pieces:
+            async for piece in pieces:
+                yield piece
 
     def complete(
         self, conversations: Sequence[Sequence[Message]], generation: Generation, batch_size: int = 32

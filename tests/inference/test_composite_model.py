@@ -1,3 +1,4 @@
+import asyncio
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -7,9 +8,11 @@ import pytest
 import torch
 
 from expertoken.inference.backends import open_backend
-from expertoken.inference.backends.base import Generation
+from expertoken.inference.backends.base import Backend, Generation, Piece
 from expertoken.inference.backends.local import LocalModels
 from expertoken.inference.composite import CompositeModel
+from expertoken.inference.loop import BackgroundLoop
+from expertoken.inference.policy import Policy
 from expertoken.modeling.composite import Composite, Manifest, describe_base
 from expertoken.modeling.errors import ExpertFailedError, ExpertokenError
 from expertoken.modeling.experts import Expert, ExpertPool
@@ -24,6 +27,10 @@ CHAT = [
 
 
 PROMPTS = ("hello", "hello there", "Compute 12 plus 30.", CHAT)
+
+
+def answer_of(backend, messages, generation, begun=""):
+    return "".join(piece.text for piece in BackgroundLoop.iterate(backend.stream(messages, generation, begun=begun)))
 
 
 def lean_towards(meta, winner, count=2):
@@ -54,7 +61,7 @@ def test_the_chosen_expert_answers_and_pieces_add_up(make, meta, base_folder):
     assert reply.text == "".join(pieces)
     assert reply.expert == "math"
     alone = LocalModels().model(Source(str(base_folder)))
-    assert reply.text == "".join(alone.stream([{"role": "user", "content": "Compute 12 plus 30."}], Generation(8)))
+    assert reply.text == answer_of(alone, [{"role": "user", "content": "Compute 12 plus 30."}], Generation(8))
 
 
 @pytest.mark.parametrize("architecture", ["llama-tied", "llama-untied", "gemma3", "gpt2", "mistral"])
@@ -67,7 +74,7 @@ def test_selfs_answer_from_the_decisions_cache_is_the_plain_models_answer(tmp_pa
     reply = composite.chat(CHAT, max_new_tokens=tokens)
     assert reply.expert == "self"
     plain = composite.backend("self")
-    assert reply.text == "".join(plain.stream(CHAT, Generation(tokens)))
+    assert reply.text == answer_of(plain, CHAT, Generation(tokens))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -78,7 +85,7 @@ def test_selfs_first_token_heeds_the_models_own_generation_settings(make, temper
         model.generation_config.repetition_penalty = 1e6
         model.generation_config.top_k = 1
     options = Generation(8, temperature=temperature, seed=1)
-    plain = "".join(composite.backend("self").stream(CHAT, options))
+    plain = answer_of(composite.backend("self"), CHAT, options)
     assert composite.chat(CHAT, max_new_tokens=8, temperature=temperature, seed=1).text == plain
 
 
@@ -90,7 +97,7 @@ def test_where_lora_was_trained_self_answers_without_it(make, base_folder, tmp_p
     reply = composite.chat(CHAT, max_new_tokens=8)
     assert reply.expert == "self"
     plain = LocalModels().model(Source(str(base_folder)))
-    assert reply.text == "".join(plain.stream(CHAT, Generation(8)))
+    assert reply.text == answer_of(plain, CHAT, Generation(8))
 
 
 def test_detection_is_by_token_id_never_by_text(make):
@@ -212,7 +219,7 @@ def test_adapters_share_the_metas_base_and_change_nothing_of_it(make, meta, base
     messages = [{"role": "user", "content": "hello there"}]
     ids = torch.tensor([meta.encode(messages)])
     for name in ("one", "two.b", "one"):
-        text = "".join(composite.backend(name).stream(messages, Generation(6)))
+        text = answer_of(composite.backend(name), messages, Generation(6))
         out = solo[name].generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
         assert text == meta.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     assert composite.route("hello").probabilities == before
@@ -242,7 +249,7 @@ def test_an_adapter_that_does_not_fit_is_one_clear_line(make, meta, base_folder,
 
 CHUNK = (
     '{"id":"1","object":"chat.completion.chunk","created":1,"model":"m",'
-    '"choices":[{"index":0,"delta":{"content":"%s"}}]}'
+    '"choices":[{"index":0,"delta":{"content":"%s"},"finish_reason":%s}]}'
 )
 
 
@@ -264,8 +271,8 @@ class Endpoint(BaseHTTPRequestHandler):
             return
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
-        for piece in ("Hel", "lo"):
-            self.wfile.write(f"data: {CHUNK % piece}\n\n".encode())
+        for piece, finish in (("Hel", "null"), ("lo", "null"), ("", '"stop"')):
+            self.wfile.write(f"data: {CHUNK % (piece, finish)}\n\n".encode())
         self.wfile.write(b"data: [DONE]\n\n")
 
     def log_message(self, *_):
@@ -311,17 +318,19 @@ def test_a_key_goes_to_nobody_it_was_not_meant_for(make, endpoint, monkeypatch):
     assert "my-openai-key" not in repr(Endpoint.seen)
 
 
-class Odd:
+class Odd(Backend):
     """A backend that misbehaves in one way."""
 
     def __init__(self, pieces):
         self.pieces = pieces
+        self.begun = []
 
-    def stream(self, *_):
+    async def stream(self, messages, generation, *, begun=""):
+        self.begun.append(begun)
         for piece in self.pieces:
             if isinstance(piece, Exception):
                 raise piece
-            yield piece
+            yield Piece(piece)
 
 
 @pytest.mark.parametrize(
@@ -335,13 +344,111 @@ def test_whatever_an_expert_fails_with_the_next_one_answers(make, pieces):
     assert list(reply.failures) == ["math"]
 
 
-def test_an_answer_that_breaks_off_is_marked_never_silent(make):
+def test_where_an_answer_breaks_off_the_next_best_goes_on_with_it(make):
     composite = make(winner=0)
-    composite._backends["math"] = Odd(["half an ans", RuntimeError("gone")])
+    composite._backends["math"] = Odd(["half an ", "answer", RuntimeError("gone")])
+    composite._backends["law"] = Odd([", and the rest of it"])
     stream = composite.stream("hello")
-    with pytest.raises(ExpertokenError, match="'math' broke off in its answer: gone"):
+    assert list(stream) == ["half an ", "answer", ", and the rest of it"]
+    assert stream.reply.text == "half an answer, and the rest of it"
+    assert stream.reply.expert == "law"
+    assert stream.reply.failures == {"math": "gone"}
+    assert composite._backends["law"].begun == ["half an answer"]
+
+
+def test_a_local_model_goes_on_with_what_another_began(make, meta):
+    composite = make(winner=0)
+    composite._backends["math"] = Odd(["The capital of", RuntimeError("gone")])
+    reply = composite.chat("hello", max_new_tokens=12)
+    ids = meta.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "The capital of"}],
+        continue_final_message=True, return_dict=False,
+    )  # fmt: skip
+    used = len(meta.tokenizer("The capital of").input_ids)
+    out = meta.plain.generate(torch.tensor([ids]), max_new_tokens=12 - used, do_sample=False)
+    assert reply.text == "The capital of" + meta.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+
+
+def test_an_answer_that_nobody_can_go_on_with_is_marked_never_silent(make):
+    composite = make(winner=0)
+    for name in ("math", "law", "self"):
+        composite._backends[name] = Odd(["half an ans", RuntimeError("gone")] if name == "math" else [OSError("no")])
+    stream = composite.stream("hello")
+    with pytest.raises(ExpertokenError, match="the answer broke off .*math: gone; law: no; self: no"):
         list(stream)
     assert stream.reply.text == "half an ans"
+    assert stream.reply.finish is None
+
+
+def test_an_expert_that_fails_again_and_again_is_left_alone_until_nobody_else_is_left(make):
+    composite = make(winner=0)
+    broken = composite._backends["math"] = Odd([RuntimeError("down")])
+    for _ in range(5):
+        assert composite.chat("hello", max_new_tokens=2).expert == "law"
+    assert len(broken.begun) == 3
+    composite._backends["law"] = composite._backends["self"] = Odd([RuntimeError("down too")])
+    with pytest.raises(ExpertokenError, match="math: down"):
+        composite.chat("hello")
+    assert len(broken.begun) == 4
+
+
+def test_an_answer_ends_before_a_stop_text_however_its_pieces_fall(make):
+    composite = make(winner=0)
+    composite._backends["math"] = Odd(["one", " two EN", "D three", " four"])
+    for stop, text, finish in [(("END",), "one two ", "stop"), (("four", "E"), "one two ", "stop"),
+                               (("nowhere", "fourteen"), "one two END three four", "stop")]:  # fmt: skip
+        reply = composite.chat("hello", stop=stop)
+        assert (reply.text, reply.finish) == (text, finish)
+
+
+def test_a_reply_tells_why_it_ended_what_it_took_and_what_it_cost(make, base_folder, meta):
+    experts = ExpertPool([Expert("math", model=str(base_folder), cost={"input": 2.0, "output": 5.0})])
+    reply = make(winner=0, experts=experts).chat("hello", max_new_tokens=4)
+    assert reply.finish == "length"
+    assert (reply.prompt_tokens, reply.completion_tokens) == (len(meta.encode("hello")), 4)
+    assert reply.cost == pytest.approx((2 * reply.prompt_tokens + 5 * 4) / 1e6)
+    assert 0 < reply.first <= reply.seconds
+
+
+def test_decisions_that_come_together_are_made_in_one_pass_and_each_self_answer_is_its_own(make, meta):
+    """Left-padded rows of one cache: each goes on as if it had been alone."""
+    composite = make(winner=None)
+    prompts = ["hello", "hello there", "Compute 12 plus 30."]
+    alone = [composite.chat(prompt, max_new_tokens=8).text for prompt in prompts]
+    passes, held = [], threading.Event()
+    forward = composite._decider._forward
+
+    def slowly(questions):
+        held.wait(5)
+        passes.append(len(questions))
+        return forward(questions)
+
+    composite._decider._forward = slowly
+
+    async def together():
+        first = asyncio.ensure_future(composite.achat(CHAT, max_new_tokens=8))
+        await asyncio.sleep(0.2)
+        others = [asyncio.ensure_future(composite.achat(prompt, max_new_tokens=8)) for prompt in prompts]
+        await asyncio.sleep(0.3)
+        held.set()
+        await first
+        return [(await other).text for other in others]
+
+    assert asyncio.run(together()) == alone
+    assert passes == [1, 3]
+
+
+def test_an_error_of_one_decision_is_its_own(make):
+    composite = make(winner=0)
+
+    async def both():
+        good = composite.achat("hello", max_new_tokens=2)
+        bad = composite.achat("hello", policy=Policy(threshold=0.5, default="nobody"))
+        return await asyncio.gather(good, bad, return_exceptions=True)
+
+    good, bad = asyncio.run(both())
+    assert good.expert == "math"
+    assert isinstance(bad, ExpertokenError)
 
 
 def test_two_streams_of_two_adapters_in_turns_do_not_disturb_each_other(make, base_folder, tmp_path):
@@ -349,9 +456,9 @@ def test_two_streams_of_two_adapters_in_turns_do_not_disturb_each_other(make, ba
         adapter(base_folder, tmp_path / name, seed)
     composite = make(winner=0, experts=ExpertPool([Expert(n, "adapter", str(tmp_path / n)) for n in ("one", "two")]))
     messages = [{"role": "user", "content": "hello there"}]
-    alone = {n: "".join(composite.backend(n).stream(messages, Generation(12))) for n in ("one", "two")}
-    streams = {n: composite.backend(n).stream(messages, Generation(12)) for n in ("one", "two")}
-    got = {n: next(stream) for n, stream in streams.items()}
+    alone = {n: answer_of(composite.backend(n), messages, Generation(12)) for n in ("one", "two")}
+    streams = {n: BackgroundLoop.iterate(composite.backend(n).stream(messages, Generation(12))) for n in alone}
+    got = {n: next(stream).text for n, stream in streams.items()}
     for name, stream in streams.items():
-        got[name] += "".join(stream)
+        got[name] += "".join(piece.text for piece in stream)
     assert got == alone

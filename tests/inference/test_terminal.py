@@ -6,9 +6,30 @@ from rich.console import Console
 
 from expertoken.inference import terminal
 from expertoken.inference.composite import ReplyStream
+from expertoken.inference.decider import Decision
 from expertoken.inference.terminal import TerminalChat
 from expertoken.modeling.dispatch import Dispatch
 from expertoken.modeling.errors import ExpertokenError
+
+
+class ScriptedStream(ReplyStream):
+    """Its pieces are given; an interruption among them comes as it does at a terminal, to whoever waits for a piece."""
+
+    def __init__(self, pieces):
+        probabilities = {"math": 0.8, "law": 0.1, "self": 0.1}
+        dispatch = Dispatch("math", probabilities, "math has probability 0.80", ("math", "law", "self"))
+        super().__init__(Decision(dispatch, 1, 0.0))
+        self.given = pieces
+
+    def __iter__(self):
+        for piece in self.given:
+            if isinstance(piece, BaseException):
+                raise piece
+            self.reply = replace(self.reply, text=self.reply.text + piece)
+            yield piece
+
+    def close(self):
+        pass
 
 
 class Scripted:
@@ -19,17 +40,7 @@ class Scripted:
 
     def stream(self, messages, **_):
         self.heard.append([dict(message) for message in messages])
-        stream = ReplyStream(Dispatch("math", {"math": 0.8, "law": 0.1, "self": 0.1}, "math has probability 0.80"))
-        answer = self.answers.pop(0)
-
-        def pieces():
-            for piece in answer:
-                if isinstance(piece, BaseException):
-                    raise piece
-                yield piece
-
-        stream._pieces = pieces()
-        return stream
+        return ScriptedStream(self.answers.pop(0))
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def test_the_last_real_token_is_found_on_either_side():
 def test_a_dispatch_ranks_and_explains():
     dispatch = Dispatch.from_probabilities(["a", "b", "self"], torch.tensor([0.2, 0.7, 0.1]))
     assert dispatch.expert == "b"
-    assert dispatch.ranking == ["b", "a", "self"]
+    assert dispatch.ranking == ("b", "a", "self")
     assert dispatch.reason == "b has probability 0.70, next is a with 0.20"
 
 

@@ -1,0 +1,188 @@
+"""Decisions: conversations that come at the same time are decided in one forward pass."""
+
+import asyncio
+import copy
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..modeling.dispatch import Dispatch, candidate_logits, dispatch_forward
+from ..modeling.meta import MetaLLM, token_batches
+from .observer import Observer
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
+_MAX_TOKENS = 4096  # padded tokens of one forward pass
+
+
+@dataclass(frozen=True)
+class OwnStart:
+    """What self goes on from: the decision's logits give its first token, the KV cache the rest.
+
+    Attributes:
+        logits: `[1, V + K]` float32.
+        inputs: `input_ids` and `attention_mask` `[1, T]`, padded on the left as the decision's batch was.
+        cache: of the row.
+    """
+
+    logits: torch.Tensor
+    inputs: dict[str, torch.Tensor]
+    cache: "DynamicCache"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A decision and what came with it.
+
+    Attributes:
+        dispatch: who is asked.
+        prompt_tokens: of the conversation, as the meta LLM reads it.
+        seconds: from the question to the decision, waiting included.
+        own: where self was chosen and can go on from here.
+    """
+
+    dispatch: Dispatch
+    prompt_tokens: int
+    seconds: float
+    own: OwnStart | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation to decide.
+
+    Attributes:
+        ids: up to the dispatch position.
+        choose: from the candidates' logits `[C]`.
+        answer: whether self's answer may follow, so that the KV cache is kept for it.
+    """
+
+    ids: Sequence[int]
+    choose: Callable[[torch.Tensor], Dispatch]
+    answer: bool = False
+
+
+class Decider:
+    """Decides with a meta LLM.
+
+    Args:
+        meta: that decides.
+        self_name: how self is called, or None where it is no candidate.
+        observer: is told of every decision.
+    """
+
+    def __init__(self, meta: MetaLLM, self_name: str | None, observer: Observer | None = None) -> None:
+        self.meta, self.self_name = meta, self_name
+        self.observer = observer or Observer()
+        self._waiting: queue.SimpleQueue[tuple[Question, float, Callable[[Any], None]]] = queue.SimpleQueue()
+        self._worker: threading.Thread | None = None
+        self._starting = threading.Lock()
+
+    def decide(self, questions: Sequence[Question]) -> list[Decision]:
+        """Decide many at once, in this thread."""
+        found: list[Decision | None] = [None] * len(questions)
+        started = time.perf_counter()
+        for batch in token_batches([len(question.ids) for question in questions], _MAX_TOKENS):
+            decided = self._pass([questions[index] for index in batch], [started] * len(batch))
+            for index, outcome in zip(batch, decided, strict=True):
+                if isinstance(outcome, Exception):
+                    raise outcome
+                found[index] = outcome
+        return found
+
+    async def adecide(self, question: Question) -> Decision:
+        """Decide one, together with whatever else is waiting when the model is free.
+
+        There is no time that a decision waits for company: while one pass runs, the next batch gathers.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Decision] = loop.create_future()
+
+        def settle(outcome: Decision | Exception) -> None:
+            if future.cancelled():
+                return
+            if isinstance(outcome, Exception):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
+        def tell(outcome: Decision | Exception) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(settle, outcome)
+
+        with self._starting:
+            if self._worker is None:
+                self._worker = threading.Thread(target=self._work, name="decider", daemon=True)
+                self._worker.start()
+        self._waiting.put((question, time.perf_counter(), tell))
+        return await future
+
+    def _work(self) -> None:
+        while True:
+            waiting = [self._waiting.get(), *_drain(self._waiting)]
+            for batch in token_batches([len(question.ids) for question, _, _ in waiting], _MAX_TOKENS):
+                questions, started, tell = zip(*(waiting[index] for index in batch), strict=True)
+                for one, outcome in zip(tell, self._pass(questions, started), strict=True):
+                    one(outcome)
+
+    @torch.inference_mode()
+    def _pass(self, questions: Sequence[Question], started: Sequence[float]) -> list[Decision | Exception]:
+        """One forward pass; an error of one question is its own, an error of the pass is everybody's."""
+        try:
+            logits, inputs, cache = self._forward(questions)
+            candidates = candidate_logits(logits, self.meta.vocab_size, with_self=self.self_name is not None).cpu()
+        except Exception as error:  # whatever it is: the thread lives on, and whoever waits is told
+            return [error] * len(questions)
+        found: list[Decision | Exception] = []
+        for row, question in enumerate(questions):
+            try:
+                dispatch = question.choose(candidates[row])
+            except Exception as error:
+                found.append(error)
+                continue
+            own = None
+            if cache is not None and question.answer and dispatch.expert == self.self_name:
+                chosen = {key: value[row : row + 1] for key, value in inputs.items()}
+                own = OwnStart(logits[row : row + 1].float(), chosen, _row_of(cache, row, len(questions)))
+            seconds = time.perf_counter() - started[row]
+            self.observer.decided(dispatch, seconds, len(questions))
+            found.append(Decision(dispatch, len(question.ids), seconds, own))
+        return found
+
+    def _forward(self, questions: Sequence[Question]) -> tuple[torch.Tensor, dict[str, Any], Any]:
+        from transformers import DynamicCache
+
+        inputs = self.meta.pad([question.ids for question in questions])
+        # Where LoRA was trained for dispatching, self is the model without it, and this cache is of no use to it.
+        kept = self.self_name is not None and not self.meta.adapted and any(q.answer for q in questions)
+        if not kept:
+            logits, _ = dispatch_forward(self.meta.model, **inputs, use_cache=False)
+            return logits, inputs, None
+        # Made from the config, so that sliding-window layers get the cache they need.
+        cache = DynamicCache(config=self.meta.plain.config)
+        logits, _ = dispatch_forward(self.meta.model, **inputs, past_key_values=cache, use_cache=True)
+        return logits, inputs, cache
+
+
+def _drain(waiting: queue.SimpleQueue) -> Iterator[Any]:
+    while True:
+        try:
+            yield waiting.get_nowait()
+        except queue.Empty:
+            return
+
+
+def _row_of(cache: "DynamicCache", row: int, count: int) -> "DynamicCache":
+    """One row of a batch's cache; the batch's own stays as it is."""
+    if count == 1:
+        return cache
+    single = copy.copy(cache)
+    single.layers = [copy.copy(layer) for layer in cache.layers]  # selecting gives a layer new tensors
+    single.batch_select_indices(torch.tensor([row], device=cache.layers[0].keys.device))
+    return single

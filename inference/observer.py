@@ -1,0 +1,45 @@
+"""What an operator may want to know: told as it happens, by those who do it."""
+
+from dataclasses import dataclass
+
+from ..modeling.dispatch import Dispatch
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer that came to its end.
+
+    Attributes:
+        expert: who gave it.
+        first: seconds until its first piece, from the decision.
+        seconds: until its end.
+        prompt_tokens: read.
+        completion_tokens: written.
+        cost: USD, or None where the pool has no price.
+    """
+
+    expert: str
+    first: float
+    seconds: float
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float | None
+
+
+class Observer:
+    """Does nothing; whoever wants to know overrides what it wants to know. Called from several threads."""
+
+    def decided(self, dispatch: Dispatch, seconds: float, batch: int) -> None:
+        """A decision was made, `batch` of them in one pass."""
+
+    def failed(self, expert: str, reason: str, *, begun: bool) -> None:
+        """An expert failed; `begun` tells whether something of its answer was out already."""
+
+    def skipped(self, expert: str) -> None:
+        """An expert was not asked: it has failed too often of late."""
+
+    def answered(self, answer: Answered) -> None:
+        """An answer came to its end."""
+
+    def lost(self) -> None:
+        """A turn ended without a whole answer."""

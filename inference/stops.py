@@ -1,0 +1,38 @@
+"""Stop texts: an answer ends before the first of them, whoever gives it and however its pieces fall."""
+
+from collections.abc import Sequence
+
+
+class StopTexts:
+    """Cuts an answer that comes in pieces.
+
+    Args:
+        stops: texts that end it.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.reached = False
+
+    def feed(self, text: str) -> str:
+        """More of the answer; what may be the beginning of a stop text is held back."""
+        if not self._stops:
+            return text
+        self._held += text
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if places:
+            self.reached = True
+            told, self._held = self._held[: min(places)], ""
+            return told
+        keep = max(
+            (size for stop in self._stops for size in range(1, len(stop)) if self._held.endswith(stop[:size])),
+            default=0,
+        )
+        told, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return told
+
+    def rest(self) -> str:
+        """What was held back, at the end."""
+        told, self._held = self._held, ""
+        return told

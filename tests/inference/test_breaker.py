@@ -1,0 +1,42 @@
+from expertoken.inference.breaker import Breaker
+from expertoken.inference.stops import StopTexts
+
+
+def test_after_some_failures_in_a_row_one_request_per_pause_may_try_and_pauses_grow():
+    now = 0.0
+    breaker = Breaker(failures=2, pause=10, longest=25, clock=lambda: now)
+    breaker.failed()
+    assert breaker.admits()
+    breaker.succeeded()
+    breaker.failed()
+    assert breaker.admits()
+    breaker.failed()
+    assert not breaker.admits()
+    assert breaker.is_open
+    asked = []
+    for now in range(1, 100):
+        if breaker.admits():
+            asked.append(now)
+            assert not breaker.admits()
+            breaker.failed()
+    assert asked == [10, 30, 55, 80]
+    now = 200.0
+    assert breaker.admits()
+    breaker.succeeded()
+    assert breaker.admits()
+    assert breaker.admits()
+
+
+def test_a_stop_text_is_found_wherever_pieces_fall_and_nothing_else_is_lost():
+    text = "abcSTOabSTOPxyz"
+    for size in range(1, len(text)):
+        stops = StopTexts(["STOP", "zzz"])
+        told = ""
+        for start in range(0, len(text), size):
+            told += stops.feed(text[start : start + size])
+            if stops.reached:
+                break
+        assert (told, stops.reached) == ("abcSTOab", True)
+        plain = StopTexts(["zzz"])
+        fed = "".join(plain.feed(text[start : start + size]) for start in range(0, len(text), size))
+        assert fed + plain.rest() == text
