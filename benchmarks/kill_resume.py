@@ -58,14 +58,18 @@ def main() -> None:
         build_supervision(tiny_results(), tiny_pool(base)).save(work / "supervision")
         run = (base, work / "supervision", options.steps)
         begun = time.perf_counter()
-        if start(options.config, work / "straight", *run).wait():
+        straight = start(options.config, work / "straight", *run)
+        while straight.poll() is None and not last_complete_checkpoint(work / "straight"):
+            time.sleep(0.1)
+        beginning = time.perf_counter() - begun
+        if straight.wait():
             sys.exit("the straight run failed")
         length = time.perf_counter() - begun
-        print(f"straight: {length:.0f} s", flush=True)
+        print(f"straight: {length:.0f} s, of which {beginning:.0f} to the first checkpoint", flush=True)
         for number in range(options.kills):
             process = start(options.config, work / "killed", *run)
-            # The start-up takes most of a short run, so moments are spread over all of it.
-            moment = moments.uniform(0.2, 0.9) * length
+            # Some fall into the start-up, and together the others leave something of the run for the last start.
+            moment = moments.uniform(0.5 * beginning, beginning + 1.5 * (length - beginning) / options.kills)
             try:
                 process.wait(moment)
                 print(f"kill {number + 1}: the run was through before it, after {moment:.1f} s")

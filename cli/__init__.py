@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..modeling.errors import ExpertokenError
-from . import chat, collect, evaluate, expert, label, prepare, select, train
+from . import chat, collect, evaluate, expert, label, prepare, select, serve, train
 
 app = typer.Typer(
     name="expertoken",
@@ -42,6 +42,7 @@ app.command(context_settings=train.PASS_THROUGH, add_help_option=False)(train.tr
 app.command()(evaluate.evaluate)
 app.command()(select.select)
 app.command()(chat.chat)
+app.command()(serve.serve)
 app.add_typer(expert.app, name="expert")
 
 

@@ -16,7 +16,7 @@ import torch
 from ..modeling.chat import Message, as_messages
 from ..modeling.composite import Composite, load_composite, save_composite
 from ..modeling.dispatch import Dispatch
-from ..modeling.errors import ExpertokenError, RequestRefusedError, one_line
+from ..modeling.errors import ExpertokenError, NoAnswerError, RequestRefusedError, one_line
 from ..modeling.experts import SELF
 from ..modeling.meta import end_ids
 from .backends import Backend, Generation, LocalModels, Piece, Timeouts, open_backend
@@ -167,6 +167,15 @@ class CompositeModel:
         composite = load_composite(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         return cls(composite, dtype, **options)
 
+    def observe(self, observer: Observer) -> None:
+        """Tell another observer from now on."""
+        self.observer = self._decider.observer = observer
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the meta LLM has positions for."""
+        return getattr(self.meta.plain.config, "max_position_embeddings", None) or 2**31
+
     def save_pretrained(self, path: Path | str, *, verify: bool = True) -> None:
         """Write a composite folder; see `modeling.composite.save_composite`."""
         save_composite(Composite(self.meta, self.pool, self.manifest), path, verify=verify)
@@ -288,8 +297,8 @@ class CompositeModel:
         self.observer.lost()
         reasons = "; ".join(f"{name}: {reason}" for name, reason in stream.failures.items())
         if turn.begun:
-            raise ExpertokenError(f"the answer broke off and nobody could go on with it ({reasons})")
-        raise ExpertokenError(f"no expert could answer ({reasons})")
+            raise NoAnswerError(f"the answer broke off and nobody could go on with it ({reasons})")
+        raise NoAnswerError(f"no expert could answer ({reasons})")
 
     def _order(self, ranking: Sequence[str]) -> Iterator[str]:
         """The ranking, without those that failed too often of late; they come last, where nobody else is left."""
@@ -358,7 +367,8 @@ class CompositeModel:
         turn.stream.reply = replace(
             turn.stream.reply, prompt_tokens=read, completion_tokens=written, cost=cost, seconds=turn.elapsed
         )
-        self.observer.answered(Answered(name, turn.stream.reply.first, turn.elapsed, read, written, cost))
+        chosen = decision.dispatch.expert
+        self.observer.answered(Answered(name, chosen, turn.stream.reply.first, turn.elapsed, read, written, cost))
 
 
 class _Turn:

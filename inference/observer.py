@@ -11,6 +11,7 @@ class Answered:
 
     Attributes:
         expert: who gave it.
+        chosen: who was to give it.
         first: seconds until its first piece, from the decision.
         seconds: until its end.
         prompt_tokens: read.
@@ -19,6 +20,7 @@ class Answered:
     """
 
     expert: str
+    chosen: str
     first: float
     seconds: float
     prompt_tokens: int

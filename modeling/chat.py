@@ -32,9 +32,14 @@ def as_messages(conversation: str | Sequence[Message]) -> list[Message]:
         raise ExpertokenError("a conversation needs at least one message")
     for index, message in enumerate(messages):
         known = isinstance(message, dict) and message.get("role") in ROLES
-        if not known or not _is_content(message.get("content")):
+        if not known or not (_is_content(message.get("content")) or _calls_tools(message)):
             raise ExpertokenError(f"messages[{index}]: {expected}")
     return messages
+
+
+def _calls_tools(message: Message) -> bool:
+    """An assistant's message may consist of tool calls alone."""
+    return message["role"] == "assistant" and message.get("content") is None and bool(message.get("tool_calls"))
 
 
 def _is_content(content: Any) -> bool:
@@ -53,6 +58,8 @@ def text_of(message: Message) -> str:
     Raises:
         ExpertokenError: a part is something else than text.
     """
+    if message.get("content") is None:
+        return ""
     if isinstance(message["content"], str):
         return message["content"]
     for part in message["content"]:

@@ -18,6 +18,10 @@ class RequestRefusedError(ExpertFailedError):
     """An expert refused this very request (too long, malformed); it may be well otherwise."""
 
 
+class NoAnswerError(ExpertokenError):
+    """Nobody could answer, or go on with an answer that broke off."""
+
+
 def one_line(error: BaseException) -> str:
     """The first line of an error's message that says something, or its type where none does."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

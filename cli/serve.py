@@ -1,0 +1,59 @@
+"""`expertoken serve`: a composite as an OpenAI-compatible server with a web page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    composite: Annotated[Path, typer.Argument(help="Composite folder.")],
+    host: Annotated[str, typer.Option(help="Address; off loopback only with API keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="What clients call it. Default: the folder's name.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 2048,
+    max_body: Annotated[int, typer.Option(min=1, help="Largest request, in bytes.")] = 4 * 2**20,
+    max_messages: Annotated[int, typer.Option(min=1, help="Longest conversation, in messages.")] = 512,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest conversation, in tokens. Default: the meta LLM's positions.")
+    ] = None,
+    max_concurrent: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 256,
+    rate: Annotated[int | None, typer.Option(min=1, help="Requests a minute of one key (or address).")] = None,
+    first_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for an endpoint's first piece.")] = 60.0,
+    idle_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds between two pieces of an endpoint.")] = 30.0,
+    shutdown: Annotated[int, typer.Option(min=0, help="Seconds that answers may go on when it is stopped.")] = 30,
+    log_content: Annotated[bool, typer.Option(help="Write questions and answers to the log.")] = False,
+    otel: Annotated[bool, typer.Option(help="Trace requests with OpenTelemetry (extra `otel`).")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
+) -> None:
+    """Serve a composite: POST /v1/chat/completions, GET /v1/models, /health, /ready, /metrics, a chat page at /.
+
+    API keys, separated by commas, come from the environment variable EXPERTOKEN_API_KEYS.
+    """
+    from ..modeling.errors import require_extra
+
+    require_extra("fastapi", "serve")
+    from ..inference.backends import Timeouts
+    from ..inference.composite import CompositeModel
+    from ..inference.server import Settings
+    from ..inference.server.run import run
+    from ..inference.server.settings import keys_from_environment
+
+    settings = Settings(
+        name=name or composite.resolve().name,
+        host=host,
+        api_keys=keys_from_environment(),
+        max_body=max_body,
+        max_messages=max_messages,
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        max_concurrent=max_concurrent,
+        rate=rate,
+        log_content=log_content,
+    )
+    timeouts = Timeouts(first=first_timeout, idle=idle_timeout)
+    model = CompositeModel.from_pretrained(
+        composite, device=device, trust_remote_code=trust_remote_code, timeouts=timeouts
+    )
+    run(model, settings, port=port, shutdown=shutdown, otel=otel)

@@ -1,0 +1,156 @@
+"""Answers of a composite in the form of OpenAI's API."""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...modeling.errors import ExpertokenError
+from ..backends import Piece
+from ..composite import Reply, ReplyStream
+from .guard import error_body
+from .schema import ChatRequest
+
+
+@dataclass
+class Completion:
+    """One request's answers, as they come and as a whole.
+
+    Attributes:
+        request: that is answered.
+        streams: an answer each.
+    """
+
+    request: ChatRequest
+    streams: Sequence[ReplyStream]
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def replies(self) -> list[Reply]:
+        """What was answered so far."""
+        return [stream.reply for stream in self.streams]
+
+    def usage(self) -> dict[str, int]:
+        """Tokens; what was read counts once, however many answers there are."""
+        read = max(reply.prompt_tokens for reply in self.replies)
+        written = sum(reply.completion_tokens for reply in self.replies)
+        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}
+
+    async def whole(self) -> dict[str, Any]:
+        """The response, not streamed."""
+        collected = await asyncio.gather(*(_collect(stream) for stream in self.streams))
+        choices = [{"index": index, **choice} for index, choice in enumerate(collected)]
+        body = self._head("chat.completion") | {"choices": choices, "usage": self.usage()}
+        return body | {"expertoken": [shown(reply) for reply in self.replies]} if self.request.expertoken.show else body
+
+    async def events(self, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:
+        """The response as server-sent events, from pieces as `merged` gives them."""
+        head = json.dumps(self._head("chat.completion.chunk"))[:-1]
+        begun: set[int] = set()
+        try:
+            async with aclosing(pieces):
+                async for index, piece in pieces:
+                    delta: dict[str, Any] = {} if piece.finish and not piece.tells else {"content": piece.text}
+                    if piece.tool_calls:
+                        delta = {"tool_calls": piece.tool_calls} | ({"content": piece.text} if piece.text else {})
+                    if index not in begun:
+                        begun.add(index)
+                        delta = {"role": "assistant", "content": ""} | delta
+                    choice = {"index": index, "delta": delta, "finish_reason": piece.finish}
+                    if piece.logprobs:
+                        choice["logprobs"] = piece.logprobs
+                    more = {"choices": [choice]}
+                    if self.request.expertoken.show:
+                        more["expertoken"] = shown(self.streams[index].reply)
+                    yield f"data: {head}, {json.dumps(more)[1:]}\n\n"
+            if self.request.include_usage:
+                yield f"data: {head}, {json.dumps({'choices': [], 'usage': self.usage()})[1:]}\n\n"
+        except ExpertokenError as error:
+            # The user has a part of an answer: what is missing is said in the stream, as clients look for it there.
+            yield f"data: {json.dumps(error_body(str(error), 'server_error', 'answer_broke_off'))}\n\n"
+        yield "data: [DONE]\n\n"
+
+
+async def merged(streams: Sequence[ReplyStream]) -> AsyncIterator[tuple[int, Piece]]:
+    """The pieces of several answers as they come, each with its answer's number."""
+    if len(streams) == 1:
+        async with aclosing(streams[0].pieces()) as pieces:
+            async for piece in pieces:
+                yield 0, piece
+        return
+    ready: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue(maxsize=8)
+
+    async def pump(index: int, stream: ReplyStream) -> None:
+        try:
+            async with aclosing(stream.pieces()) as pieces:
+                async for piece in pieces:
+                    await ready.put((index, piece))
+            await ready.put((index, None))
+        except ExpertokenError as error:
+            await ready.put((index, error))
+
+    pumps = [asyncio.ensure_future(pump(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        running = len(pumps)
+        while running:
+            index, piece = await ready.get()
+            if isinstance(piece, Exception):
+                raise piece
+            if piece is None:
+                running -= 1
+            else:
+                yield index, piece
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def _collect(stream: ReplyStream) -> dict[str, Any]:
+    """An answer as a choice of the response."""
+    calls: dict[int, dict[str, Any]] = {}
+    logprobs: list[Any] = []
+    async with aclosing(stream.pieces()) as pieces:
+        async for piece in pieces:
+            for delta in piece.tool_calls or ():
+                _add_call(calls, delta)
+            logprobs += (piece.logprobs or {}).get("content") or []
+    reply = stream.reply
+    message: dict[str, Any] = {"role": "assistant", "content": reply.text if reply.text or not calls else None}
+    if calls:
+        message["tool_calls"] = [calls[place] for place in sorted(calls)]
+    choice = {"message": message, "finish_reason": reply.finish}
+    return choice | {"logprobs": {"content": logprobs} if logprobs else None}
+
+
+def _add_call(calls: dict[int, dict[str, Any]], delta: dict[str, Any]) -> None:
+    """Put a part of a tool call where it belongs; names and arguments come in parts."""
+    call = calls.setdefault(
+        delta.get("index", 0), {"id": "", "type": "function", "function": {"name": "", "arguments": ""}}
+    )
+    call["id"] = delta.get("id") or call["id"]
+    for key, text in (delta.get("function") or {}).items():
+        call["function"][key] = call["function"].get(key, "") + (text or "")
+
+
+def shown(reply: Reply) -> dict[str, Any]:
+    """What stands behind an answer, for who asked for it."""
+    return {
+        "expert": reply.expert,
+        "chosen": reply.dispatch.expert,
+        "reason": reply.dispatch.reason,
+        "probabilities": reply.dispatch.probabilities,
+        "failures": reply.failures,
+        "cost": reply.cost,
+        "decided_seconds": round(reply.decided, 4),
+        "first_piece_seconds": round(reply.first, 4),
+        "seconds": round(reply.seconds, 4),
+    }

@@ -1,0 +1,140 @@
+"""What stands before every request: keys, and limits of body, rate and concurrency."""
+
+import json
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
+from typing import Any
+
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+
+from .metrics import Metrics
+from .settings import Settings
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+_OPEN = ("/health", "/ready")  # told to whoever asks: what watches a service has no key
+_GUARDED = ("/v1/", "/metrics", "/docs", "/openapi.json")
+
+
+def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's API has it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class Guard:
+    """ASGI middleware.
+
+    Args:
+        app: what is guarded.
+        settings: keys and limits.
+        metrics: are told how requests end.
+    """
+
+    def __init__(self, app: Callable, settings: Settings, metrics: Metrics) -> None:
+        self.app, self.settings, self.metrics = app, settings, metrics
+        self._running = 0
+        self._rate = None if settings.rate is None else RateLimitItemPerMinute(settings.rate)
+        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer it."""
+        path = scope.get("path", "")
+        if scope["type"] != "http" or path in _OPEN or not path.startswith(_GUARDED):
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        key = _bearer(headers.get("authorization", ""))
+        if self.settings.api_keys and not self._knows(key):
+            await _refuse(
+                send, 401, error_body("no valid API key was given", "invalid_request_error", "invalid_api_key")
+            )
+            return
+        if path != "/v1/chat/completions":
+            await self.app(scope, receive, send)
+            return
+        await self._answer(scope, receive, send, headers, key or (scope.get("client") or ("",))[0])
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], who: str) -> None:
+        """A request for an answer, within its limits."""
+        if self._rate is not None and not self._limiter.hit(self._rate, who):
+            body = error_body(
+                f"more than {self.settings.rate} requests in a minute", "rate_limit_error", "rate_limited"
+            )
+            await self._count(_refuse(send, 429, body, retry=5), 429)
+            return
+        most = self.settings.max_body
+        too_large = error_body(f"the body is larger than {most} bytes", "invalid_request_error", "too_large")
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > most:
+            await self._count(_refuse(send, 413, too_large), 413)
+            return
+        if self._running >= self.settings.max_concurrent:
+            body = error_body("too many requests at a time; come again", "overloaded_error", "overloaded")
+            await self._count(_refuse(send, 503, body, retry=1), 503)
+            return
+        read, status = 0, 500
+
+        async def limited() -> MutableMapping[str, Any]:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > most:  # a body that is sent in chunks does not tell its length
+                raise _TooLargeError
+            return message
+
+        async def noting(message: MutableMapping[str, Any]) -> None:
+            nonlocal status
+            if read > most:  # what the application makes of it is not what it was
+                return
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        self._running += 1
+        self.metrics.in_flight.inc()
+        try:
+            with suppress(_TooLargeError):
+                await self.app(scope, limited, noting)
+            if read > most:
+                status = 413
+                await _refuse(send, 413, too_large)
+        finally:
+            self._running -= 1
+            self.metrics.in_flight.dec()
+            self.metrics.requests.labels(str(status)).inc()
+
+    async def _count(self, refusal: Awaitable[None], status: int) -> None:
+        self.metrics.requests.labels(str(status)).inc()
+        await refusal
+
+    def _knows(self, key: str | None) -> bool:
+        if key is None:
+            return False
+        # All of them, each in constant time: how long it takes tells nothing.
+        found = [secrets.compare_digest(key.encode(), known.encode()) for known in self.settings.api_keys]
+        return any(found)
+
+
+class _TooLargeError(Exception):
+    """A body went over its limit while it was read."""
+
+
+def _bearer(header: str) -> str | None:
+    kind, _, key = header.partition(" ")
+    return key.strip() if kind.lower() == "bearer" and key.strip() else None
+
+
+async def _refuse(send: Send, status: int, body: dict[str, Any], retry: int | None = None) -> None:
+    content = json.dumps(body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if retry is not None:
+        headers.append((b"retry-after", str(retry).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})

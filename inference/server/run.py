@@ -1,0 +1,36 @@
+"""Running the application under uvicorn."""
+
+from types import FrameType
+
+import uvicorn
+
+from ...modeling.errors import require_extra
+from ..composite import CompositeModel
+from .app import create_app
+from .settings import Settings
+
+
+def run(composite: CompositeModel, settings: Settings, *, port: int, shutdown: int = 30, otel: bool = False) -> None:
+    """Serve until a signal comes; then take no more requests, and end when those that run are through.
+
+    Args:
+        composite: a loaded composite.
+        settings: how it is served.
+        port: 0 takes a free one.
+        shutdown: seconds that running requests may take then.
+        otel: trace requests with OpenTelemetry.
+    """
+    app = create_app(composite, settings)
+    if otel:
+        require_extra("opentelemetry.instrumentation.fastapi", "otel").FastAPIInstrumentor.instrument_app(app)
+    # uvicorn's own line for each request has the path and the address; ours tells more, and is one.
+    config = uvicorn.Config(
+        app, settings.host, port, access_log=False, log_level="info", timeout_graceful_shutdown=shutdown
+    )
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            app.state.service.draining = True
+            super().handle_exit(sig, frame)
+
+    Server(config).run()

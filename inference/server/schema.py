@@ -1,0 +1,78 @@
+"""What OpenAI's API asks with, as far as a composite can answer it."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from ..backends import Generation
+
+_PASSED = (
+    "frequency_penalty", "logit_bias", "logprobs", "parallel_tool_calls", "presence_penalty", "reasoning_effort",
+    "response_format", "tool_choice", "tools", "top_logprobs",
+)  # fmt: skip
+"""What goes to experts behind an endpoint as it is; models that run here answer in text without it."""
+
+
+class StreamOptions(BaseModel):
+    """Of a streamed answer."""
+
+    include_usage: bool = False
+
+
+class Extension(BaseModel):
+    """What a composite can be asked beyond OpenAI's API, under the key `expertoken`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    show: bool = Field(False, description="tell who answered, probabilities, failures, cost and seconds")
+    policy: dict[str, Any] | None = Field(
+        None, description="what of the composite's policy is another for this request"
+    )
+
+
+class ChatRequest(BaseModel):
+    """Body of `POST /v1/chat/completions`; fields that are not known here are ignored, as the field's servers do."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    model: Annotated[str, StringConstraints(max_length=300)]
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(1, ge=1, le=8)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, float] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    expertoken: Extension = Field(default_factory=Extension)
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a streamed answer ends with its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def generation(self, most: int, number: int = 0) -> Generation:
+        """How the `number`-th answer is generated, with at most `most` tokens."""
+        wanted = self.max_completion_tokens or self.max_tokens or most
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        extra = {name: value for name in _PASSED if (value := getattr(self, name)) is not None}
+        return Generation(
+            max_new_tokens=min(wanted, most),
+            temperature=self.temperature or 0.0,
+            top_p=self.top_p or 1.0,
+            seed=None if self.seed is None else (self.seed + number) % 2**63,
+            stop=tuple(stops),
+            extra=extra,
+        )

@@ -1,0 +1,69 @@
+"""What an operator sets."""
+
+import ipaddress
+import os
+from dataclasses import dataclass
+
+from ...modeling.errors import ExpertokenError
+
+KEYS_VARIABLE = "EXPERTOKEN_API_KEYS"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a composite is served.
+
+    Attributes:
+        name: of the composite, as clients call it; its experts are `name/expert`.
+        host: address it is bound to.
+        api_keys: one of them has to come with each request; nobody is asked where there are none.
+        max_body: bytes of a request.
+        max_messages: of a conversation.
+        max_prompt_tokens: of a conversation, as the meta LLM reads it; what its positions allow where None.
+        max_new_tokens: of an answer: the most that can be asked for, and what is given where nothing is asked for.
+        max_concurrent: requests at a time; those above are told to come again.
+        rate: requests of one key (or address) in a minute; None for no limit.
+        log_content: write questions and answers to the log.
+    """
+
+    name: str = "composite"
+    host: str = "127.0.0.1"
+    api_keys: tuple[str, ...] = ()
+    max_body: int = 4 * 2**20
+    max_messages: int = 512
+    max_prompt_tokens: int | None = None
+    max_new_tokens: int = 2048
+    max_concurrent: int = 256
+    rate: int | None = None
+    log_content: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.api_keys and not _is_loopback(self.host):
+            raise ExpertokenError(
+                f"--host {self.host} can be reached from elsewhere: put API keys, separated by commas, into the "
+                f"environment variable {KEYS_VARIABLE}, or bind to 127.0.0.1"
+            )
+
+
+def keys_from_environment() -> tuple[str, ...]:
+    """The API keys of `EXPERTOKEN_API_KEYS`.
+
+    Raises:
+        ExpertokenError: one is so short that it can be guessed.
+    """
+    keys = tuple(key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key.strip())
+    if any(len(key) < _SHORTEST_KEY for key in keys):
+        raise ExpertokenError(f"{KEYS_VARIABLE}: a key needs at least {_SHORTEST_KEY} characters")
+    return keys
+
+
+_SHORTEST_KEY = 16
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

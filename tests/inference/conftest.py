@@ -1,0 +1,67 @@
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from expertoken.inference.composite import CompositeModel
+from expertoken.modeling.composite import Composite, Manifest, describe_base
+from expertoken.modeling.experts import Expert, ExpertPool
+from expertoken.modeling.meta import MetaLLM, Source
+from expertoken.tests.inference.mock_expert import FAULTS
+
+PROMPTS = ("hello", "hello there", *(f"hello one do: {fault}" for fault in FAULTS))
+
+
+@contextmanager
+def mock_expert(name, *options, port=0):
+    """A mock expert as a process; gives the `Expert` and the process."""
+    command = [sys.executable, "-m", "expertoken.tests.inference.mock_expert", "--name", name, "--port", str(port)]
+    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
+    try:
+        port = int(process.stdout.readline())
+        yield (
+            Expert(name, "openai", "mock", base_url=f"http://127.0.0.1:{port}/v1", cost={"input": 1, "output": 2}),
+            process,
+        )
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@contextmanager
+def served(app):
+    """An application under uvicorn in a thread; gives its address."""
+    import uvicorn
+
+    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="error", access_log=False))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+
+
+def composite_of(base_folder, experts, **options):
+    """A composite that prefers its experts in their order on `PROMPTS`; self comes last."""
+    pool = ExpertPool(experts)
+    meta = MetaLLM.from_pretrained(Source(str(base_folder)), len(pool), device="cpu")
+    hidden, log_mass = meta.states([meta.encode(prompt) for prompt in PROMPTS])
+    one = torch.linalg.lstsq(hidden, torch.ones(len(hidden), 1)).solution[:, 0]
+    like_self = torch.linalg.lstsq(hidden, log_mass[:, None]).solution[:, 0]
+    meta.rows = torch.stack([like_self + (40 - 10 * index) * one for index in range(len(pool))])
+    manifest = Manifest(describe_base(meta), [expert.name for expert in pool])
+    return CompositeModel(Composite(meta, pool, manifest), **options)
+
+
+@pytest.fixture(scope="module")
+def words():
+    """Two mock experts that answer well, `one` and `two`."""
+    with mock_expert("one") as (first, _), mock_expert("two") as (second, _):
+        yield [first, second]

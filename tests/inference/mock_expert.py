@@ -1,0 +1,91 @@
+"""An expert that costs nothing to run: an OpenAI-compatible process that streams words, late or badly on demand.
+
+`python -m expertoken.tests.inference.mock_expert --port 0` prints the port it took. What it does wrong comes from
+`--fault` (always) or from the last message (`do: hang`), so that a test can ask for it turn by turn.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import socket
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+FAULTS = ("refuse", "busy", "hang", "garbage", "html", "empty", "cut", "stall", "die", "toolong")
+
+
+def chunk(delta: dict, finish: str | None = None, usage: dict | None = None) -> bytes:
+    choices = [{"index": 0, "delta": delta, "finish_reason": finish}]
+    body = {"id": "mock", "object": "chat.completion.chunk", "created": 1, "model": "mock", "choices": choices}
+    return f"data: {json.dumps(body | ({'usage': usage} if usage else {}))}\n\n".encode()
+
+
+def create(name: str, words: int, first: float, between: float, fault: str | None) -> Starlette:
+    """The application: `words` words, the first after `first` seconds, each next one after `between`."""
+
+    async def answer(request: Request) -> Response:
+        body = await request.json()
+        asked = body["messages"]
+        begun = asked[-1]["content"] if asked[-1]["role"] == "assistant" else ""
+        text = next(m["content"] for m in reversed(asked) if m["role"] == "user")
+        text = text if isinstance(text, str) else " ".join(part.get("text", "") for part in text)
+        wrong = fault or next((kind for kind in FAULTS if f"{name} do: {kind}" in text), None)
+        if wrong in ("refuse", "busy", "toolong"):
+            status = {"refuse": 500, "busy": 429, "toolong": 400}[wrong]
+            return JSONResponse({"error": {"message": "no"}}, status)
+        if wrong == "hang":
+            await asyncio.sleep(3600)
+        if wrong == "html":
+            return PlainTextResponse("<html>proxy error</html>", 200, media_type="text/html")
+        if wrong == "garbage":
+            return StreamingResponse(iter([b"data: {not json}\n\n"]), media_type="text/event-stream")
+
+        async def events():
+            done = len(begun.split())
+            count = min(words, body.get("max_tokens") or words)
+            await asyncio.sleep(first)
+            for number in range(done, 0 if wrong == "empty" else count):
+                if wrong in ("cut", "stall", "die") and number == done + 2:
+                    if wrong == "die":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    if wrong == "stall":
+                        await asyncio.sleep(3600)
+                    return
+                word = f"{' ' if number else ''}{name}{number}"
+                yield chunk({"content": word} if number > done else {"role": "assistant", "content": word})
+                await asyncio.sleep(between)
+            usage = {"prompt_tokens": 7, "completion_tokens": count, "total_tokens": 7 + count}
+            yield chunk({}, "stop", usage)
+            yield b"data: [DONE]\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    return Starlette(routes=[Route("/v1/chat/completions", answer, methods=["POST"])])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--name", default="word")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--words", type=int, default=5)
+    parser.add_argument("--first", type=float, default=0.0)
+    parser.add_argument("--between", type=float, default=0.0)
+    parser.add_argument("--fault", choices=FAULTS)
+    options = parser.parse_args()
+    listening = socket.socket()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.bind(("127.0.0.1", options.port))
+    listening.listen(1024)
+    print(listening.getsockname()[1], flush=True)  # noqa: T201 - whoever starts it reads the port
+    app = create(options.name, options.words, options.first, options.between, options.fault)
+    uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False)).run(sockets=[listening])
+
+
+if __name__ == "__main__":
+    main()

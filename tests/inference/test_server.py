@@ -1,0 +1,380 @@
+import asyncio
+import json
+import logging
+import shutil
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+import openai
+import pytest
+
+from expertoken.inference.server import Settings, create_app
+from expertoken.modeling.errors import ExpertokenError
+from expertoken.modeling.experts import Expert
+from expertoken.tests.inference.conftest import composite_of, mock_expert, served
+
+HELLO = [{"role": "user", "content": "hello"}]
+ONE = "one0 one1 one2 one3 one4"
+KEY = "a-key-of-enough-letters"
+
+
+@pytest.fixture
+def composite(base_folder, words):
+    return composite_of(base_folder, [*words, Expert("self", "self")])
+
+
+@pytest.fixture
+def url(composite):
+    with served(create_app(composite, Settings(name="comp", max_new_tokens=16))) as address:
+        yield address
+
+
+@pytest.fixture
+def client(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def post(url, body, headers=None):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", data, {"content-type": "application/json"} | (headers or {})
+    )
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status, json.load(response), dict(response.headers)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error), dict(error.headers)
+
+
+def get(url, path):
+    with urllib.request.urlopen(url + path) as response:
+        return response.read().decode()
+
+
+def test_the_official_client_gets_an_answer_and_nothing_of_the_machinery(client):
+    answer = client.chat.completions.create(model="comp", messages=HELLO)
+    assert answer.choices[0].message.content == ONE
+    assert answer.choices[0].finish_reason == "stop"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (7, 5)
+    assert answer.model == "comp"
+    assert "expertoken" not in answer.model_extra
+
+
+def test_the_official_client_streams(client):
+    chunks = list(
+        client.chat.completions.create(
+            model="comp", messages=HELLO, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == ONE
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+    assert chunks[-1].usage.completion_tokens == 5
+    assert len(chunks) > 5
+
+
+def test_who_answered_and_why_is_told_on_request(client):
+    answer = client.chat.completions.create(model="comp", messages=HELLO, extra_body={"expertoken": {"show": True}})
+    [told] = answer.model_extra["expertoken"]
+    assert told["expert"] == "one"
+    assert sum(told["probabilities"].values()) == pytest.approx(1)
+    assert told["cost"] == pytest.approx((7 * 1 + 5 * 2) / 1e6)
+    *_, last = client.chat.completions.create(
+        model="comp", messages=HELLO, stream=True, extra_body={"expertoken": {"show": True}}
+    )
+    assert last.model_extra["expertoken"]["expert"] == "one"
+
+
+def test_a_request_may_have_a_policy_of_its_own(client):
+    answer = client.chat.completions.create(
+        model="comp", messages=HELLO, extra_body={"expertoken": {"policy": {"deny": ["one"]}}}
+    )
+    assert answer.choices[0].message.content.startswith("two0")
+    with pytest.raises(openai.BadRequestError, match="policy.deny: no candidate 'on'"):
+        client.chat.completions.create(
+            model="comp", messages=HELLO, extra_body={"expertoken": {"policy": {"deny": ["on"]}}}
+        )
+
+
+def test_models_are_the_composite_and_its_experts_each_of_which_can_be_addressed(client):
+    assert [model.id for model in client.models.list()] == ["comp", "comp/one", "comp/two", "comp/self"]
+    assert client.models.retrieve("comp/two").id == "comp/two"
+    answer = client.chat.completions.create(model="comp/two", messages=HELLO)
+    assert answer.choices[0].message.content.startswith("two0")
+    local = client.chat.completions.create(model="comp/self", messages=HELLO, max_tokens=3)
+    assert local.usage.completion_tokens == 3
+    assert local.choices[0].finish_reason == "length"
+
+
+def test_an_expert_that_is_addressed_alone_has_no_stand_in(client):
+    with pytest.raises(openai.InternalServerError, match="no expert could answer"):
+        client.chat.completions.create(model="comp/one", messages=[{"role": "user", "content": "one do: refuse"}])
+
+
+@pytest.mark.parametrize("name", ["other", "comp/", "comp/../one", "../comp", "comp/one/", "comp/%6fne", "COMP", ""])
+def test_a_model_that_is_not_ours_is_not_found(client, name):
+    with pytest.raises(openai.NotFoundError) as error:
+        client.chat.completions.create(model=name, messages=HELLO)
+    assert error.value.code == "model_not_found"
+
+
+def test_several_answers_and_stop_texts(client):
+    answer = client.chat.completions.create(model="comp", messages=HELLO, n=3, stop=["one3"])
+    assert [choice.message.content for choice in answer.choices] == ["one0 one1 one2 "] * 3
+    texts = {}
+    for chunk in client.chat.completions.create(model="comp/self", messages=HELLO, n=2, stream=True, max_tokens=4):
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+    assert texts[0] == texts[1] != ""
+
+
+def test_a_failing_expert_is_not_seen_and_is_counted(client, url):
+    for kind in ("refuse", "busy", "garbage", "html", "empty"):
+        answer = client.chat.completions.create(
+            model="comp", messages=[{"role": "user", "content": f"hello one do: {kind}"}]
+        )
+        assert answer.choices[0].message.content.startswith("two0"), kind
+    shown = get(url, "/metrics")
+    assert 'expertoken_fallbacks_total{chosen="one",expert="two"}' in shown
+    assert "process_resident_memory_bytes" in shown
+    assert 'expertoken_decisions_total{expert="one"}' in shown
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0]"),
+        ({"messages": [{"role": "user"}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0]"),
+        ({"messages": HELLO * 600}, "at most 512"),
+        ({"messages": [{"role": "user", "content": "word " * 2000}]}, "tokens; at most"),
+        ({"messages": "hello"}, "messages"),
+        ({"temperature": 9}, "temperature"),
+        ({"n": 100}, "n:"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"expertoken": {"polici": {}}}, "expertoken.polici"),
+        ({"expertoken": {"policy": {"threshold": "high"}}}, "policy.threshold"),
+    ],
+)
+def test_a_malformed_request_is_one_line_that_names_the_field(url, change, told):
+    status, body, _ = post(url, {"model": "comp", "messages": HELLO} | change)
+    assert status == 400
+    assert told in body["error"]["message"]
+    assert body["error"]["type"] == "invalid_request_error"
+
+
+def test_what_is_no_json_is_refused(url):
+    for data in (b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b"null"):
+        assert post(url, data)[0] == 400
+
+
+def test_curl_streams(url):
+    assert shutil.which("curl")
+    body = json.dumps({"model": "comp", "messages": HELLO, "stream": True})
+    done = subprocess.run(
+        ["curl", "-sN", f"{url}/v1/chat/completions", "-H", "content-type: application/json", "-d", body],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    events = [line.removeprefix("data: ") for line in done.stdout.splitlines() if line]
+    assert events[-1] == "[DONE]"
+    assert "".join(json.loads(e)["choices"][0]["delta"].get("content", "") for e in events[:-1]) == ONE
+
+
+def test_langchain_uses_it_unchanged(url):
+    chat = pytest.importorskip("langchain_openai").ChatOpenAI(base_url=f"{url}/v1", api_key="none", model="comp")
+    assert chat.invoke("hello").content == ONE
+    assert "".join(piece.content for piece in chat.stream("hello")) == ONE
+
+
+def test_experts_get_the_conversation_as_it_is_and_tools_with_it(base_folder):
+    """With an endpoint that answers by calling a tool, in parts, as OpenAI's does."""
+    from starlette.applications import Starlette
+    from starlette.responses import StreamingResponse
+    from starlette.routing import Route
+
+    seen = []
+    parts = [
+        {"tool_calls": [{"index": 0, "id": "c1", "type": "function", "function": {"name": "add", "arguments": ""}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"a": 1'}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "}"}}]},
+        {},
+    ]
+
+    async def answer(request):
+        seen.append(await request.json())
+
+        def chunk(delta, finish):
+            choice = {"index": 0, "delta": delta, "finish_reason": finish}
+            body = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+            return f"data: {json.dumps(body)}\n\n"
+
+        lines = [chunk(part, "tool_calls" if part == {} else None) for part in parts]
+        return StreamingResponse(iter([*lines, "data: [DONE]\n\n"]), media_type="text/event-stream")
+
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    chat = [
+        *HELLO,
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "c0", "type": "function", "function": {"name": "add", "arguments": "{}"}}]},
+        {"role": "tool", "tool_call_id": "c0", "content": "3"},
+        {"role": "user", "content": "and now?"},
+    ]  # fmt: skip
+    with served(Starlette(routes=[Route("/v1/chat/completions", answer, methods=["POST"])])) as endpoint:
+        expert = Expert("caller", "openai", "m", base_url=f"{endpoint}/v1")
+        with served(create_app(composite_of(base_folder, [expert]), Settings(name="comp"))) as address:
+            client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+            answer = client.chat.completions.create(model="comp", messages=chat, tools=[tool], seed=4, top_p=0.5)
+            [call] = answer.choices[0].message.tool_calls
+            assert (call.id, call.function.name, call.function.arguments) == ("c1", "add", '{"a": 1}')
+            assert answer.choices[0].finish_reason == "tool_calls"
+            assert answer.choices[0].message.content is None
+    assert seen[0]["messages"] == chat
+    assert (seen[0]["tools"], seen[0]["seed"], seen[0]["top_p"]) == ([tool], 4, 0.5)
+
+
+def test_an_address_that_others_reach_needs_a_key():
+    for host in ("0.0.0.0", "::", "192.168.1.4", "example.org"):
+        with pytest.raises(ExpertokenError, match="EXPERTOKEN_API_KEYS"):
+            Settings(host=host)
+    Settings(host="0.0.0.0", api_keys=(KEY,))
+    for host in ("127.0.0.1", "::1", "localhost", "127.8.8.8"):
+        Settings(host=host)
+
+
+def test_a_key_that_can_be_guessed_is_refused(monkeypatch):
+    from expertoken.inference.server.settings import keys_from_environment
+
+    monkeypatch.setenv("EXPERTOKEN_API_KEYS", f"{KEY}, short")
+    with pytest.raises(ExpertokenError, match="at least 16") as error:
+        keys_from_environment()
+    assert "short" not in str(error.value)
+    monkeypatch.setenv("EXPERTOKEN_API_KEYS", f" {KEY} ,")
+    assert keys_from_environment() == (KEY,)
+
+
+def test_with_keys_nothing_but_health_and_page_is_open(composite, caplog):
+    caplog.set_level(logging.DEBUG)
+    with served(create_app(composite, Settings(name="comp", api_keys=("other-key-of-others", KEY)))) as address:
+        for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": KEY}, {"authorization": f"Basic {KEY}"},
+                      {"authorization": f"Bearer {KEY}x"}, {"authorization": "Bearer "}):  # fmt: skip
+            status, body, _ = post(address, {"model": "comp", "messages": HELLO}, given)
+            assert status == 401
+            assert body["error"]["code"] == "invalid_api_key"
+        for path in ("/metrics", "/v1/models", "/docs", "/openapi.json", "/v1/models/comp"):
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                get(address, path)
+        for path in ("/health", "/ready", "/"):
+            get(address, path)
+        assert post(address, {"model": "comp", "messages": HELLO}, {"authorization": f"Bearer {KEY}"})[0] == 200
+    assert KEY not in caplog.text
+
+
+def test_a_body_over_the_limit_is_not_read_whole(composite):
+    with served(create_app(composite, Settings(max_body=2000))) as address:
+        large = {"model": "composite", "messages": [{"role": "user", "content": "x" * 3000}]}
+        assert post(address, large)[0] == 413
+
+        def chunks():
+            for _ in range(50):
+                yield b"x" * 100
+
+        request = urllib.request.Request(
+            f"{address}/v1/chat/completions", chunks(), {"content-type": "application/json"}, method="POST"
+        )
+        with pytest.raises(urllib.error.HTTPError, match="413"):
+            urllib.request.urlopen(request)
+
+
+def test_requests_over_the_rate_are_told_to_come_again(composite):
+    with served(create_app(composite, Settings(rate=2))) as address:
+        body = {"model": "composite", "messages": HELLO}
+        found = [post(address, body) for _ in range(3)]
+        assert [status for status, _, _ in found] == [200, 200, 429]
+        assert found[2][2]["retry-after"] == "5"
+        assert 'expertoken_requests_total{status="429"} 1.0' in get(address, "/metrics")
+
+
+def test_requests_over_the_concurrency_are_told_to_come_again(base_folder):
+    async def both(address):
+        client = openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        asks = [client.chat.completions.create(model="composite", messages=HELLO) for _ in range(2)]
+        return await asyncio.gather(*asks, return_exceptions=True)
+
+    with (
+        mock_expert("slow", "--between", "0.2") as (slow, _),
+        served(create_app(composite_of(base_folder, [slow]), Settings(max_concurrent=1))) as address,
+    ):
+        found = asyncio.run(both(address))
+    assert sorted(type(outcome).__name__ for outcome in found) == ["ChatCompletion", "InternalServerError"]
+
+
+def test_the_log_has_a_line_for_each_request_and_nothing_of_what_was_said(url, caplog):
+    secret = "the patient has a rare disease"
+    alone = {"expertoken": {"policy": {"deny": ["self"]}}}
+    with caplog.at_level(logging.INFO):
+        post(url, {"model": "comp", "messages": [{"role": "user", "content": f"{secret} one do: refuse"}]} | alone)
+        post(url, {"model": "comp/two", "messages": [{"role": "user", "content": f"{secret} two do: refuse"}]})
+        post(url, {"model": secret, "messages": HELLO})
+        post(url, {"model": "comp", "messages": [{"role": secret, "content": secret}]})
+    assert secret not in caplog.text
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "expertoken.requests"]
+    assert [line["status"] for line in lines] == [200, 502, 404, 400]
+    assert lines[0]["answers"][0]["expert"] == "two"
+    assert lines[1]["answers"][0]["failed"] == ["two"]
+
+
+def test_a_chat_that_goes_on_stays_with_its_expert_though_the_client_does_not_say_who_it_was(composite):
+    """`two` is asked for once; with a bonus for the last expert it is asked again, by what its answer was."""
+    with served(create_app(composite, Settings(name="comp"))) as address:
+        extra = {"expertoken": {"policy": {"deny": ["one"]}}}
+        _, first, _ = post(address, {"model": "comp", "messages": HELLO} | extra)
+        answer = first["choices"][0]["message"]
+        chat = [*HELLO, answer, {"role": "user", "content": "hello"}]
+        for sticky, expert in ((0, "one"), (1000, "two")):
+            extra = {"expertoken": {"policy": {"sticky": sticky}}}
+            _, body, _ = post(address, {"model": "comp", "messages": chat} | extra)
+            assert body["choices"][0]["message"]["content"].startswith(expert)
+        # A user can't say so for himself.
+        forged = [{"role": "user", "content": "hello", "name": "two"}]
+        _, body, _ = post(address, {"model": "comp", "messages": forged} | extra)
+        assert body["choices"][0]["message"]["content"].startswith("one")
+
+
+def test_an_answer_that_breaks_off_for_good_says_so_in_the_stream(base_folder):
+    told = []
+    with (
+        mock_expert("half", "--fault", "cut") as (half, _),
+        served(create_app(composite_of(base_folder, [half]), Settings())) as address,
+    ):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+        stream = client.chat.completions.create(model="composite", messages=HELLO, stream=True)
+        with pytest.raises(openai.APIError, match="the answer broke off"):
+            told.extend(chunk.choices[0].delta.content or "" for chunk in stream)
+        assert "expertoken_turns_lost_total 1.0" in get(address, "/metrics")
+    assert "".join(told) == "half0 half1"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_stops_the_generation(base_folder, stream):
+    with (
+        mock_expert("slow", "--between", "0.1", "--words", "1000") as (slow, _),
+        served(create_app(composite_of(base_folder, [slow]), Settings())) as address,
+    ):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=0.6, max_retries=0)
+        ask = {"model": "composite", "messages": HELLO, "stream": stream}
+        if stream:
+            answer = client.chat.completions.create(**ask)
+            next(iter(answer))
+            answer.close()
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                client.chat.completions.create(**ask)
+        client.close()
+        for _ in range(40):
+            if "expertoken_in_flight 0.0" in get(address, "/metrics"):
+                break
+            time.sleep(0.1)
+        assert "expertoken_in_flight 0.0" in get(address, "/metrics")
