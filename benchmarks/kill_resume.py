@@ -50,10 +50,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=1000, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    parser.add_argument("--work", type=Path, help="keep everything in this folder; a temporary one where not given")
     options = parser.parse_args()
     moments = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
+        work = options.work or Path(name)
         base = tiny_folder(work / "base")
         build_supervision(tiny_results(), tiny_pool(base)).save(work / "supervision")
         run = (base, work / "supervision", options.steps)

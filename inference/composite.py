@@ -281,8 +281,9 @@ class CompositeModel:
                             break
                 if turn.begun or self.pool[name].backend == SELF:
                     self._breakers[name].succeeded()
-                    yield turn.end()
+                    last = turn.end()
                     self._tell_answered(name, decision, turn)
+                    yield last
                     return
                 reason, own_fault = "gave an empty answer", True
             except Exception as error:  # whatever an expert fails with, the user has a next best one

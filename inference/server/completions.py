@@ -61,6 +61,7 @@ class Completion:
                     delta: dict[str, Any] = {} if piece.finish and not piece.tells else {"content": piece.text}
                     if piece.tool_calls:
                         delta = {"tool_calls": piece.tool_calls} | ({"content": piece.text} if piece.text else {})
+                    edge = index not in begun or piece.finish
                     if index not in begun:
                         begun.add(index)
                         delta = {"role": "assistant", "content": ""} | delta
@@ -68,7 +69,7 @@ class Completion:
                     if piece.logprobs:
                         choice["logprobs"] = piece.logprobs
                     more = {"choices": [choice]}
-                    if self.request.expertoken.show:
+                    if self.request.expertoken.show and edge:  # a thousand probabilities with every word are too much
                         more["expertoken"] = shown(self.streams[index].reply)
                     yield f"data: {head}, {json.dumps(more)[1:]}\n\n"
             if self.request.include_usage:

@@ -1,0 +1,262 @@
+// The chat page: talks to this server's own /v1, keeps the chat in the browser, loads nothing from elsewhere.
+"use strict";
+
+const COLOURS = ["#3467b0", "#c8553d", "#588157", "#b08d2e", "#7d5ba6", "#2a9d8f", "#d1698c", "#6c757d"];
+const SHOWN = 7; // candidates in a bar; the others are one part
+const STORE = "expertoken-chat";
+const $ = (id) => document.getElementById(id);
+
+const state = { turns: [], models: [], controller: null };
+
+// --- what is kept over a reload ---------------------------------------------------------------------------------
+
+function save() {
+  try {
+    localStorage.setItem(STORE, JSON.stringify(state.turns));
+  } catch {
+    // The browser keeps nothing (private window, no room): the chat goes on without.
+  }
+}
+
+function restore() {
+  try {
+    state.turns = JSON.parse(localStorage.getItem(STORE)) ?? [];
+    $("machinery").checked = localStorage.getItem(`${STORE}-plain`) !== "true";
+  } catch {
+    state.turns = [];
+  }
+}
+
+// --- talking to the server --------------------------------------------------------------------------------------
+
+async function ask(path, options = {}) {
+  const key = sessionStorage.getItem("expertoken-key");
+  const headers = { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
+  const response = await fetch(path, { ...options, headers });
+  if (response.status === 401) {
+    await login();
+    return ask(path, options);
+  }
+  if (!response.ok) {
+    const body = await response.json().catch(() => ({}));
+    throw new Error(body.error?.message ?? `the server answered ${response.status}`);
+  }
+  return response;
+}
+
+function login() {
+  $("key").value = "";
+  $("login").showModal();
+  return new Promise((resolve) => {
+    $("login").onclose = () => {
+      sessionStorage.setItem("expertoken-key", $("key").value.trim());
+      resolve();
+    };
+  });
+}
+
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    rest += value;
+    const parts = rest.split("\n\n");
+    rest = parts.pop();
+    for (const part of parts) {
+      const data = part.replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      yield JSON.parse(data);
+    }
+  }
+}
+
+// --- what is seen -----------------------------------------------------------------------------------------------
+
+function colour(name) {
+  const place = state.models.indexOf(name);
+  return COLOURS[(place < 0 ? 0 : place) % COLOURS.length];
+}
+
+function percent(share) {
+  return `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
+}
+
+function parts(probabilities) {
+  const sorted = Object.entries(probabilities).sort((a, b) => b[1] - a[1]);
+  const shown = sorted.slice(0, SHOWN);
+  const others = sorted.slice(SHOWN).reduce((sum, [, share]) => sum + share, 0);
+  return others > 0 ? [...shown, [`${sorted.length - SHOWN} others`, others]] : shown;
+}
+
+function element(tag, properties, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+function draw(article, turn) {
+  article.className = turn.role;
+  article.classList.toggle("waiting", Boolean(turn.waiting));
+  article.querySelector(".text").textContent = turn.content;
+  const mark = article.querySelector(".mark");
+  mark.hidden = !turn.error;
+  mark.textContent = turn.error ?? "";
+  const why = article.querySelector(".why");
+  why.hidden = !turn.told;
+  article.querySelector(".again").hidden = turn.role !== "assistant" || Boolean(turn.waiting);
+  if (!turn.told) return;
+  const { expert, probabilities, reason, failures, cost, seconds, decided_seconds: decided } = turn.told;
+  const all = parts(probabilities);
+  article.querySelector(".who").textContent = expert;
+  const bar = article.querySelector(".bar");
+  bar.setAttribute("aria-label", all.map(([name, share]) => `${name} ${percent(share)}`).join(", "));
+  bar.replaceChildren(...all.map(([name, share]) =>
+    element("i", { style: `width:${100 * share}%;background:${colour(name)}`, title: `${name} ${percent(share)}` })));
+  const price = cost === null ? "" : ` · ${dollars(cost)}`;
+  article.querySelector(".numbers").textContent = seconds ? `${(decided + seconds).toFixed(1)} s${price}` : "";
+  const failed = Object.entries(failures).map(([name, why]) => `${name} failed: ${why}`);
+  article.querySelector(".reason").textContent = [reason, ...failed].join(". ");
+  article.querySelector(".shares").replaceChildren(...all.map(([name, share]) =>
+    element("li", {}, element("span", { textContent: name }),
+      element("span", { className: "part", style: `width:${100 * share}%;background:${colour(name)}` }),
+      element("span", { textContent: percent(share) }))));
+}
+
+function dollars(cost) {
+  return `$${cost < 0.01 ? cost.toPrecision(2) : cost.toFixed(2)}`;
+}
+
+function add(turn, index) {
+  const article = $("turn").content.firstElementChild.cloneNode(true);
+  const select = article.querySelector("select");
+  select.append(element("option", { value: "", textContent: "…" }),
+    ...state.models.map((name) => element("option", { value: name, textContent: name || "the composite" })));
+  select.onchange = () => retry(index, select.value);
+  $("chat").append(article);
+  draw(article, turn);
+  return article;
+}
+
+function drawAll() {
+  for (const article of document.querySelectorAll("article")) article.remove();
+  state.turns.forEach(add);
+  drawHead();
+}
+
+function drawHead() {
+  $("empty").hidden = state.turns.length > 0;
+  document.body.classList.toggle("plain", !$("machinery").checked);
+  const cost = state.turns.reduce((sum, turn) => sum + (turn.told?.cost ?? 0) + (turn.spent ?? 0), 0);
+  $("cost").textContent = cost ? `${dollars(cost)} so far` : "";
+}
+
+// --- what happens -----------------------------------------------------------------------------------------------
+
+async function answer(expert = "", spent = 0) {
+  const index = state.turns.length;
+  const turn = { role: "assistant", content: "", waiting: true, spent };
+  // Who gave an answer goes along: a policy may keep a chat with its expert.
+  const messages = state.turns.filter((t) => t.content).map(({ role, content, told }) =>
+    ({ role, content, ...(role === "assistant" && told ? { name: told.expert } : {}) }));
+  state.turns.push(turn);
+  const article = add(turn, index);
+  drawHead();
+  scroll();
+  state.controller = new AbortController();
+  busy(true);
+  try {
+    const body = { model: expert ? `${state.name}/${expert}` : state.name, messages, stream: true,
+      expertoken: { show: true } };
+    const options = { method: "POST", body: JSON.stringify(body), signal: state.controller.signal };
+    for await (const event of events(await ask("v1/chat/completions", options))) {
+      if (event.error) throw new Error(event.error.message);
+      turn.content += event.choices[0]?.delta.content ?? "";
+      turn.told = event.expertoken ?? turn.told;
+      draw(article, turn);
+      scroll();
+    }
+  } catch (error) {
+    turn.error = error.name === "AbortError" ? "stopped" : error.message;
+  }
+  turn.waiting = false;
+  busy(false);
+  draw(article, turn);
+  drawHead();
+  save();
+}
+
+function retry(index, expert) {
+  if (state.controller?.signal && !$("stop").hidden) return;
+  // What the thrown-away answers cost was spent all the same.
+  const spent = state.turns.slice(index).reduce((sum, turn) => sum + (turn.told?.cost ?? 0) + (turn.spent ?? 0), 0);
+  state.turns.length = index;
+  drawAll();
+  answer(expert, spent);
+}
+
+function busy(on) {
+  $("send").hidden = on;
+  $("stop").hidden = !on;
+}
+
+function scroll() {
+  const chat = $("chat");
+  if (chat.scrollHeight - chat.scrollTop - chat.clientHeight < 200) chat.scrollTop = chat.scrollHeight;
+}
+
+function send() {
+  const content = $("text").value.trim();
+  if (!content || !$("stop").hidden) return;
+  $("text").value = "";
+  grow();
+  state.turns.push({ role: "user", content });
+  add(state.turns.at(-1), state.turns.length - 1);
+  $("chat").scrollTop = $("chat").scrollHeight;
+  save();
+  answer();
+}
+
+function grow() {
+  $("text").style.height = "auto";
+  $("text").style.height = `${$("text").scrollHeight + 2}px`;
+}
+
+$("ask").onsubmit = (event) => { event.preventDefault(); send(); };
+$("text").oninput = grow;
+$("text").onkeydown = (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    send();
+  }
+};
+$("stop").onclick = () => state.controller.abort();
+$("reset").onclick = () => {
+  state.controller?.abort();
+  state.turns = [];
+  save();
+  drawAll();
+};
+$("machinery").onchange = () => {
+  localStorage.setItem(`${STORE}-plain`, String(!$("machinery").checked));
+  drawHead();
+};
+
+async function start() {
+  restore();
+  try {
+    const { data } = await (await ask("v1/models")).json();
+    state.name = data[0].id;
+    state.models = data.slice(1).map((model) => model.id.slice(state.name.length + 1));
+    $("name").textContent = state.name;
+    document.title = state.name;
+  } catch (error) {
+    $("empty").textContent = error.message;
+  }
+  for (const turn of state.turns) turn.waiting = false;
+  drawAll();
+  $("chat").scrollTop = $("chat").scrollHeight;
+}
+
+start();

@@ -1,0 +1,154 @@
+"""The chat page, in a real browser."""
+
+import os
+import shutil
+
+import pytest
+
+from expertoken.inference.server import Settings, create_app
+from expertoken.modeling.experts import Expert
+from expertoken.tests.inference.conftest import composite_of, served
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (apt-get install chromium, or set $CHROMIUM)"),
+]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def url(base_folder, words):
+    composite = composite_of(base_folder, [*words, Expert("self", "self")])
+    with served(create_app(composite, Settings(name="comp", max_new_tokens=16))) as address:
+        yield address
+
+
+@pytest.fixture
+def page(browser, url):
+    context = browser.new_context(viewport={"width": 1000, "height": 800})
+    opened = context.new_page()
+    opened.asked = []
+    opened.on("request", lambda request: opened.asked.append(request.url))
+    opened.on("pageerror", lambda error: pytest.fail(str(error)))
+    opened.goto(url)
+    yield opened
+    context.close()
+
+
+def say(page, text):
+    count = page.locator("article.assistant").count()
+    page.fill("#text", text)
+    page.press("#text", "Enter")
+    answer = page.locator("article.assistant").nth(count)
+    answer.and_(page.locator(":not(.waiting)")).wait_for()
+    return answer
+
+
+def picture(page, name):
+    """Kept where a person can look at it."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/{name}.png")
+
+
+def test_a_person_types_reads_the_answer_and_who_gave_it(page):
+    answer = say(page, "hello")
+    assert answer.locator(".text").inner_text() == "one0 one1 one2 one3 one4"
+    assert answer.locator(".who").inner_text() == "one"
+    assert "one 100 %" in answer.locator(".bar").get_attribute("aria-label")
+    assert "$" in page.locator("#cost").inner_text()
+    answer.locator("summary").click()
+    picture(page, "desktop")
+    assert "probability" in answer.locator(".reason").inner_text()
+
+
+def test_the_chat_is_there_after_a_reload_and_gone_after_a_new_one(page):
+    say(page, "hello")
+    page.reload()
+    assert page.locator("article.assistant .text").inner_text() == "one0 one1 one2 one3 one4"
+    assert page.locator("article.assistant .who").inner_text() == "one"
+    page.click("#reset")
+    assert page.locator("article").count() == 0
+    page.reload()
+    assert page.locator("article").count() == 0
+
+
+def test_another_expert_can_be_asked_again(page):
+    answer = say(page, "hello")
+    answer.locator("select").select_option("two")
+    page.locator("article.assistant .who", has_text="two").wait_for()
+    assert page.locator("article.assistant .text").inner_text() == "two0 two1 two2 two3 two4"
+    assert page.locator("article").count() == 2
+
+
+def test_the_machinery_can_be_hidden_and_stays_so(page):
+    answer = say(page, "hello")
+    page.uncheck("#machinery")
+    assert not answer.locator(".why").is_visible()
+    assert answer.locator(".text").is_visible()
+    page.reload()
+    assert not page.locator("article.assistant .why").is_visible()
+
+
+def test_a_failure_is_told_only_where_it_is_asked_for(page):
+    answer = say(page, "hello one do: refuse")
+    assert answer.locator(".text").inner_text().startswith("two0")
+    assert answer.locator(".who").inner_text() == "two"
+    answer.locator("summary").click()
+    assert "one failed: the endpoint answered 500" in answer.locator(".reason").inner_text()
+
+
+def test_text_is_text_and_never_markup(page):
+    page.fill("#text", "<img src=x onerror=alert(1)><b>hello</b>")
+    page.press("#text", "Enter")
+    page.locator("article.assistant:not(.waiting)").wait_for()
+    assert page.locator("article.user .text").inner_text() == "<img src=x onerror=alert(1)><b>hello</b>"
+    assert page.locator("article img").count() == 0
+
+
+def test_nothing_is_loaded_from_elsewhere(page, url):
+    say(page, "hello")
+    assert page.asked
+    assert all(asked.startswith(url) for asked in page.asked)
+
+
+def test_on_a_phone_everything_is_within_its_width(browser, url):
+    context = browser.new_context(viewport={"width": 360, "height": 640}, device_scale_factor=2)
+    page = context.new_page()
+    page.goto(url)
+    answer = say(page, "hello")
+    answer.locator("summary").click()
+    say(page, "hello there")
+    picture(page, "phone")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    for part in ("#text", "#send", "#machinery", "#reset"):
+        box = page.locator(part).bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 360
+    context.close()
+
+
+def test_a_server_with_keys_asks_for_one(browser, base_folder, words):
+    composite = composite_of(base_folder, words)
+    with served(create_app(composite, Settings(name="comp", api_keys=("a-key-of-enough-letters",)))) as address:
+        page = browser.new_page()
+        page.goto(address)
+        page.fill("#key", "wrong")
+        page.press("#key", "Enter")
+        page.wait_for_function("document.getElementById('login').open && !document.getElementById('key').value")
+        page.fill("#key", "a-key-of-enough-letters")
+        page.press("#key", "Enter")
+        page.locator("#name", has_text="comp").wait_for()
+        assert say(page, "hello").locator(".who").inner_text() == "one"
+        page.close()
