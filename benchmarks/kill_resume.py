@@ -6,32 +6,21 @@ command each time. Prints where each kill fell and the largest difference of any
 """
 
 import argparse
-import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 from expertoken.data_prep.supervision import build_supervision
 from expertoken.tests.tiny import tiny_folder, tiny_pool, tiny_results
-from expertoken.tests.train.launching import command, environment, trained
+from expertoken.tests.train.launching import kill, start, trained
 from expertoken.train.lora import last_complete_checkpoint
 
-RUN = ("--save_steps", "5", "--logging_steps", "1000", "--lora_dropout", "0.1", "--seed", "3",
-       "--learning_rate", "1e-3", "--warm_start", "false", "--save_total_limit", "2", "--num_train_epochs", "1000",
-       "--main_process_port", "0")  # fmt: skip
-
-
-def start(config: str, folder: Path, base: Path, data: Path, steps: int) -> subprocess.Popen:
-    """The run, in a process group of its own."""
-    given = command(config, folder, base, data, "lora", *RUN, "--max_steps", str(steps))
-    return subprocess.Popen(
-        given, env=environment(folder.parent / "cache"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
+RUN = ("--save_steps", "5", "--logging_steps", "1000", "--lora_dropout", "0.1", "--seed", "3", "--learning_rate", "1e-3",
+       "--warm_start", "false", "--save_total_limit", "2", "--num_train_epochs", "1000")  # fmt: skip
 
 
 def reached(folder: Path) -> str:
@@ -57,7 +46,7 @@ def main() -> None:
         work = options.work or Path(name)
         base = tiny_folder(work / "base")
         build_supervision(tiny_results(), tiny_pool(base)).save(work / "supervision")
-        run = (base, work / "supervision", options.steps)
+        run = (base, work / "supervision", *RUN, "--max_steps", str(options.steps))
         begun = time.perf_counter()
         straight = start(options.config, work / "straight", *run)
         while straight.poll() is None and not last_complete_checkpoint(work / "straight"):
@@ -75,9 +64,8 @@ def main() -> None:
                 process.wait(moment)
                 print(f"kill {number + 1}: the run was through before it, after {moment:.1f} s")
                 break
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            except psutil.TimeoutExpired:
+                kill(process)
             print(f"kill {number + 1} after {moment:.1f} s: {reached(work / 'killed')}", flush=True)
         if start(options.config, work / "killed", *run).wait():
             sys.exit("the killed run could not be finished")

@@ -56,16 +56,21 @@ def text_of(message: Message) -> str:
     """A message's text, its parts on lines of their own.
 
     Raises:
-        ExpertokenError: a part is something else than text.
+        ExpertokenError: a part is something else than text, or the text is no Unicode.
     """
-    if message.get("content") is None:
-        return ""
-    if isinstance(message["content"], str):
-        return message["content"]
-    for part in message["content"]:
-        if part["type"] != "text":
-            raise ExpertokenError(f"a message has a part of type {part['type']!r}; models that run here read text only")
-    return "\n".join(part["text"] for part in message["content"])
+    content = message.get("content") or ""
+    if not isinstance(content, str):
+        for part in content:
+            if part["type"] != "text":
+                raise ExpertokenError(
+                    f"a message has a part of type {part['type']!r}; models that run here read text only"
+                )
+        content = "\n".join(part["text"] for part in content)
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise ExpertokenError(f"a message's text is no Unicode ({error.reason} at character {error.start})") from None
+    return content
 
 
 def encode_chat(

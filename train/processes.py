@@ -1,15 +1,19 @@
 """Several training processes: whether they know of each other, how they load, waiting, leaving."""
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from ..modeling.errors import ExpertokenError
+from ..modeling.files import cache_folder
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -119,6 +123,37 @@ class Team:
         if isinstance(shared[0], ExpertokenError):
             raise shared[0]
         return shared[0]
+
+
+@contextmanager
+def exclusive(folder: Path, team: Team) -> Iterator[None]:
+    """Keep every other run out of a folder. The system ends the hold with the process, however that ends.
+
+    Two runs come together more easily than one thinks: whoever kills a launcher with SIGKILL leaves its processes at
+    work, and what they write mixes with what the restarted run writes.
+
+    Raises:
+        ExpertokenError: another run is at work there.
+    """
+    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    file = cache_folder("locks") / f"{key}.lock"
+    lock = FileLock(file, timeout=0)
+
+    def take() -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ExpertokenError(
+                f"{folder}: another training run writes there, maybe a process that has outlived its launcher; end it "
+                "or wait for it, or choose another --output_dir"
+            ) from None
+
+    team.agree(take)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def barrier() -> None:

@@ -19,7 +19,7 @@ from ..modeling.meta import MetaLLM, Source
 from .anywhere import Positions, own_answers
 from .arguments import ExpertokenArguments
 from .features import cached_states, encode_all
-from .processes import Team, barrier, check_offload, check_world, loading
+from .processes import Team, barrier, check_offload, check_world, exclusive, loading
 from .tokens import Fit, Problem, fit_rows, mean_score
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ class Run:
             self.supervision.info.labelling["strategy"], "cross_entropy"
         )
         check_product(arguments.output_dir, "composite")
-        check_world(arguments.world_size)
         if options.anywhere and not self.pool.has_self:
             raise ExpertokenError(
                 "--anywhere: positions inside the meta LLM's own answer need `self` in the pool; without it there is "
@@ -196,14 +195,16 @@ class Run:
 
 def train(options: ExpertokenArguments, arguments: "TrainingArguments") -> Path:
     """Run one training to its composite folder."""
-    run = Run(options, arguments)
-    outcome = run.run_tokens() if options.method == "tokens" else run.run_lora()
-    barrier()
+    check_world(arguments.world_size)
     output = Path(arguments.output_dir)
-    run.save(outcome)
-    if arguments.process_index == 0:
-        _summary(run, outcome, output)
-    barrier()
+    with exclusive(output, Team(arguments.process_index, arguments.world_size)):
+        run = Run(options, arguments)
+        outcome = run.run_tokens() if options.method == "tokens" else run.run_lora()
+        barrier()
+        run.save(outcome)
+        if arguments.process_index == 0:
+            _summary(run, outcome, output)
+        barrier()
     return output
 
 

@@ -100,7 +100,7 @@ class EndpointBackend(Backend):
             options["extra_body"] = {"continue_final_message": True, "add_generation_prompt": False}
         limit = self.timeouts.first
         repetition = Repetition(begun)
-        finished = False
+        told = finished = False
         chunks = None
         try:
             with anyio.fail_after(limit):
@@ -113,7 +113,7 @@ class EndpointBackend(Backend):
                     break
                 piece = _piece(chunk)
                 if piece.tells:
-                    limit = self.timeouts.idle
+                    told, limit = True, self.timeouts.idle
                 finished = finished or piece.finish is not None
                 yield replace(piece, text=repetition.without(piece.text, last=piece.finish is not None))
             if not finished:  # a connection that was cut between two chunks looks like an end
@@ -124,8 +124,8 @@ class EndpointBackend(Backend):
             kind = RequestRefusedError if error.status_code in _REQUESTS else ExpertFailedError
             raise kind(f"the endpoint answered {error.status_code}") from error
         except (TimeoutError, openai.APITimeoutError) as error:
-            what = "gave nothing" if limit == self.timeouts.first else "stopped in its answer"
-            raise ExpertFailedError(f"the endpoint {what} within {limit:g} s") from error
+            what = "stopped in its answer for" if told else "gave nothing within"
+            raise ExpertFailedError(f"the endpoint {what} {limit:g} s") from error
         except Exception as error:  # in mid-stream the errors of the client's HTTP library come through as they are
             # Only the kind is told: messages of the client can quote requests, and with them headers.
             raise ExpertFailedError(f"the endpoint could not be used ({type(error).__name__})") from error

@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -24,6 +26,23 @@ def command(config: str, folder: Path, base: Path, data: Path, method: str, *mor
 
 def environment(cache: Path) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "EXPERTOKEN_CACHE": str(cache)}
+
+
+def start(config: str, folder: Path, base: Path, data: Path, *more: str) -> psutil.Popen:
+    """A training run in the background, for a test that kills it."""
+    given = command(config, folder, base, data, "lora", "--main_process_port", "0", *more)
+    return psutil.Popen(
+        given, env=environment(folder.parent / "cache"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+
+
+def kill(process: psutil.Popen) -> None:
+    """SIGKILL to a launcher and all its processes: they are in sessions of their own and would outlive it."""
+    everyone = [process, *process.children(recursive=True)]
+    for one in everyone:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(everyone)
 
 
 def launch(config: str, folder: Path, base: Path, data: Path, method: str = "lora", *more: str) -> Path:

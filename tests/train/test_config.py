@@ -10,6 +10,7 @@ from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import ExpertPool
 from expertoken.train import entry, launch
 from expertoken.train.config import DEEPSPEED, RECIPES, ConfigError, parse_arguments
+from expertoken.train.processes import Team, exclusive
 
 CONFIGS = Path(expertoken.__file__).parent / "configs"
 NEEDED = ["--meta", "m", "--data", "d", "--output_dir", "o"]
@@ -185,3 +186,16 @@ def test_the_help_of_an_opposite_says_so():
     shown = " ".join(make_parser(everything=False).format_help().split())
     assert "--no_verify" in shown
     assert "The opposite of --verify." in shown
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    with exclusive(tmp_path / "c", Team()):
+        with (
+            pytest.raises(ExpertokenError, match="another training run writes there"),
+            exclusive(tmp_path / "c", Team()),
+        ):
+            pass
+        with exclusive(tmp_path / "other", Team()):
+            pass
+    with exclusive(tmp_path / "c", Team()):
+        pass

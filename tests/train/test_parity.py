@@ -2,12 +2,13 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import textwrap
 import time
+from contextlib import suppress
 
+import psutil
 import pytest
 import torch
 
@@ -20,7 +21,9 @@ from expertoken.tests.train.launching import (
     assert_same_weights,
     command,
     environment,
+    kill,
     launch,
+    start,
     trained,
 )
 from expertoken.train.lora import last_complete_checkpoint
@@ -135,20 +138,41 @@ def test_a_killed_run_goes_on_to_the_very_same_weights(tmp_path, shared, base_fo
             "--learning_rate", "1e-3", "--warm_start", "false", "--save_total_limit", "2")  # fmt: skip
     straight = launch(config, tmp_path / "straight", base_folder, supervision, "lora", *more)
     killed = tmp_path / "killed"
-    given = command(config, killed, base_folder, supervision, "lora", "--main_process_port", "0", *more)
-    process = subprocess.Popen(given, env=environment(tmp_path / "cache"), stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    process = start(config, killed, base_folder, supervision, *more)
     deadline = time.monotonic() + 200
     while not (killed.exists() and last_complete_checkpoint(killed)):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill(process)
     assert not (killed / "expertoken.json").exists()
     launch(config, killed, base_folder, supervision, "lora", *more)
     assert_same(straight, killed, rtol=0 if config != "zero3" else 1e-6)
     assert len(list(killed.glob("checkpoint-*"))) <= 3  # the two newest and the best
+
+
+def test_processes_that_outlived_their_launcher_keep_a_second_run_out(tmp_path, shared, base_folder):
+    """Whoever kills a launcher alone leaves its processes at work; what two runs write to one folder is nobody's."""
+    supervision, _ = shared
+    folder = tmp_path / "c"
+    more = ("--max_steps", "2000", "--save_steps", "5", "--num_train_epochs", "1000", "--warm_start", "false")
+    process = start("ddp", folder, base_folder, supervision, *more)
+    workers = []
+    try:
+        while not (folder.exists() and last_complete_checkpoint(folder)):
+            assert process.poll() is None
+            time.sleep(0.05)
+        workers = process.children(recursive=True)
+        process.kill()
+        again = command("ddp", folder, base_folder, supervision, "lora", "--main_process_port", "0", *more)
+        second = subprocess.run(again, env=environment(tmp_path / "cache"), capture_output=True, text=True)
+        assert second.returncode != 0
+        assert "another training run writes there, maybe a process that has outlived its launcher" in second.stderr
+    finally:
+        for worker in workers:
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
+        process.wait()
 
 
 FSDP2 = """

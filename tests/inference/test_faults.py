@@ -1,0 +1,113 @@
+"""Experts that are killed, hang, lie and break off, turn after turn: no turn may be lost, and all of it is counted."""
+
+import asyncio
+import random
+import re
+import threading
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+
+import openai
+import pytest
+from prometheus_client import generate_latest
+
+from expertoken.inference.backends import Timeouts
+from expertoken.inference.breaker import Breaker
+from expertoken.inference.policy import Policy
+from expertoken.inference.server import Settings, create_app
+from expertoken.modeling.experts import Expert
+from expertoken.tests.inference.conftest import composite_of, mock_expert, served
+from expertoken.tests.inference.mock_expert import FAULTS
+
+TURNS = 1000
+AT_A_TIME = 20
+QUICK = Timeouts(connect=0.5, first=0.5, idle=0.5, retries=0)
+
+
+def counted(shown, name):
+    """Values of a counter by its labels."""
+    found = re.findall(rf"^expertoken_{name}_total(?:{{(.*?)}})? (\S+)$", shown, re.MULTILINE)
+    return {labels: float(value) for labels, value in found}
+
+
+@contextmanager
+def kept_alive(name):
+    """A mock expert that is started again, on its port, whenever it dies; gives it and the list of its processes."""
+    with ExitStack() as stack:
+        expert, first = stack.enter_context(mock_expert(name))
+        port = int(re.search(r":(\d+)/", expert.base_url)[1])
+        processes, over = [first], threading.Event()
+
+        def watch():
+            while not over.wait(0.05):
+                if processes[-1].poll() is not None:
+                    processes.append(stack.enter_context(mock_expert(name, port=port))[1])
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        yield expert, processes
+        over.set()
+        watcher.join()
+
+
+@pytest.mark.slow
+def test_through_a_thousand_turns_with_faults_none_is_lost_and_every_fallback_is_counted(base_folder):
+    random.seed(0)
+    with kept_alive("one") as (one, processes), kept_alive("two") as (two, _), mock_expert("three") as (three, _):
+        experts = [one, two, three, Expert("self", "self")]
+        order = Policy(threshold=1.0, default="one")  # it is always asked first
+        composite = composite_of(base_folder, experts, timeouts=QUICK, policy=order)
+        for name in composite.pool.names:  # an expert that is left alone for a while would show only three faults
+            composite._breakers[name] = Breaker(failures=TURNS)
+        app = create_app(composite, Settings(max_concurrent=2 * AT_A_TIME))
+        with served(app) as address:
+            outcomes = asyncio.run(talk(address))
+        shown = generate_latest(app.state.service.metrics.registry).decode()
+        died = len(processes) - 1
+    assert not [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+    assert len(outcomes) == TURNS
+    assert counted(shown, "turns_lost") == {"": 0}
+    assert died > 3
+    # Whoever was chosen and did not answer is one fallback, and its user was told.
+    told = Counter(f'chosen="{o["chosen"]}",expert="{o["expert"]}"' for o in outcomes if o["chosen"] != o["expert"])
+    assert told == counted(shown, "fallbacks")
+    assert sum(told.values()) > TURNS / 4
+    failed = Counter(name for o in outcomes for name in o["failures"])
+    by_name = Counter()
+    for labels, value in counted(shown, "failures").items():
+        by_name[re.search('expert="(.*?)"', labels)[1]] += value
+    assert failed == by_name
+    reasons = {reason for o in outcomes for reason in o["failures"].values()}
+    for kind in ("answered 500", "answered 429", "answered 400", "gave nothing", "stopped in its answer",
+                 "was cut off", "could not be used", "gave an empty answer"):  # fmt: skip
+        assert any(kind in reason for reason in reasons), kind
+
+
+def question():
+    """With faults of the first expert in half of all turns, and of the second in a third of them."""
+    told = [f"{name} do: {random.choice(FAULTS)}" for name, share in (("one", 1 / 2), ("two", 1 / 3))
+            if random.random() < share]  # fmt: skip
+    return f"{random.random()} {' and '.join(told)}"
+
+
+async def talk(address):
+    """Every turn, some at a time, each by the official client; gives who answered, or the error."""
+    client = openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
+    slots = asyncio.Semaphore(AT_A_TIME)
+
+    async def turn():
+        async with slots:
+            stream = await client.chat.completions.create(
+                model="composite", messages=[{"role": "user", "content": question()}], stream=True, max_tokens=8,
+                extra_body={"expertoken": {"show": True}},
+            )  # fmt: skip
+            text, last = "", None
+            async for chunk in stream:
+                text += chunk.choices[0].delta.content or ""
+                last = chunk.model_extra.get("expertoken", last)
+                finish = chunk.choices[0].finish_reason
+            assert text
+            assert finish in ("stop", "length")
+            return last
+
+    return await asyncio.gather(*(turn() for _ in range(TURNS)), return_exceptions=True)
