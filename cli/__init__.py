@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..modeling.errors import ExpertokenError
-from . import chat, collect, evaluate, expert, label, prepare, select, serve, train
+from . import calibrate, chat, collect, evaluate, expert, generate, label, prepare, select, serve, train
 
 app = typer.Typer(
     name="expertoken",
@@ -43,6 +43,8 @@ app.command()(evaluate.evaluate)
 app.command()(select.select)
 app.command()(chat.chat)
 app.command()(serve.serve)
+app.command()(generate.generate)
+app.command()(calibrate.calibrate)
 app.add_typer(expert.app, name="expert")
 
 

@@ -325,6 +325,12 @@ class CompositeModel:
             async for piece in pieces:
                 yield piece
 
+    def switch_key(self, name: str) -> tuple[str, str]:
+        """Candidates in this order share what is loaded with the one before: adapters of one base lie together."""
+        expert = self.pool[name]
+        base = expert.base or self.meta.source.model if expert.backend == "adapter" else expert.model or ""
+        return base, name
+
     def backend(self, name: str) -> Backend:
         """The opened backend of a candidate.
 

@@ -15,7 +15,7 @@ import torch
 
 from .errors import ExpertokenError
 from .experts import ExpertPool
-from .files import PRODUCTS, atomic_folder, check_product, recover_folder
+from .files import PRODUCTS, atomic_file, atomic_folder, check_product, recover_folder
 from .meta import MetaLLM, Source, default_device, describe_dtype, library_versions, load_tokenizer
 from .sharding import full_shape
 
@@ -39,7 +39,7 @@ class Manifest:
         experts: names in token order.
         training: method, objective, labelling, regularisation and what they achieved.
         data: path and fingerprint of the supervision.
-        calibration: thresholds set after training; none yet.
+        calibration: what `expertoken calibrate` set: `policy` (see `inference.policy`), and on what.
         versions: of the libraries that wrote it.
         format_version: of the folder.
     """
@@ -247,6 +247,19 @@ def read_manifest(path: Path) -> Manifest:
             f"{file}: expected format_version {FORMAT_VERSION}, got {version!r}; use a matching release"
         )
     return Manifest(**{item.name: document[item.name] for item in fields(Manifest) if item.name in document})
+
+
+def write_calibration(path: Path, calibration: dict[str, Any] | None) -> None:
+    """Set what a composite folder says of its calibration; nothing else of it changes.
+
+    Raises:
+        ExpertokenError: `path` holds no composite, or can't be written.
+    """
+    read_manifest(path)
+    file = path / MANIFEST_FILE
+    document = json.loads(file.read_text("utf-8")) | {"calibration": calibration}
+    with atomic_file(file) as aside:
+        aside.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
 
 
 def load_composite(

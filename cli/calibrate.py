@@ -1,0 +1,37 @@
+"""`expertoken calibrate`: a threshold or a weight of costs from the user's own prompts."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def calibrate(
+    composite: Annotated[Path, typer.Argument(help="Composite folder.")],
+    prompts: Annotated[Path, typer.Option(help="As users ask: a text file, one a line, or a table with `query`.")],
+    share: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of requests that experts may answer; the default the rest."),
+    ] = None,
+    cost: Annotated[float | None, typer.Option(min=0, help="USD a request may cost, by the pool's prices.")] = None,
+    default: Annotated[str | None, typer.Option(help="Who answers below the threshold. Default: self.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
+) -> None:
+    """Set a composite's threshold (--share) or its weight of costs (--cost), and store it in the composite."""
+    from dataclasses import asdict
+
+    from ..data_prep.readers import read_queries
+    from ..inference.calibrate import calibrate as run
+    from ..inference.composite import CompositeModel
+    from ..modeling.composite import write_calibration
+
+    model = CompositeModel.from_pretrained(composite, device=device, trust_remote_code=trust_remote_code)
+    found = run(model, read_queries(prompts), share=share, cost=cost, default=default)
+    reached = {key: value for key, value in asdict(found).items() if key != "policy"}
+    target = {"share": share} if cost is None else {"cost": cost}
+    write_calibration(composite, {"policy": found.policy.document(), "target": target, **reached})
+    typer.echo(f"policy: {found.policy.document()}")
+    typer.echo(f"on {found.prompts} prompts: {found.share:.1%} to experts instead of the default")
+    if found.cost is not None:
+        typer.echo(f"{found.cost:.3g} USD a request expected; {found.before:.3g} before")

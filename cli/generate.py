@@ -1,0 +1,28 @@
+"""`expertoken generate`: answers for a file of conversations."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    composite: Annotated[Path, typer.Argument(help="Composite folder.")],
+    source: Annotated[Path, typer.Argument(help="JSONL: `messages`, `prompt` or `query` on each line.")],
+    out: Annotated[Path, typer.Option(help="JSONL: the same lines with `answer`, `expert`, `cost`, ...")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
+    concurrent: Annotated[int, typer.Option(min=1, help="Requests to endpoints at a time.")] = 16,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
+) -> None:
+    """Answer a file of conversations, expert by expert; the same command goes on where an interrupted one ended."""
+    from ..inference.backends import Generation
+    from ..inference.composite import CompositeModel
+    from ..inference.offline import generate_file
+
+    model = CompositeModel.from_pretrained(composite, device=device, trust_remote_code=trust_remote_code)
+    generation = Generation(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    counts = generate_file(model, source, out, generation=generation, concurrent=concurrent)
+    typer.echo(f"{out}: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))

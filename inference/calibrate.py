@@ -1,0 +1,148 @@
+"""Setting a composite's policy from its owner's own prompts: for a share of requests, or a cost of each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..modeling.errors import ExpertokenError
+from .composite import CompositeModel
+from .policy import OUTPUT_TOKENS, Policy, request_cost
+
+_STEPS = 60  # of the bisection: doubles are exact to the last digit
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was set, and what it leads to on the prompts it was set on.
+
+    Attributes:
+        policy: that was found.
+        prompts: how many they were.
+        share: of requests that experts answer instead of the default.
+        cost: USD a request, expected.
+        before: the same cost under the policy that was there; None where a price is missing.
+    """
+
+    policy: Policy
+    prompts: int
+    share: float
+    cost: float | None
+    before: float | None
+
+
+def calibrate(
+    composite: CompositeModel,
+    prompts: Sequence[str],
+    *,
+    share: float | None = None,
+    cost: float | None = None,
+    default: str | None = None,
+) -> Calibration:
+    """Find a threshold for a share of requests, or a weight of costs for a cost a request.
+
+    Args:
+        composite: with the policy that is changed.
+        prompts: as its users ask.
+        share: of requests that may go to another candidate than the default, 0 to 1.
+        cost: USD that a request may cost on average, as the pool's prices say.
+        default: who answers below the threshold; self where None.
+
+    Raises:
+        ExpertokenError: both or none of the two are given, the target can't be reached, or a price is missing.
+    """
+    if (share is None) == (cost is None):
+        raise ExpertokenError("calibrate: give either --share or --cost")
+    base = replace(composite.policy, default=default or composite.policy.default)
+    ids = [composite.meta.encode(prompt) for prompt in prompts]
+    logits = torch.cat(
+        [
+            composite.meta.candidate_logits([one], with_self=composite.pool.has_self)
+            for one in tqdm(ids, desc="prompts", delay=2)
+        ]
+    )
+    lengths = np.array([len(one) for one in ids])
+    if cost is None:
+        policy = _for_share(composite, base, logits, share)
+    else:
+        policy = _for_cost(composite, base, logits, lengths, cost)
+    chosen = _choices(composite, policy, logits, lengths)
+    fallback = policy.default or (composite.pool.self_expert.name if composite.pool.self_expert else None)
+    return Calibration(
+        policy,
+        len(prompts),
+        float(np.mean([name != fallback for name in chosen])),
+        _cost(composite, chosen, lengths),
+        _cost(composite, _choices(composite, composite.policy, logits, lengths), lengths),
+    )
+
+
+def _choices(composite: CompositeModel, policy: Policy, logits: torch.Tensor, lengths: np.ndarray) -> list[str]:
+    policy.candidates(composite.pool)
+    return [
+        policy.choose(composite.pool, row, prompt_tokens=int(length)).expert
+        for row, length in zip(logits, lengths, strict=True)
+    ]
+
+
+def _for_share(composite: CompositeModel, base: Policy, logits: torch.Tensor, share: float) -> Policy:
+    if not 0 <= share <= 1:
+        raise ExpertokenError(f"--share {share}: expected a number from 0 to 1")
+    free = replace(base, threshold=None)
+    default = base.default or (composite.pool.self_expert.name if composite.pool.self_expert else None)
+    if default is None:
+        raise ExpertokenError("--share: self is no candidate of this composite; name who answers instead, --default")
+    replace(base, threshold=0.0, default=default).candidates(composite.pool)
+    place = composite.pool.names.index(default)
+    probabilities = logits.double().softmax(-1).numpy()
+    confident = np.sort(probabilities.max(1)[probabilities.argmax(1) != place])[::-1]
+    wanted = round(share * len(logits))
+    if wanted > len(confident):
+        raise ExpertokenError(
+            f"--share {share}: experts other than {default!r} are the best on {len(confident) / len(logits):.2f} of "
+            "the prompts, and no threshold gives them more"
+        )
+    # Between the last one that is to go to an expert and the first that is not.
+    edges = np.concatenate([[1.0], confident, [0.0]])
+    threshold = float((edges[wanted] + edges[wanted + 1]) / 2) if wanted else 1.0
+    return replace(free, threshold=threshold, default=base.default)
+
+
+def _for_cost(
+    composite: CompositeModel, base: Policy, logits: torch.Tensor, lengths: np.ndarray, cost: float
+) -> Policy:
+    def spent(weight: float) -> float:
+        return _cost(composite, _choices(composite, replace(base, cost_weight=weight), logits, lengths), lengths)
+
+    if _cost(composite, composite.pool.names, np.ones(len(composite.pool.names))) is None:
+        for expert in composite.pool.candidates:
+            request_cost(expert, 1, 1)  # tells whose price is missing
+    if spent(0.0) <= cost:
+        return replace(base, cost_weight=0.0)
+    high = 1.0
+    while spent(high) > cost:
+        high *= 4
+        if high > 1e15:
+            raise ExpertokenError(f"--cost {cost:g}: the cheapest choices cost {spent(high):.3g} USD a request already")
+    low = 0.0
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(middle) > cost else (low, middle)
+    return replace(base, cost_weight=high)
+
+
+def _cost(composite: CompositeModel, chosen: Sequence[str], lengths: np.ndarray) -> float | None:
+    """USD a request, or None where a price is missing."""
+    try:
+        return float(
+            np.mean(
+                [
+                    request_cost(composite.pool[name], int(length), OUTPUT_TOKENS)
+                    for name, length in zip(chosen, lengths, strict=True)
+                ]
+            )
+        )
+    except ExpertokenError:
+        return None

@@ -1,0 +1,146 @@
+import json
+
+import pytest
+import torch
+
+from expertoken.inference import offline
+from expertoken.inference.backends import Generation
+from expertoken.inference.calibrate import calibrate
+from expertoken.inference.offline import generate_file
+from expertoken.inference.policy import OUTPUT_TOKENS, Policy, request_cost
+from expertoken.modeling.composite import read_manifest, write_calibration
+from expertoken.modeling.errors import ExpertokenError
+from expertoken.modeling.experts import Expert
+from expertoken.tests.inference.conftest import composite_of
+
+GENERATION = Generation(max_new_tokens=6)
+
+
+@pytest.fixture
+def composite(base_folder, words):
+    """Two endpoints, a local model and self; rows at random, so that everybody is chosen for something."""
+    experts = [
+        *words,
+        Expert("local", model=str(base_folder), cost={"input": 0.1, "output": 0.1}),
+        Expert("self", "self"),
+    ]
+    made = composite_of(base_folder, experts)
+    made.meta.rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(4)) + made.meta.rows.mean(0)
+    return made
+
+
+@pytest.fixture
+def source(tmp_path):
+    rows = [{"id": number, "prompt": f"question {number} of {number * 7}"} for number in range(40)]
+    rows[3] = {"id": 3, "messages": [{"role": "user", "content": "hello"}], "more": [1, 2]}
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    return tmp_path / "in.jsonl"
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_file_is_answered_in_its_order_as_a_chat_would_be(composite, source, tmp_path):
+    counts = generate_file(composite, source, tmp_path / "out.jsonl", generation=GENERATION)
+    rows = lines(tmp_path / "out.jsonl")
+    assert [row["id"] for row in rows] == list(range(40))
+    assert rows[3]["more"] == [1, 2]
+    assert sum(counts.values()) == 40
+    assert len(counts) > 1
+    for row in rows[:8]:
+        reply = composite.chat(row.get("messages") or row["prompt"], max_new_tokens=6)
+        assert (row["answer"], row["expert"]) == (reply.text, reply.expert)
+    assert list(tmp_path.glob(".*part")) == []
+
+
+def test_an_interrupted_run_goes_on_and_answers_nothing_twice(composite, source, tmp_path, monkeypatch):
+    whole = tmp_path / "whole.jsonl"
+    generate_file(composite, source, whole, generation=GENERATION)
+    monkeypatch.setattr(offline, "_BLOCK", 10)
+    answers, asked = offline._answers, []
+
+    def break_off(composite, conversations, *more):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(conversations))
+        yield from answers(composite, conversations, *more)
+
+    monkeypatch.setattr(offline, "_answers", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        generate_file(composite, source, tmp_path / "out.jsonl", generation=GENERATION)
+    assert not (tmp_path / "out.jsonl").exists()
+    part = tmp_path / ".out.jsonl.part"
+    part.write_text(part.read_text()[:-20])  # a line that was not finished
+
+    def counting(composite, conversations, *more):
+        asked.append(len(conversations))
+        yield from answers(composite, conversations, *more)
+
+    monkeypatch.setattr(offline, "_answers", counting)
+    generate_file(composite, source, tmp_path / "out.jsonl", generation=GENERATION)
+    assert sum(asked) == 41
+    assert lines(tmp_path / "out.jsonl") == lines(whole)
+
+
+def test_a_conversation_that_nobody_can_answer_is_told_and_the_others_are_answered(base_folder, words, tmp_path):
+    composite = composite_of(base_folder, words[:1])
+    rows = [{"prompt": "hello one do: refuse"}, {"prompt": "hello"}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert generate_file(composite, tmp_path / "in.jsonl", tmp_path / "out.jsonl") == {"nobody": 1, "one": 1}
+    first, second = lines(tmp_path / "out.jsonl")
+    assert "the endpoint answered 500" in first["error"]
+    assert second["answer"].startswith("one0")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("", "empty"), ('{"prompt": "a"}\n{"promt": "b"}', "line 2"), ('{"prompt": 3}', "line 1"), ("[1]", "line 1"),
+     ('{"messages": [{"role": "user"}]}', "line 1: messages[0]"), ('{"prompt": "a', "line 1")],
+)  # fmt: skip
+def test_a_malformed_file_is_one_line(composite, tmp_path, text, told):
+    (tmp_path / "in.jsonl").write_text(text)
+    with pytest.raises(ExpertokenError) as error:
+        generate_file(composite, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+PROMPTS = [f"question {number} of {number * 7}" for number in range(50)]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5])
+def test_a_threshold_gives_experts_the_share_that_was_asked_for(composite, share):
+    found = calibrate(composite, PROMPTS, share=share)
+    assert found.share == pytest.approx(share, abs=1 / len(PROMPTS))
+    composite.policy = found.policy
+    answered = [dispatch.expert != "self" for dispatch in composite.route(PROMPTS)]
+    assert sum(answered) / len(PROMPTS) == pytest.approx(found.share, abs=1 / len(PROMPTS))
+
+
+def test_a_share_that_no_threshold_gives_is_refused(composite):
+    composite.meta.rows = composite.meta.rows - 100 * composite.meta.states([composite.meta.encode("hello")])[0]
+    with pytest.raises(ExpertokenError, match="no threshold gives them more"):
+        calibrate(composite, PROMPTS, share=0.9)
+
+
+def test_a_weight_of_costs_keeps_requests_within_the_cost_that_was_asked_for(composite):
+    free = calibrate(composite, PROMPTS, cost=1.0)
+    assert free.policy.cost_weight == 0
+    found = calibrate(composite, PROMPTS, cost=free.cost / 2)
+    assert 0 < found.cost <= free.cost / 2
+    assert found.before == pytest.approx(free.cost)
+    composite.policy = found.policy
+    spent = [
+        request_cost(composite.pool[dispatch.expert], len(composite.meta.encode(prompt)), OUTPUT_TOKENS)
+        for prompt, dispatch in zip(PROMPTS, composite.route(PROMPTS), strict=True)
+    ]
+    assert sum(spent) / len(spent) == pytest.approx(found.cost)
+
+
+def test_what_was_calibrated_is_stored_in_the_composite_and_holds_when_it_is_loaded(composite, tmp_path):
+    composite.save_pretrained(tmp_path / "c", verify=False)
+    write_calibration(tmp_path / "c", {"policy": {"threshold": 0.25}, "prompts": 3})
+    assert read_manifest(tmp_path / "c").calibration["prompts"] == 3
+    loaded = type(composite).from_pretrained(tmp_path / "c", device="cpu")
+    assert loaded.policy == Policy(threshold=0.25)
