@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..modeling.errors import ExpertokenError
-from . import calibrate, chat, collect, evaluate, expert, generate, label, prepare, select, serve, train
+from . import calibrate, chat, collect, evaluate, expert, export, generate, label, prepare, select, serve, train
 
 app = typer.Typer(
     name="expertoken",
@@ -45,6 +45,7 @@ app.command()(chat.chat)
 app.command()(serve.serve)
 app.command()(generate.generate)
 app.command()(calibrate.calibrate)
+app.command()(export.export)
 app.add_typer(expert.app, name="expert")
 
 

@@ -194,3 +194,20 @@ def test_a_pool_finds_results_that_leave_the_organisation_out(results):
     assert build_supervision(results, pool).info.candidates == ["maths", "law"]
     with pytest.raises(ResultsError, match="no results under 'x' or 'org/y'"):
         build_supervision(results, ExpertPool([Expert("x", model="org/y")]))
+
+
+def test_chat_data_for_other_trainers_answers_each_query_with_its_experts_token(tmp_path, results, pool):
+    import datasets
+
+    from expertoken.data_prep.sft import export_sft
+
+    supervision = build_supervision(results, pool)
+    counts = export_sft(supervision, tmp_path / "sft")
+    loaded = datasets.load_dataset("json", data_files=str(tmp_path / "sft" / "train.jsonl"), split="train")
+    assert len(loaded) == counts["train.jsonl"]
+    for row in loaded:
+        question, answer = row["messages"]
+        wanted = "math" if question["content"].startswith("Compute") else "law"
+        assert answer == {"role": "assistant", "content": f"<|expert:{wanted}|>"}
+    described = json.loads((tmp_path / "sft" / "dataset_info.json").read_text())
+    assert all((tmp_path / "sft" / entry["file_name"]).exists() for entry in described.values())

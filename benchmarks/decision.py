@@ -1,0 +1,110 @@
+"""What a decision costs beside a bare prefill, and self's answer beside a plain one: `python benchmarks/decision.py`.
+
+SmolLM2-135M-Instruct, real questions, pools of several sizes with rows at random. In turn, question by question:
+- the bare prefill: the model's forward pass with a KV cache and logits at the last position;
+- the decision, as a chat makes it: the same with the expert rows, the distribution, and the policy;
+- an answer of the model alone (prefill and some tokens), and the composite's own answer after its decision.
+Prints medians and ratios.
+"""
+
+import argparse
+import asyncio
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from expertoken.data_prep.readers import read_results
+from expertoken.examples.smollm2 import smollm2
+from expertoken.inference.backends import Generation
+from expertoken.inference.composite import CompositeModel
+from expertoken.modeling.composite import Composite, Manifest, describe_base
+from expertoken.modeling.experts import Expert, ExpertPool
+from expertoken.modeling.meta import MetaLLM
+
+
+def composite_with(count: int, dtype: torch.dtype) -> CompositeModel:
+    """A composite whose experts are never chosen: self answers."""
+    experts = [Expert(f"expert-{index}", "openai", "m", base_url="http://127.0.0.1:9/v1") for index in range(count)]
+    meta = MetaLLM.from_pretrained(str(smollm2()), count, dtype=dtype)
+    meta.rows = torch.randn(count, meta.head.in_features, generator=torch.Generator().manual_seed(0)) * 0.01
+    pool = ExpertPool([*experts, Expert("self", "self")])
+    return CompositeModel(Composite(meta, pool, Manifest(describe_base(meta), [expert.name for expert in experts])))
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Of one call."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+async def answer(composite: CompositeModel, question: str, tokens: int) -> None:
+    """A turn of the composite."""
+    await composite.achat(question, max_new_tokens=tokens)
+
+
+async def alone(composite: CompositeModel, question: str, tokens: int) -> None:
+    """The same answer of the model alone."""
+    messages = [{"role": "user", "content": question}]
+    async for _ in composite.backend("self").stream(messages, Generation(max_new_tokens=tokens)):
+        pass
+
+
+def measure(composite: CompositeModel, questions: list[str], tokens: int) -> dict[str, list[float]]:
+    """Seconds of each way, question by question."""
+    meta = composite.meta
+    times = {name: [] for name in ("bare", "decision", "alone", "own")}
+
+    @torch.inference_mode()
+    def bare(ids: list[int]) -> None:
+        meta.plain(torch.tensor([ids]), use_cache=True, logits_to_keep=1)
+
+    for number, text in enumerate([questions[0], *questions]):  # the first is a warm-up
+        question = composite._question([{"role": "user", "content": text}], None, answer=True)
+        ways = {
+            "bare": partial(bare, question.ids),
+            "decision": partial(composite._decider.decide, [question]),
+            "alone": lambda text=text: asyncio.run(alone(composite, text, tokens)),
+            "own": lambda text=text: asyncio.run(answer(composite, text, tokens)),
+        }
+        order = [["bare", "decision"], ["alone", "own"]]
+        for pair in order if number % 2 else [pair[::-1] for pair in order]:  # who comes second finds the caches warm
+            for name in pair:
+                found = seconds(ways[name])
+                if number:
+                    times[name].append(found)
+    return times
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="has routerdc/")
+    parser.add_argument("--dtype", default="float32", help="of the meta LLM (default: %(default)s)")
+    parser.add_argument("--experts", default="7,1000", help="default: %(default)s")
+    parser.add_argument("--questions", type=int, default=40, help="default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=16, help="of an answer (default: %(default)s)")
+    options = parser.parse_args()
+    results = read_results(options.data / "routerdc", "routerdc")
+    chosen = np.random.default_rng(0).permutation(len(results))[: options.questions]
+    questions = results.queries["prompt"].iloc[chosen].tolist()
+    print("| experts | bare prefill, s | decision, s | ratio | answer alone, s | decision and own answer, s | ratio |")
+    print("|---|---|---|---|---|---|---|")
+    for count in map(int, options.experts.split(",")):
+        times = measure(composite_with(count, getattr(torch, options.dtype)), questions, options.tokens)
+        arrays = {name: np.array(values) for name, values in times.items()}
+        cells = [f"{count:,}"]
+        for first, second in (("bare", "decision"), ("alone", "own")):
+            ratios = arrays[second] / arrays[first]
+            low, middle, high = np.percentile(ratios, (10, 50, 90))
+            cells += [f"{np.median(arrays[first]):.3f}", f"{np.median(arrays[second]):.3f}"]
+            cells.append(f"{middle:.3f}x ({low:.3f} to {high:.3f})")
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""The server under load, beside its experts and beside LiteLLM's proxy: `python benchmarks/serving.py`.
+
+Mock experts answer with a latency of their own; a closed loop of clients streams from them directly, then through
+`expertoken serve` on them, then (with --litellm, the path of its command) through LiteLLM's proxy. Server, experts and
+clients are processes of their own that share this machine. Prints requests, errors, the time to the first word and to
+the end (p50, p99), what is added to the experts' own, and the server's memory after a minute and at the end.
+
+The meta LLM is a tiny random one, so that the server is what is measured; --composite takes a real one.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import psutil
+import torch
+import yaml
+
+from expertoken.modeling.composite import Composite, Manifest, describe_base, save_composite
+from expertoken.modeling.experts import Expert, ExpertPool
+from expertoken.modeling.meta import MetaLLM, Source
+from expertoken.tests.inference.conftest import mock_expert
+from expertoken.tests.tiny import tiny_folder
+
+WARM = 60  # seconds until memory is taken for the first time
+
+
+def free_port() -> int:
+    """That nobody listens on just now."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+@contextmanager
+def server(command: list[str], ready: str) -> Any:
+    """A server in a process of its own, from when it answers `ready`."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = psutil.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            if process.poll() is not None:
+                sys.exit(f"{command[0]} ended by itself")
+            try:
+                with urllib.request.urlopen(ready, timeout=1):  # noqa: S310 - http://127.0.0.1
+                    break
+            except OSError:
+                time.sleep(0.2)
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(40)
+        except psutil.TimeoutExpired:
+            process.kill()
+
+
+def tiny_composite(folder: Path, experts: list[Expert]) -> Path:
+    """A composite of a tiny random meta LLM on these experts."""
+    base = tiny_folder(folder / "base")
+    meta = MetaLLM.from_pretrained(Source(str(base)), len(experts), device="cpu")
+    meta.rows = torch.randn(len(experts), meta.head.in_features, generator=torch.Generator().manual_seed(0))
+    names = [expert.name for expert in experts]
+    save_composite(
+        Composite(meta, ExpertPool(experts), Manifest(describe_base(meta), names)), folder / "c", verify=False
+    )
+    return folder / "c"
+
+
+async def one(session: aiohttp.ClientSession, url: str, model: str, number: int) -> tuple[float, float, int]:
+    """A turn: seconds to the first word and to the end, and how many pieces came."""
+    body = {"model": model, "stream": True, "messages": [{"role": "user", "content": f"question {number}: say words"}]}
+    started, first, pieces, done = time.perf_counter(), None, 0, False
+    async with session.post(f"{url}/v1/chat/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.content:
+            if line.startswith(b"data: [DONE]"):
+                done = True
+            elif line.startswith(b"data: ") and b'"content": "' in line.replace(b'"content":"', b'"content": "'):
+                if b'"error"' in line:
+                    raise RuntimeError(line.decode())
+                if b'"content": ""' not in line and b'"content":""' not in line:
+                    pieces += 1
+                    first = first or time.perf_counter()
+    if not done or first is None:
+        raise RuntimeError("the stream was cut off")
+    return first - started, time.perf_counter() - started, pieces
+
+
+async def load(url: str, models: list[str], streams: int, duration: float, process: Any = None) -> dict[str, Any]:
+    """A closed loop of `streams` clients."""
+    ends = time.perf_counter() + duration
+    found, errors, memory = [], [], []
+
+    async def client(session: aiohttp.ClientSession, number: int) -> None:
+        await asyncio.sleep(number / streams * 2)  # not all at once
+        while time.perf_counter() < ends:
+            try:
+                found.append(await one(session, url, models[number % len(models)], len(found)))
+            except Exception as error:
+                errors.append(repr(error))
+
+    async def watch() -> None:
+        await asyncio.sleep(min(WARM, duration / 2))
+        while time.perf_counter() < ends:
+            memory.append(process.memory_info().rss)
+            await asyncio.sleep(5)
+
+    timeout = aiohttp.ClientTimeout(total=120)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+        jobs = [client(session, number) for number in range(streams)]
+        await asyncio.gather(*jobs, *([watch()] if process else []))
+    first, whole, pieces = (np.array(column) for column in zip(*found, strict=True))
+    return {
+        "requests": len(found),
+        "errors": errors,
+        "first": first,
+        "whole": whole,
+        "pieces": pieces,
+        "memory": memory,
+    }
+
+
+def tell(name: str, outcome: dict[str, Any], duration: float, own: dict[str, Any] | None) -> None:
+    """A row of the table."""
+    cells = [name, f"{outcome['requests']:,}", f"{outcome['requests'] / duration:.1f}", str(len(outcome["errors"]))]
+    for key in ("first", "whole"):
+        p50, p99 = np.percentile(outcome[key], (50, 99))
+        cells.append(f"{1000 * p50:.0f} / {1000 * p99:.0f}")
+        if own is None:
+            cells.append("")
+        else:
+            base = np.percentile(own[key], (50, 99))
+            cells.append(f"{1000 * (p50 - base[0]):+.0f} / {1000 * (p99 - base[1]):+.0f}")
+    print(f"| {' | '.join(cells)} |", flush=True)
+    for error in sorted(set(outcome["errors"]))[:3]:
+        print(f"  {error[:200]}", file=sys.stderr)
+
+
+def litellm_config(folder: Path, experts: list[Expert]) -> Path:
+    """LiteLLM's proxy on the same experts."""
+    models = [
+        {"model_name": e.name, "litellm_params": {"model": "openai/mock", "api_base": e.base_url, "api_key": "none"}}
+        for e in experts
+    ]
+    file = folder / "litellm.yaml"
+    file.write_text(yaml.safe_dump({"model_list": models}))
+    return file
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=200, help="at a time (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="through the server (default: %(default)s)")
+    parser.add_argument("--beside", type=float, default=1.0, help="minutes for the others (default: %(default)s)")
+    parser.add_argument("--words", type=int, default=20, help="of an answer (default: %(default)s)")
+    parser.add_argument(
+        "--first", type=float, default=0.5, help="an expert's seconds to the first (default: %(default)s)"
+    )
+    parser.add_argument("--between", type=float, default=0.25, help="and between two (default: %(default)s)")
+    parser.add_argument("--litellm", help="the command of LiteLLM's proxy, where it is installed")
+    options = parser.parse_args()
+    latency = ("--words", str(options.words), "--first", str(options.first), "--between", str(options.between))
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        experts = [stack.enter_context(mock_expert(word, *latency))[0] for word in ("one", "two")]
+        print("| | requests | a second | errors | first word, ms, p50 / p99 | added | whole answer, ms | added |")
+        print("|---|---|---|---|---|---|---|---|")
+        beside = 60 * options.beside
+        urls = [expert.base_url.removesuffix("/v1") for expert in experts]
+        own = asyncio.run(load(urls[0], ["mock"], options.streams, beside))
+        tell("the expert itself", own, beside, None)
+        composite = tiny_composite(folder, experts)
+        port = free_port()
+        address = f"http://127.0.0.1:{port}"
+        command = [str(Path(sys.executable).parent / "expertoken"), "serve", str(composite), "--port", str(port),
+                   "--max-concurrent", str(2 * options.streams)]  # fmt: skip
+        with server(command, f"{address}/ready") as process:
+            duration = 60 * options.minutes
+            outcome = asyncio.run(load(address, ["c"], options.streams, duration, process))
+        tell("expertoken serve", outcome, duration, own)
+        if options.litellm:
+            port = free_port()
+            address = f"http://127.0.0.1:{port}"
+            command = [options.litellm, "--config", str(litellm_config(folder, experts)), "--port", str(port)]
+            with server(command, f"{address}/health/liveliness"):
+                models = [expert.name for expert in experts]
+                tell("LiteLLM's proxy", asyncio.run(load(address, models, options.streams, beside)), beside, own)
+        early, late = outcome["memory"][0] / 2**20, outcome["memory"][-1] / 2**20
+        print(
+            f"\nmemory of the server: {early:.0f} MiB after {WARM} s, {late:.0f} at the end ({late / early - 1:+.1%})"
+        )
+        pieces = json.dumps(
+            {str(k): int(v) for k, v in zip(*np.unique(outcome["pieces"], return_counts=True), strict=True)}
+        )
+        print(f"pieces of an answer: {pieces}")
+
+
+if __name__ == "__main__":
+    main()

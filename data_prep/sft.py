@@ -1,0 +1,50 @@
+"""A supervision as chat data for other trainers: TRL reads it as it is, LLaMA-Factory by `dataset_info.json`."""
+
+import json
+from pathlib import Path
+
+from ..modeling.chat import text_of
+from ..modeling.files import atomic_folder
+from .supervision import Supervision
+
+_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+
+
+def export_sft(supervision: Supervision, out: Path | str) -> dict[str, int]:
+    """Write `train.jsonl`, `validation.jsonl` and `dataset_info.json`: each query answered by its expert's token.
+
+    Queries that self should answer, or that say nothing about who should, are left out: there is no token for them. Of
+    several winners the first in pool order is taken.
+
+    Args:
+        supervision: with one-hot or soft targets.
+        out: the folder.
+
+    Returns:
+        lines by file.
+    """
+    names = supervision.info.candidates
+    tokens = {expert.name: expert.token for expert in supervision.pool}
+    counts = {}
+    with atomic_folder(out) as folder:
+        info = {}
+        for name in ("train", "validation"):
+            side = supervision.side(name)
+            targets, _, weights = supervision.arrays(name)
+            lines = []
+            for row, (target, weight) in enumerate(zip(targets, weights, strict=True)):
+                winner = names[int(target.argmax())]
+                if weight == 0 or winner not in tokens:
+                    continue
+                asked = [{"role": m["role"], "content": text_of(m)} for m in side[row]["messages"]]
+                messages = [*asked, {"role": "assistant", "content": tokens[winner]}]
+                lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
+            file = f"{name}.jsonl"
+            (folder / file).write_text("\n".join(lines) + "\n", "utf-8")
+            info[f"expertoken_{name}"] = {
+                "file_name": file, "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": _TAGS,
+            }  # fmt: skip
+            counts[file] = len(lines)
+        (folder / "dataset_info.json").write_text(json.dumps(info, indent=2) + "\n", "utf-8")
+        (folder / "tokens.json").write_text(json.dumps(list(tokens.values()), indent=2) + "\n", "utf-8")
+    return counts

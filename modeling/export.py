@@ -1,0 +1,209 @@
+"""A composite as a plain checkpoint: LoRA merged, a row and a token for every expert, for any server to host."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tokenizers import AddedToken
+from torch import nn
+
+from .composite import POOL_FILE, load_composite
+from .dispatch import dispatch_distribution, dispatch_forward
+from .errors import ExpertokenError
+from .files import PRODUCTS, atomic_folder
+from .meta import MetaLLM, Source, load_causal_lm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+EXPORT_FILE = "expertoken_export.json"
+CONVERTER = "convert_hf_to_gguf.py"
+
+PROMPTS = (
+    "What is 2 + 2?",
+    "Name a river in Peru.",
+    "Write a SQL query that counts the customers of each city.",
+    "Is an oral contract binding? Explain in two sentences.",
+    "Translate 'good morning' into French, Spanish and German.",
+    "A train leaves at 9:40 and arrives at 12:15. How long does it take?",
+    "def fib(n):\n    # complete this function",
+    "Which drug interacts with grapefruit juice, and why?",
+)
+"""What an exported checkpoint is asked beside the composite where nothing else is given."""
+
+_NEGLIGIBLE = 1e-6  # share of the vocabulary's mass
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of a probability
+
+
+def export_checkpoint(
+    folder: Path | str,
+    out: Path | str,
+    *,
+    prompts: Sequence[str] = PROMPTS,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, int]:
+    """Write a plain Hugging Face checkpoint whose next-token distribution dispatches as the composite does.
+
+    Expert k is the token `<|expert:NAME|>`. Rows that the vocabulary has to spare are used where the model gives them
+    no probability; else the vocabulary is resized. The written folder is loaded again and compared on the prompts
+    before it takes its place.
+
+    Args:
+        folder: of the composite.
+        out: of the checkpoint.
+        prompts: to compare on; real ones of the users are best.
+        device: where that runs.
+        dtype: of the weights; as `load_composite` chooses where None.
+        trust_remote_code: allow the base model's repository to run its own code.
+
+    Returns:
+        the token ids by expert.
+
+    Raises:
+        ExpertokenError: the composite can't be exported, or the checkpoint came to other decisions (nothing is written
+            then).
+    """
+    out = Path(out)
+    for product, marker in PRODUCTS.items():
+        if (out / marker).exists():
+            raise ExpertokenError(f"{out}: holds a {product}; choose another folder for the checkpoint")
+    composite = load_composite(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    meta, pool = composite.meta, composite.pool
+    if meta.quantization:
+        raise ExpertokenError(
+            f"{folder}: was trained on a base in 4 bits, and LoRA can't be merged into it without other decisions; "
+            "serve it by `expertoken serve`, or train with --method lora"
+        )
+    encoded = [meta.encode(prompt) for prompt in prompts]
+    expected = torch.cat([meta.candidate_logits([ids], with_self=True).softmax(-1) for ids in encoded])
+    rows = meta.rows
+    _fill(meta, encoded, len(pool))
+    model = _merged(meta)
+    places = _place(model, meta.tokenizer, [expert.token for expert in pool], rows)
+    with atomic_folder(out) as aside:
+        model.save_pretrained(aside)
+        meta.tokenizer.save_pretrained(aside)
+        pool.to_yaml(aside / POOL_FILE)
+        ids = dict(zip((expert.name for expert in pool), places, strict=True))
+        document = {"experts": ids, "self": pool.self_expert.name if pool.self_expert else None}
+        (aside / EXPORT_FILE).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+        _compare(aside, places, prompts, expected, meta)
+    return ids
+
+
+def _fill(meta: MetaLLM, encoded: Sequence[Sequence[int]], count: int) -> None:
+    """Where the next `count` rows behind the tokenizer's are part of the mass of self, name all that are left.
+
+    A row that an expert takes is lost to self; a model that gives such rows some probability (one that was never
+    trained, for instance) would decide otherwise without it. So the experts' come behind them then.
+    """
+    first, size = len(meta.tokenizer), meta.vocab_size
+    if first + count > size:
+        spare = 1.0
+    else:
+        shares = []
+        for ids in encoded:
+            with torch.inference_mode():
+                logits, _ = dispatch_forward(meta.model, **meta.pad([ids]))
+            vocabulary = logits[0, : meta.vocab_size].float().softmax(-1)
+            shares.append(float(vocabulary[first : first + count].sum()))
+        spare = max(shares)
+    if spare > _NEGLIGIBLE and first < size:
+        names = [AddedToken(f"<|unused:{place}|>", special=True, normalized=False) for place in range(first, size)]
+        meta.tokenizer.add_tokens(names, special_tokens=True)
+
+
+def _merged(meta: MetaLLM) -> "PreTrainedModel":
+    """The meta LLM's model with LoRA in its weights and its own head. `meta` is of no use after it."""
+    model = meta.model
+    if meta.adapted:
+        model = model.merge_and_unload()
+    head = model.get_output_embeddings()
+    plain = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+    plain.weight, plain.bias = head.weight, head.bias
+    model.set_output_embeddings(plain)
+    return model
+
+
+@torch.no_grad()
+def _place(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", tokens: list[str], rows: torch.Tensor
+) -> list[int]:
+    """Put tokens into the tokenizer and rows into the head; gives their ids."""
+    size = model.get_output_embeddings().weight.shape[0]
+    known = set(tokenizer.get_vocab())
+    taken = [token for token in tokens if token in known]
+    if taken:
+        raise ExpertokenError(f"the tokenizer knows {', '.join(taken)} already; rename the expert")
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
+    places = tokenizer.convert_tokens_to_ids(tokens)
+    if max(places) >= size:
+        model.resize_token_embeddings(max(places) + 1, mean_resizing=False)
+    head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
+    where = torch.tensor(places, device=head.weight.device)
+    if inputs.weight is not head.weight:
+        # Never read by a composite; a server whose user types such a token reads something harmless.
+        others = torch.ones(len(inputs.weight), dtype=torch.bool, device=inputs.weight.device)
+        others[where] = False
+        inputs.weight[where] = inputs.weight[others].float().mean(0).to(inputs.weight.dtype)
+    head.weight[where] = rows.to(head.weight)
+    if head.bias is not None:
+        head.bias[where] = 0
+    return places
+
+
+def _compare(folder: Path, places: list[int], prompts: Sequence[str], expected: torch.Tensor, meta: MetaLLM) -> None:
+    """Load what was written as anybody would, and ask it.
+
+    Raises:
+        ExpertokenError: it comes to other decisions.
+    """
+    source = Source(str(folder), trust_remote_code=meta.source.trust_remote_code)
+    dtype = meta.plain.get_output_embeddings().weight.dtype
+    model, tokenizer = load_causal_lm(source, device=meta.device, dtype=dtype)
+    tolerance = _TOLERANCE.get(dtype, max(_TOLERANCE.values()))
+    size = model.get_output_embeddings().weight.shape[0]
+    order = [*sorted(set(range(size)) - set(places)), *places]
+    for prompt, wanted in zip(prompts, expected, strict=True):
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        )
+        batch = torch.tensor([ids], device=meta.device)
+        with torch.inference_mode():
+            logits, _ = dispatch_forward(model, batch, torch.ones_like(batch))
+        found = dispatch_distribution(logits[:, order].cpu(), len(order) - len(places), with_self=True)[0]
+        worst = float((found - wanted).abs().max())
+        if worst > tolerance:
+            name = prompt if len(prompt) < 60 else prompt[:60] + "..."
+            raise ExpertokenError(
+                f"the exported checkpoint decides otherwise on {name!r}: a probability differs by {worst:.3g}, at most "
+                f"{tolerance:g} is rounding; nothing was written"
+            )
+
+
+def convert_to_gguf(folder: Path | str, out: Path | str) -> None:
+    """Convert an exported checkpoint with llama.cpp's converter.
+
+    Raises:
+        ExpertokenError: the converter is not installed, or fails.
+    """
+    converter = shutil.which(CONVERTER)
+    if converter is None:
+        raise ExpertokenError(
+            f"{CONVERTER} of llama.cpp is not on the PATH; get llama.cpp, install its requirements, and add its folder"
+        )
+    command = [sys.executable, converter, str(folder), "--outfile", str(out), "--outtype", "auto"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - the user's own tool
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ExpertokenError(f"{CONVERTER} failed: {last}")

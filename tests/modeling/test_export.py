@@ -1,0 +1,133 @@
+import json
+import os
+import stat
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from expertoken.modeling import export as module
+from expertoken.modeling.composite import Composite, Manifest, describe_base, load_composite, save_composite
+from expertoken.modeling.errors import ExpertokenError
+from expertoken.modeling.experts import Expert, ExpertPool
+from expertoken.modeling.export import EXPORT_FILE, PROMPTS, convert_to_gguf, export_checkpoint
+from expertoken.modeling.meta import MetaLLM, Source
+from expertoken.tests.tiny import ARCHITECTURES, tiny_folder
+from expertoken.train.arguments import ExpertokenArguments
+from expertoken.train.lora import wrap_with_lora
+
+
+def make(tmp_path, architecture="llama-tied", count=2, lora=False):
+    """A composite on disk whose rows are as large as the vocabulary's, so that no decision is clear from the start."""
+    base = tiny_folder(tmp_path / "base", architecture)
+    return make_on(tmp_path, base, count, lora)
+
+
+def make_on(tmp_path, base, count, lora):
+    meta = MetaLLM.from_pretrained(Source(str(base)), count, device="cpu")
+    hidden, mass = meta.states([meta.encode(prompt) for prompt in PROMPTS])
+    rows = torch.linalg.lstsq(hidden, mass[:, None].expand(-1, count)).solution.T
+    meta.rows = rows + torch.randn(rows.shape, generator=torch.Generator().manual_seed(1)) * 0.3
+    if lora:
+        torch.manual_seed(0)
+        wrap_with_lora(meta, ExpertokenArguments(meta="", data=""))
+        for name, parameter in meta.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+        meta.model.eval()
+    pool = ExpertPool([*(Expert(f"e{index}", model=str(base)) for index in range(count)), Expert("self", "self")])
+    manifest = Manifest(describe_base(meta), [expert.name for expert in pool])
+    save_composite(Composite(meta, pool, manifest), tmp_path / "c", verify=False)
+    return tmp_path / "c"
+
+
+def next_token(folder, prompt):
+    """Probabilities of the whole vocabulary, as any server computes them."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    chat = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.inference_mode():
+        return tokenizer, model(**ids).logits[0, -1].softmax(-1)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_exported_checkpoint_dispatches_as_the_composite_does(tmp_path, architecture, lora):
+    folder = make(tmp_path, architecture, lora=lora)
+    composite = load_composite(folder, device="cpu")
+    prompt = "A prompt that the export was not checked on"
+    wanted = composite.meta.candidate_logits([composite.meta.encode(prompt)], with_self=True).softmax(-1)[0]
+    ids = export_checkpoint(folder, tmp_path / "out", device="cpu")
+    tokenizer, found = next_token(tmp_path / "out", prompt)
+    assert [tokenizer.convert_tokens_to_ids(f"<|expert:{name}|>") for name in ids] == list(ids.values())
+    experts = torch.stack([found[place] for place in ids.values()])
+    torch.testing.assert_close(torch.cat([experts, 1 - experts.sum(0, keepdim=True)]), wanted, atol=2e-4, rtol=1e-3)
+    assert json.loads((tmp_path / "out" / EXPORT_FILE).read_text()) == {"experts": ids, "self": "self"}
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_rows_to_spare_are_used_where_the_model_gives_them_no_probability(tmp_path, silent):
+    """The tiny tokenizer has fewer tokens than its model has rows; a trained model never gives those."""
+    folder = make(tmp_path, "llama-untied")
+    if silent:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        meta = MetaLLM.from_pretrained(Source(str(tmp_path / "base")), 1, device="cpu")
+        hidden, _ = meta.states([meta.encode(prompt) for prompt in PROMPTS])
+        away = torch.linalg.lstsq(hidden, torch.full((len(hidden), 1), -50.0)).solution[:, 0]
+        with torch.no_grad():
+            model.get_output_embeddings().weight[len(meta.tokenizer) :] = away
+        model.save_pretrained(tmp_path / "base")
+        folder = make_on(tmp_path, tmp_path / "base", 2, False)
+    size = load_composite(folder, device="cpu").meta.vocab_size
+    ids = export_checkpoint(folder, tmp_path / "out", device="cpu")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.get_output_embeddings().weight.shape[0] == (size if silent else size + 2)
+    assert (max(ids.values()) < size) == silent
+
+
+@pytest.mark.parametrize("architecture", ["llama-tied", "llama-untied", "phi-bias"])
+def test_where_they_are_too_few_the_vocabulary_grows(tmp_path, architecture):
+    folder = make(tmp_path, architecture, count=150)
+    ids = export_checkpoint(folder, tmp_path / "out", device="cpu")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.get_output_embeddings().weight.shape[0] == max(ids.values()) + 1 > 512
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == (
+        architecture == "llama-tied"
+    )
+
+
+def test_a_checkpoint_that_decides_otherwise_is_not_written(tmp_path, monkeypatch):
+    folder = make(tmp_path)
+    place = module._place
+
+    def wrongly(model, tokenizer, tokens, rows):
+        return place(model, tokenizer, tokens, rows.flip(0))
+
+    monkeypatch.setattr(module, "_place", wrongly)
+    with pytest.raises(ExpertokenError, match=r"decides otherwise on 'What is 2 \+ 2\?': a probability differs by"):
+        export_checkpoint(folder, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_it_is_not_written_over_a_composite(tmp_path):
+    folder = make(tmp_path)
+    with pytest.raises(ExpertokenError, match="holds a composite"):
+        export_checkpoint(folder, folder, device="cpu")
+    load_composite(folder, device="cpu")
+
+
+def test_the_converter_is_called_where_it_is_installed_and_named_where_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ExpertokenError, match="convert_hf_to_gguf.py of llama.cpp is not on the PATH"):
+        convert_to_gguf(tmp_path, tmp_path / "x.gguf")
+    tool = tmp_path / "convert_hf_to_gguf.py"
+    tool.write_text("#!/usr/bin/env python3\nimport sys\nopen(sys.argv[3], 'w').write(' '.join(sys.argv[1:]))\n")
+    tool.chmod(tool.stat().st_mode | stat.S_IEXEC)
+    convert_to_gguf(tmp_path / "hf", tmp_path / "x.gguf")
+    assert (tmp_path / "x.gguf").read_text() == f"{tmp_path / 'hf'} --outfile {tmp_path / 'x.gguf'} --outtype auto"
+    tool.write_text("raise SystemExit('unknown architecture')")
+    with pytest.raises(ExpertokenError, match="unknown architecture"):
+        convert_to_gguf(tmp_path, tmp_path / "x.gguf")
+    assert os.environ["PATH"] == str(tmp_path)
