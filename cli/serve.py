@@ -22,6 +22,11 @@ def serve(
     first_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for an endpoint's first piece.")] = 60.0,
     idle_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds between two pieces of an endpoint.")] = 30.0,
     shutdown: Annotated[int, typer.Option(min=0, help="Seconds that answers may go on when it is stopped.")] = 30,
+    expert_memory: Annotated[
+        float | None, typer.Option(min=0.01, help="GiB that local experts may take together; the meta LLM not counted.")
+    ] = None,
+    pin: Annotated[list[str] | None, typer.Option(help="A local expert that stays in memory; may be repeated.")] = None,
+    expert_quantization: Annotated[str | None, typer.Option(help="Of local experts: nf4 or int8.")] = None,
     log_content: Annotated[bool, typer.Option(help="Write questions and answers to the log.")] = False,
     otel: Annotated[bool, typer.Option(help="Trace requests with OpenTelemetry (extra `otel`).")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
@@ -54,6 +59,12 @@ def serve(
     )
     timeouts = Timeouts(first=first_timeout, idle=idle_timeout)
     model = CompositeModel.from_pretrained(
-        composite, device=device, trust_remote_code=trust_remote_code, timeouts=timeouts
+        composite,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        timeouts=timeouts,
+        budget=None if expert_memory is None else int(expert_memory * 2**30),
+        pinned=pin or (),
+        quantization=expert_quantization,
     )
     run(model, settings, port=port, shutdown=shutdown, otel=otel)

@@ -19,7 +19,7 @@ from ..modeling.dispatch import Dispatch
 from ..modeling.errors import ExpertokenError, NoAnswerError, RequestRefusedError, one_line
 from ..modeling.experts import SELF
 from ..modeling.meta import end_ids
-from .backends import Backend, Generation, LocalModels, Piece, Timeouts, open_backend
+from .backends import Backend, Generation, LocalModels, Piece, Timeouts, local_source, open_backend
 from .backends.local import first_token, stream_generate
 from .breaker import Breaker
 from .decider import Decider, Decision, OwnStart, Question
@@ -118,6 +118,10 @@ class CompositeModel:
         policy: how a candidate is chosen where a request says nothing else; the composite's own where None.
         timeouts: of endpoints.
         observer: is told what happens.
+        budget: bytes that the weights of local experts may take; the meta LLM's own base does not count. None for no
+            limit.
+        pinned: experts that stay in memory once they are loaded.
+        quantization: of local experts: nf4, int8 or None.
     """
 
     def __init__(
@@ -128,12 +132,16 @@ class CompositeModel:
         policy: Policy | None = None,
         timeouts: Timeouts | None = None,
         observer: Observer | None = None,
+        budget: int | None = None,
+        pinned: Sequence[str] = (),
+        quantization: str | None = None,
     ) -> None:
         self.meta, self.pool, self.manifest = composite.meta, composite.pool, composite.manifest
         self.policy = policy or Policy.parse((self.manifest.calibration or {}).get("policy"))
         self.observer = observer or Observer()
         self._timeouts = timeouts
-        self._models = LocalModels(self.meta.device, dtype)
+        bases = tuple(source for name in pinned if (source := local_source(self.pool[name], self.meta.source)))
+        self._models = LocalModels(self.meta.device, dtype, budget=budget, pinned=bases, quantization=quantization)
         self._models.add(self.meta.source, self.meta.plain, self.meta.tokenizer)
         self._backends: dict[str, Backend] = {}
         self._breakers = {name: Breaker() for name in self.pool.names}
@@ -159,7 +167,7 @@ class CompositeModel:
             device: where models go; the first accelerator, or the CPU, where not given.
             dtype: of the weights; as `load_composite` chooses where not given.
             trust_remote_code: allow the base model's repository to run its own code.
-            **options: `policy`, `timeouts` and `observer`, as the class takes them.
+            **options: `policy`, `timeouts`, `observer`, `budget`, `pinned` and `quantization`, as the class takes them.
 
         Raises:
             ExpertokenError: the folder is not a whole composite.

@@ -40,6 +40,9 @@ def default_device() -> torch.device:
     return accelerator or torch.device("cpu")
 
 
+QUANTIZATIONS = ("nf4", "int8")
+
+
 def load_causal_lm(
     source: Source,
     *,
@@ -55,7 +58,8 @@ def load_causal_lm(
         device: where to; the first accelerator, or the CPU, where not given.
         dtype: of the weights. Where not given: float32 on a CPU (bfloat16 is many times slower there), else the dtype
             the model was saved in.
-        quantization: `nf4`: linear layers in 4 bits by bitsandbytes, with double quantisation; the head stays as it is.
+        quantization: of the linear layers by bitsandbytes: `nf4` (4 bits, double quantisation) or `int8`; the head
+            stays as it is.
         attention: implementation; transformers' choice where not given.
 
     Raises:
@@ -104,9 +108,11 @@ def _quantized(name: str, device: torch.device, dtype: torch.dtype | str) -> Any
     """
     from transformers import BitsAndBytesConfig
 
-    if name != "nf4":
-        raise ExpertokenError(f"quantization: expected nf4, got {name!r}")
+    if name not in QUANTIZATIONS:
+        raise ExpertokenError(f"quantization: expected {' or '.join(QUANTIZATIONS)}, got {name!r}")
     require_extra("bitsandbytes", "train")
+    if name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
     compute = dtype if isinstance(dtype, torch.dtype) else torch.float32 if device.type == "cpu" else torch.bfloat16
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute

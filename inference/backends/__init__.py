@@ -4,9 +4,9 @@ from ...modeling.experts import Expert
 from ...modeling.meta import Source
 from .base import Backend, Generation, Piece
 from .endpoint import EndpointBackend, Timeouts
-from .local import LocalModels, same_model
+from .models import LocalModels, same_model
 
-__all__ = ["Backend", "Generation", "LocalModels", "Piece", "Timeouts", "open_backend"]
+__all__ = ["Backend", "Generation", "LocalModels", "Piece", "Timeouts", "local_source", "open_backend"]
 
 
 def open_backend(expert: Expert, models: LocalModels, meta_base: Source, timeouts: Timeouts | None = None) -> Backend:
@@ -23,10 +23,20 @@ def open_backend(expert: Expert, models: LocalModels, meta_base: Source, timeout
     """
     if expert.backend == "openai":
         return EndpointBackend(expert, timeouts)
+    base = local_source(expert, meta_base)
+    if expert.backend == "adapter":
+        return models.adapter(base, expert.model, expert.revision)
+    return models.model(base)
+
+
+def local_source(expert: Expert, meta_base: Source) -> Source | None:
+    """The model that has to be in memory for an expert to answer, or None for an endpoint."""
+    if expert.backend == "openai":
+        return None
     if expert.backend == "adapter":
         shared = not expert.base or same_model(expert.base, meta_base.model)
-        return models.adapter(meta_base if shared else Source(expert.base), expert.model, expert.revision)
+        return meta_base if shared else Source(expert.base)
     if expert.backend == "transformers":
         shared = not expert.revision and same_model(expert.model, meta_base.model)
-        return models.model(meta_base if shared else Source(expert.model, expert.revision))
-    return models.model(meta_base)
+        return meta_base if shared else Source(expert.model, expert.revision)
+    return meta_base

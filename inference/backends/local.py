@@ -4,16 +4,16 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import torch
 
 from ...modeling.chat import Message, encode_chat
-from ...modeling.errors import ExpertFailedError, ExpertokenError, one_line
-from ...modeling.meta import Source, end_ids, load_causal_lm, share_weights
+from ...modeling.errors import ExpertFailedError, one_line
+from ...modeling.meta import Source, end_ids
 from .base import Backend, Generation, Piece
+from .models import LocalModels, Resident
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -137,153 +137,91 @@ class LocalBackend(Backend):
     """A causal LM in this process.
 
     Args:
-        model: the model.
-        tokenizer: with a chat template.
-        lock: held while it generates; shared by the adapters of one base, since choosing an adapter changes the model.
-        adapter: name of the adapter to choose before each answer.
+        models: that hold it; it is in memory while it answers, and between answers where there is room.
+        source: of the model.
+        adapter: folder and revision of a LoRA adapter on it.
     """
 
-    def __init__(
-        self,
-        model: "PreTrainedModel",
-        tokenizer: "PreTrainedTokenizerBase",
-        lock: AbstractContextManager | None = None,
-        adapter: str | None = None,
-    ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.lock = lock or threading.RLock()
-        self.adapter = adapter
+    def __init__(self, models: LocalModels, source: Source, adapter: tuple[str, str | None] | None = None) -> None:
+        self.models, self.source, self._adapter = models, source, adapter
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        """The model that answers, loaded where it is not."""
+        with self.models.lease(self.source) as resident:
+            return resident.adapted if self._adapter else resident.model
 
     @contextmanager
-    def _ready(self) -> Iterator[None]:
-        with self.lock:
-            if self.adapter is not None:
-                self.model.set_adapter(self.adapter, inference_mode=True)
+    def _turn(self, resident: Resident) -> Iterator[None]:
+        """The model to oneself: choosing an adapter, or a seed, changes it for everybody."""
+        with resident.turn:
+            if self._adapter is not None:
+                slot = self.models.slot(resident, self.source, *self._adapter)
+                resident.adapted.set_adapter(slot, inference_mode=True)
             yield
 
-    def _encode(self, messages: Sequence[Message], begun: str = "") -> list[int]:
-        return encode_chat(self.tokenizer, messages, self.model.get_input_embeddings().weight.shape[0], begun=begun)
+    def _model(self, resident: Resident) -> "PreTrainedModel":
+        if self._adapter is None:
+            return resident.model
+        self.models.slot(resident, self.source, *self._adapter)
+        return resident.adapted
+
+    def _encode(self, resident: Resident, messages: Sequence[Message], begun: str = "") -> list[int]:
+        rows = resident.model.get_input_embeddings().weight.shape[0]
+        return encode_chat(resident.tokenizer, messages, rows, begun=begun)
 
     async def stream(
         self, messages: Sequence[Message], generation: Generation, *, begun: str = ""
     ) -> AsyncIterator[Piece]:
         """The answer in pieces."""
-        ids = torch.tensor([self._encode(messages, begun)], device=self.model.device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        generating = stream_generate(self.model, self.tokenizer, inputs, generation, ready=self._ready())
-        async with aclosing(generating) as pieces:
-            async for piece in pieces:
-                yield piece
+        resident = await self._acquired()
+        try:
+            model = self._model(resident)
+            ids = torch.tensor([self._encode(resident, messages, begun)], device=model.device)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            generating = stream_generate(model, resident.tokenizer, inputs, generation, ready=self._turn(resident))
+            async with aclosing(generating) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            self.models.release(resident)
+
+    async def _acquired(self) -> Resident:
+        """The model, which may have to be loaded, while this loop goes on with other answers."""
+        waiting = asyncio.ensure_future(asyncio.to_thread(self.models.acquire, self.source))
+        try:
+            return await asyncio.shield(waiting)
+        except asyncio.CancelledError:  # nobody wants the answer any more, but the model will come all the same
+            waiting.add_done_callback(lambda task: task.exception() or self.models.release(task.result()))
+            raise
 
     def complete(
         self, conversations: Sequence[Sequence[Message]], generation: Generation, batch_size: int = 32
     ) -> list[str]:
         """Answers of many conversations, in left-padded batches of like length."""
-        encoded = [self._encode(messages) for messages in conversations]
-        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-        answers = [""] * len(encoded)
-        with self._ready():
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                for index, answer in zip(chosen, self._batch([encoded[i] for i in chosen], generation), strict=True):
-                    answers[index] = answer
+        with self.models.lease(self.source) as resident:
+            model = self._model(resident)
+            encoded = [self._encode(resident, messages) for messages in conversations]
+            order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+            answers = [""] * len(encoded)
+            with self._turn(resident):
+                for start in range(0, len(order), batch_size):
+                    chosen = order[start : start + batch_size]
+                    texts = _generate_batch(model, resident.tokenizer, [encoded[i] for i in chosen], generation)
+                    for index, text in zip(chosen, texts, strict=True):
+                        answers[index] = text
         return answers
 
-    @torch.inference_mode()
-    def _batch(self, sequences: list[list[int]], generation: Generation) -> list[str]:
-        longest = max(map(len, sequences))
-        pad = self.tokenizer.pad_token_id or 0
-        ids = torch.tensor([[pad] * (longest - len(s)) + s for s in sequences], device=self.model.device)
-        mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences], device=self.model.device)
-        if generation.seed is not None:
-            torch.manual_seed(generation.seed)
-        output = self.model.generate(
-            input_ids=ids, attention_mask=mask, pad_token_id=pad, **generation_options(generation)
-        )
-        return self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
 
-
-class LocalModels:
-    """The local models of one composite: each base is loaded once and shared.
-
-    Args:
-        device: where models go.
-        dtype: of their weights.
-    """
-
-    def __init__(self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None) -> None:
-        self.device, self.dtype = device, dtype
-        self._bases: dict[Source, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
-        self._adapted: dict[Source, tuple[Any, AbstractContextManager]] = {}
-        self.lock = threading.RLock()
-
-    def add(self, source: Source, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Make a loaded model known, so that nobody loads it again."""
-        self._bases[_resolved(source)] = (model, tokenizer)
-
-    def base(self, source: Source) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-        """A model and its tokenizer, loaded where they are not yet."""
-        source = _resolved(source)
-        with self.lock:
-            if source not in self._bases:
-                try:
-                    self._bases[source] = load_causal_lm(source, device=self.device, dtype=self.dtype)
-                except ExpertokenError as error:
-                    raise ExpertFailedError(str(error)) from error
-            return self._bases[source]
-
-    def model(self, source: Source) -> LocalBackend:
-        """A backend that answers with a model as it is."""
-        return LocalBackend(*self.base(source))
-
-    def adapter(self, base: Source, folder: str, revision: str | None = None) -> LocalBackend:
-        """A backend that answers with a LoRA adapter on a base; adapters of one base share one model.
-
-        The adapted model has the base's very tensors but modules of its own, so that the base stays as it is.
-
-        Raises:
-            ExpertFailedError: the adapter is missing or does not fit the base.
-        """
-        from peft import PeftModel
-
-        model, tokenizer = self.base(base)
-        key = _resolved(base)
-        if not (Path(folder) / "adapter_config.json").exists() and Path(folder).exists():
-            raise ExpertFailedError(f"{folder}: no adapter_config.json in it; expected a PEFT adapter")
-        with self.lock:
-            try:
-                if key in self._adapted:
-                    adapted, lock = self._adapted[key]
-                    slot = f"expert_{len(adapted.peft_config)}"
-                    with lock:
-                        _load_into(adapted, folder, slot, revision)
-                else:
-                    slot = "expert_0"
-                    adapted = PeftModel.from_pretrained(share_weights(model), folder, slot, revision=revision)
-                    lock = threading.RLock()
-                    self._adapted[key] = (adapted, lock)
-            except Exception as error:  # PEFT raises ValueError, RuntimeError, KeyError, SafetensorError, ... alike
-                raise ExpertFailedError(
-                    f"adapter {folder} does not fit the base {base.model}: {one_line(error)}"
-                ) from error
-        return LocalBackend(adapted.eval(), tokenizer, lock, slot)
-
-
-def _load_into(adapted: Any, folder: str, slot: str, revision: str | None) -> None:
-    """Load one more adapter; one that can't be loaded leaves nothing behind in the shared model."""
-    try:
-        adapted.load_adapter(folder, slot, revision=revision)
-    except Exception:
-        if slot in adapted.peft_config:  # PEFT puts the layers in before it reads the weights
-            adapted.delete_adapter(slot)
-        raise
-
-
-def same_model(one: str, other: str) -> bool:
-    """Whether two names (hub ids, or paths in any spelling) are of one model."""
-    return _resolved(Source(one)) == _resolved(Source(other))
-
-
-def _resolved(source: Source) -> Source:
-    path = Path(source.model).expanduser()
-    return Source(str(path.resolve()), source.revision, source.trust_remote_code) if path.exists() else source
+@torch.inference_mode()
+def _generate_batch(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", sequences: list[list[int]], generation: Generation
+) -> list[str]:
+    longest = max(map(len, sequences))
+    pad = tokenizer.pad_token_id or 0
+    ids = torch.tensor([[pad] * (longest - len(s)) + s for s in sequences], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences], device=model.device)
+    if generation.seed is not None:
+        torch.manual_seed(generation.seed)
+    output = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **generation_options(generation))
+    return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)

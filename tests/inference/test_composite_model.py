@@ -7,9 +7,8 @@ from typing import ClassVar
 import pytest
 import torch
 
-from expertoken.inference.backends import open_backend
+from expertoken.inference.backends import LocalModels, open_backend
 from expertoken.inference.backends.base import Backend, Generation, Piece
-from expertoken.inference.backends.local import LocalModels
 from expertoken.inference.composite import CompositeModel
 from expertoken.inference.loop import BackgroundLoop
 from expertoken.inference.policy import Policy

@@ -1,0 +1,295 @@
+"""Local models in memory: each base once, as many as there is room for, the ones that are used least make room."""
+
+import gc
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...modeling.errors import ExpertFailedError, ExpertokenError, one_line
+from ...modeling.meta import Source, load_causal_lm, share_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .local import LocalBackend
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE = 2.0  # seconds that a model may be waited for before those that are used make room for it
+
+
+@dataclass
+class Resident:
+    """A model in memory.
+
+    Attributes:
+        model: as it is.
+        tokenizer: of the model.
+        size: bytes of its weights.
+        pinned: whether it stays.
+        users: answers that are being given by it.
+        used: when the last of them began or ended.
+        turn: held while it generates.
+        adapted: the same weights with LoRA adapters, or None.
+        slots: the adapters, by folder and revision.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    size: int
+    pinned: bool = False
+    users: int = 0
+    used: float = field(default_factory=time.monotonic)
+    turn: AbstractContextManager = field(default_factory=threading.RLock)
+    adapted: Any = None
+    slots: dict[tuple[str, str | None], str] = field(default_factory=dict)
+
+
+class LocalModels:
+    """The local models of one composite.
+
+    Whoever answers holds a lease. Without room for a model that is not in memory, those nobody has a lease of go, the
+    one that was used longest ago first. Where all are used, the newcomer waits; after a while no new lease of the one
+    that is to go is given, so that a busy model can't keep another out for good. All who wait for one model get it by
+    one loading: the order of the work is changed so that little is switched (CoServe, arXiv 2503.02354).
+
+    Args:
+        device: where models go.
+        dtype: of their weights.
+        budget: bytes that the weights of models that are not pinned may take; None for no limit.
+        pinned: models that stay once they are loaded.
+        quantization: of models that are loaded here: nf4, int8 or None.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        *,
+        budget: int | None = None,
+        pinned: tuple[Source, ...] = (),
+        quantization: str | None = None,
+    ) -> None:
+        self.device, self.dtype, self.budget, self.quantization = device, dtype, budget, quantization
+        self.loads = 0
+        self._pinned = {_resolved(source) for source in pinned}
+        self._residents: dict[Source, Resident] = {}
+        self._sizes: dict[Source, int] = {}
+        self._waiting: dict[Source, float] = {}
+        self._loading: dict[Source, int] = {}
+        self._changed = threading.Condition(threading.RLock())
+
+    def add(self, source: Source, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Make a loaded model known, so that nobody loads it again. It stays, and takes nothing of the budget."""
+        self._residents[_resolved(source)] = Resident(model, tokenizer, 0, pinned=True)
+
+    @property
+    def resident(self) -> list[Source]:
+        """What is in memory."""
+        with self._changed:
+            return list(self._residents)
+
+    @contextmanager
+    def lease(self, source: Source) -> Iterator[Resident]:
+        """A model that stays in memory within the block. Errors as in `acquire`."""
+        resident = self.acquire(source)
+        try:
+            yield resident
+        finally:
+            self.release(resident)
+
+    def acquire(self, source: Source) -> Resident:
+        """A model that stays in memory until it is released; loaded where it is not, which may wait for room.
+
+        Raises:
+            ExpertFailedError: it can't be loaded, or is larger than the whole budget.
+        """
+        source = _resolved(source)
+        while True:
+            with self._changed:
+                resident = self._residents.get(source)
+                if resident is not None and not self._is_to_go(source):
+                    self._waiting.pop(source, None)
+                    resident.users += 1
+                    resident.used = time.monotonic()
+                    return resident
+                mine = resident is None and source not in self._loading and self._makes_room(source)
+                if not mine:
+                    self._waiting.setdefault(source, time.monotonic())
+                    self._changed.wait(0.5)
+                    continue
+                self._loading[source] = self._needed(source)
+            self._load(source)  # without the lock: others answer and decide meanwhile
+
+    def release(self, resident: Resident) -> None:
+        """The end of a lease."""
+        with self._changed:
+            resident.users -= 1
+            resident.used = time.monotonic()
+            self._changed.notify_all()
+
+    def model(self, source: Source) -> "LocalBackend":
+        """A backend that answers with a model as it is. Errors as in `acquire`."""
+        from .local import LocalBackend
+
+        with self.lease(source):
+            return LocalBackend(self, source)
+
+    def adapter(self, base: Source, folder: str, revision: str | None = None) -> "LocalBackend":
+        """A backend that answers with a LoRA adapter on a base; adapters of one base share one model.
+
+        The adapted model has the base's very tensors but modules of its own, so that the base stays as it is.
+
+        Raises:
+            ExpertFailedError: the adapter is missing or does not fit the base.
+        """
+        from .local import LocalBackend
+
+        with self.lease(base) as resident:
+            self.slot(resident, base, folder, revision)
+        return LocalBackend(self, base, (folder, revision))
+
+    def slot(self, resident: Resident, base: Source, folder: str, revision: str | None = None) -> str:
+        """The name of an adapter in a resident model; loaded where it is not.
+
+        Raises:
+            ExpertFailedError: the adapter is missing or does not fit the base.
+        """
+        from peft import PeftModel
+
+        if not (Path(folder) / "adapter_config.json").exists() and Path(folder).exists():
+            raise ExpertFailedError(f"{folder}: no adapter_config.json in it; expected a PEFT adapter")
+        with resident.turn:
+            if (folder, revision) in resident.slots:
+                return resident.slots[folder, revision]
+            slot = f"expert_{len(resident.slots)}"
+            try:
+                if resident.adapted is None:
+                    shared = share_weights(resident.model)
+                    resident.adapted = PeftModel.from_pretrained(shared, folder, slot, revision=revision).eval()
+                else:
+                    _load_into(resident.adapted, folder, slot, revision)
+            except Exception as error:  # PEFT raises ValueError, RuntimeError, KeyError, SafetensorError, ... alike
+                raise ExpertFailedError(
+                    f"adapter {folder} does not fit the base {base.model}: {one_line(error)}"
+                ) from error
+            resident.slots[folder, revision] = slot
+            return slot
+
+    def _taken(self) -> int:
+        return sum(resident.size for resident in self._residents.values()) + sum(self._loading.values())
+
+    def _needed(self, source: Source) -> int:
+        if self.budget is None:
+            return 0
+        if source not in self._sizes:
+            self._sizes[source] = _size_on_disk(source, self.device, self.dtype, self.quantization)
+        return self._sizes[source]
+
+    def _makes_room(self, source: Source) -> bool:
+        """Let models go until there is room for one more; whether there is."""
+        if self.budget is None:
+            return True
+        needed = self._needed(source)
+        if needed > self.budget:
+            raise ExpertFailedError(
+                f"{source.model} needs {needed / 2**30:.2f} GiB, the budget of local experts is "
+                f"{self.budget / 2**30:.2f} GiB"
+            )
+        while self._taken() + needed > self.budget:
+            free = [
+                key for key in self._residents if not self._residents[key].pinned and not self._residents[key].users
+            ]
+            if not free:
+                return False
+            self._drop(min(free, key=lambda key: self._residents[key].used))
+        return True
+
+    def _is_to_go(self, source: Source) -> bool:
+        """Whether others have waited so long for room that this model gives no new lease."""
+        resident = self._residents[source]
+        if resident.pinned or not self._waiting:
+            return False
+        others = [since for waiting, since in self._waiting.items() if waiting not in self._residents]
+        if not others or time.monotonic() - min(others) < _PATIENCE:
+            return False
+        unpinned = [key for key, held in self._residents.items() if not held.pinned]
+        return source == min(unpinned, key=lambda key: self._residents[key].used)
+
+    def _drop(self, source: Source) -> None:
+        logger.info("%s makes room", source.model)
+        resident = self._residents.pop(source)
+        resident.model = resident.adapted = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _load(self, source: Source) -> None:
+        loaded = None
+        try:
+            loaded = load_causal_lm(source, device=self.device, dtype=self.dtype, quantization=self.quantization)
+        except ExpertokenError as error:
+            raise ExpertFailedError(str(error)) from error
+        finally:
+            with self._changed:
+                del self._loading[source]
+                self._waiting.pop(source, None)
+                if loaded is not None:
+                    self.loads += 1
+                    size = sum(parameter.numel() * parameter.element_size() for parameter in loaded[0].parameters())
+                    self._sizes[source] = size
+                    self._residents[source] = Resident(*loaded, size, pinned=source in self._pinned)
+                self._changed.notify_all()
+
+
+def _size_on_disk(
+    source: Source, device: torch.device | str | None, dtype: torch.dtype | str | None, quantization: str | None
+) -> int:
+    """Bytes that a model will take, by the headers of its files; 0 where they are not on this machine yet."""
+    from safetensors import SafetensorError, safe_open
+
+    files = list(Path(source.model).expanduser().glob("*.safetensors")) if Path(source.model).is_dir() else []
+    numbers = stored = 0
+    for file in files:
+        with suppress(SafetensorError), safe_open(file, "pt") as opened:  # loading it will tell
+            for name in opened.keys():  # noqa: SIM118 - no mapping
+                part = opened.get_slice(name)
+                count = torch.Size(part.get_shape()).numel()
+                numbers += count
+                stored += count * _BYTES.get(part.get_dtype(), 2)
+    if quantization:
+        return numbers * _QUANTIZED[quantization] // 8
+    if isinstance(dtype, torch.dtype):
+        return numbers * dtype.itemsize
+    return numbers * 4 if torch.device(device or "cpu").type == "cpu" and dtype != "auto" else stored
+
+
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
+_QUANTIZED = {"nf4": 5, "int8": 9}  # bits a number, with what stays as it is
+
+
+def _load_into(adapted: Any, folder: str, slot: str, revision: str | None) -> None:
+    """Load one more adapter; one that can't be loaded leaves nothing behind in the shared model."""
+    try:
+        adapted.load_adapter(folder, slot, revision=revision)
+    except Exception:
+        if slot in adapted.peft_config:  # PEFT puts the layers in before it reads the weights
+            adapted.delete_adapter(slot)
+        raise
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names (hub ids, or paths in any spelling) are of one model."""
+    return _resolved(Source(one)) == _resolved(Source(other))
+
+
+def _resolved(source: Source) -> Source:
+    path = Path(source.model).expanduser()
+    return Source(str(path.resolve()), source.revision, source.trust_remote_code) if path.exists() else source

@@ -1,0 +1,162 @@
+import threading
+import time
+
+import pytest
+import torch
+
+from expertoken.inference.backends import Generation, LocalModels
+from expertoken.inference.backends import models as module
+from expertoken.inference.loop import BackgroundLoop
+from expertoken.modeling.errors import ExpertFailedError
+from expertoken.modeling.experts import Expert
+from expertoken.modeling.meta import Source
+from expertoken.tests.inference.conftest import composite_of
+from expertoken.tests.tiny import tiny_folder
+
+CHAT = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Four models of one size that differ."""
+    folder = tmp_path_factory.mktemp("experts")
+    return [Source(str(tiny_folder(folder / str(seed), seed=seed))) for seed in range(4)]
+
+
+@pytest.fixture
+def size(sources):
+    models = LocalModels("cpu")
+    with models.lease(sources[0]) as resident:
+        return resident.size
+
+
+def answer(models, source):
+    pieces = BackgroundLoop.iterate(models.model(source).stream(CHAT, Generation(4)))
+    return "".join(piece.text for piece in pieces)
+
+
+def test_what_is_loaded_stays_within_the_budget_and_answers_are_the_same(sources, size):
+    free, bounded = LocalModels("cpu"), LocalModels("cpu", budget=int(2.5 * size))
+    for source in [*sources, *sources]:
+        assert answer(bounded, source) == answer(free, source)
+        assert len(bounded.resident) <= 2
+    assert free.loads == 4
+    assert bounded.loads == 8
+
+
+def test_the_size_is_known_from_the_files_before_anything_is_loaded(sources, size):
+    assert module._size_on_disk(sources[0], "cpu", None, None) == pytest.approx(size, rel=0.01)
+    assert module._size_on_disk(sources[0], "cpu", torch.bfloat16, None) == pytest.approx(size / 2, rel=0.01)
+
+
+def test_the_one_that_was_used_longest_ago_makes_room_and_a_pinned_one_never(sources, size):
+    a, b, c, d = sources
+    models = LocalModels("cpu", budget=int(2.5 * size))
+    for source in (a, b, a, c):
+        answer(models, source)
+    assert models.resident == [a, c]
+    pinned = LocalModels("cpu", budget=int(2.5 * size), pinned=(a,))
+    for source in (a, b, c, d):
+        answer(pinned, source)
+    assert pinned.resident == [a, d]
+
+
+def test_a_model_larger_than_the_budget_is_an_expert_that_failed(sources, size):
+    with pytest.raises(ExpertFailedError, match="the budget of local experts is"):
+        LocalModels("cpu", budget=size // 2).model(sources[0])
+
+
+def test_a_model_that_answers_is_not_taken_away_and_who_waits_gets_it_next(sources, size):
+    models = LocalModels("cpu", budget=int(1.5 * size))
+    order = []
+    first = models.acquire(sources[0])
+
+    def wait():
+        with models.lease(sources[1]):
+            order.append("second")
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    time.sleep(0.2)
+    assert models.resident == [sources[0]]
+    order.append("first")
+    models.release(first)
+    waiting.join(10)
+    assert order == ["first", "second"]
+
+
+def test_all_who_wait_for_one_model_get_it_by_one_loading(sources, size):
+    models = LocalModels("cpu", budget=int(1.5 * size))
+    held = models.acquire(sources[0])
+    threads = [threading.Thread(target=answer, args=(models, sources[1])) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    models.release(held)
+    for thread in threads:
+        thread.join(20)
+    assert models.loads == 2
+
+
+def test_a_busy_model_can_not_keep_another_out_for_good(sources, size, monkeypatch):
+    monkeypatch.setattr(module, "_PATIENCE", 0.3)
+    models = LocalModels("cpu", budget=int(1.5 * size))
+    over = threading.Event()
+
+    def busy():
+        while not over.is_set():
+            with models.lease(sources[0]):
+                time.sleep(0.05)
+
+    threads = [threading.Thread(target=busy) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    started = time.monotonic()
+    with models.lease(sources[1]):
+        waited = time.monotonic() - started
+    over.set()
+    for thread in threads:
+        thread.join(10)
+    assert waited < 5
+
+
+def test_others_answer_while_a_model_is_loaded(sources, size, monkeypatch):
+    models = LocalModels("cpu")
+    answer(models, sources[0])
+    load, begun, go_on = module.load_causal_lm, threading.Event(), threading.Event()
+
+    def slowly(*arguments, **options):
+        begun.set()
+        go_on.wait(20)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(module, "load_causal_lm", slowly)
+    loading = threading.Thread(target=answer, args=(models, sources[1]))
+    loading.start()
+    begun.wait(10)
+    assert answer(models, sources[0])
+    assert loading.is_alive()
+    go_on.set()
+    loading.join(20)
+
+
+def test_a_load_that_fails_leaves_room_for_others(sources, size, tmp_path):
+    broken = tiny_folder(tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-100])
+    models = LocalModels("cpu", budget=int(1.5 * size))
+    with pytest.raises(ExpertFailedError):
+        models.model(Source(str(broken)))
+    assert answer(models, sources[0])
+
+
+def test_a_composite_with_room_for_one_of_its_experts_answers_as_one_with_room_for_all(base_folder, sources, size):
+    experts = [Expert(f"e{index}", model=source.model) for index, source in enumerate(sources)]
+    free = composite_of(base_folder, experts)
+    bounded = composite_of(base_folder, experts, budget=int(1.5 * size), pinned=("e1",))
+    for name in ("e0", "e2", "e1"):
+        policy = type(free.policy)(allow=(name,))
+        assert bounded.chat("hello", policy=policy, max_new_tokens=4).text == free.chat(
+            "hello", policy=policy, max_new_tokens=4
+        ).text  # fmt: skip
+    assert len(bounded._models.resident) == 2  # the meta LLM's own base, and the one that is pinned
