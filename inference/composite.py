@@ -19,6 +19,7 @@ from ..modeling.dispatch import Dispatch
 from ..modeling.errors import ExpertokenError, NoAnswerError, RequestRefusedError, one_line
 from ..modeling.experts import SELF
 from ..modeling.meta import end_ids
+from .anywhere import HandOver, Watch
 from .backends import Backend, Generation, LocalModels, Piece, Timeouts, local_source, open_backend
 from .backends.local import first_token, stream_generate
 from .breaker import Breaker
@@ -47,6 +48,7 @@ class Reply:
         decided: seconds that the decision took.
         first: seconds from the decision to the first piece.
         seconds: from the decision to the end.
+        handed_over: the decision inside self's answer by which an expert went on with it, or None.
     """
 
     text: str
@@ -60,6 +62,7 @@ class Reply:
     decided: float = 0.0
     first: float = 0.0
     seconds: float = 0.0
+    handed_over: Dispatch | None = None
 
 
 class ReplyStream:
@@ -122,6 +125,7 @@ class CompositeModel:
             limit.
         pinned: experts that stay in memory once they are loaded.
         quantization: of local experts: nf4, int8 or None.
+        anywhere: whether self may hand over in mid-answer; where None, whether that was trained.
     """
 
     def __init__(
@@ -135,10 +139,13 @@ class CompositeModel:
         budget: int | None = None,
         pinned: Sequence[str] = (),
         quantization: str | None = None,
+        anywhere: bool | None = None,
     ) -> None:
         self.meta, self.pool, self.manifest = composite.meta, composite.pool, composite.manifest
         self.policy = policy or Policy.parse((self.manifest.calibration or {}).get("policy"))
         self.observer = observer or Observer()
+        trained = self.manifest.training.get("dispatch") == "anywhere"
+        self.anywhere = self.pool.has_self and (trained if anywhere is None else anywhere)
         self._timeouts = timeouts
         bases = tuple(source for name in pinned if (source := local_source(self.pool[name], self.meta.source)))
         self._models = LocalModels(self.meta.device, dtype, budget=budget, pinned=bases, quantization=quantization)
@@ -167,7 +174,8 @@ class CompositeModel:
             device: where models go; the first accelerator, or the CPU, where not given.
             dtype: of the weights; as `load_composite` chooses where not given.
             trust_remote_code: allow the base model's repository to run its own code.
-            **options: `policy`, `timeouts`, `observer`, `budget`, `pinned` and `quantization`, as the class takes them.
+            **options: `policy`, `timeouts`, `observer`, `budget`, `pinned`, `quantization` and `anywhere`, as the class
+                takes them.
 
         Raises:
             ExpertokenError: the folder is not a whole composite.
@@ -278,7 +286,8 @@ class CompositeModel:
     ) -> AsyncIterator[Piece]:
         """Ask the candidates in their order until an answer is whole; the next one goes on where one broke off."""
         turn = _Turn(stream, generation)
-        for name in self._order(decision.dispatch.ranking):
+        order = self._order(decision.dispatch.ranking)
+        while (name := next(order, None)) is not None:
             stream.reply = replace(stream.reply, expert=name)
             try:
                 async with aclosing(self._ask(name, messages, turn.left(self.meta), decision, turn.text)) as pieces:
@@ -294,6 +303,13 @@ class CompositeModel:
                     yield last
                     return
                 reason, own_fault = "gave an empty answer", True
+            except HandOver as handed:
+                turn.cut()
+                self.observer.handed_over(handed.dispatch.expert)
+                stream.reply = replace(stream.reply, handed_over=handed.dispatch)
+                experts = [candidate for candidate in handed.dispatch.ranking if candidate != name]
+                order = self._order([*experts, name])  # self goes on where none of them can
+                continue
             except Exception as error:  # whatever an expert fails with, the user has a next best one
                 reason, own_fault = one_line(error), not isinstance(error, RequestRefusedError)
             if own_fault:
@@ -324,7 +340,9 @@ class CompositeModel:
         self, name: str, messages: list[Message], generation: Generation, decision: Decision, begun: str
     ) -> AsyncIterator[Piece]:
         """One candidate's answer, or what it adds to an answer that was begun."""
-        if decision.own is not None and name == self._self_name and not begun:
+        if name == self._self_name and not begun and self.anywhere and decision.choose is not None:
+            source = self._watched_answer(messages, decision, generation)
+        elif name == self._self_name and not begun and decision.own is not None:
             source = self._self_answer(decision.own, generation)
         else:
             backend = await asyncio.to_thread(self.backend, name)  # a model may have to be loaded
@@ -350,7 +368,35 @@ class CompositeModel:
                 self._backends[name] = open_backend(self.pool[name], self._models, self.meta.source, self._timeouts)
             return self._backends[name]
 
-    async def _self_answer(self, own: OwnStart, generation: Generation) -> AsyncIterator[Piece]:
+    async def _watched_answer(
+        self, messages: list[Message], decision: Decision, generation: Generation
+    ) -> AsyncIterator[Piece]:
+        """Self's answer, up to where the meta LLM calls for an expert.
+
+        Raises:
+            HandOver: there.
+        """
+        end = min(end_ids(self.meta.plain, self.meta.tokenizer))
+        watch = Watch(self.meta, self._self_name, decision.choose, end)
+        if decision.own is not None:
+            source = self._self_answer(decision.own, generation, watch)
+        else:
+            # Where LoRA decides, self is the model without it.
+            ids = torch.tensor([self.meta.encode(messages)], device=self.meta.device)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            source = stream_generate(
+                self.meta.plain, self.meta.tokenizer, inputs, generation, ready=self._own_turn, watch=watch
+            )
+        async with aclosing(source) as pieces:
+            async for piece in pieces:
+                if watch.dispatch is None or piece.finish is None:
+                    yield piece
+        if watch.dispatch is not None:
+            raise HandOver(watch.dispatch)
+
+    async def _self_answer(
+        self, own: OwnStart, generation: Generation, watch: Watch | None = None
+    ) -> AsyncIterator[Piece]:
         """Go on from the decision: its logits give the first token, its KV cache the rest. No second prefill."""
         model, tokenizer = self.meta.model, self.meta.tokenizer
         prompt = own.inputs["input_ids"]
@@ -370,7 +416,7 @@ class CompositeModel:
             "suppress_tokens": list(range(self.meta.vocab_size, own.logits.shape[1])),
             "max_new_tokens": generation.max_new_tokens - 1,
         }
-        source = stream_generate(model, tokenizer, rest, generation, first=token[0], ready=self._own_turn)
+        source = stream_generate(model, tokenizer, rest, generation, first=token[0], ready=self._own_turn, watch=watch)
         async with aclosing(source) as pieces:
             async for piece in pieces:
                 yield piece if piece.usage is None else replace(piece, usage=(read, piece.usage[1]))
@@ -438,10 +484,14 @@ class _Turn:
         self.stream.reply = replace(self.stream.reply, text=self.text + rest, finish=finish)
         return Piece(rest, finish=finish, usage=self.usage)
 
-    def failed(self, name: str, reason: str) -> None:
-        """An expert broke off, or never began."""
+    def cut(self) -> None:
+        """Somebody else goes on from here."""
         self.usage = self._finish = None
         self.stops = StopTexts(self.generation.stop)  # what was held back is not out, and is not gone on with
+
+    def failed(self, name: str, reason: str) -> None:
+        """An expert broke off, or never began."""
+        self.cut()
         failures = self.stream.reply.failures | {name: reason}
         self.stream.reply = replace(self.stream.reply, failures=failures)
 

@@ -45,12 +45,14 @@ class Decision:
         prompt_tokens: of the conversation, as the meta LLM reads it.
         seconds: from the question to the decision, waiting included.
         own: where self was chosen and can go on from here.
+        choose: from the candidates' logits `[C]`, as it was decided; for positions inside self's answer.
     """
 
     dispatch: Dispatch
     prompt_tokens: int
     seconds: float
     own: OwnStart | None = None
+    choose: Callable[[torch.Tensor], Dispatch] | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class Decider:
                 own = OwnStart(logits[row : row + 1].float(), chosen, _row_of(cache, row, len(questions)))
             seconds = time.perf_counter() - started[row]
             self.observer.decided(dispatch, seconds, len(questions))
-            found.append(Decision(dispatch, len(question.ids), seconds, own))
+            found.append(Decision(dispatch, len(question.ids), seconds, own, question.choose))
         return found
 
     def _forward(self, questions: Sequence[Question]) -> tuple[torch.Tensor, dict[str, Any], Any]:

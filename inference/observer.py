@@ -37,6 +37,9 @@ class Observer:
     def failed(self, expert: str, reason: str, *, begun: bool) -> None:
         """An expert failed; `begun` tells whether something of its answer was out already."""
 
+    def handed_over(self, expert: str) -> None:
+        """Self stopped in its answer for an expert to go on."""
+
     def skipped(self, expert: str) -> None:
         """An expert was not asked: it has failed too often of late."""
 

@@ -60,6 +60,7 @@ async def stream_generate(
     *,
     first: torch.Tensor | None = None,
     ready: AbstractContextManager | None = None,
+    watch: Any = None,
 ) -> AsyncIterator[Piece]:
     """Run `model.generate` in a thread and yield its text as it comes; closing the iterator stops the thread.
 
@@ -71,11 +72,17 @@ async def stream_generate(
         first: `[n]` tokens at the end of `input_ids` that belong to the answer already.
         ready: entered by the thread around the generation (a lock, the choice of an adapter). Not around the iteration:
             who reads slowly, or from several threads, must not hold a lock for that.
+        watch: a logits processor, entered by the thread too; it sees every position that is generated.
 
     Raises:
         ExpertFailedError: generation failed.
     """
-    from transformers import AsyncTextIteratorStreamer, StoppingCriteria, StoppingCriteriaList
+    from transformers import (
+        AsyncTextIteratorStreamer,
+        LogitsProcessorList,
+        StoppingCriteria,
+        StoppingCriteriaList,
+    )
 
     stopped = threading.Event()
     ended = asyncio.Event()
@@ -93,6 +100,8 @@ async def stream_generate(
 
     streamer = AsyncTextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     options = generation_options(generation) | inputs
+    if watch is not None:
+        options["logits_processor"] = LogitsProcessorList([watch])
     if first is not None:
         streamer.next_tokens_are_prompt = False
         streamer.put(first.cpu())
@@ -102,7 +111,7 @@ async def stream_generate(
         try:
             if generation.seed is not None and first is None:
                 torch.manual_seed(generation.seed)
-            with ready or nullcontext(), torch.inference_mode():
+            with ready or nullcontext(), watch or nullcontext(), torch.inference_mode():
                 if stopped.is_set():
                     return
                 model.generate(**options, streamer=streamer, stopping_criteria=StoppingCriteriaList([Stop()]))

@@ -25,6 +25,7 @@ class Metrics(Observer):
         self.answers = counter("answers", "Answers that came to their end, by who gave it", "expert")
         self.failures = counter("failures", "Experts that failed, before or within an answer", "expert", "when")
         self.fallbacks = counter("fallbacks", "Answers by another expert than the one chosen", "chosen", "expert")
+        self.hand_overs = counter("hand_overs", "Answers of self that an expert was called to go on with", "expert")
         self.skips = counter("skips", "Experts that were not asked, since they failed too often of late", "expert")
         self.turns_lost = counter("turns_lost", "Turns that nobody could answer to the end")
         self.tokens = counter("tokens", "Tokens, by who read or wrote them", "expert", "kind")
@@ -45,6 +46,10 @@ class Metrics(Observer):
     def failed(self, expert: str, reason: str, *, begun: bool) -> None:
         """An expert failed."""
         self.failures.labels(expert, "within" if begun else "before").inc()
+
+    def handed_over(self, expert: str) -> None:
+        """Self stopped in its answer for an expert."""
+        self.hand_overs.labels(expert).inc()
 
     def skipped(self, expert: str) -> None:
         """An expert was not asked."""

@@ -437,6 +437,40 @@ def test_decisions_that_come_together_are_made_in_one_pass_and_each_self_answer_
     assert passes == [1, 3]
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_trained_for_anywhere_self_hands_over_where_the_meta_llm_calls_for_an_expert(make, base_folder, tmp_path, lora):
+    """The expert goes on from the text so far, which is streamed once; the position is found by deciding by hand."""
+    composite = make(winner=None)
+    meta = composite.meta
+    if lora:
+        adapter(base_folder, tmp_path / "lora", seed=1)
+        meta.load_adapter(tmp_path / "lora")
+        lean_towards(meta, None)
+    composite.policy = Policy(deny=("law",))
+    alone = composite.chat(CHAT, max_new_tokens=12).text
+    prompt = meta.encode(CHAT)
+    answer = meta.plain.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
+    states, mass = zip(*(meta.states([prompt + answer[:count]]) for count in range(12)), strict=True)
+    # A row that wins at the sixth position and nowhere before.
+    wanted = torch.tensor([-15.0] * 6 + [15.0] + [-15.0] * 5)
+    hidden = torch.cat(states)
+    row = torch.linalg.lstsq(hidden, (torch.cat(mass) + wanted)[:, None]).solution[:, 0]
+    meta.rows = torch.stack([row, torch.zeros_like(row)])
+    before = meta.tokenizer.decode(answer[:6], skip_special_tokens=True)
+    composite.anywhere = True
+    stream = composite.stream(CHAT, max_new_tokens=12)
+    pieces = list(stream)
+    assert stream.dispatch.expert == "self"
+    assert stream.expert == "math"
+    assert stream.reply.handed_over.expert == "math"
+    assert "".join(pieces).startswith(before)
+    used = len(meta.tokenizer(before, add_special_tokens=False).input_ids)
+    rest = answer_of(composite.backend("math"), CHAT, Generation(12 - used), begun=before)
+    assert "".join(pieces) == before + rest
+    composite.anywhere = False
+    assert composite.chat(CHAT, max_new_tokens=12).text == alone
+
+
 def test_an_error_of_one_decision_is_its_own(make):
     composite = make(winner=0)
 
