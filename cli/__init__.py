@@ -10,7 +10,21 @@ from typing import Annotated
 import typer
 
 from ..modeling.errors import ExpertokenError
-from . import calibrate, chat, collect, evaluate, expert, export, generate, label, prepare, select, serve, train
+from . import (
+    calibrate,
+    chat,
+    collect,
+    evaluate,
+    expert,
+    export,
+    generate,
+    harness,
+    label,
+    prepare,
+    select,
+    serve,
+    train,
+)
 
 app = typer.Typer(
     name="expertoken",
@@ -46,6 +60,7 @@ app.command()(serve.serve)
 app.command()(generate.generate)
 app.command()(calibrate.calibrate)
 app.command()(export.export)
+app.command("lm-eval", context_settings=harness.PASS_THROUGH, add_help_option=False)(harness.lm_eval)
 app.add_typer(expert.app, name="expert")
 
 

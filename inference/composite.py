@@ -18,6 +18,7 @@ from ..modeling.composite import Composite, load_composite, save_composite
 from ..modeling.dispatch import Dispatch
 from ..modeling.errors import ExpertokenError, NoAnswerError, RequestRefusedError, one_line
 from ..modeling.experts import SELF
+from ..modeling.hub import push
 from ..modeling.meta import end_ids
 from .anywhere import HandOver, Watch
 from .backends import Backend, Generation, LocalModels, Piece, Timeouts, local_source, open_backend
@@ -141,6 +142,7 @@ class CompositeModel:
         quantization: str | None = None,
         anywhere: bool | None = None,
     ) -> None:
+        self.composite = composite
         self.meta, self.pool, self.manifest = composite.meta, composite.pool, composite.manifest
         self.policy = policy or Policy.parse((self.manifest.calibration or {}).get("policy"))
         self.observer = observer or Observer()
@@ -164,15 +166,17 @@ class CompositeModel:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
         trust_remote_code: bool = False,
         **options: Any,
     ) -> "CompositeModel":
         """Load a composite folder. Experts are opened when they are first needed.
 
         Args:
-            path: the folder.
+            path: the folder, or `owner/name` of one on the hub.
             device: where models go; the first accelerator, or the CPU, where not given.
             dtype: of the weights; as `load_composite` chooses where not given.
+            revision: of a composite on the hub.
             trust_remote_code: allow the base model's repository to run its own code.
             **options: `policy`, `timeouts`, `observer`, `budget`, `pinned`, `quantization` and `anywhere`, as the class
                 takes them.
@@ -180,7 +184,9 @@ class CompositeModel:
         Raises:
             ExpertokenError: the folder is not a whole composite.
         """
-        composite = load_composite(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        composite = load_composite(
+            path, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+        )
         return cls(composite, dtype, **options)
 
     def observe(self, observer: Observer) -> None:
@@ -194,7 +200,11 @@ class CompositeModel:
 
     def save_pretrained(self, path: Path | str, *, verify: bool = True) -> None:
         """Write a composite folder; see `modeling.composite.save_composite`."""
-        save_composite(Composite(self.meta, self.pool, self.manifest), path, verify=verify)
+        save_composite(self.composite, path, verify=verify)
+
+    def push_to_hub(self, repo: str, *, private: bool = True, commit_message: str = "A composite of experts") -> str:
+        """Upload the composite to the hub; see `modeling.hub.push`."""
+        return push(self.composite, repo, private=private, message=commit_message)
 
     def route(self, conversations: str | Sequence[Any], *, policy: Policy | None = None) -> Dispatch | list[Dispatch]:
         """Decide who would answer, without answering.

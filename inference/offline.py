@@ -21,6 +21,7 @@ from .composite import CompositeModel, Reply
 from .decider import Decision
 from .loop import BackgroundLoop
 from .policy import Policy
+from .stops import StopTexts
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,22 @@ def generate_file(
     return counts
 
 
+def answer_all(
+    composite: CompositeModel,
+    conversations: list[list[Message]],
+    generation: Generation,
+    *,
+    policy: Policy | None = None,
+    concurrent: int = 16,
+) -> list[dict[str, Any]]:
+    """Answers in the order of the conversations, as `generate_file` writes them."""
+    found: list[dict[str, Any]] = [{}] * len(conversations)
+    answers = _answers(composite, conversations, generation, policy or composite.policy, concurrent)
+    for place, answer in tqdm(answers, total=len(conversations), unit="conversation", delay=2):
+        found[place] = answer
+    return found
+
+
 def _answers(
     composite: CompositeModel,
     conversations: list[list[Message]],
@@ -117,7 +134,9 @@ def _answers(
                 single += chosen
                 continue
             for place, text in zip(chosen, texts, strict=True):
-                yield place, _told(Reply(text, name, dispatches[place]))
+                stops = StopTexts(generation.stop)
+                cut = stops.feed(text)
+                yield place, _told(Reply(cut if stops.reached else text, name, dispatches[place]))
     answering = _each(composite, conversations, dispatches, generation, single, concurrent)
     yield from BackgroundLoop.iterate(answering)
 

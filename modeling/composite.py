@@ -16,6 +16,7 @@ import torch
 from .errors import ExpertokenError
 from .experts import ExpertPool
 from .files import PRODUCTS, atomic_file, atomic_folder, check_product, recover_folder
+from .hub import local_folder
 from .meta import MetaLLM, Source, default_device, describe_dtype, library_versions, load_tokenizer
 from .sharding import full_shape
 
@@ -267,22 +268,24 @@ def load_composite(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Composite:
     """Load a composite folder.
 
     Args:
-        path: the folder.
+        path: the folder, or `owner/name` of one on the hub.
         device: where the meta LLM goes; the first accelerator, or the CPU, where not given.
         dtype: of its weights; where not given, what it was trained in, or float32 on a CPU for one trained elsewhere
             (bfloat16 is many times slower on most).
+        revision: of a composite on the hub.
         trust_remote_code: allow the base model's repository to run its own code. A folder can't allow that for itself.
 
     Raises:
         ExpertokenError: a file is missing or damaged, the base model is not the one it was trained on, or it needs
             `trust_remote_code`.
     """
-    path = Path(path)
+    path = local_folder(path, revision)
     manifest = read_manifest(path)
     base = manifest.base
     if base.get("trust_remote_code") and not trust_remote_code:

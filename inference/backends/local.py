@@ -204,6 +204,20 @@ class LocalBackend(Backend):
             waiting.add_done_callback(lambda task: task.exception() or self.models.release(task.result()))
             raise
 
+    @torch.inference_mode()
+    def log_likelihood(self, messages: Sequence[Message], continuation: str) -> tuple[float, bool]:
+        """Log-probability of an answer that begins with `continuation`, and whether it is the greedy one."""
+        with self.models.lease(self.source) as resident, self._turn(resident):
+            model = self._model(resident)
+            ids = self._encode(resident, messages)
+            # Generation prompts end where an answer begins; benchmarks put the blank before it into the continuation.
+            wanted = resident.tokenizer(continuation.lstrip(), add_special_tokens=False).input_ids
+            given = torch.tensor([ids + wanted], device=model.device)
+            logits = model(given, logits_to_keep=len(wanted) + 1).logits[0, :-1].float().log_softmax(-1)
+            target = torch.tensor(wanted, device=model.device)
+            greedy = bool((logits.argmax(-1) == target).all())
+            return float(logits.gather(-1, target[:, None]).sum()), greedy
+
     def complete(
         self, conversations: Sequence[Sequence[Message]], generation: Generation, batch_size: int = 32
     ) -> list[str]:

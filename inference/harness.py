@@ -1,0 +1,123 @@
+"""The composite as a model of lm-evaluation-harness, so that anyone's benchmark runs on it.
+
+`expertoken lm-eval run --model expertoken --model_args pretrained=composite/ --tasks ...` is the harness's own command
+with this model known to it.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from tqdm.auto import tqdm
+
+from ..modeling.chat import Message
+from ..modeling.errors import ExpertokenError
+from .backends import Generation
+from .backends.local import LocalBackend
+from .composite import CompositeModel
+from .offline import answer_all
+
+_CHAT = "expertoken chat: "  # before messages as JSON: what the harness hands back as a context
+
+
+@register_model("expertoken")
+class CompositeLM(LM):
+    """A composite, as `--model expertoken`.
+
+    Args:
+        pretrained: the composite folder.
+        device: where models go.
+        max_gen_toks: of an answer where the task says nothing.
+        concurrent: requests to endpoints at a time.
+        batch_size: taken for the harness's sake; batches are made by expert.
+        **_: of the harness's, which mean nothing here.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        device: str | None = None,
+        max_gen_toks: int = 256,
+        concurrent: int = 16,
+        batch_size: Any = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self.composite = CompositeModel.from_pretrained(pretrained, device=device)
+        self.max_gen_toks, self.concurrent = int(max_gen_toks), int(concurrent)
+        self._name = str(pretrained)
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What caches of prompts are kept under."""
+        return self._name.replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """None to be told: each expert has its own."""
+        return ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The messages as they are, in one text."""
+        return _CHAT + json.dumps(chat_history)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers, by whom the meta LLM chooses."""
+        groups: dict[Generation, list[int]] = {}
+        for place, request in enumerate(requests):
+            groups.setdefault(self._generation(request.args[1]), []).append(place)
+        answers = [""] * len(requests)
+        for generation, places in groups.items():
+            conversations = [_messages(requests[place].args[0]) for place in places]
+            found = answer_all(self.composite, conversations, generation, concurrent=self.concurrent)
+            for place, row in zip(places, found, strict=True):
+                answers[place] = row["answer"] or ""
+        return answers
+
+    def _generation(self, options: dict[str, Any]) -> Generation:
+        until = options.get("until") or ()
+        return Generation(
+            max_new_tokens=int(options.get("max_gen_toks") or options.get("max_tokens") or self.max_gen_toks),
+            temperature=float(options.get("temperature") or 0) if options.get("do_sample") else 0.0,
+            top_p=float(options.get("top_p") or 1),
+            stop=(until,) if isinstance(until, str) else tuple(until),
+            extra=_Nothing(),
+        )
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihoods of continuations, by whom the meta LLM chooses for the context.
+
+        Raises:
+            ExpertokenError: that is an endpoint, which can't be asked for them.
+        """
+        contexts = [_messages(request.args[0]) for request in requests]
+        found = []
+        bar = tqdm(requests, desc="loglikelihood", disable=disable_tqdm, delay=2)
+        for request, messages, dispatch in zip(bar, contexts, self.composite.route(contexts), strict=True):
+            backend = self.composite.backend(dispatch.expert)
+            if not isinstance(backend, LocalBackend):
+                raise ExpertokenError(
+                    f"expert {dispatch.expert!r} is an endpoint and gives no log-likelihoods of texts; take tasks with "
+                    "generated answers (`output_type: generate_until`)"
+                )
+            found.append(backend.log_likelihood(messages, request.args[1]))
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Not of a composite: perplexity of a text is one model's."""
+        raise ExpertokenError("perplexity is one model's, not a composite's; evaluate an expert by itself")
+
+
+class _Nothing(dict):
+    """An empty mapping that can stand in a key."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return 0
+
+
+def _messages(context: str) -> Sequence[Message]:
+    if context.startswith(_CHAT):
+        return json.loads(context.removeprefix(_CHAT))
+    return [{"role": "user", "content": context}]

@@ -1,0 +1,147 @@
+"""The hub by a local stand-in that speaks its HTTP: what is pushed is what another machine loads by id."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
+import pytest
+
+from expertoken.modeling.composite import Composite, Manifest, describe_base
+from expertoken.modeling.errors import ExpertokenError
+from expertoken.modeling.hub import local_folder, push
+from expertoken.tests.tiny import tiny_folder
+
+COMMIT = "a" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Repositories in memory; everything is uploaded and served as a regular file."""
+
+    repos: ClassVar[dict[str, dict[str, bytes]]] = {}
+    protocol_version = "HTTP/1.1"
+
+    def answer(self, body=b"{}", status=200, **headers):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"content-type": "application/json", "content-length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_POST(self):
+        sent = self.rfile.read(int(self.headers.get("content-length", 0)))
+        if self.path == "/api/repos/create":
+            asked = json.loads(sent)
+            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            self.repos.setdefault(name, {})
+            self.answer({"url": f"http://{self.headers['host']}/{name}", "id": name})
+        elif found := re.fullmatch(r"/api/models/(.+)/preupload/.+", self.path):
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(sent)["files"]
+            ]
+            self.answer({"files": files})
+        elif found := re.fullmatch(r"/api/models/(.+)/commit/.+", self.path):
+            for line in map(json.loads, sent.decode().splitlines()):
+                if line["key"] == "file":
+                    self.repos[found[1]][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            url = f"http://{self.headers['host']}/{found[1]}/commit/{COMMIT}"
+            self.answer({"commitUrl": url, "commitOid": COMMIT, "success": True})
+        else:
+            self.answer({"errors": [], "warnings": []})
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/.+)?", path):
+            if found[1] not in self.repos:
+                self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+                return
+            files = [{"rfilename": name} for name in self.repos[found[1]]]
+            self.answer({"id": found[1], "sha": COMMIT, "siblings": files, "private": True, "tags": []})
+        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+            content = self.repos[found[1]].get(found[2])
+            if content is None:
+                self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+                return
+            etag = hashlib.sha1(content).hexdigest()
+            self.answer(content, ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/.+", path):
+            files = self.repos[found[1]].items()
+            self.answer([{"type": "file", "path": name, "size": len(c), "oid": COMMIT} for name, c in files])
+        else:
+            self.answer({"name": "somebody", "type": "user"})
+
+    do_HEAD = do_GET  # noqa: N815 - the library's name
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """Gives a function that runs Python in a fresh process whose hub is the stand-in."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Hub.repos = {}
+
+    def run(code):
+        environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf")}
+        environment |= {"HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment, timeout=120
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    yield run
+    server.shutdown()
+
+
+def test_what_is_pushed_is_loaded_by_its_id_on_a_machine_that_has_nothing_of_it(tmp_path, hub):
+    base = tiny_folder(tmp_path / "base")
+    pushed = hub(f"""
+        import torch
+        from huggingface_hub import HfApi
+        from expertoken import CompositeModel, Expert, ExpertPool
+        from expertoken.modeling.composite import Composite, Manifest, describe_base, probe_logits
+        from expertoken.modeling.meta import MetaLLM, Source
+        api = HfApi()
+        api.create_repo("team/base")
+        api.upload_folder(repo_id="team/base", folder_path={str(base)!r})
+        meta = MetaLLM.from_pretrained(Source("team/base"), 2, device="cpu")
+        meta.rows = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+        pool = ExpertPool([Expert("math", model="team/base"), Expert("law", model="team/base"), Expert("self", "self")])
+        composite = CompositeModel(Composite(meta, pool, Manifest(describe_base(meta), ["math", "law"])))
+        composite.push_to_hub("team/composite")
+        print(composite.route("hello").probabilities)
+    """)
+    assert "expertoken.json" in Hub.repos["team/composite"]
+    assert b"hf_secret" not in b"".join(Hub.repos["team/composite"].values())
+    loaded = hub("""
+        from expertoken import CompositeModel
+        composite = CompositeModel.from_pretrained("team/composite", device="cpu")
+        print(composite.route("hello").probabilities)
+        assert composite.chat("hello", max_new_tokens=2).text is not None
+    """)
+    assert loaded.splitlines()[-1] == pushed.splitlines()[-1]
+
+
+def test_a_composite_on_folders_of_this_machine_is_not_pushed(meta, pool):
+    composite = Composite(meta, pool, Manifest(describe_base(meta), ["math", "law"]))
+    with pytest.raises(ExpertokenError, match="the meta LLM's base is a folder of this machine"):
+        push(composite, "team/composite")
+
+
+def test_what_is_no_folder_and_no_repository_is_one_line(tmp_path):
+    with pytest.raises(ExpertokenError, match="team/nowhere: no such folder, and as a repository of the hub"):
+        local_folder("team/nowhere")
+    assert local_folder(tmp_path / "gone") == tmp_path / "gone"
