@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -173,7 +173,7 @@ class CompositeModel:
         """Load a composite folder. Experts are opened when they are first needed.
 
         Args:
-            path: the folder, or `owner/name` of one on the hub.
+            path: the folder, `owner/name` of one on the hub, or a gateway's YAML file (see `inference.gateway`).
             device: where models go; the first accelerator, or the CPU, where not given.
             dtype: of the weights; as `load_composite` chooses where not given.
             revision: of a composite on the hub.
@@ -184,10 +184,18 @@ class CompositeModel:
         Raises:
             ExpertokenError: the folder is not a whole composite.
         """
+        if str(path).endswith((".yaml", ".yml")):
+            from .gateway import GatewayModel
+
+            return GatewayModel.from_yaml(path, **options)
         composite = load_composite(
             path, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
         )
         return cls(composite, dtype, **options)
+
+    def count(self, text: str) -> int:
+        """Tokens of a text, as the meta LLM reads it; where a backend does not count its own."""
+        return len(self.meta.tokenizer(text, add_special_tokens=False).input_ids)
 
     def observe(self, observer: Observer) -> None:
         """Tell another observer from now on."""
@@ -300,7 +308,7 @@ class CompositeModel:
         while (name := next(order, None)) is not None:
             stream.reply = replace(stream.reply, expert=name)
             try:
-                async with aclosing(self._ask(name, messages, turn.left(self.meta), decision, turn.text)) as pieces:
+                async with aclosing(self._ask(name, messages, turn.left(self.count), decision, turn.text)) as pieces:
                     async for piece in pieces:
                         for told in turn.take(piece):
                             yield told
@@ -433,7 +441,7 @@ class CompositeModel:
 
     def _tell_answered(self, name: str, decision: Decision, turn: "_Turn") -> None:
         price = self.pool[name].cost
-        read, written = turn.usage or (decision.prompt_tokens, _count(self.meta.tokenizer, turn.text))
+        read, written = turn.usage or (decision.prompt_tokens, self.count(turn.text))
         cost = None if price is None else (read * price["input"] + written * price["output"]) / 1e6
         turn.stream.reply = replace(
             turn.stream.reply, prompt_tokens=read, completion_tokens=written, cost=cost, seconds=turn.elapsed
@@ -468,11 +476,11 @@ class _Turn:
         """Seconds since the decision."""
         return time.perf_counter() - self._started
 
-    def left(self, meta: Any) -> Generation:
+    def left(self, count: Callable[[str], int]) -> Generation:
         """How the rest is to be generated."""
         if not self.text:
             return self.generation
-        used = _count(meta.tokenizer, self.text)
+        used = count(self.text)
         return replace(self.generation, max_new_tokens=max(1, self.generation.max_new_tokens - used))
 
     def take(self, piece: Piece) -> Iterator[Piece]:
@@ -511,7 +519,3 @@ def _generation(options: dict[str, Any]) -> Generation:
         return Generation(**options)
     except TypeError as error:
         raise ExpertokenError(f"unknown generation argument ({error})") from None
-
-
-def _count(tokenizer: Any, text: str) -> int:
-    return len(tokenizer(text, add_special_tokens=False).input_ids)

@@ -56,7 +56,8 @@ class EndpointBackend(Backend):
         # A client's connections belong to one event loop.
         self._clients: WeakKeyDictionary[Any, AsyncOpenAI] = WeakKeyDictionary()
 
-    def _client(self) -> "AsyncOpenAI":
+    def client(self) -> "AsyncOpenAI":
+        """The client of this event loop."""
         import openai
 
         loop = asyncio.get_running_loop()
@@ -104,7 +105,7 @@ class EndpointBackend(Backend):
         chunks = None
         try:
             with anyio.fail_after(limit):
-                chunks = await self._client().chat.completions.create(messages=given, **options)
+                chunks = await self.client().chat.completions.create(messages=given, **options)
             pieces = aiter(chunks)
             while True:
                 with anyio.fail_after(limit):

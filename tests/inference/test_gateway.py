@@ -1,0 +1,133 @@
+"""The exported checkpoint behind a server of another make; the gateway decides by its log-probabilities."""
+
+import pytest
+import torch
+import yaml
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from expertoken.inference.composite import CompositeModel
+from expertoken.inference.gateway import GatewayModel
+from expertoken.inference.policy import Policy
+from expertoken.inference.server import Settings, create_app
+from expertoken.modeling.errors import ExpertokenError
+from expertoken.modeling.experts import Expert
+from expertoken.modeling.export import export_checkpoint
+from expertoken.tests.inference.conftest import composite_of, served
+from expertoken.tests.inference.mock_expert import chunk
+
+PROMPTS = ("hello", "hello there", "Compute 12 plus 30.", "something quite different")
+
+
+def server(folder, seen):
+    """Chat completions with log-probabilities, as vLLM gives them; streams say `self` words."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    async def answer(request):
+        from starlette.responses import StreamingResponse
+
+        body = await request.json()
+        seen.append(body)
+        if body.get("stream"):
+            lines = [chunk({"content": "from the meta LLM"}), chunk({}, "stop"), b"data: [DONE]\n\n"]
+            return StreamingResponse(iter(lines), media_type="text/event-stream")
+        ids = tokenizer.apply_chat_template(
+            body["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        with torch.inference_mode():
+            logprobs = model(**ids).logits[0, -1].log_softmax(-1)
+        values, places = logprobs.topk(body["top_logprobs"])
+        top = [
+            {"token": tokenizer.convert_ids_to_tokens(place), "logprob": value, "bytes": None}
+            for place, value in zip(places.tolist(), values.tolist(), strict=True)
+        ]
+        content = [{**top[0], "top_logprobs": top}]
+        choice = {"index": 0, "message": {"role": "assistant", "content": ""}, "finish_reason": "length",
+                  "logprobs": {"content": content}}  # fmt: skip
+        usage = {"prompt_tokens": ids["input_ids"].shape[1], "completion_tokens": 1, "total_tokens": 1}
+        return JSONResponse(
+            {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice], "usage": usage}
+        )
+
+    return Starlette(routes=[Route("/v1/chat/completions", answer, methods=["POST"])])
+
+
+@pytest.fixture
+def setting(tmp_path, base_folder, words):
+    """A composite, its export behind a server, and the gateway's file."""
+    composite = composite_of(base_folder, [*words, Expert("self", "self")])
+    composite.meta.rows = composite.meta.rows.mean(0) + torch.randn(2, 32, generator=torch.Generator().manual_seed(3))
+    composite.save_pretrained(tmp_path / "c", verify=False)
+    export_checkpoint(tmp_path / "c", tmp_path / "hf", device="cpu")
+    seen = []
+    with served(server(tmp_path / "hf", seen)) as address:
+        experts = [{"name": e.name, "backend": "openai", "model": "mock", "base_url": e.base_url} for e in words]
+        document = {
+            "meta": {"model": "m", "base_url": f"{address}/v1", "top_logprobs": 500},
+            "experts": [*experts, {"name": "self", "backend": "self"}],
+        }
+        file = tmp_path / "gateway.yaml"
+        file.write_text(yaml.safe_dump(document))
+        yield composite, file, seen
+
+
+def test_a_gateway_decides_as_the_composite_that_was_exported(setting):
+    composite, file, _ = setting
+    gateway = CompositeModel.from_pretrained(file)
+    assert isinstance(gateway, GatewayModel)
+    for wanted, found in zip(composite.route(list(PROMPTS)), gateway.route(list(PROMPTS)), strict=True):
+        assert found.probabilities == pytest.approx(wanted.probabilities, abs=1e-3)
+        assert found.expert == wanted.expert
+
+
+def test_its_experts_answer_and_self_is_the_meta_llms_own_endpoint(setting):
+    gateway = CompositeModel.from_pretrained(setting[1])
+    assert gateway.chat("hello", policy=Policy(allow=("one",))).text.startswith("one0 one1")
+    assert gateway.chat("hello", policy=Policy(allow=("self",))).text == "from the meta LLM"
+
+
+def test_a_user_who_writes_an_experts_token_writes_text(setting):
+    gateway, seen = CompositeModel.from_pretrained(setting[1]), setting[2]
+    gateway.route("say <|expert:one|> now")
+    assert "<|expert:" not in seen[-1]["messages"][0]["content"]
+
+
+def test_it_is_served_as_any_composite(setting):
+    import openai
+
+    with served(create_app(CompositeModel.from_pretrained(setting[1]), Settings(name="gate"))) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+        answer = client.chat.completions.create(model="gate/two", messages=[{"role": "user", "content": "hello"}])
+        assert answer.choices[0].message.content.startswith("two0")
+        assert client.chat.completions.create(model="gate", messages=[{"role": "user", "content": "hello"}]).choices
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"meta": None}, "meta: expected a mapping with `model`"),
+        ({"meta": {"model": "m", "url": "x"}}, "meta: expected a mapping with `model`"),
+        ({"meta": {"model": "m", "top_logprobs": 0}}, "meta.top_logprobs"),
+        ({"experts": [{"name": "a", "model": "some/model"}]}, "a gateway holds no models: a"),
+        ({"experts": [{"name": "a", "backend": "openai"}]}, "model: needed"),
+    ],
+)
+def test_a_malformed_file_is_one_line(tmp_path, change, told):
+    document = {"meta": {"model": "m"}, "experts": [{"name": "a", "backend": "openai", "model": "b"}]} | change
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump(document))
+    with pytest.raises(ExpertokenError) as error:
+        CompositeModel.from_pretrained(tmp_path / "g.yaml")
+    assert told in str(error.value)
+
+
+def test_a_meta_llm_that_can_not_be_asked_is_told(tmp_path, words):
+    document = {
+        "meta": {"model": "m", "base_url": "http://127.0.0.1:9/v1"},
+        "experts": [{"name": "one", "backend": "openai", "model": "mock", "base_url": words[0].base_url}],
+    }
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump(document))
+    with pytest.raises(ExpertokenError, match="the meta LLM can't be asked"):
+        CompositeModel.from_pretrained(tmp_path / "g.yaml").chat("hello")
