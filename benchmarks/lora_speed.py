@@ -36,8 +36,14 @@ def prepare(data: Path, out: Path, count: int, validation: int, tokens: int | No
     results = results.take((results.queries["benchmark"] != "humaneval").to_numpy())
     results = results.take(np.random.default_rng(0).permutation(len(results))[: count + validation])
     if tokens:
-        text = results.queries["prompt"].map(lambda prompt: (prompt + "\n") * (1 + 4 * tokens // len(prompt)))
-        results.queries["prompt"] = [f"{index}: {text[: 3 * tokens]}" for index, text in enumerate(text)]
+        from transformers import AutoTokenizer
+
+        from expertoken.examples.smollm2 import smollm2
+        from expertoken.modeling.gguf import converted
+
+        tokenizer = AutoTokenizer.from_pretrained(converted(Path(smollm2())))
+        long = [f"{index}: " + (text + "\n") * tokens for index, text in enumerate(results.queries["prompt"])]
+        results.queries["prompt"] = [tokenizer.decode(tokenizer(text).input_ids[:tokens]) for text in long]
     results.queries["split"] = ["train"] * count + ["validation"] * (len(results) - count)
     results.queries["benchmark"] = "all"
     build_supervision(results, labelling="subject", leaks="keep", near_duplicates="ignore").save(out)
@@ -225,7 +231,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/lora_speed"), help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, help="of both sides in turn, at the questions' own lengths")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="of all sides in turn, at the questions' own lengths; 0 leaves those out"
+    )
     parser.add_argument(
         "--lengths", default="128,512,1024", help="of questions, in tokens, a few steps each; '' for none"
     )
@@ -237,7 +245,7 @@ def main() -> None:
         return
     print("| tokens a question | | examples/s | peak GiB | validation score | lora is faster | lora needs, of memory |")
     print("|---|---|---|---|---|---|---|")
-    lengths = [None, *(int(text) for text in options.lengths.split(",") if text)]
+    lengths = [None] * bool(options.rounds) + [int(text) for text in options.lengths.split(",") if text]
     for length in lengths:
         steps, batch = (options.steps, options.batch) if length is None else (WARM + 2, 2)
         data = options.out / f"supervision-{length or 'own'}"

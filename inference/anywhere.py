@@ -29,13 +29,16 @@ class Watch:
         self_name: of self.
         choose: from the candidates' logits `[C]`.
         end: id that ends an answer.
+        start: tokens of the conversation: at its end it was decided already.
 
     Attributes:
         dispatch: the decision for an expert, or None as long as there was none.
     """
 
-    def __init__(self, meta: MetaLLM, self_name: str, choose: Callable[[torch.Tensor], Dispatch], end: int) -> None:
-        self.meta, self.self_name, self.choose, self.end = meta, self_name, choose, end
+    def __init__(
+        self, meta: MetaLLM, self_name: str, choose: Callable[[torch.Tensor], Dispatch], end: int, start: int
+    ) -> None:
+        self.meta, self.self_name, self.choose, self.end, self.start = meta, self_name, choose, end, start
         self.dispatch: Dispatch | None = None
         self._logits: torch.Tensor | None = None
         self._cache: Any = None
@@ -66,6 +69,8 @@ class Watch:
 
     def _decide(self, input_ids: torch.Tensor) -> Dispatch | None:
         logits = self._read_along(input_ids) if self.meta.adapted else self.meta.transform(self._logits.float())
+        if input_ids.shape[1] <= self.start:
+            return None
         candidates = candidate_logits(logits, self.meta.vocab_size, with_self=True)[0].cpu()
         dispatch = self.choose(candidates)
         return None if dispatch.expert == self.self_name else dispatch

@@ -65,7 +65,7 @@ def calibrate(
     )
     lengths = np.array([len(one) for one in ids])
     if cost is None:
-        policy = _for_share(composite, base, logits, share)
+        policy = _for_share(composite, base, logits, lengths, share)
     else:
         policy = _for_cost(composite, base, logits, lengths, cost)
     chosen = _choices(composite, policy, logits, lengths)
@@ -87,7 +87,9 @@ def _choices(composite: CompositeModel, policy: Policy, logits: torch.Tensor, le
     ]
 
 
-def _for_share(composite: CompositeModel, base: Policy, logits: torch.Tensor, share: float) -> Policy:
+def _for_share(
+    composite: CompositeModel, base: Policy, logits: torch.Tensor, lengths: np.ndarray, share: float
+) -> Policy:
     if not 0 <= share <= 1:
         raise ExpertokenError(f"--share {share}: expected a number from 0 to 1")
     free = replace(base, threshold=None)
@@ -95,9 +97,13 @@ def _for_share(composite: CompositeModel, base: Policy, logits: torch.Tensor, sh
     if default is None:
         raise ExpertokenError("--share: self is no candidate of this composite; name who answers instead, --default")
     replace(base, threshold=0.0, default=default).candidates(composite.pool)
-    place = composite.pool.names.index(default)
-    probabilities = logits.double().softmax(-1).numpy()
-    confident = np.sort(probabilities.max(1)[probabilities.argmax(1) != place])[::-1]
+    best = []  # of the prompts that somebody else than the default is the best on
+    for row, length in zip(logits, lengths, strict=True):
+        shares = free.shares(composite.pool, row, prompt_tokens=int(length))
+        winner = max(shares, key=shares.__getitem__)
+        if winner != default:
+            best.append(shares[winner])
+    confident = np.sort(np.array(best))[::-1]
     wanted = round(share * len(logits))
     if wanted > len(confident):
         raise ExpertokenError(

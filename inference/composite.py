@@ -1,6 +1,7 @@
 """`CompositeModel`: many LLMs that answer as one."""
 
 import asyncio
+import hashlib
 import logging
 import threading
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..modeling.chat import Message, as_messages
+from ..modeling.chat import Message, as_messages, is_media
 from ..modeling.composite import Composite, load_composite, save_composite
 from ..modeling.dispatch import Dispatch
 from ..modeling.errors import ExpertokenError, NoAnswerError, RequestRefusedError, one_line
@@ -26,7 +27,7 @@ from .backends.local import first_token, stream_generate
 from .breaker import Breaker
 from .decider import Decider, Decision, OwnStart, Question
 from .loop import BackgroundLoop
-from .observer import Answered, Observer
+from .observer import Answered, Observer, Spent
 from .policy import Policy, last_answerer
 from .stops import StopTexts
 
@@ -148,13 +149,13 @@ class CompositeModel:
         self.observer = observer or Observer()
         trained = self.manifest.training.get("dispatch") == "anywhere"
         self.anywhere = self.pool.has_self and (trained if anywhere is None else anywhere)
+        self.longest = getattr(self.meta.plain.config, "max_position_embeddings", None) or 2**31
         self._timeouts = timeouts
         bases = tuple(source for name in pinned if (source := local_source(self.pool[name], self.meta.source)))
         self._models = LocalModels(self.meta.device, dtype, budget=budget, pinned=bases, quantization=quantization)
         self._models.add(self.meta.source, self.meta.plain, self.meta.tokenizer)
         self._backends: dict[str, Backend] = {}
         self._breakers = {name: Breaker() for name in self.pool.names}
-        self._lock = threading.RLock()
         self._own_turn = threading.RLock()  # sampling with a seed sets the generator of the whole process
         self._self_name = self.pool.self_expert.name if self.pool.self_expert else None
         self._decider = Decider(self.meta, self._self_name, self.observer)
@@ -193,6 +194,12 @@ class CompositeModel:
         )
         return cls(composite, dtype, **options)
 
+    @property
+    def identity(self) -> str:
+        """Tells composites apart that decide or answer differently."""
+        rows = hashlib.sha256(self.meta.rows.numpy().tobytes()).hexdigest()[:16]
+        return f"{self.meta.base_fingerprint}-{rows}-{self.manifest.training.get('validation_score')}"
+
     def count(self, text: str) -> int:
         """Tokens of a text, as the meta LLM reads it; where a backend does not count its own."""
         return len(self.meta.tokenizer(text, add_special_tokens=False).input_ids)
@@ -200,11 +207,6 @@ class CompositeModel:
     def observe(self, observer: Observer) -> None:
         """Tell another observer from now on."""
         self.observer = self._decider.observer = observer
-
-    @property
-    def longest(self) -> int:
-        """Tokens that the meta LLM has positions for."""
-        return getattr(self.meta.plain.config, "max_position_embeddings", None) or 2**31
 
     def save_pretrained(self, path: Path | str, *, verify: bool = True) -> None:
         """Write a composite folder; see `modeling.composite.save_composite`."""
@@ -287,16 +289,21 @@ class CompositeModel:
 
     def _unnamed(self, messages: Sequence[Message]) -> list[Message]:
         """Messages without `name` where it says who answered: that is between us and the user."""
-        return [
-            {key: value for key, value in message.items() if key != "name" or value not in self.pool.names}
-            for message in messages
-        ]
+
+        def is_ours(message: Message) -> bool:
+            return message["role"] == "assistant" and message.get("name") in self.pool.names
+
+        return [{k: v for k, v in m.items() if k != "name"} if is_ours(m) else m for m in messages]
 
     def _question(self, messages: Sequence[Message], policy: Policy | None, *, answer: bool = False) -> Question:
         policy = policy or self.policy
         policy.candidates(self.pool)  # a mistake in it is told before anything is computed
         ids = self.meta.encode(self._unnamed(messages))
+        if len(ids) > self.longest:  # here, since one that is too long can take others down with its forward pass
+            raise ExpertokenError(f"the conversation has {len(ids)} tokens; at most {self.longest} are read")
         last = last_answerer(messages, self.pool)
+        # A decision reads `[image_url]` for an image; an answer must not.
+        answer = answer and not any(is_media(message) for message in messages)
         return Question(ids, partial(policy.choose, self.pool, prompt_tokens=len(ids), last=last), answer)
 
     async def _answer(
@@ -305,43 +312,52 @@ class CompositeModel:
         """Ask the candidates in their order until an answer is whole; the next one goes on where one broke off."""
         turn = _Turn(stream, generation)
         order = self._order(decision.dispatch.ranking)
+        chosen = decision.dispatch.expert
         while (name := next(order, None)) is not None:
-            stream.reply = replace(stream.reply, expert=name)
+            turn.begin(name)
             try:
-                async with aclosing(self._ask(name, messages, turn.left(self.count), decision, turn.text)) as pieces:
+                async with aclosing(self._ask(name, messages, turn.left(self.count), decision, turn)) as pieces:
                     async for piece in pieces:
                         for told in turn.take(piece):
                             yield told
                         if turn.stops.reached:
                             break
-                if turn.begun or self.pool[name].backend == SELF:
-                    self._breakers[name].succeeded()
-                    last = turn.end()
-                    self._tell_answered(name, decision, turn)
-                    yield last
-                    return
                 reason, own_fault = "gave an empty answer", True
             except HandOver as handed:
-                turn.cut()
+                self._tell_spent(name, decision, turn)
                 self.observer.handed_over(handed.dispatch.expert)
                 stream.reply = replace(stream.reply, handed_over=handed.dispatch)
-                experts = [candidate for candidate in handed.dispatch.ranking if candidate != name]
-                order = self._order([*experts, name])  # self goes on where none of them can
+                chosen = handed.dispatch.expert
+                # Self goes on where none of them can; who has failed in this turn is not asked again.
+                experts = [c for c in handed.dispatch.ranking if c != name and c not in stream.failures]
+                order = self._order([*experts, name])
                 continue
             except Exception as error:  # whatever an expert fails with, the user has a next best one
                 reason, own_fault = one_line(error), not isinstance(error, RequestRefusedError)
+                turn.refused = turn.refused and not own_fault
+                failed = (
+                    not turn.finished or turn.is_empty
+                )  # what fails behind the end of an answer takes nothing of it away
+            else:
+                failed = turn.is_empty and self.pool[name].backend != SELF
+            if not failed:
+                self._breakers[name].succeeded()
+                last = turn.end()
+                self._tell_spent(name, decision, turn)
+                stream.reply = replace(stream.reply, seconds=turn.elapsed)
+                self.observer.answered(Answered(name, chosen, stream.reply.first, turn.elapsed))
+                yield last
+                return
             if own_fault:
                 self._breakers[name].failed()
+            self._tell_spent(name, decision, turn)
             self.observer.failed(name, reason, begun=turn.begun)
-            turn.failed(name, reason)
+            stream.reply = replace(stream.reply, failures=stream.failures | {name: reason})
             logger.warning("expert %r failed, the next one is asked: %s", name, reason)
             if turn.calls:  # half a tool call can't be gone on with
                 break
         self.observer.lost()
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in stream.failures.items())
-        if turn.begun:
-            raise NoAnswerError(f"the answer broke off and nobody could go on with it ({reasons})")
-        raise NoAnswerError(f"no expert could answer ({reasons})")
+        raise NoAnswerError(stream.failures, begun=turn.begun, refused=turn.refused)
 
     def _order(self, ranking: Sequence[str]) -> Iterator[str]:
         """The ranking, without those that failed too often of late; they come last, where nobody else is left."""
@@ -355,16 +371,17 @@ class CompositeModel:
         yield from skipped
 
     async def _ask(
-        self, name: str, messages: list[Message], generation: Generation, decision: Decision, begun: str
+        self, name: str, messages: list[Message], generation: Generation, decision: Decision, turn: "_Turn"
     ) -> AsyncIterator[Piece]:
         """One candidate's answer, or what it adds to an answer that was begun."""
-        if name == self._self_name and not begun and self.anywhere and decision.choose is not None:
+        first = name == self._self_name and name == decision.dispatch.expert and not turn.handed_over
+        if first and self.anywhere and decision.choose is not None:
             source = self._watched_answer(messages, decision, generation)
-        elif name == self._self_name and not begun and decision.own is not None:
+        elif first and decision.own is not None:
             source = self._self_answer(decision.own, generation)
         else:
-            backend = await asyncio.to_thread(self.backend, name)  # a model may have to be loaded
-            source = backend.stream(messages, generation, begun=begun)
+            backend = self._backends.get(name) or await asyncio.to_thread(self.backend, name)
+            source = backend.stream(messages, generation, begun=turn.text)
         async with aclosing(source) as pieces:
             async for piece in pieces:
                 yield piece
@@ -381,10 +398,10 @@ class CompositeModel:
         Raises:
             ExpertFailedError: it can't be opened.
         """
-        with self._lock:
-            if name not in self._backends:
-                self._backends[name] = open_backend(self.pool[name], self._models, self.meta.source, self._timeouts)
-            return self._backends[name]
+        if name not in self._backends:  # opened twice at worst: nobody waits here for another expert's loading
+            opened = open_backend(self.pool[name], self._models, self.meta.source, self._timeouts)
+            return self._backends.setdefault(name, opened)
+        return self._backends[name]
 
     async def _watched_answer(
         self, messages: list[Message], decision: Decision, generation: Generation
@@ -394,17 +411,19 @@ class CompositeModel:
         Raises:
             HandOver: there.
         """
+        ids = self.meta.encode(messages)
         end = min(end_ids(self.meta.plain, self.meta.tokenizer))
-        watch = Watch(self.meta, self._self_name, decision.choose, end)
+        watch = Watch(self.meta, self._self_name, decision.choose, end, len(ids))
         if decision.own is not None:
             source = self._self_answer(decision.own, generation, watch)
         else:
             # Where LoRA decides, self is the model without it.
-            ids = torch.tensor([self.meta.encode(messages)], device=self.meta.device)
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            source = stream_generate(
-                self.meta.plain, self.meta.tokenizer, inputs, generation, ready=self._own_turn, watch=watch
-            )
+            model = self.meta.plain if self.meta.adapted else self.meta.model
+            given = torch.tensor([ids], device=self.meta.device)
+            inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
+            if not self.meta.adapted:
+                inputs["suppress_tokens"] = [self.meta.vocab_size + index for index in range(len(self.pool))]
+            source = stream_generate(model, self.meta.tokenizer, inputs, generation, ready=self._own_turn, watch=watch)
         async with aclosing(source) as pieces:
             async for piece in pieces:
                 if watch.dispatch is None or piece.finish is None:
@@ -419,7 +438,7 @@ class CompositeModel:
         model, tokenizer = self.meta.model, self.meta.tokenizer
         prompt = own.inputs["input_ids"]
         read = int(own.inputs["attention_mask"].sum())
-        token = first_token(model, prompt, own.logits[:, : self.meta.vocab_size], generation)
+        token, state = first_token(model, prompt, own.logits[:, : self.meta.vocab_size], generation)
         if token.item() in end_ids(self.meta.plain, tokenizer):
             yield Piece(finish="stop", usage=(read, 1))
             return
@@ -434,32 +453,55 @@ class CompositeModel:
             "suppress_tokens": list(range(self.meta.vocab_size, own.logits.shape[1])),
             "max_new_tokens": generation.max_new_tokens - 1,
         }
-        source = stream_generate(model, tokenizer, rest, generation, first=token[0], ready=self._own_turn, watch=watch)
+        source = stream_generate(
+            model, tokenizer, rest, generation, first=token[0], state=state, ready=self._own_turn, watch=watch
+        )
         async with aclosing(source) as pieces:
             async for piece in pieces:
                 yield piece if piece.usage is None else replace(piece, usage=(read, piece.usage[1]))
 
-    def _tell_answered(self, name: str, decision: Decision, turn: "_Turn") -> None:
+    def _tell_spent(self, name: str, decision: Decision, turn: "_Turn") -> None:
+        """What a candidate read and wrote in this turn, also where it broke off."""
+        if not turn.part and turn.usage is None:
+            return
         price = self.pool[name].cost
-        read, written = turn.usage or (decision.prompt_tokens, self.count(turn.text))
+        read, written = turn.usage or (decision.prompt_tokens, self.count(turn.part))
         cost = None if price is None else (read * price["input"] + written * price["output"]) / 1e6
+        reply = turn.stream.reply
         turn.stream.reply = replace(
-            turn.stream.reply, prompt_tokens=read, completion_tokens=written, cost=cost, seconds=turn.elapsed
+            reply,
+            prompt_tokens=max(reply.prompt_tokens, read),
+            completion_tokens=reply.completion_tokens + written,
+            cost=reply.cost if cost is None else (reply.cost or 0.0) + cost,
         )
-        chosen = decision.dispatch.expert
-        self.observer.answered(Answered(name, chosen, turn.stream.reply.first, turn.elapsed, read, written, cost))
+        self.observer.spent(Spent(name, read, written, cost))
 
 
 class _Turn:
-    """An answer while it comes into being, whoever gives it."""
+    """An answer while it comes into being, whoever gives it.
+
+    Attributes:
+        stream: that tells it.
+        generation: how it was asked for.
+        stops: that end it.
+        calls: whether it calls tools.
+        usage: tokens of the present candidate, where it counts them.
+        refused: whether all who failed refused the request itself.
+    """
 
     def __init__(self, stream: ReplyStream, generation: Generation) -> None:
         self.stream, self.generation = stream, generation
-        self.stops = StopTexts(generation.stop)
-        self.calls = False
+        self.calls, self.refused = False, True
+        self._started = time.perf_counter()
+        self.begin(stream.reply.expert)
+
+    def begin(self, name: str) -> None:
+        """The next candidate begins, or goes on with what is out."""
+        self.stream.reply = replace(self.stream.reply, expert=name)
+        self.stops = StopTexts(self.generation.stop)  # what was held back is not out, and is not gone on with
         self.usage: tuple[int, int] | None = None
         self._finish: str | None = None
-        self._started = time.perf_counter()
+        self._from = len(self.text)
 
     @property
     def text(self) -> str:
@@ -467,9 +509,29 @@ class _Turn:
         return self.stream.reply.text
 
     @property
+    def part(self) -> str:
+        """The present candidate's part of it."""
+        return self.text[self._from :]
+
+    @property
     def begun(self) -> bool:
         """Whether the user has something of it."""
         return bool(self.text) or self.calls
+
+    @property
+    def finished(self) -> bool:
+        """Whether the present candidate said that it is whole, or a stop text did."""
+        return self._finish is not None or self.stops.reached
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing came where something should have: not where a limit, a filter or a stop text ended it."""
+        return not self.begun and not self.stops.reached and self._finish in (None, "stop")
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether self called for an expert."""
+        return self.stream.reply.handed_over is not None
 
     @property
     def elapsed(self) -> float:
@@ -501,17 +563,6 @@ class _Turn:
         finish = "stop" if self.stops.reached else self._finish or "stop"
         self.stream.reply = replace(self.stream.reply, text=self.text + rest, finish=finish)
         return Piece(rest, finish=finish, usage=self.usage)
-
-    def cut(self) -> None:
-        """Somebody else goes on from here."""
-        self.usage = self._finish = None
-        self.stops = StopTexts(self.generation.stop)  # what was held back is not out, and is not gone on with
-
-    def failed(self, name: str, reason: str) -> None:
-        """An expert broke off, or never began."""
-        self.cut()
-        failures = self.stream.reply.failures | {name: reason}
-        self.stream.reply = replace(self.stream.reply, failures=failures)
 
 
 def _generation(options: dict[str, Any]) -> Generation:

@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +116,7 @@ class Decider:
                 future.set_result(outcome)
 
         def tell(outcome: Decision | Exception) -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(settle, outcome)
 
         with self._starting:
@@ -127,34 +128,40 @@ class Decider:
 
     def _work(self) -> None:
         while True:
-            waiting = [self._waiting.get(), *_drain(self._waiting)]
-            for batch in token_batches([len(question.ids) for question, _, _ in waiting], _MAX_TOKENS):
-                questions, started, tell = zip(*(waiting[index] for index in batch), strict=True)
-                for one, outcome in zip(tell, self._pass(questions, started), strict=True):
-                    one(outcome)
+            self._decide_waiting([self._waiting.get(), *_drain(self._waiting)])
+
+    def _decide_waiting(self, waiting: list[tuple[Question, float, Callable[[Any], None]]]) -> None:
+        # A function of its own, so that an idle thread holds no decision and no cache.
+        for batch in token_batches([len(question.ids) for question, _, _ in waiting], _MAX_TOKENS):
+            questions, started, tell = zip(*(waiting[index] for index in batch), strict=True)
+            for one, outcome in zip(tell, self._pass(questions, started), strict=True):
+                one(outcome)
 
     @torch.inference_mode()
     def _pass(self, questions: Sequence[Question], started: Sequence[float]) -> list[Decision | Exception]:
-        """One forward pass; an error of one question is its own, an error of the pass is everybody's."""
+        """One forward pass. Whatever goes wrong is told to whom it belongs: the thread lives on."""
         try:
             logits, inputs, cache = self._forward(questions)
             candidates = candidate_logits(logits, self.meta.vocab_size, with_self=self.self_name is not None).cpu()
-        except Exception as error:  # whatever it is: the thread lives on, and whoever waits is told
-            return [error] * len(questions)
+        except Exception as error:
+            if len(questions) == 1:
+                return [error]
+            # One that can't be decided must not take the others along; alone each needs less memory, too.
+            pairs = zip(questions, started, strict=True)
+            return [outcome for question, since in pairs for outcome in self._pass([question], [since])]
         found: list[Decision | Exception] = []
         for row, question in enumerate(questions):
             try:
                 dispatch = question.choose(candidates[row])
+                own = None
+                if cache is not None and question.answer and dispatch.expert == self.self_name:
+                    chosen = {key: value[row : row + 1] for key, value in inputs.items()}
+                    own = OwnStart(logits[row : row + 1].float(), chosen, _row_of(cache, row, len(questions)))
+                seconds = time.perf_counter() - started[row]
+                self.observer.decided(dispatch, seconds, len(questions))
+                found.append(Decision(dispatch, len(question.ids), seconds, own, question.choose))
             except Exception as error:
                 found.append(error)
-                continue
-            own = None
-            if cache is not None and question.answer and dispatch.expert == self.self_name:
-                chosen = {key: value[row : row + 1] for key, value in inputs.items()}
-                own = OwnStart(logits[row : row + 1].float(), chosen, _row_of(cache, row, len(questions)))
-            seconds = time.perf_counter() - started[row]
-            self.observer.decided(dispatch, seconds, len(questions))
-            found.append(Decision(dispatch, len(question.ids), seconds, own, question.choose))
         return found
 
     def _forward(self, questions: Sequence[Question]) -> tuple[torch.Tensor, dict[str, Any], Any]:

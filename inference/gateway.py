@@ -11,7 +11,6 @@ file says where everything is:
 """
 
 import math
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,11 +71,11 @@ class GatewayModel(CompositeModel):
         self.pool, self.top_logprobs = pool, top_logprobs
         self.policy, self.observer = policy or Policy(), observer or Observer()
         self.anywhere = False
+        self.longest = 2**31  # the meta LLM's server refuses what is too long for it
         self._timeouts = timeouts
         self._endpoint = EndpointBackend(meta, timeouts)
         self._backends: dict[str, Backend] = {}
         self._breakers = {name: Breaker() for name in pool.names}
-        self._lock = threading.RLock()
         self._self_name = pool.self_expert.name if pool.self_expert else None
 
     @classmethod
@@ -104,11 +103,6 @@ class GatewayModel(CompositeModel):
         pool = ExpertPool.parse(document, str(path), path.parent)
         return cls(endpoint, pool, top_logprobs=count, **options)
 
-    @property
-    def longest(self) -> int:
-        """The meta LLM's server knows; it refuses what is too long."""
-        return 2**31
-
     def count(self, text: str) -> int:
         """Tokens of a text, about."""
         return math.ceil(len(text) / _CHARACTERS)
@@ -122,10 +116,7 @@ class GatewayModel(CompositeModel):
         expert = self.pool[name]
         if expert.backend == SELF:
             return self._endpoint
-        with self._lock:
-            if name not in self._backends:
-                self._backends[name] = EndpointBackend(expert, self._timeouts)
-            return self._backends[name]
+        return self._backends.setdefault(name, self._backends.get(name) or EndpointBackend(expert, self._timeouts))
 
     def route(self, conversations: str | Sequence[Any], *, policy: Policy | None = None) -> Dispatch | list[Dispatch]:
         """As `CompositeModel.route`."""

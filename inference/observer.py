@@ -14,15 +14,26 @@ class Answered:
         chosen: who was to give it.
         first: seconds until its first piece, from the decision.
         seconds: until its end.
-        prompt_tokens: read.
-        completion_tokens: written.
-        cost: USD, or None where the pool has no price.
     """
 
     expert: str
     chosen: str
     first: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a candidate's part of an answer took, also where it broke off.
+
+    Attributes:
+        expert: whose.
+        prompt_tokens: read.
+        completion_tokens: written.
+        cost: USD, or None where the pool has no price.
+    """
+
+    expert: str
     prompt_tokens: int
     completion_tokens: int
     cost: float | None
@@ -42,6 +53,9 @@ class Observer:
 
     def skipped(self, expert: str) -> None:
         """An expert was not asked: it has failed too often of late."""
+
+    def spent(self, part: Spent) -> None:
+        """A candidate read and wrote."""
 
     def answered(self, answer: Answered) -> None:
         """An answer came to its end."""

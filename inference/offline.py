@@ -62,7 +62,8 @@ def generate_file(
     source, out = Path(source), Path(out)
     rows = _read(source)
     part = out.with_name(f".{out.name}.part")
-    run = _hash([asdict(generation) | {"extra": dict(generation.extra)}, policy.document(), composite.pool.names])
+    asked = asdict(generation) | {"extra": dict(generation.extra)}
+    run = _hash([asked, policy.document(), composite.pool.names, composite.identity])
     keys = [f"{run}-{_hash(row)}" for row in rows]
     known = _known(part)
     waiting = [place for place, key in enumerate(keys) if key not in known]
@@ -70,6 +71,8 @@ def generate_file(
         logger.info("%d of %d conversations are answered already", len(rows) - len(waiting), len(rows))
     part.parent.mkdir(parents=True, exist_ok=True)
     with part.open("a", encoding="utf-8") as stream, tqdm(total=len(waiting), unit="conversation", delay=2) as bar:
+        if part.stat().st_size:
+            stream.write("\n")  # behind a line that an interrupted run may not have finished
         for start in range(0, len(waiting), _BLOCK):
             block = waiting[start : start + _BLOCK]
             conversations = [_messages(rows[place]) for place in block]
@@ -134,11 +137,27 @@ def _answers(
                 single += chosen
                 continue
             for place, text in zip(chosen, texts, strict=True):
-                stops = StopTexts(generation.stop)
-                cut = stops.feed(text)
-                yield place, _told(Reply(cut if stops.reached else text, name, dispatches[place]))
+                yield place, _told(_replied(composite, conversations[place], text, dispatches[place], generation))
     answering = _each(composite, conversations, dispatches, generation, single, concurrent)
     yield from BackgroundLoop.iterate(answering)
+
+
+def _replied(
+    composite: CompositeModel, messages: list[Message], text: str, dispatch: Dispatch, generation: Generation
+) -> Reply:
+    """A local expert's answer of a batch, with what a chat would tell of it."""
+    stops = StopTexts(generation.stop)
+    cut = stops.feed(text)
+    written = composite.count(text)
+    price = composite.pool[dispatch.expert].cost
+    read = len(composite.meta.encode(messages))
+    return Reply(
+        cut if stops.reached else text,
+        dispatch.expert,
+        dispatch,
+        finish="stop" if stops.reached or written < generation.max_new_tokens else "length",
+        cost=None if price is None else (read * price["input"] + written * price["output"]) / 1e6,
+    )
 
 
 async def _each(
@@ -190,7 +209,7 @@ def _read(source: Path) -> list[dict[str, Any]]:
     """
     expected = f"expected a JSON object with {' or '.join(map(repr, _TEXTS))} on each line"
     try:
-        lines = source.read_text("utf-8").splitlines()
+        lines = source.read_text("utf-8").split("\n")  # not splitlines: JSON texts may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise ExpertokenError(f"{source}: can't be read ({one_line(error)}); {expected}") from None
     rows = []
@@ -219,7 +238,7 @@ def _known(part: Path) -> dict[str, dict[str, Any]]:
     """Answers that an interrupted run left; a line that it did not finish is passed over."""
     found = {}
     if part.exists():
-        for line in part.read_text("utf-8", errors="replace").splitlines():
+        for line in part.read_text("utf-8", errors="replace").split("\n"):
             try:
                 entry = json.loads(line)
                 found[entry["key"]] = entry["answer"]

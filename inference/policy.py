@@ -90,15 +90,7 @@ class Policy:
         if self == Policy():
             return plain
         names = self.candidates(pool)
-        changed = logits.double().clone()
-        for index, expert in enumerate(pool.candidates):
-            if self.cost_weight:
-                changed[index] -= self.cost_weight * request_cost(expert, prompt_tokens, OUTPUT_TOKENS)
-            if self.sticky and expert.name == last:
-                changed[index] += self.sticky
-            if expert.name not in names:
-                changed[index] = -torch.inf
-        shares = dict(zip(pool.names, changed.softmax(-1).tolist(), strict=True))
+        shares = self.shares(pool, logits, prompt_tokens=prompt_tokens, last=last)
         ranking = sorted(names, key=shares.__getitem__, reverse=True)
         reason = self._reason(plain, ranking, shares)
         if self.threshold is not None and shares[ranking[0]] < self.threshold:
@@ -109,6 +101,21 @@ class Policy:
         if self.fallbacks is not None:
             ranking = ranking[: 1 + self.fallbacks]
         return Dispatch(ranking[0], plain.probabilities, reason, tuple(ranking))
+
+    def shares(
+        self, pool: ExpertPool, logits: torch.Tensor, *, prompt_tokens: int = 0, last: str | None = None
+    ) -> dict[str, float]:
+        """Probabilities of the candidates as this policy changes them, before the threshold. Arguments as `choose`."""
+        names = self.candidates(pool)
+        changed = logits.double().clone()
+        for index, expert in enumerate(pool.candidates):
+            if self.cost_weight:
+                changed[index] -= self.cost_weight * request_cost(expert, prompt_tokens, OUTPUT_TOKENS)
+            if self.sticky and expert.name == last:
+                changed[index] += self.sticky
+            if expert.name not in names:
+                changed[index] = -torch.inf
+        return dict(zip(pool.names, changed.softmax(-1).tolist(), strict=True))
 
     def _reason(self, plain: Dispatch, ranking: list[str], shares: dict[str, float]) -> str:
         if ranking[0] == plain.expert:
@@ -162,8 +169,11 @@ def last_answerer(messages: Sequence[dict[str, Any]], pool: ExpertPool) -> str |
     return named[-1] if named and named[-1] in pool.names else None
 
 
+_LARGEST = 1e30  # far above any cost or logit; more would overflow where it is multiplied
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _is_names(value: Any) -> bool:

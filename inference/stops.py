@@ -26,7 +26,12 @@ class StopTexts:
             told, self._held = self._held[: min(places)], ""
             return told
         keep = max(
-            (size for stop in self._stops for size in range(1, len(stop)) if self._held.endswith(stop[:size])),
+            (
+                size
+                for stop in self._stops
+                for size in range(1, min(len(stop), 1 + len(self._held)))
+                if self._held.endswith(stop[:size])
+            ),
             default=0,
         )
         told, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

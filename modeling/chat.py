@@ -15,7 +15,7 @@ A part is `{"type": "text", "text": ...}`, as OpenAI's API has it; other types r
 are, while models that run here read text only.
 """
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def as_messages(conversation: str | Sequence[Message]) -> list[Message]:
@@ -52,8 +52,21 @@ def _is_content(content: Any) -> bool:
     )
 
 
-def text_of(message: Message) -> str:
-    """A message's text, its parts on lines of their own.
+_TEXTS = ("text", "refusal")
+
+
+def is_media(message: Message) -> bool:
+    """Whether a message has parts that are no text."""
+    content = message.get("content")
+    return isinstance(content, list) and any(part["type"] not in _TEXTS for part in content)
+
+
+def text_of(message: Message, *, placeholders: bool = False) -> str:
+    """A message's text, its parts on lines of their own; tool calls as `name(arguments)`.
+
+    Args:
+        message: the message.
+        placeholders: let `[image_url]` and the like stand for parts that are no text.
 
     Raises:
         ExpertokenError: a part is something else than text, or the text is no Unicode.
@@ -61,16 +74,25 @@ def text_of(message: Message) -> str:
     content = message.get("content") or ""
     if not isinstance(content, str):
         for part in content:
-            if part["type"] != "text":
+            if part["type"] not in _TEXTS and not placeholders:
                 raise ExpertokenError(
                     f"a message has a part of type {part['type']!r}; models that run here read text only"
                 )
-        content = "\n".join(part["text"] for part in content)
+        content = "\n".join(
+            str(part.get(part["type"])) if part["type"] in _TEXTS else f"[{part['type']}]" for part in content
+        )
+    calls = message.get("tool_calls")
+    if not content and isinstance(calls, list):
+        functions = [call.get("function") for call in calls if isinstance(call, dict)]
+        content = "\n".join(f"{f.get('name')}({f.get('arguments')})" for f in functions if isinstance(f, dict))
     try:
         content.encode()
     except UnicodeEncodeError as error:
         raise ExpertokenError(f"a message's text is no Unicode ({error.reason} at character {error.start})") from None
     return content
+
+
+_AS = {"developer": "system"}  # OpenAI's newer name for it, which templates don't know
 
 
 def encode_chat(
@@ -79,6 +101,7 @@ def encode_chat(
     vocab_size: int,
     *,
     begun: str = "",
+    placeholders: bool = False,
 ) -> list[int]:
     """Token ids of a conversation up to the dispatch position: the end of the template's generation prompt.
 
@@ -90,6 +113,7 @@ def encode_chat(
         conversation: the messages.
         vocab_size: V.
         begun: an answer that is to be continued; the ids end behind it then.
+        placeholders: see `text_of`.
 
     Raises:
         ExpertokenError: the tokenizer has no chat template, the template refuses the conversation, or there are ids
@@ -107,7 +131,11 @@ def encode_chat(
     tokenizer.chat_control_tokens = [
         token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()
     ]
-    messages = [message | {"content": text_of(message)} for message in as_messages(conversation)]
+    # Roles and texts alone: what else a message holds a template may print, and only texts are sanitised.
+    messages = [
+        {"role": _AS.get(m["role"], m["role"]), "content": text_of(m, placeholders=placeholders)}
+        for m in as_messages(conversation)
+    ]
     begun = begun if begun.strip() else ""  # blanks alone are nothing to go on from, and templates trim them
     try:
         ids = tokenizer.apply_chat_template(

@@ -19,7 +19,26 @@ class RequestRefusedError(ExpertFailedError):
 
 
 class NoAnswerError(ExpertokenError):
-    """Nobody could answer, or go on with an answer that broke off."""
+    """Nobody could answer, or go on with an answer that broke off.
+
+    Args:
+        failures: those who were asked, with the reason; or one text that says it all.
+        begun: whether a part of an answer is out.
+        refused: whether all of them refused the request itself.
+
+    Attributes:
+        public: the message without reasons, which may name paths and variables of the machine.
+    """
+
+    def __init__(self, failures: dict[str, str] | str, *, begun: bool = False, refused: bool = False) -> None:
+        what = "the answer broke off and nobody could go on with it" if begun else "no expert could answer"
+        self.refused = refused
+        if isinstance(failures, str):
+            self.public = failures
+            super().__init__(failures)
+            return
+        self.public = f"{what} ({', '.join(failures)} failed)" if failures else what
+        super().__init__(f"{what} ({'; '.join(f'{name}: {reason}' for name, reason in failures.items())})")
 
 
 def one_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,10 @@ def default_device() -> torch.device:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator or torch.device("cpu")
 
+
+LOADING = threading.RLock()
+"""Held while transformers or PEFT load weights: they change classes of torch meanwhile, for all threads, and two at a
+time leave weights without data."""
 
 QUANTIZATIONS = ("nf4", "int8")
 
@@ -81,7 +86,8 @@ def load_causal_lm(
         loading |= {"quantization_config": _quantized(quantization, device, dtype), "device_map": {"": device}}
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options, **loading)
+        with LOADING:
+            model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options, **loading)
         model = _unpacked(model) if quantization else model.to(device)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError) as error:
         if is_out_of_memory(error):
@@ -295,7 +301,7 @@ class MetaLLM:
 
     def encode(self, conversation: str | Sequence[Message]) -> list[int]:
         """Ids up to the dispatch position; see `chat.encode_chat`."""
-        return encode_chat(self.tokenizer, conversation, self.vocab_size)
+        return encode_chat(self.tokenizer, conversation, self.vocab_size, placeholders=True)
 
     def pad(
         self, sequences: Sequence[Sequence[int]], device: torch.device | str | None = None

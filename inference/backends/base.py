@@ -14,8 +14,8 @@ class Generation:
 
     Attributes:
         max_new_tokens: at most this many tokens of answer.
-        temperature: 0 is greedy.
-        top_p: mass of the nucleus to sample from.
+        temperature: 0 is greedy; where None, models that run here are, and endpoints do as they do.
+        top_p: mass of the nucleus to sample from; where None as for the temperature.
         seed: of sampling; None draws a new one.
         stop: texts before which an answer ends.
         extra: what else an endpoint is asked, as OpenAI's API calls it (`tools`, `logprobs`, ...); models that run here
@@ -23,8 +23,8 @@ class Generation:
     """
 
     max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)

@@ -1,10 +1,11 @@
 """OpenAI-compatible endpoints, through the `openai` client."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import anyio
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 
 _REQUESTS = (400, 413, 422)  # a fault of the request
+_GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
 
 
 @dataclass(frozen=True)
@@ -54,35 +56,38 @@ class EndpointBackend(Backend):
         self.timeouts = timeouts or Timeouts()
         self._key = expert.api_key()
         # A client's connections belong to one event loop.
-        self._clients: WeakKeyDictionary[Any, AsyncOpenAI] = WeakKeyDictionary()
+        self._clients: dict[asyncio.AbstractEventLoop, AsyncOpenAI] = {}
+        self._lock = threading.Lock()
 
     def client(self) -> "AsyncOpenAI":
         """The client of this event loop."""
         import openai
 
         loop = asyncio.get_running_loop()
-        if loop not in self._clients:
-            limits = self.timeouts
-            self._clients[loop] = openai.AsyncOpenAI(
-                api_key=self._key,
-                base_url=self.expert.base_url,
-                timeout=openai.Timeout(max(limits.first, limits.idle), connect=limits.connect),
-                max_retries=limits.retries,
-            )
-        return self._clients[loop]
+        with self._lock:
+            self._clients = {known: client for known, client in self._clients.items() if not known.is_closed()}
+            if loop not in self._clients:
+                limits = self.timeouts
+                self._clients[loop] = openai.AsyncOpenAI(
+                    api_key=self._key,
+                    base_url=self.expert.base_url,
+                    timeout=openai.Timeout(max(limits.first, limits.idle), connect=limits.connect),
+                    max_retries=limits.retries,
+                )
+            return self._clients[loop]
 
     def _options(self, generation: Generation) -> dict[str, Any]:
-        options = dict(generation.extra) | {
-            "model": self.expert.model,
-            "max_tokens": generation.max_new_tokens,
+        # OpenAI's own newer models refuse the older name; other servers know the older one.
+        limit = "max_tokens" if self.expert.base_url else "max_completion_tokens"
+        asked = {
+            limit: generation.max_new_tokens,
             "temperature": generation.temperature,
             "top_p": generation.top_p,
-            "stream": True,
-            "stream_options": {"include_usage": True},
+            "seed": generation.seed,
+            "stop": list(generation.stop) or None,
         }
-        if generation.stop:
-            options["stop"] = list(generation.stop)
-        return options if generation.seed is None else options | {"seed": generation.seed}
+        fixed = {"model": self.expert.model, "stream": True, "stream_options": {"include_usage": True}}
+        return dict(generation.extra) | {key: value for key, value in asked.items() if value is not None} | fixed
 
     async def stream(
         self, messages: Sequence[Message], generation: Generation, *, begun: str = ""
@@ -95,26 +100,25 @@ class EndpointBackend(Backend):
         import openai
 
         given = list(messages)
-        options = self._options(generation)
         if begun:
             given.append({"role": "assistant", "content": begun})
-            options["extra_body"] = {"continue_final_message": True, "add_generation_prompt": False}
-        limit = self.timeouts.first
-        repetition = Repetition(begun)
+        deadline = anyio.current_time() + self.timeouts.first
         told = finished = False
+        repetition = Repetition(begun)
         chunks = None
         try:
-            with anyio.fail_after(limit):
-                chunks = await self.client().chat.completions.create(messages=given, **options)
+            with anyio.fail_after(self.timeouts.first):
+                chunks = await self._begin(given, self._options(generation), going_on=bool(begun))
             pieces = aiter(chunks)
             while True:
+                limit = self.timeouts.idle if told else max(0.0, deadline - anyio.current_time())
                 with anyio.fail_after(limit):
                     chunk = await anext(pieces, None)
                 if chunk is None:
                     break
-                piece = _piece(chunk)
-                if piece.tells:
-                    told, limit = True, self.timeouts.idle
+                piece, thinks = _piece(chunk)
+                # Some models think for minutes before their first word, and stream that: they are alive.
+                told = told or piece.tells or thinks
                 finished = finished or piece.finish is not None
                 yield replace(piece, text=repetition.without(piece.text, last=piece.finish is not None))
             if not finished:  # a connection that was cut between two chunks looks like an end
@@ -125,8 +129,10 @@ class EndpointBackend(Backend):
             kind = RequestRefusedError if error.status_code in _REQUESTS else ExpertFailedError
             raise kind(f"the endpoint answered {error.status_code}") from error
         except (TimeoutError, openai.APITimeoutError) as error:
-            what = "stopped in its answer for" if told else "gave nothing within"
-            raise ExpertFailedError(f"the endpoint {what} {limit:g} s") from error
+            what = f"stopped in its answer for {self.timeouts.idle:g}" if told else "gave nothing within "
+            if not told:
+                what += f"{self.timeouts.first:g}"
+            raise ExpertFailedError(f"the endpoint {what} s") from error
         except Exception as error:  # in mid-stream the errors of the client's HTTP library come through as they are
             # Only the kind is told: messages of the client can quote requests, and with them headers.
             raise ExpertFailedError(f"the endpoint could not be used ({type(error).__name__})") from error
@@ -135,27 +141,43 @@ class EndpointBackend(Backend):
                 with anyio.CancelScope(shield=True):
                     await chunks.close()
 
+    async def _begin(self, messages: list[Message], options: dict[str, Any], *, going_on: bool) -> Any:
+        """Ask; a server that does not know how to be told to go on is asked once more without."""
+        import openai
 
-def _piece(chunk: Any) -> Piece:
-    """What a chunk of the client brings.
+        create = self.client().chat.completions.create
+        if going_on:
+            with suppress(openai.BadRequestError, openai.UnprocessableEntityError):
+                return await create(messages=messages, extra_body=_GO_ON, **options)
+        return await create(messages=messages, **options)
+
+
+def _piece(chunk: Any) -> tuple[Piece, bool]:
+    """What a chunk of the client brings, and whether it is of the model's thinking.
 
     Raises:
         ExpertFailedError: it is something else than a chunk of an answer.
     """
-    usage = (chunk.usage.prompt_tokens, chunk.usage.completion_tokens) if getattr(chunk, "usage", None) else None
-    if not getattr(chunk, "choices", None):
-        if usage is None and getattr(chunk, "choices", None) is None:
+    usage = getattr(chunk, "usage", None)
+    counts = (getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None))
+    usage = counts if all(isinstance(count, int) for count in counts) else None
+    choices = getattr(chunk, "choices", None)
+    if not choices:
+        if usage is None and choices is None:
             raise ExpertFailedError("the endpoint gave something else than an answer")
-        return Piece(usage=usage)
-    choice = chunk.choices[0]
-    calls = choice.delta.tool_calls
-    return Piece(
-        text=choice.delta.content or "",
-        tool_calls=[call.model_dump(exclude_none=True) for call in calls] if calls else None,
-        logprobs=choice.logprobs.model_dump() if choice.logprobs else None,
-        finish=choice.finish_reason,
+        return Piece(usage=usage), False
+    delta = choices[0].delta
+    if delta is None:
+        return Piece(finish=choices[0].finish_reason, usage=usage), False
+    piece = Piece(
+        text=delta.content or "",
+        tool_calls=[call.model_dump(exclude_none=True) for call in delta.tool_calls] if delta.tool_calls else None,
+        logprobs=choices[0].logprobs.model_dump() if choices[0].logprobs else None,
+        finish=choices[0].finish_reason,
         usage=usage,
     )
+    extra = delta.model_extra or {}
+    return piece, bool(extra.get("reasoning_content") or extra.get("reasoning"))
 
 
 class Repetition:

@@ -2,15 +2,16 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import torch
 
 from ...modeling.chat import Message, encode_chat
-from ...modeling.errors import ExpertFailedError, one_line
+from ...modeling.errors import ExpertFailedError, ExpertokenError, RequestRefusedError, one_line
 from ...modeling.meta import Source, end_ids
 from .base import Backend, Generation, Piece
 from .models import LocalModels, Resident
@@ -21,17 +22,34 @@ if TYPE_CHECKING:
 
 def generation_options(generation: Generation) -> dict[str, Any]:
     """Arguments of `generate`."""
-    options: dict[str, Any] = {"max_new_tokens": generation.max_new_tokens, "do_sample": generation.temperature > 0}
-    if generation.temperature > 0:
-        options |= {"temperature": generation.temperature, "top_p": generation.top_p}
+    sampled = bool(generation.temperature)
+    options: dict[str, Any] = {"max_new_tokens": generation.max_new_tokens, "do_sample": sampled}
+    if sampled:
+        options |= {"temperature": generation.temperature, "top_p": generation.top_p or 1.0}
     return options
+
+
+_RANDOM = threading.RLock()  # torch's generator is the process's: runs with a seed go one after the other
+
+
+@contextmanager
+def _seeded(generation: Generation, state: torch.Tensor | None = None) -> Iterator[None]:
+    """Random numbers as the seed says, or as they went on from `state`."""
+    if generation.seed is None or not generation.temperature:
+        yield
+        return
+    with _RANDOM:
+        torch.manual_seed(generation.seed)
+        if state is not None:
+            torch.cuda.set_rng_state(state) if torch.cuda.is_available() else torch.set_rng_state(state)
+        yield
 
 
 @torch.inference_mode()
 def first_token(
     model: "PreTrainedModel", input_ids: torch.Tensor, logits: torch.Tensor, generation: Generation
-) -> torch.Tensor:
-    """The first token of an answer from logits that are there already, `[1, 1]`, as `model.generate` would choose it.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The first token of an answer from logits that are there already, as `model.generate` would choose it.
 
     With the model's own logits processors (a repetition penalty, top-k), which transformers makes in private methods
     only. Rejected: cropping the cache by one token and letting `generate` begin there, which sliding windows can't.
@@ -41,15 +59,20 @@ def first_token(
         input_ids: `[1, T]`.
         logits: `[1, V]` at the last position.
         generation: how.
+
+    Returns:
+        the token `[1, 1]`, and where it was drawn with a seed the random numbers' state after it.
     """
     config, _ = model._prepare_generation_config(None, **generation_options(generation))
     processors = model._get_logits_processor(config, input_ids_seq_length=input_ids.shape[1], device=input_ids.device)
     scores = processors(input_ids, logits.float())
     if not config.do_sample:
-        return scores.argmax(-1, keepdim=True)
-    if generation.seed is not None:
-        torch.manual_seed(generation.seed)
-    return torch.multinomial(scores.softmax(-1), 1)
+        return scores.argmax(-1, keepdim=True), None
+    if generation.seed is None:
+        return torch.multinomial(scores.softmax(-1), 1), None
+    random = torch.Generator(scores.device).manual_seed(generation.seed)
+    token = torch.multinomial(scores.softmax(-1), 1, generator=random)
+    return token, random.get_state()
 
 
 async def stream_generate(
@@ -59,6 +82,7 @@ async def stream_generate(
     generation: Generation,
     *,
     first: torch.Tensor | None = None,
+    state: torch.Tensor | None = None,
     ready: AbstractContextManager | None = None,
     watch: Any = None,
 ) -> AsyncIterator[Piece]:
@@ -70,6 +94,7 @@ async def stream_generate(
         inputs: `input_ids` and `attention_mask` `[1, T]`, and further arguments of `generate`.
         generation: how.
         first: `[n]` tokens at the end of `input_ids` that belong to the answer already.
+        state: of the random numbers after `first` was drawn with a seed.
         ready: entered by the thread around the generation (a lock, the choice of an adapter). Not around the iteration:
             who reads slowly, or from several threads, must not hold a lock for that.
         watch: a logits processor, entered by the thread too; it sees every position that is generated.
@@ -109,9 +134,7 @@ async def stream_generate(
 
     def run() -> None:
         try:
-            if generation.seed is not None and first is None:
-                torch.manual_seed(generation.seed)
-            with ready or nullcontext(), watch or nullcontext(), torch.inference_mode():
+            with ready or nullcontext(), _seeded(generation, state), watch or nullcontext(), torch.inference_mode():
                 if stopped.is_set():
                     return
                 model.generate(**options, streamer=streamer, stopping_criteria=StoppingCriteriaList([Stop()]))
@@ -142,6 +165,20 @@ async def stream_generate(
     yield Piece(finish="stop" if last in ends else "length", usage=(read, count))
 
 
+# Of its own, and large: whoever waits for room must not keep conversations from being encoded.
+_LOADERS = ThreadPoolExecutor(64, thread_name_prefix="loader")
+
+
+async def _in_thread(run: Callable[..., Any], *arguments: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(_LOADERS, run, *arguments)
+
+
+@contextmanager
+def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Iterator[None]:
+    with outer, inner:
+        yield
+
+
 class LocalBackend(Backend):
     """A causal LM in this process.
 
@@ -162,7 +199,7 @@ class LocalBackend(Backend):
 
     @contextmanager
     def _turn(self, resident: Resident) -> Iterator[None]:
-        """The model to oneself: choosing an adapter, or a seed, changes it for everybody."""
+        """The model to oneself: choosing an adapter changes it for everybody."""
         with resident.turn:
             if self._adapter is not None:
                 slot = self.models.slot(resident, self.source, *self._adapter)
@@ -170,6 +207,7 @@ class LocalBackend(Backend):
             yield
 
     def _model(self, resident: Resident) -> "PreTrainedModel":
+        """The model that answers; an adapter may have to be loaded, which waits for who generates."""
         if self._adapter is None:
             return resident.model
         self.models.slot(resident, self.source, *self._adapter)
@@ -177,32 +215,49 @@ class LocalBackend(Backend):
 
     def _encode(self, resident: Resident, messages: Sequence[Message], begun: str = "") -> list[int]:
         rows = resident.model.get_input_embeddings().weight.shape[0]
-        return encode_chat(resident.tokenizer, messages, rows, begun=begun)
+        try:
+            ids = encode_chat(resident.tokenizer, messages, rows, begun=begun)
+        except ExpertFailedError:
+            raise
+        except ExpertokenError as error:  # a conversation that its template does not take: no fault of the model
+            raise RequestRefusedError(str(error)) from error
+        longest = getattr(resident.model.config, "max_position_embeddings", None) or len(ids)
+        if len(ids) > longest:
+            raise RequestRefusedError(f"{len(ids)} tokens; the model has positions for {longest}")
+        return ids
 
     async def stream(
         self, messages: Sequence[Message], generation: Generation, *, begun: str = ""
     ) -> AsyncIterator[Piece]:
         """The answer in pieces."""
-        resident = await self._acquired()
-        try:
+        resident = self.models.acquire_now(self.source) or await self._acquired()
+        lease = ExitStack()
+        lease.callback(self.models.release, resident)
+        with lease:
+            if self._adapter is not None and self._adapter not in resident.slots:
+                await _in_thread(self._model, resident)
             model = self._model(resident)
             ids = torch.tensor([self._encode(resident, messages, begun)], device=model.device)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            generating = stream_generate(model, resident.tokenizer, inputs, generation, ready=self._turn(resident))
+            # The lease ends with the generation, not with the reading: who reads slowly holds no model.
+            ready = _both(lease.pop_all(), self._turn(resident))
+            generating = stream_generate(model, resident.tokenizer, inputs, generation, ready=ready)
             async with aclosing(generating) as pieces:
                 async for piece in pieces:
                     yield piece
-        finally:
-            self.models.release(resident)
 
     async def _acquired(self) -> Resident:
         """The model, which may have to be loaded, while this loop goes on with other answers."""
-        waiting = asyncio.ensure_future(asyncio.to_thread(self.models.acquire, self.source))
+        coming = _LOADERS.submit(self.models.acquire, self.source)
         try:
-            return await asyncio.shield(waiting)
-        except asyncio.CancelledError:  # nobody wants the answer any more, but the model will come all the same
-            waiting.add_done_callback(lambda task: task.exception() or self.models.release(task.result()))
+            return await asyncio.wrap_future(coming)
+        except asyncio.CancelledError:  # nobody wants the answer any more, but the model may come all the same
+            coming.add_done_callback(self._give_back)
             raise
+
+    def _give_back(self, coming: Future) -> None:
+        if not coming.cancelled() and coming.exception() is None:
+            self.models.release(coming.result())
 
     @torch.inference_mode()
     def log_likelihood(self, messages: Sequence[Message], continuation: str) -> tuple[float, bool]:
@@ -244,7 +299,6 @@ def _generate_batch(
     pad = tokenizer.pad_token_id or 0
     ids = torch.tensor([[pad] * (longest - len(s)) + s for s in sequences], device=model.device)
     mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences], device=model.device)
-    if generation.seed is not None:
-        torch.manual_seed(generation.seed)
-    output = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **generation_options(generation))
+    with _seeded(generation):
+        output = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **generation_options(generation))
     return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)

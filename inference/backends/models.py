@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...modeling.errors import ExpertFailedError, ExpertokenError, one_line
-from ...modeling.meta import Source, load_causal_lm, share_weights
+from ...modeling.meta import LOADING, Source, load_causal_lm, share_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LONGEST = 120.0  # seconds that a model is waited for, before the next best expert is asked
 _PATIENCE = 2.0  # seconds that a model may be waited for before those that are used make room for it
 
 
@@ -35,6 +36,7 @@ class Resident:
         size: bytes of its weights.
         pinned: whether it stays.
         users: answers that are being given by it.
+        loaded: when.
         used: when the last of them began or ended.
         turn: held while it generates.
         adapted: the same weights with LoRA adapters, or None.
@@ -46,6 +48,7 @@ class Resident:
     size: int
     pinned: bool = False
     users: int = 0
+    loaded: float = field(default_factory=time.monotonic)
     used: float = field(default_factory=time.monotonic)
     turn: AbstractContextManager = field(default_factory=threading.RLock)
     adapted: Any = None
@@ -63,8 +66,8 @@ class LocalModels:
     Args:
         device: where models go.
         dtype: of their weights.
-        budget: bytes that the weights of models that are not pinned may take; None for no limit.
-        pinned: models that stay once they are loaded.
+        budget: bytes that the weights of models loaded here may take; None for no limit.
+        pinned: models that stay once they are loaded, within the budget.
         quantization: of models that are loaded here: nf4, int8 or None.
     """
 
@@ -84,6 +87,7 @@ class LocalModels:
         self._sizes: dict[Source, int] = {}
         self._waiting: dict[Source, float] = {}
         self._loading: dict[Source, int] = {}
+        self._victim: Source | None = None
         self._changed = threading.Condition(threading.RLock())
 
     def add(self, source: Source, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -109,24 +113,39 @@ class LocalModels:
         """A model that stays in memory until it is released; loaded where it is not, which may wait for room.
 
         Raises:
-            ExpertFailedError: it can't be loaded, or is larger than the whole budget.
+            ExpertFailedError: it can't be loaded, is larger than the budget, or no room came free.
         """
         source = _resolved(source)
+        began = time.monotonic()
         while True:
             with self._changed:
-                resident = self._residents.get(source)
-                if resident is not None and not self._is_to_go(source):
-                    self._waiting.pop(source, None)
-                    resident.users += 1
-                    resident.used = time.monotonic()
+                resident = self._enter(source, began)
+                if resident is not None:
                     return resident
-                mine = resident is None and source not in self._loading and self._makes_room(source)
-                if not mine:
+                if source in self._residents or source in self._loading or not self._may_load(source):
                     self._waiting.setdefault(source, time.monotonic())
                     self._changed.wait(0.5)
+                    if time.monotonic() - began > _LONGEST:
+                        self._waiting.pop(source, None)
+                        raise ExpertFailedError(f"{source.model}: no room for it within {_LONGEST:g} s")
                     continue
                 self._loading[source] = self._needed(source)
             self._load(source)  # without the lock: others answer and decide meanwhile
+
+    def acquire_now(self, source: Source) -> Resident | None:
+        """As `acquire` where that is done at once, else None."""
+        with self._changed:
+            return self._enter(_resolved(source), time.monotonic())
+
+    def _enter(self, source: Source, began: float) -> Resident | None:
+        resident = self._residents.get(source)
+        # Who has waited since before it was loaded gets it, whoever else wants room.
+        if resident is None or (resident.loaded < began and self._is_to_go(source)):
+            return None
+        self._waiting.pop(source, None)
+        resident.users += 1
+        resident.used = time.monotonic()
+        return resident
 
     def release(self, resident: Resident) -> None:
         """The end of a lease."""
@@ -136,11 +155,10 @@ class LocalModels:
             self._changed.notify_all()
 
     def model(self, source: Source) -> "LocalBackend":
-        """A backend that answers with a model as it is. Errors as in `acquire`."""
+        """A backend that answers with a model as it is; it is loaded when it first answers."""
         from .local import LocalBackend
 
-        with self.lease(source):
-            return LocalBackend(self, source)
+        return LocalBackend(self, source)
 
     def adapter(self, base: Source, folder: str, revision: str | None = None) -> "LocalBackend":
         """A backend that answers with a LoRA adapter on a base; adapters of one base share one model.
@@ -164,6 +182,8 @@ class LocalModels:
         """
         from peft import PeftModel
 
+        if (folder, revision) in resident.slots:  # without waiting for who generates just now
+            return resident.slots[folder, revision]
         if not (Path(folder) / "adapter_config.json").exists() and Path(folder).exists():
             raise ExpertFailedError(f"{folder}: no adapter_config.json in it; expected a PEFT adapter")
         with resident.turn:
@@ -171,11 +191,12 @@ class LocalModels:
                 return resident.slots[folder, revision]
             slot = f"expert_{len(resident.slots)}"
             try:
-                if resident.adapted is None:
-                    shared = share_weights(resident.model)
-                    resident.adapted = PeftModel.from_pretrained(shared, folder, slot, revision=revision).eval()
-                else:
-                    _load_into(resident.adapted, folder, slot, revision)
+                with LOADING:
+                    if resident.adapted is None:
+                        shared = share_weights(resident.model)
+                        resident.adapted = PeftModel.from_pretrained(shared, folder, slot, revision=revision).eval()
+                    else:
+                        _load_into(resident.adapted, folder, slot, revision)
             except Exception as error:  # PEFT raises ValueError, RuntimeError, KeyError, SafetensorError, ... alike
                 raise ExpertFailedError(
                     f"adapter {folder} does not fit the base {base.model}: {one_line(error)}"
@@ -193,20 +214,23 @@ class LocalModels:
             self._sizes[source] = _size_on_disk(source, self.device, self.dtype, self.quantization)
         return self._sizes[source]
 
-    def _makes_room(self, source: Source) -> bool:
-        """Let models go until there is room for one more; whether there is."""
+    def _may_load(self, source: Source) -> bool:
+        """Let models go until there is room for one more; whether there is. The one that waits longest comes first."""
         if self.budget is None:
             return True
         needed = self._needed(source)
-        if needed > self.budget:
+        fixed = sum(resident.size for resident in self._residents.values() if resident.pinned)
+        if needed > self.budget - fixed:
+            self._waiting.pop(source, None)
             raise ExpertFailedError(
-                f"{source.model} needs {needed / 2**30:.2f} GiB, the budget of local experts is "
-                f"{self.budget / 2**30:.2f} GiB"
+                f"{source.model} needs {needed / 2**30:.2f} GiB; of the {self.budget / 2**30:.2f} GiB for local "
+                f"experts pinned ones take {fixed / 2**30:.2f}"
             )
+        first = min(self._waiting, key=self._waiting.__getitem__, default=source)
+        if source != first and first not in self._loading and first not in self._residents:
+            return False
         while self._taken() + needed > self.budget:
-            free = [
-                key for key in self._residents if not self._residents[key].pinned and not self._residents[key].users
-            ]
+            free = [key for key, held in self._residents.items() if not held.pinned and not held.users]
             if not free:
                 return False
             self._drop(min(free, key=lambda key: self._residents[key].used))
@@ -214,14 +238,15 @@ class LocalModels:
 
     def _is_to_go(self, source: Source) -> bool:
         """Whether others have waited so long for room that this model gives no new lease."""
-        resident = self._residents[source]
-        if resident.pinned or not self._waiting:
+        waited = [
+            since for key, since in self._waiting.items() if key not in self._residents and key not in self._loading
+        ]
+        if not waited or time.monotonic() - min(waited) < _PATIENCE:
             return False
-        others = [since for waiting, since in self._waiting.items() if waiting not in self._residents]
-        if not others or time.monotonic() - min(others) < _PATIENCE:
-            return False
-        unpinned = [key for key, held in self._residents.items() if not held.pinned]
-        return source == min(unpinned, key=lambda key: self._residents[key].used)
+        if self._victim not in self._residents:  # chosen once, or a busy pair would take turns in staying
+            unpinned = [key for key, held in self._residents.items() if not held.pinned]
+            self._victim = min(unpinned, key=lambda key: self._residents[key].used, default=None)
+        return source == self._victim
 
     def _drop(self, source: Source) -> None:
         logger.info("%s makes room", source.model)

@@ -24,7 +24,7 @@ from ...modeling.errors import ExpertokenError, NoAnswerError
 from ..backends import Piece
 from ..composite import CompositeModel
 from ..policy import Policy
-from .completions import Completion, merged
+from .completions import Completion, merged, public
 from .guard import Guard, error_body
 from .metrics import Metrics
 from .schema import ChatRequest
@@ -51,6 +51,7 @@ class Service:
     def __init__(self, composite: CompositeModel, settings: Settings) -> None:
         self.composite, self.settings, self.metrics = composite, settings, Metrics()
         composite.observe(self.metrics)
+        composite.longest = min(composite.longest, settings.max_prompt_tokens or composite.longest)
         self.started = int(time.time())
         self.draining = False
         self._answerers: OrderedDict[bytes, str] = OrderedDict()
@@ -86,9 +87,8 @@ class Service:
         return [self._named(message) for message in messages]
 
     def _named(self, message: Message) -> Message:
-        # Only for assistants: what a user calls himself is no expert's name.
-        if message["role"] != "assistant":
-            return {key: value for key, value in message.items() if key != "name"}
+        if message["role"] != "assistant":  # what a user calls himself is no expert's name
+            return message
         name = message.get("name") or self._answerers.get(_hash(text_of(message)))
         return message | {"name": name} if name else message
 
@@ -103,9 +103,6 @@ class Service:
         """Decide; nothing is asked of an expert yet."""
         policy, messages = self.policy(request), self.messages(request)
         decision = await self.composite.adecide(messages, policy)
-        limit = self.settings.max_prompt_tokens or self.composite.longest
-        if decision.prompt_tokens > limit:
-            raise ExpertokenError(f"the conversation has {decision.prompt_tokens} tokens; at most {limit} are read")
         first = request.generation(self.settings.max_new_tokens)
         streams = [self.composite.answer(messages, decision, first)]
         for number in range(1, request.n):
@@ -160,7 +157,8 @@ def create_app(composite: CompositeModel, settings: Settings | None = None) -> F
     service = Service(composite, settings)
     app = FastAPI(title="expertoken", version="1", redoc_url=None)
     app.state.service = service
-    app.add_middleware(Guard, settings=settings, metrics=service.metrics)
+    open_paths = {"/", "/health", "/ready", *(f"/{file.name}" for file in _PAGE.iterdir())}
+    app.add_middleware(Guard, settings=settings, metrics=service.metrics, open_paths=open_paths)
     _add_errors(app)
 
     _add_status(app, service)
@@ -273,7 +271,8 @@ async def _unless_gone(answer: Any, http: Request) -> dict[str, Any] | None:
 def _status(error: ExpertokenError) -> int:
     if isinstance(error, UnknownModelError):
         return HTTPStatus.NOT_FOUND
-    return HTTPStatus.BAD_GATEWAY if isinstance(error, NoAnswerError) else HTTPStatus.BAD_REQUEST
+    failed = isinstance(error, NoAnswerError) and not error.refused
+    return HTTPStatus.BAD_GATEWAY if failed else HTTPStatus.BAD_REQUEST
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -290,7 +289,7 @@ def _add_errors(app: FastAPI) -> None:
         status = _status(error)
         kind = "server_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
         code = {404: "model_not_found", 502: "no_answer"}.get(status)
-        return JSONResponse(error_body(str(error), kind, code), status)
+        return JSONResponse(error_body(public(error), kind, code), status)
 
     @app.exception_handler(HTTPException)
     async def other(_: Request, error: HTTPException) -> JSONResponse:

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...modeling.errors import ExpertokenError
+from ...modeling.errors import ExpertokenError, NoAnswerError
 from ..backends import Piece
 from ..composite import Reply, ReplyStream
 from .guard import error_body
@@ -46,7 +46,13 @@ class Completion:
 
     async def whole(self) -> dict[str, Any]:
         """The response, not streamed."""
-        collected = await asyncio.gather(*(_collect(stream) for stream in self.streams))
+        collecting = [asyncio.ensure_future(_collect(stream)) for stream in self.streams]
+        try:
+            collected = await asyncio.gather(*collecting)
+        finally:  # one that failed, or a client that went away, ends the others too
+            for task in collecting:
+                task.cancel()
+            await asyncio.gather(*collecting, return_exceptions=True)
         choices = [{"index": index, **choice} for index, choice in enumerate(collected)]
         body = self._head("chat.completion") | {"choices": choices, "usage": self.usage()}
         return body | {"expertoken": [shown(reply) for reply in self.replies]} if self.request.expertoken.show else body
@@ -76,7 +82,7 @@ class Completion:
                 yield f"data: {head}, {json.dumps({'choices': [], 'usage': self.usage()})[1:]}\n\n"
         except ExpertokenError as error:
             # The user has a part of an answer: what is missing is said in the stream, as clients look for it there.
-            yield f"data: {json.dumps(error_body(str(error), 'server_error', 'answer_broke_off'))}\n\n"
+            yield f"data: {json.dumps(error_body(public(error), 'server_error', 'answer_broke_off'))}\n\n"
         yield "data: [DONE]\n\n"
 
 
@@ -95,7 +101,7 @@ async def merged(streams: Sequence[ReplyStream]) -> AsyncIterator[tuple[int, Pie
                 async for piece in pieces:
                     await ready.put((index, piece))
             await ready.put((index, None))
-        except ExpertokenError as error:
+        except Exception as error:  # whatever it is, who waits for it must not wait in vain
             await ready.put((index, error))
 
     pumps = [asyncio.ensure_future(pump(index, stream)) for index, stream in enumerate(streams)]
@@ -140,6 +146,11 @@ def _add_call(calls: dict[int, dict[str, Any]], delta: dict[str, Any]) -> None:
     call["id"] = delta.get("id") or call["id"]
     for key, text in (delta.get("function") or {}).items():
         call["function"][key] = call["function"].get(key, "") + (text or "")
+
+
+def public(error: ExpertokenError) -> str:
+    """What a client is told of an error: reasons may name paths and variables of this machine."""
+    return error.public if isinstance(error, NoAnswerError) else str(error)
 
 
 def shown(reply: Reply) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from contextlib import suppress
 from typing import Any
 
@@ -11,14 +11,13 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
 from .metrics import Metrics
-from .settings import Settings
+from .settings import Settings, is_loopback
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-_OPEN = ("/health", "/ready")  # told to whoever asks: what watches a service has no key
-_GUARDED = ("/v1/", "/metrics", "/docs", "/openapi.json")
+_ANSWERS = "/v1/chat/completions"
 
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
@@ -33,31 +32,40 @@ class Guard:
         app: what is guarded.
         settings: keys and limits.
         metrics: are told how requests end.
+        open_paths: what is told to whoever asks: the page's own files, and what watches a service, which has no key.
     """
 
-    def __init__(self, app: Callable, settings: Settings, metrics: Metrics) -> None:
-        self.app, self.settings, self.metrics = app, settings, metrics
+    def __init__(self, app: Callable, settings: Settings, metrics: Metrics, open_paths: Collection[str]) -> None:
+        self.app, self.settings, self.metrics, self.open_paths = app, settings, metrics, open_paths
         self._running = 0
         self._rate = None if settings.rate is None else RateLimitItemPerMinute(settings.rate)
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it."""
-        path = scope.get("path", "")
-        if scope["type"] != "http" or path in _OPEN or not path.startswith(_GUARDED):
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        key = _bearer(headers.get("authorization", ""))
-        if self.settings.api_keys and not self._knows(key):
-            await _refuse(
-                send, 401, error_body("no valid API key was given", "invalid_request_error", "invalid_api_key")
-            )
+        # Behind a prefix (a mount, a proxy's root path) the router takes it off, so it is taken off here.
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if not self.settings.api_keys and not _is_local(headers.get("host", ""), self.settings.host):
+            # Without keys only this machine may ask; by a name of its own a foreign page could get here in a browser.
+            await _refuse(send, 403, error_body("this server answers on loopback only", "invalid_request_error"))
             return
-        if path != "/v1/chat/completions":
+        if path in self.open_paths:
             await self.app(scope, receive, send)
             return
-        await self._answer(scope, receive, send, headers, key or (scope.get("client") or ("",))[0])
+        key = _bearer(headers.get("authorization", ""))
+        if self.settings.api_keys and not self._knows(key):
+            body = error_body("no valid API key was given", "invalid_request_error", "invalid_api_key")
+            await self._count(_refuse(send, 401, body), 401)
+            return
+        if path != _ANSWERS:
+            await self.app(scope, receive, send)
+            return
+        who = key if self.settings.api_keys else (scope.get("client") or ("",))[0]
+        await self._answer(scope, receive, send, headers, who)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], who: str) -> None:
         """A request for an answer, within its limits."""
@@ -122,6 +130,11 @@ class Guard:
 
 class _TooLargeError(Exception):
     """A body went over its limit while it was read."""
+
+
+def _is_local(host: str, bound: str) -> bool:
+    name = host if host.endswith("]") else host.rsplit(":", 1)[0]
+    return is_loopback(name.strip("[]")) or name == bound
 
 
 def _bearer(header: str) -> str | None:

@@ -3,7 +3,7 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from ...modeling.dispatch import Dispatch
-from ..observer import Answered, Observer
+from ..observer import Answered, Observer, Spent
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -55,15 +55,18 @@ class Metrics(Observer):
         """An expert was not asked."""
         self.skips.labels(expert).inc()
 
+    def spent(self, part: Spent) -> None:
+        """A candidate read and wrote."""
+        self.tokens.labels(part.expert, "read").inc(part.prompt_tokens)
+        self.tokens.labels(part.expert, "written").inc(part.completion_tokens)
+        if part.cost:
+            self.cost.labels(part.expert).inc(part.cost)
+
     def answered(self, answer: Answered) -> None:
         """An answer came to its end."""
         self.answers.labels(answer.expert).inc()
         if answer.expert != answer.chosen:
             self.fallbacks.labels(answer.chosen, answer.expert).inc()
-        self.tokens.labels(answer.expert, "read").inc(answer.prompt_tokens)
-        self.tokens.labels(answer.expert, "written").inc(answer.completion_tokens)
-        if answer.cost:
-            self.cost.labels(answer.expert).inc(answer.cost)
         self.first.labels(answer.expert).observe(answer.first)
         self.whole.labels(answer.expert).observe(answer.seconds)
 

@@ -13,6 +13,9 @@ _PASSED = (
 """What goes to experts behind an endpoint as it is; models that run here answer in text without it."""
 
 
+StopText = Annotated[str, StringConstraints(max_length=200)]
+
+
 class StreamOptions(BaseModel):
     """Of a streamed answer."""
 
@@ -45,7 +48,7 @@ class ChatRequest(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
@@ -70,8 +73,8 @@ class ChatRequest(BaseModel):
         extra = {name: value for name in _PASSED if (value := getattr(self, name)) is not None}
         return Generation(
             max_new_tokens=min(wanted, most),
-            temperature=self.temperature or 0.0,
-            top_p=self.top_p or 1.0,
+            temperature=self.temperature,
+            top_p=self.top_p,
             seed=None if self.seed is None else (self.seed + number) % 2**63,
             stop=tuple(stops),
             extra=extra,

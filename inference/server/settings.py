@@ -38,7 +38,7 @@ class Settings:
     log_content: bool = False
 
     def __post_init__(self) -> None:
-        if not self.api_keys and not _is_loopback(self.host):
+        if not self.api_keys and not is_loopback(self.host):
             raise ExpertokenError(
                 f"--host {self.host} can be reached from elsewhere: put API keys, separated by commas, into the "
                 f"environment variable {KEYS_VARIABLE}, or bind to 127.0.0.1"
@@ -60,7 +60,8 @@ def keys_from_environment() -> tuple[str, ...]:
 _SHORTEST_KEY = 16
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a name or address is this machine's own."""
     if host == "localhost":
         return True
     try:

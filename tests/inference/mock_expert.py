@@ -26,8 +26,13 @@ def chunk(delta: dict, finish: str | None = None, usage: dict | None = None) -> 
     return f"data: {json.dumps(body | ({'usage': usage} if usage else {}))}\n\n".encode()
 
 
-def create(name: str, words: int, first: float, between: float, fault: str | None) -> Starlette:
+def create(name: str, words: int, first: float, between: float, fault: str | None) -> Starlette:  # noqa: C901
     """The application: `words` words, the first after `first` seconds, each next one after `between`."""
+
+    answering = []
+
+    async def open_answers(_: Request) -> Response:
+        return PlainTextResponse(str(len(answering)))
 
     async def answer(request: Request) -> Response:
         body = await request.json()
@@ -64,9 +69,19 @@ def create(name: str, words: int, first: float, between: float, fault: str | Non
             yield chunk({}, "stop", usage)
             yield b"data: [DONE]\n\n"
 
-        return StreamingResponse(events(), media_type="text/event-stream")
+        async def counted():
+            answering.append(body)
+            try:
+                async for event in events():
+                    yield event
+            finally:
+                answering.remove(body)
 
-    return Starlette(routes=[Route("/v1/chat/completions", answer, methods=["POST"])])
+        return StreamingResponse(counted(), media_type="text/event-stream")
+
+    return Starlette(
+        routes=[Route("/v1/chat/completions", answer, methods=["POST"]), Route("/open", open_answers, methods=["GET"])]
+    )
 
 
 def main() -> None:

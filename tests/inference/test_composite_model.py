@@ -11,9 +11,10 @@ from expertoken.inference.backends import LocalModels, open_backend
 from expertoken.inference.backends.base import Backend, Generation, Piece
 from expertoken.inference.composite import CompositeModel
 from expertoken.inference.loop import BackgroundLoop
+from expertoken.inference.observer import Observer
 from expertoken.inference.policy import Policy
 from expertoken.modeling.composite import Composite, Manifest, describe_base
-from expertoken.modeling.errors import ExpertFailedError, ExpertokenError
+from expertoken.modeling.errors import ExpertFailedError, ExpertokenError, NoAnswerError
 from expertoken.modeling.experts import Expert, ExpertPool
 from expertoken.modeling.meta import MetaLLM, Source
 from expertoken.tests.tiny import tiny_folder
@@ -329,7 +330,7 @@ class Odd(Backend):
         for piece in self.pieces:
             if isinstance(piece, Exception):
                 raise piece
-            yield Piece(piece)
+            yield piece if isinstance(piece, Piece) else Piece(piece)
 
 
 @pytest.mark.parametrize(
@@ -469,6 +470,103 @@ def test_trained_for_anywhere_self_hands_over_where_the_meta_llm_calls_for_an_ex
     assert "".join(pieces) == before + rest
     composite.anywhere = False
     assert composite.chat(CHAT, max_new_tokens=12).text == alone
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_where_self_stands_in_for_an_expert_it_does_not_call_for_that_expert_again(make, base_folder, tmp_path, lora):
+    composite = make(winner=0)
+    if lora:
+        adapter(base_folder, tmp_path / "lora", seed=1)
+        composite.meta.load_adapter(tmp_path / "lora")
+        lean_towards(composite.meta, 0)
+    composite.anywhere, composite.policy = True, Policy(deny=("law",))
+    broken = composite._backends["math"] = Odd([RuntimeError("down")])
+    for turn in range(5):
+        reply = composite.chat("hello", max_new_tokens=4)
+        assert reply.expert == "self"
+        assert len(broken.begun) == min(turn + 1, 3)
+
+
+@pytest.mark.parametrize("late", [OSError("cut"), TimeoutError(), ValueError("usage")])
+def test_what_fails_behind_the_end_of_an_answer_takes_nothing_away_and_adds_nothing(make, late):
+    composite = make(winner=0)
+    composite._backends["math"] = Odd(["Hello", Piece(finish="stop"), late])
+    reply = composite.chat("hello")
+    assert (reply.text, reply.expert, reply.finish, reply.failures) == ("Hello", "math", "stop", {})
+
+
+def test_an_answer_that_a_stop_text_or_a_limit_leaves_empty_is_one_and_no_failure(make):
+    composite = make(winner=0)
+    composite._backends["math"] = Odd(["Hello"])
+    for _ in range(5):
+        reply = composite.chat("hello", stop=("H",))
+        assert (reply.text, reply.expert, reply.finish) == ("", "math", "stop")
+    composite._backends["math"] = Odd([Piece(finish="length")])
+    assert composite.chat("hello").expert == "math"
+
+
+def test_a_request_that_an_expert_can_not_take_is_not_held_against_it(make):
+    composite = make(winner=0)
+    with composite.backend("math").models.lease(composite.backend("math").source) as resident:
+        resident.model.config.max_position_embeddings = 3
+    composite.longest = 512
+    for _ in range(4):
+        with pytest.raises(NoAnswerError) as error:
+            composite.chat("hello")
+        assert error.value.refused
+    assert not composite._breakers["math"].is_open
+
+
+def test_what_each_part_of_an_answer_took_is_counted_to_who_gave_it(make, base_folder):
+    spent = []
+
+    class Book(Observer):
+        def spent(self, part):
+            spent.append(part)
+
+    experts = [Expert(name, model=str(base_folder), cost={"input": 1.0, "output": 1.0}) for name in ("math", "law")]
+    composite = make(winner=0, experts=ExpertPool(experts))
+    composite.observe(Book())
+    composite._backends["math"] = Odd(["Hello", RuntimeError("gone")])
+    composite._backends["law"] = Odd([" there", Piece(finish="stop", usage=(20, 7))])
+    reply = composite.chat("hello")
+    read = len(composite.meta.encode("hello"))
+    assert [(part.expert, part.prompt_tokens, part.completion_tokens) for part in spent] == [
+        ("math", read, composite.count("Hello")), ("law", 20, 7),
+    ]  # fmt: skip
+    assert reply.completion_tokens == composite.count("Hello") + 7
+    assert reply.cost == pytest.approx(sum(part.cost for part in spent))
+
+
+def test_a_decision_that_fails_takes_no_other_along(make):
+    composite = make(winner=0)
+    forward = composite._decider._forward
+
+    def fails_with_the_long_one(questions):
+        time.sleep(0.1)
+        if any(len(question.ids) > 60 for question in questions):
+            raise IndexError("index out of range")
+        return forward(questions)
+
+    composite._decider._forward = fails_with_the_long_one
+
+    async def together():
+        asked = [
+            composite.achat(text, max_new_tokens=2) for text in ("hello", "hello there", "very long " * 20, "hello")
+        ]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    for _ in range(2):  # and the thread lives on
+        first, second, third, fourth = asyncio.run(together())
+        assert [reply.expert for reply in (first, second, fourth)] == ["math"] * 3
+        assert isinstance(third, IndexError)
+
+
+def test_a_conversation_that_is_too_long_is_told_before_anything_is_computed(make, monkeypatch):
+    composite = make(winner=0)
+    monkeypatch.setattr(composite._decider, "_forward", lambda _: pytest.fail("computed"))
+    with pytest.raises(ExpertokenError, match="tokens; at most 512 are read"):
+        composite.chat("word " * 2000)
 
 
 def test_an_error_of_one_decision_is_its_own(make):

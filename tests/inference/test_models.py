@@ -62,8 +62,58 @@ def test_the_one_that_was_used_longest_ago_makes_room_and_a_pinned_one_never(sou
 
 
 def test_a_model_larger_than_the_budget_is_an_expert_that_failed(sources, size):
-    with pytest.raises(ExpertFailedError, match="the budget of local experts is"):
-        LocalModels("cpu", budget=size // 2).model(sources[0])
+    with pytest.raises(ExpertFailedError, match="GiB for local experts"):
+        answer(LocalModels("cpu", budget=size // 2), sources[0])
+
+
+def test_a_model_that_has_no_room_beside_a_pinned_one_is_an_expert_that_failed_and_nobody_waits(sources, size):
+    models = LocalModels("cpu", budget=int(1.5 * size), pinned=(sources[0],))
+    answer(models, sources[0])
+    with pytest.raises(ExpertFailedError, match="pinned ones take"):
+        answer(models, sources[1])
+
+
+def test_where_no_room_comes_free_the_next_best_expert_is_asked(sources, size, monkeypatch):
+    monkeypatch.setattr(module, "_LONGEST", 0.5)
+    models = LocalModels("cpu", budget=int(1.5 * size))
+    with models.lease(sources[0]), pytest.raises(ExpertFailedError, match="no room for it within"):
+        models.acquire(sources[1])
+
+
+def test_two_busy_models_can_not_keep_a_third_out_by_turns(sources, size, monkeypatch):
+    monkeypatch.setattr(module, "_PATIENCE", 0.3)
+    models = LocalModels("cpu", budget=int(2.5 * size))
+    over = threading.Event()
+
+    def busy(source, since):
+        time.sleep(since)
+        while not over.is_set():
+            with models.lease(source):
+                time.sleep(0.05)
+
+    threads = [threading.Thread(target=busy, args=(source, n / 40)) for source in sources[:2] for n in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    started = time.monotonic()
+    with models.lease(sources[2]):
+        waited = time.monotonic() - started
+    over.set()
+    for thread in threads:
+        thread.join(10)
+    assert waited < 5
+
+
+def test_a_lease_ends_with_the_generation_though_nobody_reads(sources):
+    models = LocalModels("cpu")
+    stream = BackgroundLoop.iterate(models.model(sources[0]).stream(CHAT, Generation(4)))
+    next(stream)
+    for _ in range(100):
+        if not any(resident.users for resident in models._residents.values()):
+            break
+        time.sleep(0.05)
+    assert not any(resident.users for resident in models._residents.values())
+    stream.close()
 
 
 def test_a_model_that_answers_is_not_taken_away_and_who_waits_gets_it_next(sources, size):
@@ -141,22 +191,37 @@ def test_others_answer_while_a_model_is_loaded(sources, size, monkeypatch):
     loading.join(20)
 
 
+def test_models_that_are_loaded_at_the_same_time_have_all_their_weights(sources):
+    """transformers changes torch for all threads while it loads."""
+    models, found = LocalModels("cpu"), {}
+
+    def run(source):
+        found[source] = answer(models, source)
+
+    threads = [threading.Thread(target=run, args=(source,)) for source in sources]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert found == {source: answer(LocalModels("cpu"), source) for source in sources}
+
+
 def test_a_load_that_fails_leaves_room_for_others(sources, size, tmp_path):
     broken = tiny_folder(tmp_path / "broken")
     (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-100])
     models = LocalModels("cpu", budget=int(1.5 * size))
     with pytest.raises(ExpertFailedError):
-        models.model(Source(str(broken)))
+        answer(models, Source(str(broken)))
     assert answer(models, sources[0])
 
 
 def test_a_composite_with_room_for_one_of_its_experts_answers_as_one_with_room_for_all(base_folder, sources, size):
     experts = [Expert(f"e{index}", model=source.model) for index, source in enumerate(sources)]
     free = composite_of(base_folder, experts)
-    bounded = composite_of(base_folder, experts, budget=int(1.5 * size), pinned=("e1",))
+    bounded = composite_of(base_folder, experts, budget=int(2.5 * size), pinned=("e1",))
     for name in ("e0", "e2", "e1"):
         policy = type(free.policy)(allow=(name,))
         assert bounded.chat("hello", policy=policy, max_new_tokens=4).text == free.chat(
             "hello", policy=policy, max_new_tokens=4
         ).text  # fmt: skip
-    assert len(bounded._models.resident) == 2  # the meta LLM's own base, and the one that is pinned
+    assert len(bounded._models.resident) == 3  # the meta LLM's own base, the one that is pinned, and one more

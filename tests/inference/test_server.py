@@ -109,7 +109,7 @@ def test_models_are_the_composite_and_its_experts_each_of_which_can_be_addressed
 
 
 def test_an_expert_that_is_addressed_alone_has_no_stand_in(client):
-    with pytest.raises(openai.InternalServerError, match="no expert could answer"):
+    with pytest.raises(openai.InternalServerError, match=r"no expert could answer \(one failed\)"):
         client.chat.completions.create(model="comp/one", messages=[{"role": "user", "content": "one do: refuse"}])
 
 
@@ -235,6 +235,17 @@ def test_experts_get_the_conversation_as_it_is_and_tools_with_it(base_folder):
     assert (seen[0]["tools"], seen[0]["seed"], seen[0]["top_p"]) == ([tool], 4, 0.5)
 
 
+def test_images_reach_the_expert_and_the_decision_reads_the_text_beside_them(client):
+    """The mock answers by the texts of the parts."""
+    parts = [{"type": "text", "text": "hello"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}]
+    answer = client.chat.completions.create(model="comp/two", messages=[{"role": "user", "content": parts}])
+    assert answer.choices[0].message.content.startswith("two0")
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="comp/self", messages=[{"role": "user", "content": parts}])
+    developer = [{"role": "developer", "content": "be brief"}, *HELLO]
+    assert client.chat.completions.create(model="comp/self", messages=developer, max_tokens=2).choices
+
+
 def test_an_address_that_others_reach_needs_a_key():
     for host in ("0.0.0.0", "::", "192.168.1.4", "example.org"):
         with pytest.raises(ExpertokenError, match="EXPERTOKEN_API_KEYS"):
@@ -291,7 +302,8 @@ def test_a_body_over_the_limit_is_not_read_whole(composite):
 def test_requests_over_the_rate_are_told_to_come_again(composite):
     with served(create_app(composite, Settings(rate=2))) as address:
         body = {"model": "composite", "messages": HELLO}
-        found = [post(address, body) for _ in range(3)]
+        # A key that nobody asked for makes no stranger of one.
+        found = [post(address, body, {"authorization": f"Bearer {number}"}) for number in range(3)]
         assert [status for status, _, _ in found] == [200, 200, 429]
         assert found[2][2]["retry-after"] == "5"
         assert 'expertoken_requests_total{status="429"} 1.0' in get(address, "/metrics")
@@ -373,6 +385,11 @@ def test_a_client_that_goes_away_stops_the_generation(base_folder, stream):
             with pytest.raises(openai.APITimeoutError):
                 client.chat.completions.create(**ask)
         client.close()
+        for _ in range(40):
+            if get(slow.base_url.removesuffix("/v1"), "/open") == "0":
+                break
+            time.sleep(0.1)
+        assert get(slow.base_url.removesuffix("/v1"), "/open") == "0"
         for _ in range(40):
             if "expertoken_in_flight 0.0" in get(address, "/metrics"):
                 break

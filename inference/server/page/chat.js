@@ -60,7 +60,7 @@ async function* events(response) {
   let rest = "";
   for (;;) {
     const { done, value } = await reader.read();
-    if (done) return;
+    if (done) throw new Error("the connection was cut off");
     rest += value;
     const parts = rest.split("\n\n");
     rest = parts.pop();
@@ -131,8 +131,9 @@ function dollars(cost) {
 function add(turn, index) {
   const article = $("turn").content.firstElementChild.cloneNode(true);
   const select = article.querySelector("select");
-  select.append(element("option", { value: "", textContent: "…" }),
-    ...state.models.map((name) => element("option", { value: name, textContent: name || "the composite" })));
+  select.append(element("option", { value: "…", textContent: "…", disabled: true, selected: true }),
+    element("option", { value: "", textContent: "the composite" }),
+    ...state.models.map((name) => element("option", { value: name, textContent: name })));
   select.onchange = () => retry(index, select.value);
   $("chat").append(article);
   draw(article, turn);
@@ -158,7 +159,10 @@ async function answer(expert = "", spent = 0) {
   const index = state.turns.length;
   const turn = { role: "assistant", content: "", waiting: true, spent };
   // Who gave an answer goes along: a policy may keep a chat with its expert.
-  const messages = state.turns.filter((t) => t.content).map(({ role, content, told }) =>
+  // A question that got no answer is left out: some models refuse two questions in a row.
+  const answered = state.turns.filter((t, place) => t.content && (t.role === "assistant" ||
+    place === state.turns.length - 1 || state.turns[place + 1]?.content));
+  const messages = answered.map(({ role, content, told }) =>
     ({ role, content, ...(role === "assistant" && told ? { name: told.expert } : {}) }));
   state.turns.push(turn);
   const article = add(turn, index);
