@@ -61,9 +61,9 @@ def main() -> None:
             # Some fall into the start-up, and together the others leave something of the run for the last start.
             moment = moments.uniform(0.5 * beginning, beginning + 1.5 * (length - beginning) / options.kills)
             try:
-                process.wait(moment)
-                print(f"kill {number + 1}: the run was through before it, after {moment:.1f} s")
-                break
+                if process.wait(moment):
+                    sys.exit(f"kill {number + 1}: the run ended by itself with an error")
+                sys.exit(f"kill {number + 1}: the run was through before it; take more --steps")
             except psutil.TimeoutExpired:
                 kill(process)
             print(f"kill {number + 1} after {moment:.1f} s: {reached(work / 'killed')}", flush=True)

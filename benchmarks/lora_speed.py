@@ -45,8 +45,7 @@ def prepare(data: Path, out: Path, count: int, validation: int, tokens: int | No
         long = [f"{index}: " + (text + "\n") * tokens for index, text in enumerate(results.queries["prompt"])]
         results.queries["prompt"] = [tokenizer.decode(tokenizer(text).input_ids[:tokens]) for text in long]
     results.queries["split"] = ["train"] * count + ["validation"] * (len(results) - count)
-    results.queries["benchmark"] = "all"
-    build_supervision(results, labelling="subject", leaks="keep", near_duplicates="ignore").save(out)
+    build_supervision(results, labelling="query", leaks="keep", near_duplicates="ignore").save(out)
 
 
 def common(folder: Path, steps: int, batch: int) -> dict[str, Any]:

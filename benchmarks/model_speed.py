@@ -112,6 +112,8 @@ def main() -> None:
         rate = count / seconds
         share = factor * shape.operations(length) * rate / best
         print(f"| {what} | {rate:,.0f} | {share:.1%} | {memory(device):.1f} |", flush=True)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
     model = shape.model(device, options.attention)
     install_head(model, EXPERTS)

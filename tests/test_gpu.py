@@ -51,6 +51,10 @@ def test_every_method_trains_in_bfloat16_and_a_fresh_process_comes_to_the_same_l
     assert load_composite(tmp_path / "c").meta.device.type == "cuda"
 
 
+several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="on one GPU nothing is split")
+
+
+@several
 def test_fsdp2_through_accelerate_comes_to_what_ddp_comes_to(tmp_path, base_folder, supervision):
     """On a CPU accelerate trains with plain data parallelism instead, and does not say so."""
     processes = ("--num_processes", str(torch.cuda.device_count()), "--per_device_train_batch_size", "4")
@@ -58,6 +62,7 @@ def test_fsdp2_through_accelerate_comes_to_what_ddp_comes_to(tmp_path, base_fold
     assert_same(one, launch("fsdp2", tmp_path / "fsdp2", base_folder, supervision, "lora", *SGD, *processes), rtol=1e-3)
 
 
+@several
 @pytest.mark.parametrize("config", ["zero2", "zero3", "zero3-offload"])
 def test_deepspeed_on_a_gpu_comes_to_what_ddp_comes_to(tmp_path, base_folder, supervision, config):
     adam = ("--optim", "adamw_torch", "--adam_epsilon", "0.1", "--learning_rate", "0.1")

@@ -55,7 +55,10 @@ def environment(argv: Sequence[str]) -> dict[str, str]:
     name = values["accelerate_config"]
     config = read_config(name)[1]
     kind = config.get("distributed_type")
-    processes = int(values.get("num_processes") or config.get("num_processes") or 1)
+    given = values.get("num_processes")
+    if given is not None and not given.isdigit():
+        raise ExpertokenError(f"--num_processes {given}: expected a whole number")
+    processes = int(given or config.get("num_processes") or 1)
     if kind == "NO" and processes > 1:
         raise ExpertokenError(f"{_FLAG} {name}: it is for one process, and would start one; for {processes} take ddp")
     import torch

@@ -134,8 +134,10 @@ class DispatchTrainer(Trainer):
         self._restore(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        logger.info("best checkpoint: %s (score %s)", self.state.best_model_checkpoint, self.state.best_metric)
-        self._restore(Path(self.state.best_model_checkpoint))
+        last = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        best = _best(self.state, last)
+        logger.info("best checkpoint: %s (score %s)", best, self.state.best_metric)
+        self._restore(best)
 
     def _restore(self, folder: Path) -> None:
         """Put a checkpoint's adapter and rows into the model, in place, so that the optimizer keeps its parameters."""
@@ -221,11 +223,16 @@ def _numbered(folder: Path) -> list[Path]:
     return [entry for entry in folder.glob("checkpoint-*") if entry.name.removeprefix("checkpoint-").isdigit()]
 
 
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else 0
+
+
 def last_complete_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole: `trainer_state.json`, written last, can be read, and so can the weights."""
     from safetensors import SafetensorError, safe_open
 
-    for entry in sorted(_numbered(folder), key=lambda entry: int(entry.name.removeprefix("checkpoint-")), reverse=True):
+    for entry in sorted(_numbered(folder), key=_step, reverse=True):
         try:
             json.loads((entry / "trainer_state.json").read_text())
             for name in (ADAPTER_WEIGHTS, ROWS_FILE):
@@ -261,13 +268,23 @@ def find_checkpoint(resume: str, output_dir: Path, run: dict[str, Any]) -> Path 
         checkpoint = Path(resume)
         if not (checkpoint / "trainer_state.json").exists():
             raise ExpertokenError(f"--resume {resume}: no complete checkpoint there; expected auto, never or its path")
+        later = [entry.name for entry in _numbered(output_dir) if _step(entry) > _step(checkpoint)]
+        if later and record.exists() and json.loads(record.read_text()) != run:
+            # They would be taken for this run's when it is resumed again.
+            raise ExpertokenError(
+                f"{output_dir}: holds later checkpoints of a run with other arguments ({', '.join(sorted(later))}); "
+                "choose another --output_dir, or remove them"
+            )
     return checkpoint
 
 
 def _best(state: TrainerState, checkpoint: Path) -> Path:
     """The best checkpoint of a finished run, in the folder that its last one is in now."""
-    best = checkpoint.parent / Path(state.best_model_checkpoint or checkpoint).name
-    return best if best.exists() else checkpoint
+    recorded = Path(state.best_model_checkpoint or checkpoint)
+    best = next((folder for folder in (checkpoint.parent / recorded.name, recorded) if folder.exists()), None)
+    if best is None:
+        logger.warning("the best checkpoint, %s, is not there any more; the last one is taken", recorded.name)
+    return best or checkpoint
 
 
 def record_run(resume: str, output_dir: Path, run: dict[str, Any]) -> None:
@@ -296,10 +313,10 @@ def _out_of_memory(trainer: DispatchTrainer) -> str:
         advice.append("--gradient_checkpointing true")
     if arguments.device.type != "cpu" and not (arguments.bf16 or arguments.fp16):
         advice.append("--bf16 true")
-    advice += ["--accelerate_config zero3", "--method qlora in another --output_dir"]
+    advice = [*advice, "with another --output_dir --accelerate_config zero3 or --method qlora"]
     return (
         f"out of memory at step {trainer.state.global_step}, {size} queries a batch; try {', or '.join(advice)}. "
-        "Checkpoints before it are whole, and the run goes on from there"
+        "Checkpoints before it are whole, and with the same --output_dir the run goes on from there"
     )
 
 
@@ -362,7 +379,7 @@ def train_lora(
         trainer.state = state
         trainer._restore(_best(state, checkpoint))
         meta.model.eval()
-        return {"steps": state.global_step, "validation_score": state.best_metric, "seconds": 0.0}
+        return {"steps": state.global_step, "validation_score": state.best_metric, "seconds": 0.0, "engine": False}
     try:
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (OSError, RuntimeError, MemoryError) as error:

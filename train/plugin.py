@@ -21,6 +21,7 @@ from ..modeling.experts import Expert, ExpertPool
 from ..modeling.meta import MetaLLM
 from .arguments import L2
 from .features import cached_features
+from .processes import Team, exclusive
 from .tokens import Problem, fit_rows, mean_score, problem_logits
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,20 @@ def add_expert(
         ExpertokenError: there are no results of the expert, its name is taken, or the supervision is gone.
     """
     folder = Path(folder)
+    with exclusive(folder, Team()):
+        return _add(folder, expert, results, data, l2, verify=verify, trust_remote_code=trust_remote_code)
+
+
+def _add(
+    folder: Path,
+    expert: Expert,
+    results: BenchmarkResults,
+    data: Path | None,
+    l2: Sequence[float],
+    *,
+    verify: bool,
+    trust_remote_code: bool,
+) -> Change:
     composite = load_composite(folder, trust_remote_code=trust_remote_code)
     old_pool, new_pool = composite.pool, composite.pool.with_expert(expert)
     column = expert.find_in(results.models)
@@ -135,6 +150,11 @@ def remove_expert(
         PoolError: there is no such expert, it is self, or it is the last one.
     """
     folder = Path(folder)
+    with exclusive(folder, Team()):
+        return _remove(folder, name, data, verify=verify, trust_remote_code=trust_remote_code)
+
+
+def _remove(folder: Path, name: str, data: Path | None, *, verify: bool, trust_remote_code: bool) -> Change | None:
     composite = load_composite(folder, trust_remote_code=trust_remote_code)
     index = composite.pool.index(name)
     pool = composite.pool.without(name)

@@ -1,6 +1,5 @@
 """Several training processes: whether they know of each other, how they load, waiting, leaving."""
 
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -12,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock, Timeout
 
-from ..modeling.errors import ExpertokenError
-from ..modeling.files import cache_folder
+from ..modeling.errors import ExpertokenError, one_line
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -119,6 +117,8 @@ class Team:
                 shared = [look()]
             except ExpertokenError as error:
                 shared = [error]
+            except Exception as error:  # the others wait for a word, whatever it is
+                shared = [ExpertokenError(f"the first process failed: {one_line(error)}")]
         torch.distributed.broadcast_object_list(shared, src=0)
         if isinstance(shared[0], ExpertokenError):
             raise shared[0]
@@ -135,19 +135,21 @@ def exclusive(folder: Path, team: Team) -> Iterator[None]:
     Raises:
         ExpertokenError: another run is at work there.
     """
-    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    file = cache_folder("locks") / f"{key}.lock"
+    # Beside the folder, which all see who could write there, and not in it: it is replaced as a whole in the end.
+    file = folder.absolute().with_name(f".{folder.name}.lock")
     lock = FileLock(file, timeout=0)
 
     def take() -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout:
             raise ExpertokenError(
-                f"{folder}: another training run writes there, maybe a process that has outlived its launcher; end it "
-                "or wait for it, or choose another --output_dir"
+                f"{folder}: another run writes there, maybe a process that has outlived its launcher; end it or wait "
+                "for it, or choose another folder"
             ) from None
+        except OSError as error:
+            raise ExpertokenError(f"{file}: can't be written ({error.strerror or error})") from None
 
     team.agree(take)
     try:

@@ -16,6 +16,7 @@ from ..modeling.composite import Composite, Manifest, Trained, describe_base, sa
 from ..modeling.errors import ExpertokenError, did_you_mean
 from ..modeling.files import check_product
 from ..modeling.meta import MetaLLM, Source
+from ..modeling.sharding import is_split
 from .anywhere import Positions, own_answers
 from .arguments import ExpertokenArguments
 from .features import cached_states, encode_all
@@ -144,11 +145,15 @@ class Run:
         self.options.objective = self.objective
         run = {key: value for key, value in asdict(self.options).items() if key not in ignored}
         for key in ("learning_rate", "num_train_epochs", "max_steps", "seed", "optim", "lr_scheduler_type",
-                    "warmup_steps", "weight_decay", "max_grad_norm", "train_sampling_strategy"):  # fmt: skip
+                    "warmup_steps", "weight_decay", "max_grad_norm", "train_sampling_strategy", "bf16", "fp16",
+                    "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_kwargs", "data_seed"):  # fmt: skip
             value = getattr(self.arguments, key)
             run[key] = getattr(value, "value", value)
         a = self.arguments
         run["batch"] = a.per_device_train_batch_size * a.gradient_accumulation_steps * a.world_size
+        # DeepSpeed keeps its optimizer's states in files of its own, split as the stage says.
+        stage = getattr(a.deepspeed_plugin, "zero_stage", "")
+        run["distributed"] = f"{a.distributed_state.distributed_type.value}{stage}"
         run["processes"] = a.world_size  # batches grouped by length are others for others
         run["data_fingerprint"] = self.supervision.info.fingerprint
         run["base_fingerprint"] = self.meta.base_fingerprint
@@ -186,11 +191,14 @@ class Run:
 
     def save(self, outcome: dict[str, Any]) -> None:
         """Write the composite folder: every process brings its part, the main one writes."""
+        verify = self.options.verify
+        if not outcome.pop("engine", True) and is_split(self.meta.model):
+            logger.warning("not checked in a fresh process: nothing trains any more that could run split weights")
+            verify = False
         self.composite.manifest.training |= outcome
-        trained = Trained.of(self.composite, probe=self.options.verify)
+        trained = Trained.of(self.composite, probe=verify)
         if self.arguments.process_index == 0:
-            output = Path(self.arguments.output_dir)
-            save_composite(self.composite, output, verify=self.options.verify, trained=trained)
+            save_composite(self.composite, Path(self.arguments.output_dir), verify=verify, trained=trained)
 
 
 def train(options: ExpertokenArguments, arguments: "TrainingArguments") -> Path:

@@ -38,7 +38,9 @@ def start(config: str, folder: Path, base: Path, data: Path, *more: str) -> psut
 
 def kill(process: psutil.Popen) -> None:
     """SIGKILL to a launcher and all its processes: they are in sessions of their own and would outlive it."""
-    everyone = [process, *process.children(recursive=True)]
+    with suppress(psutil.NoSuchProcess):
+        process.suspend()  # so that it starts no one more meanwhile
+    everyone = [process, *process.children(recursive=True)] if process.is_running() else []
     for one in everyone:
         with suppress(psutil.NoSuchProcess):
             one.kill()

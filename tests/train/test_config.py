@@ -191,7 +191,7 @@ def test_the_help_of_an_opposite_says_so():
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
     with exclusive(tmp_path / "c", Team()):
         with (
-            pytest.raises(ExpertokenError, match="another training run writes there"),
+            pytest.raises(ExpertokenError, match="another run writes there"),
             exclusive(tmp_path / "c", Team()),
         ):
             pass

@@ -1,7 +1,9 @@
 """The same tokens come out however training is launched: really launched, two processes on the CPU."""
 
 import json
+import logging
 import os
+import random
 import subprocess
 import sys
 import textwrap
@@ -140,10 +142,13 @@ def test_a_killed_run_goes_on_to_the_very_same_weights(tmp_path, shared, base_fo
     killed = tmp_path / "killed"
     process = start(config, killed, base_folder, supervision, *more)
     deadline = time.monotonic() + 200
-    while not (killed.exists() and last_complete_checkpoint(killed)):
+    drawn, pause = random.choice(range(5, 36, 5)), random.random() / 5
+    logging.getLogger(__name__).info("killed %.3f s after checkpoint-%d", pause, drawn)  # pytest shows it on a failure
+    while not (killed.exists() and (last := last_complete_checkpoint(killed)) and int(last.name[11:]) >= drawn):
         assert time.monotonic() < deadline
         assert process.poll() is None
-        time.sleep(0.05)
+        time.sleep(0.02)
+    time.sleep(pause)
     kill(process)
     assert not (killed / "expertoken.json").exists()
     launch(config, killed, base_folder, supervision, "lora", *more)
@@ -159,7 +164,9 @@ def test_processes_that_outlived_their_launcher_keep_a_second_run_out(tmp_path, 
     process = start("ddp", folder, base_folder, supervision, *more)
     workers = []
     try:
+        deadline = time.monotonic() + 200
         while not (folder.exists() and last_complete_checkpoint(folder)):
+            assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.05)
         workers = process.children(recursive=True)
@@ -167,12 +174,12 @@ def test_processes_that_outlived_their_launcher_keep_a_second_run_out(tmp_path, 
         again = command("ddp", folder, base_folder, supervision, "lora", "--main_process_port", "0", *more)
         second = subprocess.run(again, env=environment(tmp_path / "cache"), capture_output=True, text=True)
         assert second.returncode != 0
-        assert "another training run writes there, maybe a process that has outlived its launcher" in second.stderr
+        assert "another run writes there, maybe a process that has outlived its launcher" in second.stderr
     finally:
         for worker in workers:
             with suppress(psutil.NoSuchProcess):
                 worker.kill()
-        process.wait()
+        kill(process)
 
 
 FSDP2 = """
