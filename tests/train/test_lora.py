@@ -82,6 +82,23 @@ def test_resuming_equals_the_straight_run(tmp_path, base_folder, supervision):
         assert one == two
 
 
+def test_a_resume_by_name_does_not_adopt_later_checkpoints_of_another_run(tmp_path, base_folder, supervision):
+    """Resumed once more with auto, it would go on from those."""
+    folder = train(options(base_folder, supervision), arguments(tmp_path / "c"))
+    by_name = options(base_folder, supervision, resume=str(folder / "checkpoint-4"))
+    with pytest.raises(
+        ExpertokenError, match=r"holds later checkpoints of a run with other arguments \(checkpoint-8\)"
+    ):
+        train(by_name, arguments(folder, learning_rate=5e-3))
+
+
+@pytest.mark.parametrize("change", [{"adam_beta2": 0.9}, {"bf16": True}, {"data_seed": 4}])
+def test_auto_resume_tells_every_argument_that_the_result_depends_on(tmp_path, base_folder, supervision, change):
+    folder = train(options(base_folder, supervision), arguments(tmp_path / "c", max_steps=4))
+    with pytest.raises(ExpertokenError, match=next(iter(change))):
+        train(options(base_folder, supervision), arguments(folder, max_steps=4, **change))
+
+
 def test_auto_resume_refuses_checkpoints_of_another_run(tmp_path, base_folder, supervision):
     train(options(base_folder, supervision), arguments(tmp_path / "c"))
     with pytest.raises(ExpertokenError, match="holds checkpoints of a run with other arguments"):
