@@ -10,6 +10,7 @@ from expertoken.examples.skills.tasks import BENCHMARKS, SKILLS, side_of, tasks
 from expertoken.inference.backends.base import Generation
 from expertoken.inference.composite import CompositeModel
 from expertoken.inference.loop import BackgroundLoop
+from expertoken.inference.policy import Policy
 from expertoken.modeling.composite import Composite, Manifest, describe_base
 from expertoken.modeling.experts import Expert, ExpertPool
 from expertoken.modeling.files import cache_folder
@@ -79,8 +80,11 @@ def test_control_tokens_typed_by_a_user_change_nothing_of_the_prompts_shape(comp
 
 def test_self_answers_from_the_decisions_cache_as_the_plain_model_does(composite):
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    logits, inputs = composite._decide(composite.meta.encode(messages))
-    own = "".join(composite._self_answer(logits, inputs, Generation(20)))
+    question = composite._question(messages, Policy(allow=("self",)), answer=True)
+    [decision] = composite._decider.decide([question])
+    assert decision.own is not None
+    pieces = BackgroundLoop.iterate(composite._self_answer(decision.own, Generation(20)))
+    own = "".join(piece.text for piece in pieces)
     pieces = BackgroundLoop.iterate(composite.backend("self").stream(messages, Generation(20)))
     assert own == "".join(piece.text for piece in pieces)
     assert "Paris" in own
