@@ -11,6 +11,7 @@ from ..modeling.errors import ExpertokenError
 from .composite import CompositeModel
 from .policy import OUTPUT_TOKENS, Policy, request_cost
 
+_BEYOND = 1.001
 _STEPS = 60  # of the bisection: doubles are exact to the last digit
 
 
@@ -136,7 +137,9 @@ def _for_cost(
     for _ in range(_STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if spent(middle) > cost else (low, middle)
-    return replace(base, cost_weight=high)
+    # A little beyond the weight at which a prompt changes sides: just there it would change back with the rounding of
+    # another batch.
+    return replace(base, cost_weight=high * _BEYOND)
 
 
 def _cost(composite: CompositeModel, chosen: Sequence[str], lengths: np.ndarray) -> float | None:
