@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def server(command: list[str], ready: str) -> Any:
                 time.sleep(0.2)
         yield process
     finally:
-        process.send_signal(signal.SIGTERM)
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
         try:
             process.wait(40)
         except psutil.TimeoutExpired:
@@ -193,6 +194,11 @@ def main() -> None:
             duration = 60 * options.minutes
             outcome = asyncio.run(load(address, ["c"], options.streams, duration, process))
         tell("expertoken serve", outcome, duration, own)
+        early, late = outcome["memory"][0] / 2**20, outcome["memory"][-1] / 2**20
+        growth = (
+            f"memory of the server: {early:.1f} MiB after {WARM} s, {late:.1f} at the end ({late / early - 1:+.1%})"
+        )
+        print(growth, file=sys.stderr, flush=True)
         if options.litellm:
             port = free_port()
             address = f"http://127.0.0.1:{port}"
@@ -200,10 +206,6 @@ def main() -> None:
             with server(command, f"{address}/health/liveliness"):
                 models = [expert.name for expert in experts]
                 tell("LiteLLM's proxy", asyncio.run(load(address, models, options.streams, beside)), beside, own)
-        early, late = outcome["memory"][0] / 2**20, outcome["memory"][-1] / 2**20
-        print(
-            f"\nmemory of the server: {early:.0f} MiB after {WARM} s, {late:.0f} at the end ({late / early - 1:+.1%})"
-        )
         pieces = json.dumps(
             {str(k): int(v) for k, v in zip(*np.unique(outcome["pieces"], return_counts=True), strict=True)}
         )
