@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from expertoken.examples.smollm2 import smollm2
-from expertoken.inference.backends import Generation, LocalModels
+from expertoken.inference.backends import Generation, LocalBackend, LocalModels
 from expertoken.modeling.gguf import converted
 from expertoken.modeling.meta import Source
 
@@ -25,12 +25,12 @@ EXPERTS, ROOM = 6, 2
 
 async def stream_all(models: LocalModels, sources: list[Source], wanted: np.ndarray, tokens: int, streams: int) -> None:
     """All requests, `streams` at a time, as they come."""
-    backends = [models.model(source) if models.budget is None else None for source in sources]
+    backends = [LocalBackend(models, source) for source in sources]
     slots = asyncio.Semaphore(streams)
 
     async def one(expert: int, number: int) -> None:
         async with slots:
-            backend = backends[expert] or await asyncio.to_thread(models.model, sources[expert])
+            backend = backends[expert]
             messages = [{"role": "user", "content": f"Tell me about the number {number}."}]
             async for _ in backend.stream(messages, Generation(max_new_tokens=tokens)):
                 pass
@@ -44,7 +44,7 @@ def load_each(sources: list[Source], wanted: np.ndarray, tokens: int) -> int:
     for number, expert in enumerate(wanted):
         models = LocalModels()
         messages = [{"role": "user", "content": f"Tell me about the number {number}."}]
-        models.model(sources[expert]).complete([messages], Generation(max_new_tokens=tokens))
+        LocalBackend(models, sources[expert]).complete([messages], Generation(max_new_tokens=tokens))
         loads += models.loads
     return loads
 
@@ -56,7 +56,7 @@ def as_file(models: LocalModels, sources: list[Source], wanted: np.ndarray, toke
             [{"role": "user", "content": f"Tell me about the number {n}."}] for n in np.flatnonzero(wanted == expert)
         ]
         if chats:
-            models.model(sources[expert]).complete(chats, Generation(max_new_tokens=tokens))
+            LocalBackend(models, sources[expert]).complete(chats, Generation(max_new_tokens=tokens))
 
 
 def main() -> None:

@@ -337,7 +337,7 @@ def _cost(lm: "LM", expert: Expert, sample: dict[str, Any]) -> float | None:
         tokens = (used["prompt_tokens"], used["completion_tokens"])
     else:
         tokens = (len(lm.tok_encode(prompt)), len(lm.tok_encode(answer)))
-    return (tokens[0] * expert.cost["input"] + tokens[1] * expert.cost["output"]) / 1e6
+    return expert.price(*tokens)
 
 
 def evaluate_pair(lm: "LM", expert: Expert, task: str, evaluation: Evaluation) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from ..modeling.chat import text_of
-from ..modeling.files import atomic_folder
+from ..modeling.files import atomic_folder, check_product
 from .supervision import Supervision
 
 _TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
@@ -22,7 +22,11 @@ def export_sft(supervision: Supervision, out: Path | str) -> dict[str, int]:
 
     Returns:
         lines by file.
+
+    Raises:
+        ExpertokenError: the folder holds a composite or a supervision.
     """
+    check_product(out, "chat data")
     names = supervision.info.candidates
     tokens = {expert.name: expert.token for expert in supervision.pool}
     counts = {}

@@ -70,7 +70,7 @@ def calibrate(
     else:
         policy = _for_cost(composite, base, logits, lengths, cost)
     chosen = _choices(composite, policy, logits, lengths)
-    fallback = policy.default or (composite.pool.self_expert.name if composite.pool.self_expert else None)
+    fallback = policy.fallback(composite.pool)
     return Calibration(
         policy,
         len(prompts),
@@ -94,7 +94,7 @@ def _for_share(
     if not 0 <= share <= 1:
         raise ExpertokenError(f"--share {share}: expected a number from 0 to 1")
     free = replace(base, threshold=None)
-    default = base.default or (composite.pool.self_expert.name if composite.pool.self_expert else None)
+    default = base.fallback(composite.pool)
     if default is None:
         raise ExpertokenError("--share: self is no candidate of this composite; name who answers instead, --default")
     replace(base, threshold=0.0, default=default).candidates(composite.pool)

@@ -4,10 +4,9 @@ import asyncio
 import hashlib
 import logging
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,86 +28,9 @@ from .decider import Decider, Decision, OwnStart, Question
 from .loop import BackgroundLoop
 from .observer import Answered, Observer, Spent
 from .policy import Policy, last_answerer
-from .stops import StopTexts
+from .reply import Reply, ReplyStream, Turn
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer.
-
-    Attributes:
-        text: what was answered.
-        expert: who answered; where one broke off and another went on, the one that went on.
-        dispatch: the decision behind it.
-        failures: experts that were asked before and failed, with the reason.
-        finish: why it ended (stop, length, tool_calls, ...); None where it did not come to its end.
-        prompt_tokens: that were read.
-        completion_tokens: that were written.
-        cost: USD, or None where the pool has no price.
-        decided: seconds that the decision took.
-        first: seconds from the decision to the first piece.
-        seconds: from the decision to the end.
-        handed_over: the decision inside self's answer by which an expert went on with it, or None.
-    """
-
-    text: str
-    expert: str
-    dispatch: Dispatch
-    failures: dict[str, str] = field(default_factory=dict)
-    finish: str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: float | None = None
-    decided: float = 0.0
-    first: float = 0.0
-    seconds: float = 0.0
-    handed_over: Dispatch | None = None
-
-
-class ReplyStream:
-    """An answer that is being given: iterate over its pieces of text, with `for` or with `async for`.
-
-    Attributes:
-        dispatch: the decision; known from the start.
-        reply: what was answered so far.
-    """
-
-    def __init__(self, decision: Decision) -> None:
-        self.dispatch = decision.dispatch
-        self.reply = Reply("", decision.dispatch.expert, decision.dispatch, decided=decision.seconds)
-        self._pieces: AsyncIterator[Piece] | None = None
-
-    @property
-    def expert(self) -> str:
-        """Who answers; final once the first piece is there, unless it breaks off."""
-        return self.reply.expert
-
-    @property
-    def failures(self) -> dict[str, str]:
-        """Experts that failed so far, with the reason."""
-        return self.reply.failures
-
-    def __iter__(self) -> Iterator[str]:
-        return (piece.text for piece in BackgroundLoop.iterate(self._pieces) if piece.text)
-
-    async def __aiter__(self) -> AsyncIterator[str]:
-        async for piece in self.pieces():
-            if piece.text:
-                yield piece.text
-
-    def pieces(self) -> AsyncIterator[Piece]:
-        """The whole of the answer as it comes: text, tool calls, why it ended."""
-        return self._pieces
-
-    def close(self) -> None:
-        """Stop generating."""
-        BackgroundLoop.close(self._pieces)
-
-    async def aclose(self) -> None:
-        """Stop generating."""
-        await self._pieces.aclose()
 
 
 class CompositeModel:
@@ -156,8 +78,8 @@ class CompositeModel:
         self._models.add(self.meta.source, self.meta.plain, self.meta.tokenizer)
         self._backends: dict[str, Backend] = {}
         self._breakers = {name: Breaker() for name in self.pool.names}
-        self._own_turn = threading.RLock()  # sampling with a seed sets the generator of the whole process
-        self._self_name = self.pool.self_expert.name if self.pool.self_expert else None
+        self._own_turn = threading.RLock()  # self gives one answer at a time, as every model here does
+        self._self_name = self.pool.self_name
         self._decider = Decider(self.meta, self._self_name, self.observer)
 
     @classmethod
@@ -230,8 +152,12 @@ class CompositeModel:
             len(conversations) > 0 and isinstance(conversations[0], dict)
         )
         given = [as_messages(c) for c in (conversations if many else [conversations])]
-        found = [d.dispatch for d in self._decider.decide([self._question(messages, policy) for messages in given])]
+        found = self._decide_all(given, policy)
         return found if many else found[0]
+
+    def _decide_all(self, conversations: Sequence[list[Message]], policy: Policy | None) -> list[Dispatch]:
+        questions = [self._question(messages, policy) for messages in conversations]
+        return [decision.dispatch for decision in self._decider.decide(questions)]
 
     def chat(self, conversation: str | Sequence[Message], *, policy: Policy | None = None, **generation: Any) -> Reply:
         """Answer a conversation.
@@ -310,7 +236,7 @@ class CompositeModel:
         self, messages: list[Message], decision: Decision, generation: Generation, stream: ReplyStream
     ) -> AsyncIterator[Piece]:
         """Ask the candidates in their order until an answer is whole; the next one goes on where one broke off."""
-        turn = _Turn(stream, generation)
+        turn = Turn(stream, generation)
         order = self._order(decision.dispatch.ranking)
         chosen = decision.dispatch.expert
         while (name := next(order, None)) is not None:
@@ -335,9 +261,8 @@ class CompositeModel:
             except Exception as error:  # whatever an expert fails with, the user has a next best one
                 reason, own_fault = one_line(error), not isinstance(error, RequestRefusedError)
                 turn.refused = turn.refused and not own_fault
-                failed = (
-                    not turn.finished or turn.is_empty
-                )  # what fails behind the end of an answer takes nothing of it away
+                # What fails behind the end of an answer takes nothing of it away.
+                failed = not turn.finished or turn.is_empty
             else:
                 failed = turn.is_empty and self.pool[name].backend != SELF
             if not failed:
@@ -371,7 +296,7 @@ class CompositeModel:
         yield from skipped
 
     async def _ask(
-        self, name: str, messages: list[Message], generation: Generation, decision: Decision, turn: "_Turn"
+        self, name: str, messages: list[Message], generation: Generation, decision: Decision, turn: Turn
     ) -> AsyncIterator[Piece]:
         """One candidate's answer, or what it adds to an answer that was begun."""
         first = name == self._self_name and name == decision.dispatch.expert and not turn.handed_over
@@ -460,13 +385,12 @@ class CompositeModel:
             async for piece in pieces:
                 yield piece if piece.usage is None else replace(piece, usage=(read, piece.usage[1]))
 
-    def _tell_spent(self, name: str, decision: Decision, turn: "_Turn") -> None:
+    def _tell_spent(self, name: str, decision: Decision, turn: Turn) -> None:
         """What a candidate read and wrote in this turn, also where it broke off."""
         if not turn.part and turn.usage is None:
             return
-        price = self.pool[name].cost
         read, written = turn.usage or (decision.prompt_tokens, self.count(turn.part))
-        cost = None if price is None else (read * price["input"] + written * price["output"]) / 1e6
+        cost = self.pool[name].price(read, written)
         reply = turn.stream.reply
         turn.stream.reply = replace(
             reply,
@@ -475,94 +399,6 @@ class CompositeModel:
             cost=reply.cost if cost is None else (reply.cost or 0.0) + cost,
         )
         self.observer.spent(Spent(name, read, written, cost))
-
-
-class _Turn:
-    """An answer while it comes into being, whoever gives it.
-
-    Attributes:
-        stream: that tells it.
-        generation: how it was asked for.
-        stops: that end it.
-        calls: whether it calls tools.
-        usage: tokens of the present candidate, where it counts them.
-        refused: whether all who failed refused the request itself.
-    """
-
-    def __init__(self, stream: ReplyStream, generation: Generation) -> None:
-        self.stream, self.generation = stream, generation
-        self.calls, self.refused = False, True
-        self._started = time.perf_counter()
-        self.begin(stream.reply.expert)
-
-    def begin(self, name: str) -> None:
-        """The next candidate begins, or goes on with what is out."""
-        self.stream.reply = replace(self.stream.reply, expert=name)
-        self.stops = StopTexts(self.generation.stop)  # what was held back is not out, and is not gone on with
-        self.usage: tuple[int, int] | None = None
-        self._finish: str | None = None
-        self._from = len(self.text)
-
-    @property
-    def text(self) -> str:
-        """That is out."""
-        return self.stream.reply.text
-
-    @property
-    def part(self) -> str:
-        """The present candidate's part of it."""
-        return self.text[self._from :]
-
-    @property
-    def begun(self) -> bool:
-        """Whether the user has something of it."""
-        return bool(self.text) or self.calls
-
-    @property
-    def finished(self) -> bool:
-        """Whether the present candidate said that it is whole, or a stop text did."""
-        return self._finish is not None or self.stops.reached
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing came where something should have: not where a limit, a filter or a stop text ended it."""
-        return not self.begun and not self.stops.reached and self._finish in (None, "stop")
-
-    @property
-    def handed_over(self) -> bool:
-        """Whether self called for an expert."""
-        return self.stream.reply.handed_over is not None
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds since the decision."""
-        return time.perf_counter() - self._started
-
-    def left(self, count: Callable[[str], int]) -> Generation:
-        """How the rest is to be generated."""
-        if not self.text:
-            return self.generation
-        used = count(self.text)
-        return replace(self.generation, max_new_tokens=max(1, self.generation.max_new_tokens - used))
-
-    def take(self, piece: Piece) -> Iterator[Piece]:
-        """What of a piece is passed on."""
-        self.usage = piece.usage or self.usage
-        self._finish = piece.finish or self._finish
-        text = self.stops.feed(piece.text)
-        if not self.begun and (text or piece.tool_calls):
-            self.stream.reply = replace(self.stream.reply, first=self.elapsed)
-        self.calls = self.calls or bool(piece.tool_calls)
-        if text or piece.tool_calls or piece.logprobs:
-            self.stream.reply = replace(self.stream.reply, text=self.text + text)
-            yield replace(piece, text=text, finish=None, usage=None)
-
-    def end(self) -> Piece:
-        """The last piece of a whole answer."""
-        rest = "" if self.stops.reached else self.stops.rest()
-        finish = "stop" if self.stops.reached else self._finish or "stop"
-        self.stream.reply = replace(self.stream.reply, text=self.text + rest, finish=finish)
-        return Piece(rest, finish=finish, usage=self.usage)
 
 
 def _generation(options: dict[str, Any]) -> Generation:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import yaml
 
-from ..modeling.chat import Message, as_messages, text_of
+from ..modeling.chat import Message, text_of
 from ..modeling.dispatch import Dispatch
 from ..modeling.errors import ExpertFailedError, ExpertokenError, NoAnswerError, one_line
 from ..modeling.experts import SELF, Expert, ExpertPool
@@ -76,7 +76,7 @@ class GatewayModel(CompositeModel):
         self._endpoint = EndpointBackend(meta, timeouts)
         self._backends: dict[str, Backend] = {}
         self._breakers = {name: Breaker() for name in pool.names}
-        self._self_name = pool.self_expert.name if pool.self_expert else None
+        self._self_name = pool.self_name
 
     @classmethod
     def from_yaml(cls, path: Path | str, **options: Any) -> "GatewayModel":
@@ -118,14 +118,8 @@ class GatewayModel(CompositeModel):
             return self._endpoint
         return self._backends.setdefault(name, self._backends.get(name) or EndpointBackend(expert, self._timeouts))
 
-    def route(self, conversations: str | Sequence[Any], *, policy: Policy | None = None) -> Dispatch | list[Dispatch]:
-        """As `CompositeModel.route`."""
-        many = not isinstance(conversations, str) and not (
-            len(conversations) > 0 and isinstance(conversations[0], dict)
-        )
-        given = [as_messages(c) for c in (conversations if many else [conversations])]
-        found = [BackgroundLoop.call(self.adecide(messages, policy)).dispatch for messages in given]
-        return found if many else found[0]
+    def _decide_all(self, conversations: Sequence[list[Message]], policy: Policy | None) -> list[Dispatch]:
+        return [BackgroundLoop.call(self.adecide(messages, policy)).dispatch for messages in conversations]
 
     async def adecide(self, messages: Sequence[Message], policy: Policy | None = None) -> Decision:
         """Decide on a conversation by one token of the meta LLM's.

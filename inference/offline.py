@@ -17,10 +17,11 @@ from ..modeling.errors import ExpertokenError, NoAnswerError, one_line
 from ..modeling.files import atomic_file
 from .backends import Generation
 from .backends.local import LocalBackend
-from .composite import CompositeModel, Reply
+from .composite import CompositeModel
 from .decider import Decision
 from .loop import BackgroundLoop
 from .policy import Policy
+from .reply import Reply
 from .stops import StopTexts
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def _answers(
         places.setdefault(dispatch.expert, []).append(place)
     single: list[int] = []
     # One expert after the other, those that share a base next to each other: nothing is loaded or switched twice.
-    for name in sorted(places, key=lambda name: composite.switch_key(name)):
+    for name in sorted(places, key=composite.switch_key):
         if composite.pool[name].backend == "openai":
             single += places[name]
             continue
@@ -149,14 +150,12 @@ def _replied(
     stops = StopTexts(generation.stop)
     cut = stops.feed(text)
     written = composite.count(text)
-    price = composite.pool[dispatch.expert].cost
-    read = len(composite.meta.encode(messages))
     return Reply(
         cut if stops.reached else text,
         dispatch.expert,
         dispatch,
         finish="stop" if stops.reached or written < generation.max_new_tokens else "length",
-        cost=None if price is None else (read * price["input"] + written * price["output"]) / 1e6,
+        cost=composite.pool[dispatch.expert].price(len(composite.meta.encode(messages)), written),
     )
 
 

@@ -94,7 +94,7 @@ class Policy:
         ranking = sorted(names, key=shares.__getitem__, reverse=True)
         reason = self._reason(plain, ranking, shares)
         if self.threshold is not None and shares[ranking[0]] < self.threshold:
-            default = self.default or pool.self_expert.name
+            default = self.fallback(pool)
             if default in names:
                 reason = f"{ranking[0]} has {shares[ranking[0]]:.2f}, less than {self.threshold:g}: {default} answers"
                 ranking = [default, *(name for name in ranking if name != default)]
@@ -130,6 +130,10 @@ class Policy:
         told = "; ".join(part for part in told if part)
         return f"{first} has {shares[first]:.2f} where {told}; {free} would have been chosen without"
 
+    def fallback(self, pool: ExpertPool) -> str | None:
+        """Who answers below the threshold: the default that was named, else self where it is a candidate."""
+        return self.default or pool.self_name
+
     def candidates(self, pool: ExpertPool) -> list[str]:
         """Names of those who may answer, in pool order.
 
@@ -142,7 +146,7 @@ class Policy:
             for name in names:
                 if name not in pool.names:
                     raise ExpertokenError(f"policy.{key}: no candidate {name!r}, {did_you_mean(name, pool.names)}")
-        if self.threshold is not None and self.default is None and pool.self_expert is None:
+        if self.threshold is not None and self.fallback(pool) is None:
             raise ExpertokenError("policy.threshold needs policy.default here: self is no candidate of this composite")
         names = [n for n in pool.names if (self.allow is None or n in self.allow) and n not in self.deny]
         if not names:
@@ -156,11 +160,10 @@ def request_cost(expert: Expert, prompt_tokens: int, output_tokens: int) -> floa
     Raises:
         ExpertokenError: it is an endpoint without a price.
     """
-    if expert.cost is None:
-        if expert.backend == "openai":
-            raise ExpertokenError(f"expert {expert.name!r} has no `cost` in the pool, so costs can't be weighed")
-        return 0.0
-    return (prompt_tokens * expert.cost["input"] + output_tokens * expert.cost["output"]) / 1e6
+    price = expert.price(prompt_tokens, output_tokens)
+    if price is None and expert.backend == "openai":
+        raise ExpertokenError(f"expert {expert.name!r} has no `cost` in the pool, so costs can't be weighed")
+    return price or 0.0
 
 
 def last_answerer(messages: Sequence[dict[str, Any]], pool: ExpertPool) -> str | None:

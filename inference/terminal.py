@@ -10,7 +10,8 @@ from rich.text import Text
 
 from ..modeling.errors import ExpertokenError
 from ..modeling.files import cache_folder
-from .composite import CompositeModel, Reply
+from .composite import CompositeModel
+from .reply import Reply
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 

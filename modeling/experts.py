@@ -76,6 +76,12 @@ class Expert:
             raise ExpertFailedError(f"the environment variable {variable} with its key is not set")
         return key
 
+    def price(self, read: int, written: int) -> float | None:
+        """USD for tokens read and written, or None where the pool has no price."""
+        if self.cost is None:
+            return None
+        return (read * self.cost["input"] + written * self.cost["output"]) / 1e6
+
     def find_in(self, models: Iterable[str]) -> str | None:
         """The one of `models` that results call this expert by, or None."""
         models = set(models)
@@ -186,6 +192,11 @@ class ExpertPool:
 
     def __iter__(self) -> Iterator[Expert]:
         return iter(self.experts)
+
+    @property
+    def self_name(self) -> str | None:
+        """How self is called, or None where it is no candidate."""
+        return self.self_expert.name if self.self_expert else None
 
     @property
     def has_self(self) -> bool:

@@ -1,7 +1,6 @@
 """A composite as a plain checkpoint: LoRA merged, a row and a token for every expert, for any server to host."""
 
 import json
-import logging
 import shutil
 import subprocess
 import sys
@@ -16,13 +15,11 @@ from torch import nn
 from .composite import POOL_FILE, load_composite
 from .dispatch import dispatch_distribution, dispatch_forward
 from .errors import ExpertokenError
-from .files import PRODUCTS, atomic_folder
+from .files import atomic_folder, check_product
 from .meta import MetaLLM, Source, load_causal_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
 
 EXPORT_FILE = "expertoken_export.json"
 CONVERTER = "convert_hf_to_gguf.py"
@@ -74,9 +71,7 @@ def export_checkpoint(
             then).
     """
     out = Path(out)
-    for product, marker in PRODUCTS.items():
-        if (out / marker).exists():
-            raise ExpertokenError(f"{out}: holds a {product}; choose another folder for the checkpoint")
+    check_product(out, "checkpoint")
     composite = load_composite(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     meta, pool = composite.meta, composite.pool
     if meta.quantization:
@@ -84,10 +79,11 @@ def export_checkpoint(
             f"{folder}: was trained on a base in 4 bits, and LoRA can't be merged into it without other decisions; "
             "serve it by `expertoken serve`, or train with --method lora"
         )
-    encoded = [meta.encode(prompt) for prompt in prompts]
-    expected = torch.cat([meta.candidate_logits([ids], with_self=True).softmax(-1) for ids in encoded])
+    with torch.inference_mode():
+        logits = torch.cat([dispatch_forward(meta.model, **meta.pad([meta.encode(text)]))[0] for text in prompts])
+    expected = dispatch_distribution(logits, meta.vocab_size, with_self=True).cpu()
     rows = meta.rows
-    _fill(meta, encoded, len(pool))
+    _fill(meta, logits, len(pool))
     model = _merged(meta)
     places = _place(model, meta.tokenizer, [expert.token for expert in pool], rows)
     with atomic_folder(out) as aside:
@@ -95,30 +91,21 @@ def export_checkpoint(
         meta.tokenizer.save_pretrained(aside)
         pool.to_yaml(aside / POOL_FILE)
         ids = dict(zip((expert.name for expert in pool), places, strict=True))
-        document = {"experts": ids, "self": pool.self_expert.name if pool.self_expert else None}
+        document = {"experts": ids, "self": pool.self_name}
         (aside / EXPORT_FILE).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
         _compare(aside, places, prompts, expected, meta)
     return ids
 
 
-def _fill(meta: MetaLLM, encoded: Sequence[Sequence[int]], count: int) -> None:
+def _fill(meta: MetaLLM, logits: torch.Tensor, count: int) -> None:
     """Where the next `count` rows behind the tokenizer's are part of the mass of self, name all that are left.
 
     A row that an expert takes is lost to self; a model that gives such rows some probability (one that was never
     trained, for instance) would decide otherwise without it. So the experts' come behind them then.
     """
     first, size = len(meta.tokenizer), meta.vocab_size
-    if first + count > size:
-        spare = 1.0
-    else:
-        shares = []
-        for ids in encoded:
-            with torch.inference_mode():
-                logits, _ = dispatch_forward(meta.model, **meta.pad([ids]))
-            vocabulary = logits[0, : meta.vocab_size].float().softmax(-1)
-            shares.append(float(vocabulary[first : first + count].sum()))
-        spare = max(shares)
-    if spare > _NEGLIGIBLE and first < size:
+    spare = logits[:, :size].float().softmax(-1)[:, first : first + count].sum(-1).max()
+    if first < size and (first + count > size or spare > _NEGLIGIBLE):
         names = [AddedToken(f"<|unused:{place}|>", special=True, normalized=False) for place in range(first, size)]
         meta.tokenizer.add_tokens(names, special_tokens=True)
 

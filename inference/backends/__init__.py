@@ -4,9 +4,10 @@ from ...modeling.experts import Expert
 from ...modeling.meta import Source
 from .base import Backend, Generation, Piece
 from .endpoint import EndpointBackend, Timeouts
+from .local import LocalBackend
 from .models import LocalModels, same_model
 
-__all__ = ["Backend", "Generation", "LocalModels", "Piece", "Timeouts", "local_source", "open_backend"]
+__all__ = ["Backend", "Generation", "LocalBackend", "LocalModels", "Piece", "Timeouts", "local_source", "open_backend"]
 
 
 def open_backend(expert: Expert, models: LocalModels, meta_base: Source, timeouts: Timeouts | None = None) -> Backend:
@@ -25,8 +26,10 @@ def open_backend(expert: Expert, models: LocalModels, meta_base: Source, timeout
         return EndpointBackend(expert, timeouts)
     base = local_source(expert, meta_base)
     if expert.backend == "adapter":
-        return models.adapter(base, expert.model, expert.revision)
-    return models.model(base)
+        with models.lease(base) as resident:  # what does not fit is told now; models as they are load when they answer
+            models.slot(resident, base, expert.model, expert.revision)
+        return LocalBackend(models, base, (expert.model, expert.revision))
+    return LocalBackend(models, base)
 
 
 def local_source(expert: Expert, meta_base: Source) -> Source | None:

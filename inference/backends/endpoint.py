@@ -129,10 +129,9 @@ class EndpointBackend(Backend):
             kind = RequestRefusedError if error.status_code in _REQUESTS else ExpertFailedError
             raise kind(f"the endpoint answered {error.status_code}") from error
         except (TimeoutError, openai.APITimeoutError) as error:
-            what = f"stopped in its answer for {self.timeouts.idle:g}" if told else "gave nothing within "
-            if not told:
-                what += f"{self.timeouts.first:g}"
-            raise ExpertFailedError(f"the endpoint {what} s") from error
+            stopped = f"stopped in its answer for {self.timeouts.idle:g} s"
+            what = stopped if told else f"gave nothing within {self.timeouts.first:g} s"
+            raise ExpertFailedError(f"the endpoint {what}") from error
         except Exception as error:  # in mid-stream the errors of the client's HTTP library come through as they are
             # Only the kind is told: messages of the client can quote requests, and with them headers.
             raise ExpertFailedError(f"the endpoint could not be used ({type(error).__name__})") from error

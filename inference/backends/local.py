@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
@@ -169,10 +169,6 @@ async def stream_generate(
 _LOADERS = ThreadPoolExecutor(64, thread_name_prefix="loader")
 
 
-async def _in_thread(run: Callable[..., Any], *arguments: Any) -> Any:
-    return await asyncio.get_running_loop().run_in_executor(_LOADERS, run, *arguments)
-
-
 @contextmanager
 def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Iterator[None]:
     with outer, inner:
@@ -235,7 +231,7 @@ class LocalBackend(Backend):
         lease.callback(self.models.release, resident)
         with lease:
             if self._adapter is not None and self._adapter not in resident.slots:
-                await _in_thread(self._model, resident)
+                await asyncio.get_running_loop().run_in_executor(_LOADERS, self._model, resident)
             model = self._model(resident)
             ids = torch.tensor([self._encode(resident, messages, begun)], device=model.device)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

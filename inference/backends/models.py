@@ -18,8 +18,6 @@ from ...modeling.meta import LOADING, Source, load_causal_lm, share_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .local import LocalBackend
-
 logger = logging.getLogger(__name__)
 
 _LONGEST = 120.0  # seconds that a model is waited for, before the next best expert is asked
@@ -154,28 +152,10 @@ class LocalModels:
             resident.used = time.monotonic()
             self._changed.notify_all()
 
-    def model(self, source: Source) -> "LocalBackend":
-        """A backend that answers with a model as it is; it is loaded when it first answers."""
-        from .local import LocalBackend
-
-        return LocalBackend(self, source)
-
-    def adapter(self, base: Source, folder: str, revision: str | None = None) -> "LocalBackend":
-        """A backend that answers with a LoRA adapter on a base; adapters of one base share one model.
+    def slot(self, resident: Resident, base: Source, folder: str, revision: str | None = None) -> str:
+        """The name of an adapter in a resident model; loaded where it is not. Adapters of one base share one model.
 
         The adapted model has the base's very tensors but modules of its own, so that the base stays as it is.
-
-        Raises:
-            ExpertFailedError: the adapter is missing or does not fit the base.
-        """
-        from .local import LocalBackend
-
-        with self.lease(base) as resident:
-            self.slot(resident, base, folder, revision)
-        return LocalBackend(self, base, (folder, revision))
-
-    def slot(self, resident: Resident, base: Source, folder: str, revision: str | None = None) -> str:
-        """The name of an adapter in a resident model; loaded where it is not.
 
         Raises:
             ExpertFailedError: the adapter is missing or does not fit the base.

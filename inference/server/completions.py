@@ -11,7 +11,7 @@ from typing import Any
 
 from ...modeling.errors import ExpertokenError, NoAnswerError
 from ..backends import Piece
-from ..composite import Reply, ReplyStream
+from ..reply import Reply, ReplyStream
 from .guard import error_body
 from .schema import ChatRequest
 

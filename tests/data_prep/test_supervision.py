@@ -211,3 +211,13 @@ def test_chat_data_for_other_trainers_answers_each_query_with_its_experts_token(
         assert answer == {"role": "assistant", "content": f"<|expert:{wanted}|>"}
     described = json.loads((tmp_path / "sft" / "dataset_info.json").read_text())
     assert all((tmp_path / "sft" / entry["file_name"]).exists() for entry in described.values())
+
+
+def test_chat_data_is_not_written_over_a_supervision(tmp_path, results, pool):
+    from expertoken.data_prep.sft import export_sft
+
+    supervision = build_supervision(results, pool)
+    supervision.save(tmp_path / "s")
+    with pytest.raises(ExpertokenError, match="holds a supervision"):
+        export_sft(supervision, tmp_path / "s")
+    Supervision.load(tmp_path / "s")

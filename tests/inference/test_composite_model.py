@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from expertoken.inference.backends import LocalModels, open_backend
+from expertoken.inference.backends import LocalBackend, LocalModels, open_backend
 from expertoken.inference.backends.base import Backend, Generation, Piece
 from expertoken.inference.composite import CompositeModel
 from expertoken.inference.loop import BackgroundLoop
@@ -60,7 +60,7 @@ def test_the_chosen_expert_answers_and_pieces_add_up(make, meta, base_folder):
     reply = composite.chat("Compute 12 plus 30.", max_new_tokens=8)
     assert reply.text == "".join(pieces)
     assert reply.expert == "math"
-    alone = LocalModels().model(Source(str(base_folder)))
+    alone = LocalBackend(LocalModels(), Source(str(base_folder)))
     assert reply.text == answer_of(alone, [{"role": "user", "content": "Compute 12 plus 30."}], Generation(8))
 
 
@@ -96,7 +96,7 @@ def test_where_lora_was_trained_self_answers_without_it(make, base_folder, tmp_p
     lean_towards(composite.meta, None)
     reply = composite.chat(CHAT, max_new_tokens=8)
     assert reply.expert == "self"
-    plain = LocalModels().model(Source(str(base_folder)))
+    plain = LocalBackend(LocalModels(), Source(str(base_folder)))
     assert reply.text == answer_of(plain, CHAT, Generation(8))
 
 

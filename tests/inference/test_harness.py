@@ -11,29 +11,25 @@ from expertoken.tests.inference.conftest import composite_of
 
 lm_eval = pytest.importorskip("lm_eval")
 
-GENERATED = """
-task: say
+TASK = """
+task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
-output_type: generate_until
 doc_to_text: question
-doc_to_target: answer
-generation_kwargs: {{until: ["2"], max_gen_toks: 12}}
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 metadata: {{version: 1.0}}
 """
+GENERATED = """
+output_type: generate_until
+doc_to_target: answer
+generation_kwargs: {until: ["2"], max_gen_toks: 12}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
 CHOICE = """
-task: choose
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
 output_type: multiple_choice
-doc_to_text: question
 doc_to_choice: choices
 doc_to_target: 0
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-metadata: {{version: 1.0}}
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
 
 
@@ -44,8 +40,8 @@ def tasks(tmp_path):
     rows = [{"question": q, "answer": "one0 one1 one", "choices": [" yes", " no"]} for q in ("hello", "hello there")]
     data = folder / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    (folder / "say.yaml").write_text(GENERATED.format(data=data))
-    (folder / "choose.yaml").write_text(CHOICE.format(data=data))
+    for name, kind in (("say", GENERATED), ("choose", CHOICE)):
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=data) + kind)
     return folder
 
 

@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 
-from expertoken.inference.backends import Generation, LocalModels
+from expertoken.inference.backends import Generation, LocalBackend, LocalModels
 from expertoken.inference.backends import models as module
 from expertoken.inference.loop import BackgroundLoop
 from expertoken.modeling.errors import ExpertFailedError
@@ -31,7 +31,7 @@ def size(sources):
 
 
 def answer(models, source):
-    pieces = BackgroundLoop.iterate(models.model(source).stream(CHAT, Generation(4)))
+    pieces = BackgroundLoop.iterate(LocalBackend(models, source).stream(CHAT, Generation(4)))
     return "".join(piece.text for piece in pieces)
 
 
@@ -80,33 +80,9 @@ def test_where_no_room_comes_free_the_next_best_expert_is_asked(sources, size, m
         models.acquire(sources[1])
 
 
-def test_two_busy_models_can_not_keep_a_third_out_by_turns(sources, size, monkeypatch):
-    monkeypatch.setattr(module, "_PATIENCE", 0.3)
-    models = LocalModels("cpu", budget=int(2.5 * size))
-    over = threading.Event()
-
-    def busy(source, since):
-        time.sleep(since)
-        while not over.is_set():
-            with models.lease(source):
-                time.sleep(0.05)
-
-    threads = [threading.Thread(target=busy, args=(source, n / 40)) for source in sources[:2] for n in range(3)]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.5)
-    started = time.monotonic()
-    with models.lease(sources[2]):
-        waited = time.monotonic() - started
-    over.set()
-    for thread in threads:
-        thread.join(10)
-    assert waited < 5
-
-
 def test_a_lease_ends_with_the_generation_though_nobody_reads(sources):
     models = LocalModels("cpu")
-    stream = BackgroundLoop.iterate(models.model(sources[0]).stream(CHAT, Generation(4)))
+    stream = BackgroundLoop.iterate(LocalBackend(models, sources[0]).stream(CHAT, Generation(4)))
     next(stream)
     for _ in range(100):
         if not any(resident.users for resident in models._residents.values()):
@@ -148,22 +124,24 @@ def test_all_who_wait_for_one_model_get_it_by_one_loading(sources, size):
     assert models.loads == 2
 
 
-def test_a_busy_model_can_not_keep_another_out_for_good(sources, size, monkeypatch):
+@pytest.mark.parametrize("count", [1, 2])
+def test_busy_models_can_not_keep_another_out_for_good_nor_two_by_turns(sources, size, monkeypatch, count):
     monkeypatch.setattr(module, "_PATIENCE", 0.3)
-    models = LocalModels("cpu", budget=int(1.5 * size))
+    models = LocalModels("cpu", budget=int((count + 0.5) * size))
     over = threading.Event()
 
-    def busy():
+    def busy(source, since):
+        time.sleep(since)
         while not over.is_set():
-            with models.lease(sources[0]):
+            with models.lease(source):
                 time.sleep(0.05)
 
-    threads = [threading.Thread(target=busy) for _ in range(3)]
+    threads = [threading.Thread(target=busy, args=(source, n / 40)) for source in sources[:count] for n in range(3)]
     for thread in threads:
         thread.start()
-    time.sleep(0.3)
+    time.sleep(0.5)
     started = time.monotonic()
-    with models.lease(sources[1]):
+    with models.lease(sources[count]):
         waited = time.monotonic() - started
     over.set()
     for thread in threads:

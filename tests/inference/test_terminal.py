@@ -5,8 +5,8 @@ import pytest
 from rich.console import Console
 
 from expertoken.inference import terminal
-from expertoken.inference.composite import ReplyStream
 from expertoken.inference.decider import Decision
+from expertoken.inference.reply import ReplyStream
 from expertoken.inference.terminal import TerminalChat
 from expertoken.modeling.dispatch import Dispatch
 from expertoken.modeling.errors import ExpertokenError

@@ -1,0 +1,176 @@
+"""An answer: while it is being given, and as it was given."""
+
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from ..modeling.dispatch import Dispatch
+from .backends import Generation, Piece
+from .decider import Decision
+from .loop import BackgroundLoop
+from .stops import StopTexts
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer.
+
+    Attributes:
+        text: what was answered.
+        expert: who answered; where one broke off and another went on, the one that went on.
+        dispatch: the decision behind it.
+        failures: experts that were asked before and failed, with the reason.
+        finish: why it ended (stop, length, tool_calls, ...); None where it did not come to its end.
+        prompt_tokens: that were read.
+        completion_tokens: that were written.
+        cost: USD, or None where the pool has no price.
+        decided: seconds that the decision took.
+        first: seconds from the decision to the first piece.
+        seconds: from the decision to the end.
+        handed_over: the decision inside self's answer by which an expert went on with it, or None.
+    """
+
+    text: str
+    expert: str
+    dispatch: Dispatch
+    failures: dict[str, str] = field(default_factory=dict)
+    finish: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float | None = None
+    decided: float = 0.0
+    first: float = 0.0
+    seconds: float = 0.0
+    handed_over: Dispatch | None = None
+
+
+class ReplyStream:
+    """An answer that is being given: iterate over its pieces of text, with `for` or with `async for`.
+
+    Attributes:
+        dispatch: the decision; known from the start.
+        reply: what was answered so far.
+    """
+
+    def __init__(self, decision: Decision) -> None:
+        self.dispatch = decision.dispatch
+        self.reply = Reply("", decision.dispatch.expert, decision.dispatch, decided=decision.seconds)
+        self._pieces: AsyncIterator[Piece] | None = None
+
+    @property
+    def expert(self) -> str:
+        """Who answers; final once the first piece is there, unless it breaks off."""
+        return self.reply.expert
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Experts that failed so far, with the reason."""
+        return self.reply.failures
+
+    def __iter__(self) -> Iterator[str]:
+        return (piece.text for piece in BackgroundLoop.iterate(self._pieces) if piece.text)
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        async for piece in self.pieces():
+            if piece.text:
+                yield piece.text
+
+    def pieces(self) -> AsyncIterator[Piece]:
+        """The whole of the answer as it comes: text, tool calls, why it ended."""
+        return self._pieces
+
+    def close(self) -> None:
+        """Stop generating."""
+        BackgroundLoop.close(self._pieces)
+
+    async def aclose(self) -> None:
+        """Stop generating."""
+        await self._pieces.aclose()
+
+
+class Turn:
+    """An answer while it comes into being, whoever gives it.
+
+    Attributes:
+        stream: that tells it.
+        generation: how it was asked for.
+        stops: that end it.
+        calls: whether it calls tools.
+        usage: tokens of the present candidate, where it counts them.
+        refused: whether all who failed refused the request itself.
+    """
+
+    def __init__(self, stream: ReplyStream, generation: Generation) -> None:
+        self.stream, self.generation = stream, generation
+        self.calls, self.refused = False, True
+        self._started = time.perf_counter()
+        self.begin(stream.reply.expert)
+
+    def begin(self, name: str) -> None:
+        """The next candidate begins, or goes on with what is out."""
+        self.stream.reply = replace(self.stream.reply, expert=name)
+        self.stops = StopTexts(self.generation.stop)  # what was held back is not out, and is not gone on with
+        self.usage: tuple[int, int] | None = None
+        self._finish: str | None = None
+        self._from = len(self.text)
+
+    @property
+    def text(self) -> str:
+        """That is out."""
+        return self.stream.reply.text
+
+    @property
+    def part(self) -> str:
+        """The present candidate's part of it."""
+        return self.text[self._from :]
+
+    @property
+    def begun(self) -> bool:
+        """Whether the user has something of it."""
+        return bool(self.text) or self.calls
+
+    @property
+    def finished(self) -> bool:
+        """Whether the present candidate said that it is whole, or a stop text did."""
+        return self._finish is not None or self.stops.reached
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing came where something should have: not where a limit, a filter or a stop text ended it."""
+        return not self.begun and not self.stops.reached and self._finish in (None, "stop")
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether self called for an expert."""
+        return self.stream.reply.handed_over is not None
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the decision."""
+        return time.perf_counter() - self._started
+
+    def left(self, count: Callable[[str], int]) -> Generation:
+        """How the rest is to be generated."""
+        if not self.text:
+            return self.generation
+        used = count(self.text)
+        return replace(self.generation, max_new_tokens=max(1, self.generation.max_new_tokens - used))
+
+    def take(self, piece: Piece) -> Iterator[Piece]:
+        """What of a piece is passed on."""
+        self.usage = piece.usage or self.usage
+        self._finish = piece.finish or self._finish
+        text = self.stops.feed(piece.text)
+        if not self.begun and (text or piece.tool_calls):
+            self.stream.reply = replace(self.stream.reply, first=self.elapsed)
+        self.calls = self.calls or bool(piece.tool_calls)
+        if text or piece.tool_calls or piece.logprobs:
+            self.stream.reply = replace(self.stream.reply, text=self.text + text)
+            yield replace(piece, text=text, finish=None, usage=None)
+
+    def end(self) -> Piece:
+        """The last piece of a whole answer."""
+        rest = "" if self.stops.reached else self.stops.rest()
+        finish = "stop" if self.stops.reached else self._finish or "stop"
+        self.stream.reply = replace(self.stream.reply, text=self.text + rest, finish=finish)
+        return Piece(rest, finish=finish, usage=self.usage)
