@@ -21,7 +21,7 @@ from ..modeling.experts import SELF
 from ..modeling.hub import push
 from ..modeling.meta import end_ids
 from .anywhere import HandOver, Watch
-from .backends import Backend, Generation, LocalModels, Piece, Timeouts, local_source, open_backend
+from .backends import LOADERS, Backend, Generation, LocalModels, Piece, Timeouts, local_source, open_backend
 from .backends.local import first_token, stream_generate
 from .breaker import Breaker
 from .decider import Decider, Decision, OwnStart, Question
@@ -223,7 +223,9 @@ class CompositeModel:
 
     def _question(self, messages: Sequence[Message], policy: Policy | None, *, answer: bool = False) -> Question:
         policy = policy or self.policy
-        policy.candidates(self.pool)  # a mistake in it is told before anything is computed
+        names = policy.candidates(self.pool)  # a mistake in it is told before anything is computed
+        if answer and len(names) == 1:
+            self.prepare(names[0])
         ids = self.meta.encode(self._unnamed(messages))
         if len(ids) > self.longest:  # here, since one that is too long can take others down with its forward pass
             raise ExpertokenError(f"the conversation has {len(ids)} tokens; at most {self.longest} are read")
@@ -327,6 +329,12 @@ class CompositeModel:
             opened = open_backend(self.pool[name], self._models, self.meta.source, self._timeouts)
             return self._backends.setdefault(name, opened)
         return self._backends[name]
+
+    def prepare(self, name: str) -> None:
+        """Begin to load a candidate that will be wanted soon, where there is room for it; nothing waits for that."""
+        source = local_source(self.pool[name], self.meta.source)
+        if source is not None:
+            LOADERS.submit(self._models.prefetch, source)
 
     async def _watched_answer(
         self, messages: list[Message], decision: Decision, generation: Generation

@@ -4,8 +4,12 @@ import asyncio
 import hashlib
 import json
 import logging
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ logger = logging.getLogger(__name__)
 _BLOCK = 512  # conversations that are decided, answered and written together
 _BATCH = 32  # of a local expert
 _TEXTS = ("messages", "prompt", "query")
+_EXPECTED = f"expected a JSON object with {' or '.join(map(repr, _TEXTS))} on each line"
 
 
 def generate_file(
@@ -61,36 +66,69 @@ def generate_file(
     """
     generation, policy = generation or Generation(), policy or composite.policy
     source, out = Path(source), Path(out)
-    rows = _read(source)
-    part = out.with_name(f".{out.name}.part")
     asked = asdict(generation) | {"extra": dict(generation.extra)}
-    run = _hash([asked, policy.document(), composite.pool.names, composite.identity])
-    keys = [f"{run}-{_hash(row)}" for row in rows]
-    known = _known(part)
-    waiting = [place for place, key in enumerate(keys) if key not in known]
-    if len(waiting) < len(rows):
-        logger.info("%d of %d conversations are answered already", len(rows) - len(waiting), len(rows))
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("a", encoding="utf-8") as stream, tqdm(total=len(waiting), unit="conversation", delay=2) as bar:
-        if part.stat().st_size:
-            stream.write("\n")  # behind a line that an interrupted run may not have finished
-        for start in range(0, len(waiting), _BLOCK):
-            block = waiting[start : start + _BLOCK]
-            conversations = [_messages(rows[place]) for place in block]
-            for place, answer in _answers(composite, conversations, generation, policy, concurrent):
-                entry = {"key": keys[block[place]], "answer": answer}
-                stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
-                stream.flush()
-                known[entry["key"]] = answer
-                bar.update()
-    counts: dict[str, int] = {}
-    with atomic_file(out) as aside, aside.open("w", encoding="utf-8") as stream:
-        for row, key in zip(rows, keys, strict=True):
-            stream.write(json.dumps(row | known[key], ensure_ascii=False) + "\n")
-            name = known[key].get("expert") or "nobody"
-            counts[name] = counts.get(name, 0) + 1
+    keys = _keys(source, _hash([asked, policy.document(), composite.pool.names, composite.identity]))
+    part = out.with_name(f".{out.name}.part")
+    counts: Counter[str] = Counter()
+    with _Answers(part) as answers:
+        left = sum(key not in answers for key in keys)
+        if left < len(keys):
+            logger.info("%d of %d conversations are answered already", len(keys) - left, len(keys))
+        # The file is read again, block by block: neither it nor its answers need to fit into memory.
+        waiting = ((key, row) for key, row in zip(keys, _rows(source), strict=True) if key not in answers)
+        with tqdm(total=left, unit="conversation", delay=2) as bar:
+            while block := list(islice(waiting, _BLOCK)):
+                conversations = [_messages(row) for _, row in block]
+                for place, answer in _answers(composite, conversations, generation, policy, concurrent):
+                    answers.add(block[place][0], answer)
+                    bar.update()
+        with atomic_file(out) as aside, aside.open("w", encoding="utf-8") as stream:
+            for key, row in zip(keys, _rows(source), strict=True):
+                answer = answers[key]
+                stream.write(json.dumps(row | answer, ensure_ascii=False) + "\n")
+                counts[answer.get("expert") or "nobody"] += 1
     part.unlink()
-    return counts
+    return dict(counts)
+
+
+class _Answers:
+    """Answers in a file as they come; in memory is only where each of them stands.
+
+    Args:
+        file: JSONL, which may be there from an interrupted run; a line that it did not finish is passed over.
+    """
+
+    def __init__(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = file.open("a+b")
+        self._places: dict[str, int] = {}
+        self._stream.seek(0)
+        place = 0
+        for line in self._stream:
+            with suppress(ValueError, KeyError, TypeError):
+                self._places[json.loads(line)["key"]] = place
+            place += len(line)
+        if place:
+            self._stream.write(b"\n")  # behind a line that may not be finished
+
+    def __enter__(self) -> "_Answers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        self._stream.seek(self._places[key])
+        return json.loads(self._stream.readline())["answer"]
+
+    def add(self, key: str, answer: dict[str, Any]) -> None:
+        """One more."""
+        self._places[key] = self._stream.seek(0, os.SEEK_END)
+        self._stream.write(json.dumps({"key": key, "answer": answer}, ensure_ascii=False).encode() + b"\n")
+        self._stream.flush()
 
 
 def answer_all(
@@ -121,24 +159,27 @@ def _answers(
     places: dict[str, list[int]] = {}
     for place, dispatch in enumerate(dispatches):
         places.setdefault(dispatch.expert, []).append(place)
-    single: list[int] = []
+    local = sorted((name for name in places if composite.pool[name].backend != "openai"), key=composite.switch_key)
+    single = [place for name in places if name not in local for place in places[name]]
     # One expert after the other, those that share a base next to each other: nothing is loaded or switched twice.
-    for name in sorted(places, key=composite.switch_key):
-        if composite.pool[name].backend == "openai":
-            single += places[name]
-            continue
-        for start in range(0, len(places[name]), _BATCH):
-            chosen = places[name][start : start + _BATCH]
-            try:
-                backend = composite.backend(name)
-                assert isinstance(backend, LocalBackend)
-                texts = backend.complete([conversations[place] for place in chosen], generation, _BATCH)
-            except Exception as error:  # the next best one is asked, as in a chat
-                logger.warning("expert %r failed in a batch, each is asked by itself: %s", name, one_line(error))
-                single += chosen
-                continue
-            for place, text in zip(chosen, texts, strict=True):
-                yield place, _told(_replied(composite, conversations[place], text, dispatches[place], generation))
+    for name, following in zip_longest(local, local[1:]):
+        with ExitStack() as held:
+            for start in range(0, len(places[name]), _BATCH):
+                chosen = places[name][start : start + _BATCH]
+                try:
+                    backend = composite.backend(name)
+                    assert isinstance(backend, LocalBackend)
+                    if start == 0:
+                        held.enter_context(backend.models.lease(backend.source))  # up to its last batch
+                        if following:
+                            composite.prepare(following)
+                    texts = backend.complete([conversations[place] for place in chosen], generation, _BATCH)
+                except Exception as error:  # the next best one is asked, as in a chat
+                    logger.warning("expert %r failed in a batch, each is asked by itself: %s", name, one_line(error))
+                    single += chosen
+                    continue
+                for place, text in zip(chosen, texts, strict=True):
+                    yield place, _told(_replied(composite, conversations[place], text, dispatches[place], generation))
     answering = _each(composite, conversations, dispatches, generation, single, concurrent)
     yield from BackgroundLoop.iterate(answering)
 
@@ -200,50 +241,48 @@ def _told(reply: Reply) -> dict[str, Any]:
     }
 
 
-def _read(source: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file.
+def _keys(source: Path, run: str) -> list[str]:
+    """A key for each row of a JSONL file; rows that are alike have different ones, since each is to be answered.
 
     Raises:
-        ExpertokenError: it is missing or empty, or a line is no conversation.
+        ExpertokenError: the file is missing or empty, or a line is no conversation.
     """
-    expected = f"expected a JSON object with {' or '.join(map(repr, _TEXTS))} on each line"
+    seen: Counter[str] = Counter()
+    keys = []
+    for row in _rows(source):
+        digest = _hash(row)
+        seen[digest] += 1
+        keys.append(f"{run}-{digest}-{seen[digest]}")
+    if not keys:
+        raise ExpertokenError(f"{source}: empty; {_EXPECTED}")
+    return keys
+
+
+def _rows(source: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file. Errors as in `_keys`."""
     try:
-        lines = source.read_text("utf-8").split("\n")  # not splitlines: JSON texts may hold other line ends
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExpertokenError(f"{source}: can't be read ({one_line(error)}); {expected}") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            _messages(row)
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-            raise ExpertokenError(f"{source}, line {number}: {expected} ({one_line(error)})") from None
-        except ExpertokenError as error:
-            raise ExpertokenError(f"{source}, line {number}: {error}") from None
-        rows.append(row)
-    if not rows:
-        raise ExpertokenError(f"{source}: empty; {expected}")
-    return rows
+        with source.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield _row(line, f"{source}, line {number}")
+    except OSError as error:
+        raise ExpertokenError(f"{source}: can't be read ({one_line(error)}); {_EXPECTED}") from None
+
+
+def _row(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        _messages(row)
+    except ExpertokenError as error:
+        raise ExpertokenError(f"{place}: {error}") from None
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise ExpertokenError(f"{place}: {_EXPECTED} ({one_line(error)})") from None
+    return row
 
 
 def _messages(row: dict[str, Any]) -> list[Message]:
     found = [row[key] for key in _TEXTS if key in row]
     return as_messages(found[0])
-
-
-def _known(part: Path) -> dict[str, dict[str, Any]]:
-    """Answers that an interrupted run left; a line that it did not finish is passed over."""
-    found = {}
-    if part.exists():
-        for line in part.read_text("utf-8", errors="replace").split("\n"):
-            try:
-                entry = json.loads(line)
-                found[entry["key"]] = entry["answer"]
-            except (ValueError, KeyError, TypeError):
-                continue
-    return found
 
 
 def _hash(thing: Any) -> str:

@@ -4,10 +4,20 @@ from ...modeling.experts import Expert
 from ...modeling.meta import Source
 from .base import Backend, Generation, Piece
 from .endpoint import EndpointBackend, Timeouts
-from .local import LocalBackend
+from .local import LOADERS, LocalBackend
 from .models import LocalModels, same_model
 
-__all__ = ["Backend", "Generation", "LocalBackend", "LocalModels", "Piece", "Timeouts", "local_source", "open_backend"]
+__all__ = [
+    "LOADERS",
+    "Backend",
+    "Generation",
+    "LocalBackend",
+    "LocalModels",
+    "Piece",
+    "Timeouts",
+    "local_source",
+    "open_backend",
+]
 
 
 def open_backend(expert: Expert, models: LocalModels, meta_base: Source, timeouts: Timeouts | None = None) -> Backend:

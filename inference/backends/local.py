@@ -165,8 +165,8 @@ async def stream_generate(
     yield Piece(finish="stop" if last in ends else "length", usage=(read, count))
 
 
-# Of its own, and large: whoever waits for room must not keep conversations from being encoded.
-_LOADERS = ThreadPoolExecutor(64, thread_name_prefix="loader")
+LOADERS = ThreadPoolExecutor(64, thread_name_prefix="loader")
+"""Of its own, and large: whoever waits for room must not keep conversations from being encoded."""
 
 
 @contextmanager
@@ -231,7 +231,7 @@ class LocalBackend(Backend):
         lease.callback(self.models.release, resident)
         with lease:
             if self._adapter is not None and self._adapter not in resident.slots:
-                await asyncio.get_running_loop().run_in_executor(_LOADERS, self._model, resident)
+                await asyncio.get_running_loop().run_in_executor(LOADERS, self._model, resident)
             model = self._model(resident)
             ids = torch.tensor([self._encode(resident, messages, begun)], device=model.device)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -244,7 +244,7 @@ class LocalBackend(Backend):
 
     async def _acquired(self) -> Resident:
         """The model, which may have to be loaded, while this loop goes on with other answers."""
-        coming = _LOADERS.submit(self.models.acquire, self.source)
+        coming = LOADERS.submit(self.models.acquire, self.source)
         try:
             return await asyncio.wrap_future(coming)
         except asyncio.CancelledError:  # nobody wants the answer any more, but the model may come all the same

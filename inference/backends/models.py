@@ -135,6 +135,19 @@ class LocalModels:
         with self._changed:
             return self._enter(_resolved(source), time.monotonic())
 
+    def prefetch(self, source: Source) -> None:
+        """Load a model that will be wanted soon, where there is room for it beside those that are used and wanted."""
+        source = _resolved(source)
+        with suppress(ExpertFailedError):  # told to who acquires it
+            with self._changed:
+                used = sum(r.size for r in self._residents.values() if r.pinned or r.users)
+                fits = self.budget is None or used + sum(self._loading.values()) + self._needed(source) <= self.budget
+                if source in self._residents or source in self._loading or self._waiting or not fits:
+                    return
+                self._may_load(source)
+                self._loading[source] = self._needed(source)
+            self._load(source)
+
     def _enter(self, source: Source, began: float) -> Resident | None:
         resident = self._residents.get(source)
         # Who has waited since before it was loaded gets it, whoever else wants room.

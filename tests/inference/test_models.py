@@ -4,9 +4,11 @@ import time
 import pytest
 import torch
 
+from expertoken.inference import offline
 from expertoken.inference.backends import Generation, LocalBackend, LocalModels
 from expertoken.inference.backends import models as module
 from expertoken.inference.loop import BackgroundLoop
+from expertoken.inference.policy import Policy
 from expertoken.modeling.errors import ExpertFailedError
 from expertoken.modeling.experts import Expert
 from expertoken.modeling.meta import Source
@@ -203,3 +205,60 @@ def test_a_composite_with_room_for_one_of_its_experts_answers_as_one_with_room_f
             "hello", policy=policy, max_new_tokens=4
         ).text  # fmt: skip
     assert len(bounded._models.resident) == 3  # the meta LLM's own base, the one that is pinned, and one more
+
+
+def until(condition, seconds=20):
+    ends = time.monotonic() + seconds
+    while not condition() and time.monotonic() < ends:
+        time.sleep(0.02)
+    return condition()
+
+
+def test_a_model_is_loaded_ahead_only_where_those_that_are_used_leave_room_for_it(sources, size):
+    models = LocalModels("cpu", budget=int(2.5 * size))
+    with models.lease(sources[0]), models.lease(sources[1]):
+        models.prefetch(sources[2])
+        assert models.resident == sources[:2]
+    with models.lease(sources[1]):
+        models.prefetch(sources[2])
+        assert models.resident == sources[1:3]
+    models.prefetch(Source("/no/such/folder"))  # whoever wants it is told
+    assert models.loads == 3
+
+
+def test_an_expert_that_is_addressed_is_loaded_while_the_meta_llm_decides(base_folder, sources, monkeypatch):
+    composite = composite_of(base_folder, [Expert("far", model=sources[1].model), Expert("self", "self")])
+    decide = composite._decider._pass
+    loaded = []
+
+    def slow(*arguments):
+        loaded.append(until(lambda: sources[1] in composite._models.resident))
+        return decide(*arguments)
+
+    monkeypatch.setattr(composite._decider, "_pass", slow)
+    assert composite.chat("hello", policy=Policy(allow=("far",)), max_new_tokens=2).expert == "far"
+    assert loaded == [True]
+
+
+def test_while_one_expert_answers_its_part_of_a_file_the_next_one_is_loaded(base_folder, sources, size, monkeypatch):
+    names = ["a", "b", "c"]
+    experts = [Expert(name, model=source.model) for name, source in zip(names, sources[1:], strict=True)]
+    composite = composite_of(base_folder, experts, budget=int(2.5 * size))
+    composite.meta.rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    prompts = [f"question {number} of {number * 7}" for number in range(40)]
+    assert {dispatch.expert for dispatch in composite.route(prompts)} == set(names)
+    complete, ahead = LocalBackend.complete, []
+
+    def slow(backend, *arguments):
+        following = names.index(next(e.name for e in experts if e.model == backend.source.model)) + 1
+        ahead.append(following == 3 or until(lambda: sources[1 + following] in composite._models.resident))
+        return complete(backend, *arguments)
+
+    monkeypatch.setattr(LocalBackend, "complete", slow)
+    monkeypatch.setattr(offline, "_BATCH", 4)
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    answers = offline.answer_all(composite, chats, Generation(2))
+    assert all(answer["expert"] == answer["chosen"] for answer in answers)
+    assert len(ahead) > 3
+    assert all(ahead)
+    assert composite._models.loads == 3

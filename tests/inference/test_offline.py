@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import pytest
 import torch
@@ -81,6 +82,32 @@ def test_an_interrupted_run_goes_on_and_answers_nothing_twice(composite, source,
     generate_file(composite, source, tmp_path / "out.jsonl", generation=GENERATION)
     assert sum(asked) == 41
     assert lines(tmp_path / "out.jsonl") == lines(whole)
+
+
+def test_neither_a_file_nor_its_answers_need_to_fit_into_memory(composite, tmp_path, monkeypatch):
+    def long(composite, conversations, *_):
+        for place in range(len(conversations)):
+            yield place, {"answer": "word " * 200_000, "expert": "one"}
+
+    monkeypatch.setattr(offline, "_answers", long)
+    monkeypatch.setattr(offline, "_BLOCK", 8)
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"prompt": f"{n} " * 100_000}) for n in range(80)))
+    tracemalloc.start()
+    assert generate_file(composite, tmp_path / "in.jsonl", tmp_path / "out.jsonl") == {"one": 80}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "out.jsonl").stat().st_size > 80e6
+    assert peak < 20e6
+
+
+def test_a_question_that_is_asked_twice_is_answered_twice(composite, tmp_path, monkeypatch):
+    numbers = iter(range(10))
+    monkeypatch.setattr(
+        offline, "_answers", lambda _, chats, *more: ((p, {"answer": str(next(numbers))}) for p in range(len(chats)))
+    )
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hello"}\n' * 3)
+    generate_file(composite, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert [row["answer"] for row in lines(tmp_path / "out.jsonl")] == ["0", "1", "2"]
 
 
 def test_a_conversation_that_nobody_can_answer_is_told_and_the_others_are_answered(base_folder, words, tmp_path):
