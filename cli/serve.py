@@ -7,10 +7,14 @@ import typer
 
 
 def serve(
-    composite: Annotated[Path, typer.Argument(help="Composite folder.")],
+    composite: Annotated[
+        Path, typer.Argument(help="Composite folder, `owner/name` on the hub, or a gateway's YAML file.")
+    ],
     host: Annotated[str, typer.Option(help="Address; off loopback only with API keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="What clients call it. Default: the folder's name.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call it. Default: the name of the folder or file.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 2048,
     max_body: Annotated[int, typer.Option(min=1, help="Largest request, in bytes.")] = 4 * 2**20,
     max_messages: Annotated[int, typer.Option(min=1, help="Longest conversation, in messages.")] = 512,
@@ -46,7 +50,7 @@ def serve(
     from ..inference.server.settings import keys_from_environment
 
     settings = Settings(
-        name=name or composite.resolve().name,
+        name=name or composite.resolve().name.removesuffix(".yaml").removesuffix(".yml"),
         host=host,
         api_keys=keys_from_environment(),
         max_body=max_body,

@@ -128,14 +128,18 @@ class GatewayModel(CompositeModel):
             NoAnswerError: the meta LLM's server can't be asked. Without a decision nobody is the right one to ask.
         """
         policy = policy or self.policy
-        policy.candidates(self.pool)
+        names = policy.candidates(self.pool)
         started = time.perf_counter()
-        try:
-            logits, tokens = await self._ask_meta(self._unnamed(messages))
-        except ExpertFailedError as error:
-            raise NoAnswerError(f"the meta LLM can't be asked: {error}") from error
-        last = last_answerer(messages, self.pool)
-        dispatch = policy.choose(self.pool, logits, prompt_tokens=tokens, last=last)
+        if len(names) == 1:  # an expert that is addressed answers, whether the meta LLM can be asked or not
+            tokens = self._about(messages)
+            dispatch = Dispatch(names[0], {names[0]: 1.0}, "nobody else may answer", (names[0],))
+        else:
+            try:
+                logits, tokens = await self._ask_meta(self._unnamed(messages))
+            except ExpertFailedError as error:
+                raise NoAnswerError(f"the meta LLM can't be asked: {error}") from error
+            last = last_answerer(messages, self.pool)
+            dispatch = policy.choose(self.pool, logits, prompt_tokens=tokens, last=last)
         seconds = time.perf_counter() - started
         self.observer.decided(dispatch, seconds, 1)
         return Decision(dispatch, tokens, seconds)
@@ -168,5 +172,9 @@ class GatewayModel(CompositeModel):
             raise ExpertFailedError(
                 f"no expert's token is among its {self.top_logprobs} most probable ones; is it the exported checkpoint?"
             )
-        read = answer.usage.prompt_tokens if answer.usage else sum(self.count(text_of(m)) for m in messages)
+        read = answer.usage.prompt_tokens if answer.usage else self._about(messages)
         return torch.tensor(found), read
+
+    def _about(self, messages: Sequence[Message]) -> int:
+        """Tokens of a conversation, about."""
+        return sum(self.count(text_of(message)) for message in messages)

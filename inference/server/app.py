@@ -6,11 +6,11 @@ import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,7 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from ...modeling.chat import Message, as_messages, text_of
-from ...modeling.errors import ExpertokenError, NoAnswerError
+from ...modeling.errors import ExpertokenError, NoAnswerError, one_line
 from ..backends import Piece
 from ..composite import CompositeModel
 from ..policy import Policy
@@ -29,10 +29,14 @@ from .guard import Guard, error_body
 from .metrics import Metrics
 from .schema import ChatRequest
 from .settings import Settings
+from .tracing import Tracing
 
 logger = logging.getLogger("expertoken.requests")
 
+T = TypeVar("T")
+
 _REMEMBERED = 10_000  # answers whose expert is known when their chat goes on
+_GONE = 499  # the client went away: as nginx logs it; nobody reads it
 _PAGE = Path(__file__).parent / "page"
 
 
@@ -49,12 +53,15 @@ class Service:
     """
 
     def __init__(self, composite: CompositeModel, settings: Settings) -> None:
-        self.composite, self.settings, self.metrics = composite, settings, Metrics()
+        self.composite, self.settings, self.metrics, self.tracing = composite, settings, Metrics(), Tracing()
         composite.observe(self.metrics)
         composite.longest = min(composite.longest, settings.max_prompt_tokens or composite.longest)
         self.started = int(time.time())
         self.draining = False
         self._answerers: OrderedDict[bytes, str] = OrderedDict()
+        for expert in composite.pool.experts:
+            if expert.backend == "openai":  # costs nothing to hold; local ones are loaded when they are called
+                _open(composite, expert.name)
 
     @property
     def models(self) -> list[str]:
@@ -102,7 +109,8 @@ class Service:
     async def answer(self, request: ChatRequest) -> Completion:
         """Decide; nothing is asked of an expert yet."""
         policy, messages = self.policy(request), self.messages(request)
-        decision = await self.composite.adecide(messages, policy)
+        with self.tracing.span("decide"):
+            decision = await self.composite.adecide(messages, policy)
         first = request.generation(self.settings.max_new_tokens)
         streams = [self.composite.answer(messages, decision, first)]
         for number in range(1, request.n):
@@ -123,6 +131,7 @@ class Service:
         }
         if completion is not None:
             entry |= {"id": completion.id, "answers": [_told(reply) for reply in completion.replies]}
+            self.tracing.note({"id": completion.id} | _told(completion.replies[0]))
         if self.settings.log_content:
             texts = [reply.text for reply in completion.replies] if completion else []
             entry |= {"request": request.messages, "texts": texts}
@@ -140,6 +149,13 @@ def _told(reply: Any) -> dict[str, Any]:
         "decided": round(reply.decided, 4),
         "first": round(reply.first, 4),
     }
+
+
+def _open(composite: CompositeModel, name: str) -> None:
+    try:
+        composite.backend(name)
+    except ExpertokenError as error:  # the others answer
+        logger.warning("expert %r can't be asked: %s", name, one_line(error))
 
 
 def _hash(text: str) -> bytes:
@@ -182,11 +198,11 @@ def create_app(composite: CompositeModel, settings: Settings | None = None) -> F
         try:
             completion = await service.answer(request)
             if request.stream:
-                response = await _streamed(service, completion, started)
-                status = 200
+                response = await _streamed(service, completion, started, http)
+                status = response.status_code
                 return response
             body = await _unless_gone(completion.whole(), http)
-            status = 200 if body is not None else 499
+            status = _GONE if body is None else 200
             for reply in completion.replies:
                 service.remember(reply.text, reply.expert)
             return JSONResponse(body)
@@ -225,10 +241,13 @@ def _model(name: str, service: Service) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": service.started, "owned_by": "expertoken"}
 
 
-async def _streamed(service: Service, completion: Completion, started: float) -> Response:
+async def _streamed(service: Service, completion: Completion, started: float, http: Request) -> Response:
     """A streamed response. It begins with the first piece: an error before that is one of the whole request."""
     pieces = merged(completion.streams)
-    first = await anext(pieces)
+    first = await _unless_gone(anext(pieces), http)
+    if first is None:
+        await pieces.aclose()
+        return Response(status_code=_GONE)
 
     async def all_pieces() -> AsyncIterator[tuple[int, Piece]]:
         try:
@@ -251,8 +270,8 @@ async def _streamed(service: Service, completion: Completion, started: float) ->
     return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
 
 
-async def _unless_gone(answer: Any, http: Request) -> dict[str, Any] | None:
-    """An answer, or None where the client went away before: nobody generates for nobody."""
+async def _unless_gone(answer: Awaitable[T], http: Request) -> T | None:
+    """An answer or its first piece, or None where the client went away before: nobody generates for nobody."""
 
     async def gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from contextlib import suppress
 from typing import Any
 
+import anyio
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
@@ -17,6 +18,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+_PATIENCE = 10.0  # seconds for a body that is refused anyway
 _ANSWERS = "/v1/chat/completions"
 
 
@@ -79,6 +81,7 @@ class Guard:
         too_large = error_body(f"the body is larger than {most} bytes", "invalid_request_error", "too_large")
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > most:
+            await _discard(receive, 4 * most)
             await self._count(_refuse(send, 413, too_large), 413)
             return
         if self._running >= self.settings.max_concurrent:
@@ -110,6 +113,7 @@ class Guard:
                 await self.app(scope, limited, noting)
             if read > most:
                 status = 413
+                await _discard(receive, 4 * most)
                 await _refuse(send, 413, too_large)
         finally:
             self._running -= 1
@@ -126,6 +130,17 @@ class Guard:
         # All of them, each in constant time: how long it takes tells nothing.
         found = [secrets.compare_digest(key.encode(), known.encode()) for known in self.settings.api_keys]
         return any(found)
+
+
+async def _discard(receive: Receive, most: int) -> None:
+    """Read on for a while and keep nothing: who is cut off while sending sees a broken connection, and not why."""
+    read = 0
+    with anyio.move_on_after(_PATIENCE):
+        while read < most:
+            message = await receive()
+            read += len(message.get("body", b""))
+            if not message.get("more_body"):
+                return
 
 
 class _TooLargeError(Exception):

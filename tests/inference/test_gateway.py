@@ -126,7 +126,7 @@ def test_a_malformed_file_is_one_line(tmp_path, change, told):
 def test_a_meta_llm_that_can_not_be_asked_is_told(tmp_path, words):
     document = {
         "meta": {"model": "m", "base_url": "http://127.0.0.1:9/v1"},
-        "experts": [{"name": "one", "backend": "openai", "model": "mock", "base_url": words[0].base_url}],
+        "experts": [{"name": e.name, "backend": "openai", "model": "mock", "base_url": e.base_url} for e in words],
     }
     (tmp_path / "g.yaml").write_text(yaml.safe_dump(document))
     with pytest.raises(ExpertokenError, match="the meta LLM can't be asked"):

@@ -289,13 +289,21 @@ def test_a_body_over_the_limit_is_not_read_whole(composite):
         large = {"model": "composite", "messages": [{"role": "user", "content": "x" * 3000}]}
         assert post(address, large)[0] == 413
 
-        # In chunks, which tell no length. All at once: a server that answers while more is sent resets the connection.
+        # In chunks, which tell no length.
         chunks = b"".join(b"64\r\n" + b"x" * 100 + b"\r\n" for _ in range(50)) + b"0\r\n\r\n"
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         host, port = address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks)
             assert connection.recv(65536).split()[1] == b"413"
+
+
+def test_who_sends_far_too_much_is_told_so_and_does_not_see_a_broken_connection(composite):
+    with served(create_app(composite, Settings(max_body=2**20))) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.APIStatusError, match="larger than 1048576 bytes") as error:
+            client.chat.completions.create(model="composite", messages=[{"role": "user", "content": "x" * 3 * 2**20}])
+        assert error.value.status_code == 413
 
 
 def test_requests_over_the_rate_are_told_to_come_again(composite):
@@ -368,15 +376,15 @@ def test_an_answer_that_breaks_off_for_good_says_so_in_the_stream(base_folder):
     assert "".join(told) == "half0 half1"
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_stops_the_generation(base_folder, stream):
+@pytest.mark.parametrize(("stream", "latency"), [(True, 0), (True, 100), (False, 0)])
+def test_a_client_that_goes_away_stops_the_generation(base_folder, stream, latency):
     with (
-        mock_expert("slow", "--between", "0.1", "--words", "1000") as (slow, _),
+        mock_expert("slow", "--between", "0.1", "--words", "1000", "--first", str(latency)) as (slow, _),
         served(create_app(composite_of(base_folder, [slow]), Settings())) as address,
     ):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=0.6, max_retries=0)
         ask = {"model": "composite", "messages": HELLO, "stream": stream}
-        if stream:
+        if stream and not latency:
             answer = client.chat.completions.create(**ask)
             next(iter(answer))
             answer.close()

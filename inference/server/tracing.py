@@ -1,0 +1,65 @@
+"""Spans for OpenTelemetry, where an operator wants them: the request, its decision, and how it was answered."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fastapi import FastAPI
+
+from ...modeling.errors import require_extra
+
+
+class Tracing:
+    """Traces requests; without `start` it does nothing.
+
+    Nothing of what was said goes into a span, as into the log.
+    """
+
+    def __init__(self) -> None:
+        self._trace: Any = None
+        self._provider: Any = None
+
+    def start(self, app: FastAPI) -> None:
+        """Trace the requests of an application.
+
+        Where to and how is said by OpenTelemetry's own variables: `OTEL_EXPORTER_OTLP_ENDPOINT` and its like,
+        `OTEL_SERVICE_NAME`, `OTEL_TRACES_SAMPLER`.
+
+        Raises:
+            ExpertokenError: the extra `otel` is missing.
+        """
+        instrumentation = require_extra("opentelemetry.instrumentation.fastapi", "otel")
+        from opentelemetry import trace
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        named = {} if "OTEL_SERVICE_NAME" in os.environ else {"service.name": "expertoken"}
+        self._trace, self._provider = trace, TracerProvider(resource=Resource.create(named))
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        # A span for each piece that is sent would be a thousand for an answer.
+        instrumentation.FastAPIInstrumentor.instrument_app(
+            app, tracer_provider=self._provider, exclude_spans=["receive", "send"]
+        )
+
+    def stop(self) -> None:
+        """Send what is left."""
+        if self._provider is not None:
+            self._provider.shutdown()
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """A part of the present request."""
+        if self._provider is None:
+            yield
+            return
+        with self._provider.get_tracer("expertoken").start_as_current_span(name):
+            yield
+
+    def note(self, attributes: dict[str, Any]) -> None:
+        """What is told of the present request."""
+        if self._trace is not None:
+            told = {f"expertoken.{key}": value for key, value in attributes.items() if value is not None}
+            self._trace.get_current_span().set_attributes(told)

@@ -1,0 +1,128 @@
+"""`expertoken serve` as an operator runs it: a process, signals, environment variables."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+import pytest
+import yaml
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Route
+
+from expertoken.modeling.experts import Expert
+from expertoken.tests.inference.conftest import composite_of, mock_expert, served
+
+HELLO = [{"role": "user", "content": "hello secret word"}]
+
+
+@contextmanager
+def serve(*arguments, **environment):
+    """The process, its address, and the lines it writes."""
+    command = [str(Path(sys.executable).parent / "expertoken"), "serve", *arguments, "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment
+    )
+    lines, address = [], threading.Event()
+
+    def read():
+        for line in process.stdout:
+            lines.append(line)
+            if "running on" in line:
+                address.set()
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    try:
+        assert address.wait(120), "".join(lines)
+        yield process, re.search(r"http://[0-9.:]+", next(line for line in lines if "running on" in line))[0], lines
+    finally:
+        process.kill()
+        process.wait()
+        reading.join()
+
+
+def client(address):
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture
+def folder(base_folder, words, tmp_path):
+    composite_of(base_folder, [*words, Expert("self", "self")]).save_pretrained(tmp_path / "c", verify=False)
+    return tmp_path / "c"
+
+
+def test_when_it_is_stopped_answers_go_on_to_their_end_and_nobody_new_is_taken(base_folder, tmp_path):
+    with mock_expert("slow", "--between", "0.3", "--words", "12") as (slow, _):
+        composite_of(base_folder, [slow]).save_pretrained(tmp_path / "c", verify=False)
+        with serve(str(tmp_path / "c")) as (process, address, lines):
+            stream = client(address).chat.completions.create(model="c", messages=HELLO, stream=True)
+            told = [next(iter(stream)).choices[0].delta.content]
+            process.send_signal(signal.SIGTERM)
+            time.sleep(1)
+            with pytest.raises(openai.APIConnectionError):
+                client(address).chat.completions.create(model="c", messages=HELLO)
+            told += [chunk.choices[0].delta.content or "" for chunk in stream]
+            assert "".join(told).split() == [f"slow{number}" for number in range(12)]
+            assert process.wait(20) == -signal.SIGTERM
+    logged = [json.loads(line[line.index("{") :]) for line in lines if '"answers"' in line]
+    assert [entry["answers"][0]["expert"] for entry in logged] == ["slow"]
+    assert "secret" not in "".join(lines)
+
+
+def collector(spans):
+    """OTLP over HTTP, as a collector takes it."""
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    async def traces(request):
+        message = ExportTraceServiceRequest.FromString(await request.body())
+        for resource in message.resource_spans:
+            service = {item.key: item.value.string_value for item in resource.resource.attributes}["service.name"]
+            spans.extend((service, span) for scope in resource.scope_spans for span in scope.spans)
+        return Response(b"", media_type="application/x-protobuf")
+
+    return Starlette(routes=[Route("/v1/traces", traces, methods=["POST"])])
+
+
+def test_a_collector_gets_the_request_its_decision_and_who_answered_and_nothing_of_what_was_said(folder):
+    spans = []
+    with (
+        served(collector(spans)) as traces,
+        serve(str(folder), "--otel", OTEL_EXPORTER_OTLP_ENDPOINT=traces) as (process, address, _),
+    ):
+        for stream in (False, True):
+            answer = client(address).chat.completions.create(model="c/two", messages=HELLO, stream=stream)
+            list(answer)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == -signal.SIGTERM
+    assert {service for service, _ in spans} == {"expertoken"}
+    requests = [span for _, span in spans if span.name == "POST /v1/chat/completions"]
+    decisions = [span for _, span in spans if span.name == "decide"]
+    assert sorted(span.span_id for span in requests) == sorted(span.parent_span_id for span in decisions)
+    assert len(requests) == 2
+    for span in requests:
+        told = {item.key: item.value for item in span.attributes}
+        assert told["expertoken.expert"].string_value == "two"
+        assert told["expertoken.completion_tokens"].int_value == 5
+    assert "secret" not in str(spans)
+
+
+def test_a_gateways_file_is_served_by_the_name_of_the_file(words, tmp_path):
+    experts = [{"name": e.name, "backend": "openai", "model": "mock", "base_url": e.base_url} for e in words]
+    document = {"meta": {"model": "m", "base_url": "http://127.0.0.1:9/v1"}, "experts": experts}
+    (tmp_path / "gate.yaml").write_text(yaml.safe_dump(document))
+    with serve(str(tmp_path / "gate.yaml")) as (_, address, _):
+        assert [model.id for model in client(address).models.list()] == ["gate", "gate/one", "gate/two"]
+        # Who is addressed answers, though the meta LLM can't be asked: there is nothing to decide.
+        answer = client(address).chat.completions.create(model="gate/two", messages=HELLO)
+        assert answer.choices[0].message.content.startswith("two0")
+        with pytest.raises(openai.InternalServerError, match="the meta LLM can't be asked"):
+            client(address).chat.completions.create(model="gate", messages=HELLO)
