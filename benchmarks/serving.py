@@ -1,17 +1,20 @@
 """The server under load, beside its experts and beside LiteLLM's proxy: `python benchmarks/serving.py`.
 
-Mock experts answer with a latency of their own; a closed loop of clients streams from them directly, then through
-`expertoken serve` on them, then (with --litellm, the path of its command) through LiteLLM's proxy. Server, experts and
-clients are processes of their own that share this machine. Prints requests, errors, the time to the first word and to
-the end (p50, p99), what is added to the experts' own, and the server's memory after a minute and at the end.
+Mock experts answer with a latency of their own, one answer faster than another: were they all alike, a closed loop
+would fall into step and ask for two hundred answers at once, every few seconds (--spread 0 shows that). The loop of
+clients streams from the experts directly, then through `expertoken serve` on them, then (with --litellm, the path of
+its command) through LiteLLM's proxy. Server, experts and clients are processes of their own that share this machine.
+Prints requests, errors, the time to the first word and to the end (p50, p99), what is added to the experts' own, and
+the server's memory after a minute and at the end.
 
-The meta LLM is a tiny random one, so that the server is what is measured; --composite takes a real one.
+The meta LLM is a tiny random one, so that the server is what is measured.
 """
 
 import argparse
 import asyncio
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -49,11 +52,13 @@ def free_port() -> int:
 def server(command: list[str], ready: str) -> Any:
     """A server in a process of its own, from when it answers `ready`."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = psutil.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+    process = psutil.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
     try:
         for _ in range(600):
             if process.poll() is not None:
-                sys.exit(f"{command[0]} ended by itself")
+                said.seek(0)
+                sys.exit(f"{command[0]} ended by itself:\n{said.read().decode()[-2000:]}")
             try:
                 with urllib.request.urlopen(ready, timeout=1):  # noqa: S310 - http://127.0.0.1
                     break
@@ -67,6 +72,7 @@ def server(command: list[str], ready: str) -> Any:
             process.wait(40)
         except psutil.TimeoutExpired:
             process.kill()
+        said.close()
 
 
 def tiny_composite(folder: Path, experts: list[Expert]) -> Path:
@@ -101,7 +107,9 @@ async def one(session: aiohttp.ClientSession, url: str, model: str, number: int)
     return first - started, time.perf_counter() - started, pieces
 
 
-async def load(url: str, models: list[str], streams: int, duration: float, process: Any = None) -> dict[str, Any]:
+async def load(
+    url: str, models: list[str], streams: int, duration: float, process: Any = None, key: str = "none"
+) -> dict[str, Any]:
     """A closed loop of `streams` clients."""
     ends = time.perf_counter() + duration
     found, errors, memory = [], [], []
@@ -121,7 +129,9 @@ async def load(url: str, models: list[str], streams: int, duration: float, proce
             await asyncio.sleep(5)
 
     timeout = aiohttp.ClientTimeout(total=120)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+    headers = {"authorization": f"Bearer {key}"}
+    pool = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=pool, timeout=timeout, headers=headers) as session:
         jobs = [client(session, number) for number in range(streams)]
         await asyncio.gather(*jobs, *([watch()] if process else []))
     first, whole, pieces = (np.array(column) for column in zip(*found, strict=True))
@@ -151,14 +161,14 @@ def tell(name: str, outcome: dict[str, Any], duration: float, own: dict[str, Any
         print(f"  {error[:200]}", file=sys.stderr)
 
 
-def litellm_config(folder: Path, experts: list[Expert]) -> Path:
-    """LiteLLM's proxy on the same experts."""
+def litellm_config(folder: Path, experts: list[Expert], key: str) -> Path:
+    """LiteLLM's proxy on the same experts. It does not start without a key."""
     models = [
         {"model_name": e.name, "litellm_params": {"model": "openai/mock", "api_base": e.base_url, "api_key": "none"}}
         for e in experts
     ]
     file = folder / "litellm.yaml"
-    file.write_text(yaml.safe_dump({"model_list": models}))
+    file.write_text(yaml.safe_dump({"model_list": models, "general_settings": {"master_key": key}}))
     return file
 
 
@@ -173,9 +183,12 @@ def main() -> None:
         "--first", type=float, default=0.5, help="an expert's seconds to the first (default: %(default)s)"
     )
     parser.add_argument("--between", type=float, default=0.25, help="and between two (default: %(default)s)")
+    parser.add_argument(
+        "--spread", type=float, default=0.5, help="share by which an answer is slower or faster (default: %(default)s)"
+    )
     parser.add_argument("--litellm", help="the command of LiteLLM's proxy, where it is installed")
     options = parser.parse_args()
-    latency = ("--words", str(options.words), "--first", str(options.first), "--between", str(options.between))
+    latency = [f"--{key}={getattr(options, key)}" for key in ("words", "first", "between", "spread")]
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         experts = [stack.enter_context(mock_expert(word, *latency))[0] for word in ("one", "two")]
@@ -202,10 +215,12 @@ def main() -> None:
         if options.litellm:
             port = free_port()
             address = f"http://127.0.0.1:{port}"
-            command = [options.litellm, "--config", str(litellm_config(folder, experts)), "--port", str(port)]
+            key = f"sk-{secrets.token_hex(16)}"
+            command = [options.litellm, "--config", str(litellm_config(folder, experts, key)), "--port", str(port)]
             with server(command, f"{address}/health/liveliness"):
                 models = [expert.name for expert in experts]
-                tell("LiteLLM's proxy", asyncio.run(load(address, models, options.streams, beside)), beside, own)
+                other = asyncio.run(load(address, models, options.streams, beside, key=key))
+                tell("LiteLLM's proxy", other, beside, own)
         pieces = json.dumps(
             {str(k): int(v) for k, v in zip(*np.unique(outcome["pieces"], return_counts=True), strict=True)}
         )

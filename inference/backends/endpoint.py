@@ -5,6 +5,7 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -52,6 +53,8 @@ class EndpointBackend(Backend):
     """
 
     def __init__(self, expert: Expert, timeouts: Timeouts | None = None) -> None:
+        import openai  # noqa: F401 - half a second, and whoever opens an expert has it before the first request
+
         self.expert = expert
         self.timeouts = timeouts or Timeouts()
         self._key = expert.api_key()
@@ -144,39 +147,46 @@ class EndpointBackend(Backend):
         """Ask; a server that does not know how to be told to go on is asked once more without."""
         import openai
 
-        create = self.client().chat.completions.create
+        ask = partial(
+            self.client().post, "/chat/completions", cast_to=object, stream=True, stream_cls=openai.AsyncStream[object]
+        )
+        body = options | {"messages": messages}
         if going_on:
             with suppress(openai.BadRequestError, openai.UnprocessableEntityError):
-                return await create(messages=messages, extra_body=_GO_ON, **options)
-        return await create(messages=messages, **options)
+                return await ask(body=body | _GO_ON)
+        return await ask(body=body)
 
 
 def _piece(chunk: Any) -> tuple[Piece, bool]:
-    """What a chunk of the client brings, and whether it is of the model's thinking.
+    """What a chunk brings, and whether it is of the model's thinking.
+
+    Chunks are read as the JSON that they are: to make the client's classes of them took a fifth of the server's time.
 
     Raises:
         ExpertFailedError: it is something else than a chunk of an answer.
     """
-    usage = getattr(chunk, "usage", None)
-    counts = (getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None))
-    usage = counts if all(isinstance(count, int) for count in counts) else None
-    choices = getattr(chunk, "choices", None)
-    if not choices:
-        if usage is None and choices is None:
+    try:
+        counts = chunk.get("usage") or {}
+        usage = (counts.get("prompt_tokens"), counts.get("completion_tokens"))
+        usage = usage if all(isinstance(count, int) for count in usage) else None
+        choices = chunk.get("choices")
+        if choices is None and usage is None:
             raise ExpertFailedError("the endpoint gave something else than an answer")
-        return Piece(usage=usage), False
-    delta = choices[0].delta
-    if delta is None:
-        return Piece(finish=choices[0].finish_reason, usage=usage), False
-    piece = Piece(
-        text=delta.content or "",
-        tool_calls=[call.model_dump(exclude_none=True) for call in delta.tool_calls] if delta.tool_calls else None,
-        logprobs=choices[0].logprobs.model_dump() if choices[0].logprobs else None,
-        finish=choices[0].finish_reason,
-        usage=usage,
-    )
-    extra = delta.model_extra or {}
-    return piece, bool(extra.get("reasoning_content") or extra.get("reasoning"))
+        if not choices:
+            return Piece(usage=usage), False
+        delta = choices[0].get("delta") or {}
+        piece = Piece(
+            text=delta.get("content") or "",
+            tool_calls=delta.get("tool_calls") or None,
+            logprobs=choices[0].get("logprobs") or None,
+            finish=choices[0].get("finish_reason"),
+            usage=usage,
+        )
+    except (AttributeError, TypeError, LookupError) as error:
+        raise ExpertFailedError("the endpoint gave something else than an answer") from error
+    if not isinstance(piece.text, str):
+        raise ExpertFailedError("the endpoint gave something else than an answer")
+    return piece, bool(delta.get("reasoning_content") or delta.get("reasoning"))
 
 
 class Repetition:

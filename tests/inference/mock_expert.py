@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import signal
 import socket
 
@@ -26,8 +27,13 @@ def chunk(delta: dict, finish: str | None = None, usage: dict | None = None) -> 
     return f"data: {json.dumps(body | ({'usage': usage} if usage else {}))}\n\n".encode()
 
 
-def create(name: str, words: int, first: float, between: float, fault: str | None) -> Starlette:  # noqa: C901
-    """The application: `words` words, the first after `first` seconds, each next one after `between`."""
+def create(  # noqa: C901
+    name: str, words: int, first: float, between: float, spread: float, fault: str | None
+) -> Starlette:
+    """The application: `words` words, the first after `first` seconds, each next one after `between`.
+
+    An answer is slower or faster than that by up to the share `spread`.
+    """
 
     answering = []
 
@@ -54,7 +60,8 @@ def create(name: str, words: int, first: float, between: float, fault: str | Non
         async def events():
             done = len(begun.split())
             count = min(words, body.get("max_tokens") or words)
-            await asyncio.sleep(first)
+            pace = random.uniform(1 - spread, 1 + spread)
+            await asyncio.sleep(pace * first)
             for number in range(done, 0 if wrong == "empty" else count):
                 if wrong in ("cut", "stall", "die") and number == done + 2:
                     if wrong == "die":
@@ -64,7 +71,7 @@ def create(name: str, words: int, first: float, between: float, fault: str | Non
                     return
                 word = f"{' ' if number else ''}{name}{number}"
                 yield chunk({"content": word} if number > done else {"role": "assistant", "content": word})
-                await asyncio.sleep(between)
+                await asyncio.sleep(pace * between)
             usage = {"prompt_tokens": 7, "completion_tokens": count, "total_tokens": 7 + count}
             yield chunk({}, "stop", usage)
             yield b"data: [DONE]\n\n"
@@ -91,6 +98,7 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=5)
     parser.add_argument("--first", type=float, default=0.0)
     parser.add_argument("--between", type=float, default=0.0)
+    parser.add_argument("--spread", type=float, default=0.0)
     parser.add_argument("--fault", choices=FAULTS)
     options = parser.parse_args()
     listening = socket.socket()
@@ -98,7 +106,7 @@ def main() -> None:
     listening.bind(("127.0.0.1", options.port))
     listening.listen(1024)
     print(listening.getsockname()[1], flush=True)  # noqa: T201 - whoever starts it reads the port
-    app = create(options.name, options.words, options.first, options.between, options.fault)
+    app = create(options.name, options.words, options.first, options.between, options.spread, options.fault)
     uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False)).run(sockets=[listening])
 
 
