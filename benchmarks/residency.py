@@ -11,12 +11,13 @@ import asyncio
 import shutil
 import tempfile
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from expertoken.examples.smollm2 import smollm2
-from expertoken.inference.backends import Generation, LocalBackend, LocalModels
+from expertoken.inference.backends import LOADERS, Generation, LocalBackend, LocalModels
 from expertoken.modeling.gguf import converted
 from expertoken.modeling.meta import Source
 
@@ -50,12 +51,15 @@ def load_each(sources: list[Source], wanted: np.ndarray, tokens: int) -> int:
 
 
 def as_file(models: LocalModels, sources: list[Source], wanted: np.ndarray, tokens: int) -> None:
-    """Expert by expert, in batches."""
-    for expert in range(EXPERTS):
+    """Expert by expert, in batches, the next one loaded meanwhile: what `expertoken generate` does."""
+    experts = np.unique(wanted).tolist()
+    for expert, following in zip_longest(experts, experts[1:]):
         chats = [
             [{"role": "user", "content": f"Tell me about the number {n}."}] for n in np.flatnonzero(wanted == expert)
         ]
-        if chats:
+        with models.lease(sources[expert]):
+            if following is not None:
+                LOADERS.submit(models.prefetch, sources[following])
             LocalBackend(models, sources[expert]).complete(chats, Generation(max_new_tokens=tokens))
 
 
