@@ -7,7 +7,7 @@ import typer
 
 
 def chat(
-    composite: Annotated[Path, typer.Argument(help="Composite folder.")],
+    composite: Annotated[Path, typer.Argument(help="Composite folder, or a gateway's YAML file.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
@@ -16,9 +16,9 @@ def chat(
     """Chat with a composite. /why tells who answered, /help lists the commands."""
     from transformers.utils import logging as transformers_logging
 
-    from ..inference.composite import CompositeModel
+    from ..inference.opening import open_model
     from ..inference.terminal import TerminalChat
 
     transformers_logging.disable_progress_bar()
-    model = CompositeModel.from_pretrained(composite, device=device, trust_remote_code=trust_remote_code)
+    model = open_model(composite, device=device, trust_remote_code=trust_remote_code)
     TerminalChat(model, max_new_tokens=max_new_tokens, temperature=temperature).run()

@@ -7,7 +7,7 @@ import typer
 
 
 def generate(
-    composite: Annotated[Path, typer.Argument(help="Composite folder.")],
+    composite: Annotated[Path, typer.Argument(help="Composite folder, or a gateway's YAML file.")],
     source: Annotated[Path, typer.Argument(help="JSONL: `messages`, `prompt` or `query` on each line.")],
     out: Annotated[Path, typer.Option(help="JSONL: the same lines with `answer`, `expert`, `cost`, ...")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
@@ -19,10 +19,10 @@ def generate(
 ) -> None:
     """Answer a file of conversations, expert by expert; the same command goes on where an interrupted one ended."""
     from ..inference.backends import Generation
-    from ..inference.composite import CompositeModel
     from ..inference.offline import generate_file
+    from ..inference.opening import open_model
 
-    model = CompositeModel.from_pretrained(composite, device=device, trust_remote_code=trust_remote_code)
+    model = open_model(composite, device=device, trust_remote_code=trust_remote_code)
     generation = Generation(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     counts = generate_file(model, source, out, generation=generation, concurrent=concurrent)
     typer.echo(f"{out}: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))

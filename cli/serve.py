@@ -44,7 +44,7 @@ def serve(
 
     require_extra("fastapi", "serve")
     from ..inference.backends import Timeouts
-    from ..inference.composite import CompositeModel
+    from ..inference.opening import open_model
     from ..inference.server import Settings
     from ..inference.server.run import run
     from ..inference.server.settings import keys_from_environment
@@ -62,7 +62,7 @@ def serve(
         log_content=log_content,
     )
     timeouts = Timeouts(first=first_timeout, idle=idle_timeout)
-    model = CompositeModel.from_pretrained(
+    model = open_model(
         composite,
         device=device,
         trust_remote_code=trust_remote_code,

@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -13,31 +13,26 @@ from typing import Any
 
 import torch
 
-from ..modeling.chat import Message, as_messages, is_media
+from ..modeling.chat import Message, is_media
 from ..modeling.composite import Composite, load_composite, save_composite
 from ..modeling.dispatch import Dispatch
-from ..modeling.errors import ExpertokenError, NoAnswerError, RequestRefusedError, one_line
-from ..modeling.experts import SELF
+from ..modeling.errors import ExpertokenError
 from ..modeling.hub import push
 from ..modeling.meta import end_ids
+from .answering import AnsweringModel
 from .anywhere import HandOver, Watch
 from .backends import LOADERS, Backend, Generation, LocalModels, Piece, Timeouts, local_source, open_backend
 from .backends.local import first_token, stream_generate
-from .breaker import Breaker
 from .decider import Decider, Decision, OwnStart, Question
-from .loop import BackgroundLoop
-from .observer import Answered, Observer, Spent
+from .observer import Observer
 from .policy import Policy, last_answerer
-from .reply import Reply, ReplyStream, Turn
+from .reply import Turn
 
 logger = logging.getLogger(__name__)
 
 
-class CompositeModel:
+class CompositeModel(AnsweringModel):
     """Meta LLM and experts as one model.
-
-    Each method that answers exists twice: for ordinary code, and with an `a` before its name for code that runs in an
-    event loop.
 
     Args:
         composite: a loaded composite.
@@ -66,18 +61,17 @@ class CompositeModel:
         anywhere: bool | None = None,
     ) -> None:
         self.composite = composite
-        self.meta, self.pool, self.manifest = composite.meta, composite.pool, composite.manifest
-        self.policy = policy or Policy.parse((self.manifest.calibration or {}).get("policy"))
-        self.observer = observer or Observer()
+        self.meta, self.manifest = composite.meta, composite.manifest
+        super().__init__(
+            composite.pool, policy or Policy.parse((self.manifest.calibration or {}).get("policy")), observer
+        )
         trained = self.manifest.training.get("dispatch") == "anywhere"
         self.anywhere = self.pool.has_self and (trained if anywhere is None else anywhere)
         self.longest = getattr(self.meta.plain.config, "max_position_embeddings", None) or 2**31
         self._timeouts = timeouts
         bases = tuple(source for name in pinned if (source := local_source(self.pool[name], self.meta.source)))
-        self._models = LocalModels(self.meta.device, dtype, budget=budget, pinned=bases, quantization=quantization)
-        self._models.add(self.meta.source, self.meta.plain, self.meta.tokenizer)
-        self._backends: dict[str, Backend] = {}
-        self._breakers = {name: Breaker() for name in self.pool.names}
+        self.local_models = LocalModels(self.meta.device, dtype, budget=budget, pinned=bases, quantization=quantization)
+        self.local_models.add(self.meta.source, self.meta.plain, self.meta.tokenizer)
         self._own_turn = threading.RLock()  # self gives one answer at a time, as every model here does
         self._self_name = self.pool.self_name
         self._decider = Decider(self.meta, self._self_name, self.observer)
@@ -96,7 +90,7 @@ class CompositeModel:
         """Load a composite folder. Experts are opened when they are first needed.
 
         Args:
-            path: the folder, `owner/name` of one on the hub, or a gateway's YAML file (see `inference.gateway`).
+            path: the folder, or `owner/name` of one on the hub.
             device: where models go; the first accelerator, or the CPU, where not given.
             dtype: of the weights; as `load_composite` chooses where not given.
             revision: of a composite on the hub.
@@ -107,10 +101,6 @@ class CompositeModel:
         Raises:
             ExpertokenError: the folder is not a whole composite.
         """
-        if str(path).endswith((".yaml", ".yml")):
-            from .gateway import GatewayModel
-
-            return GatewayModel.from_yaml(path, **options)
         composite = load_composite(
             path, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
         )
@@ -138,88 +128,15 @@ class CompositeModel:
         """Upload the composite to the hub; see `modeling.hub.push`."""
         return push(self.composite, repo, private=private, message=commit_message)
 
-    def route(self, conversations: str | Sequence[Any], *, policy: Policy | None = None) -> Dispatch | list[Dispatch]:
-        """Decide who would answer, without answering.
-
-        Args:
-            conversations: one conversation (a string, or a list of messages), or a list of conversations.
-            policy: how a candidate is chosen; the composite's own where None.
-
-        Returns:
-            one `Dispatch`, or a list of them in the same order.
-        """
-        many = not isinstance(conversations, str) and not (
-            len(conversations) > 0 and isinstance(conversations[0], dict)
-        )
-        given = [as_messages(c) for c in (conversations if many else [conversations])]
-        found = self._decide_all(given, policy)
-        return found if many else found[0]
-
     def _decide_all(self, conversations: Sequence[list[Message]], policy: Policy | None) -> list[Dispatch]:
         questions = [self._question(messages, policy) for messages in conversations]
         return [decision.dispatch for decision in self._decider.decide(questions)]
-
-    def chat(self, conversation: str | Sequence[Message], *, policy: Policy | None = None, **generation: Any) -> Reply:
-        """Answer a conversation.
-
-        Args:
-            conversation: a string, or messages with `role` and `content`; the decision reads all of it.
-            policy: how a candidate is chosen; the composite's own where None.
-            **generation: see `Generation` (`max_new_tokens`, `temperature`, `top_p`, `seed`, `stop`, ...).
-
-        Raises:
-            ExpertokenError: the conversation is not well formed, or nobody could answer.
-        """
-        return BackgroundLoop.call(self.achat(conversation, policy=policy, **generation))
-
-    def stream(
-        self, conversation: str | Sequence[Message], *, policy: Policy | None = None, **generation: Any
-    ) -> ReplyStream:
-        """Answer a conversation in pieces. Arguments and errors as in `chat`."""
-        return BackgroundLoop.call(self.astream(conversation, policy=policy, **generation))
-
-    async def achat(
-        self, conversation: str | Sequence[Message], *, policy: Policy | None = None, **generation: Any
-    ) -> Reply:
-        """As `chat`."""
-        stream = await self.astream(conversation, policy=policy, **generation)
-        async for _ in stream.pieces():
-            pass
-        return stream.reply
-
-    async def astream(
-        self, conversation: str | Sequence[Message], *, policy: Policy | None = None, **generation: Any
-    ) -> ReplyStream:
-        """As `stream`."""
-        options = _generation(generation)
-        messages = as_messages(conversation)
-        return self.answer(messages, await self.adecide(messages, policy), options)
 
     async def adecide(self, messages: Sequence[Message], policy: Policy | None = None) -> Decision:
         """Decide on a conversation, together with whatever else is to be decided just now."""
         # Encoding a long conversation takes milliseconds, which other answers of this loop would wait for.
         question = await asyncio.to_thread(self._question, messages, policy, answer=True)
         return await self._decider.adecide(question)
-
-    def answer(self, messages: Sequence[Message], decision: Decision, generation: Generation) -> ReplyStream:
-        """The answer that follows a decision. Nothing is asked before it is iterated over.
-
-        Args:
-            messages: the conversation.
-            decision: on it.
-            generation: how.
-        """
-        stream = ReplyStream(decision)
-        stream._pieces = self._answer(self._unnamed(messages), decision, generation, stream)
-        return stream
-
-    def _unnamed(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages without `name` where it says who answered: that is between us and the user."""
-
-        def is_ours(message: Message) -> bool:
-            return message["role"] == "assistant" and message.get("name") in self.pool.names
-
-        return [{k: v for k, v in m.items() if k != "name"} if is_ours(m) else m for m in messages]
 
     def _question(self, messages: Sequence[Message], policy: Policy | None, *, answer: bool = False) -> Question:
         policy = policy or self.policy
@@ -234,69 +151,6 @@ class CompositeModel:
         answer = answer and not any(is_media(message) for message in messages)
         return Question(ids, partial(policy.choose, self.pool, prompt_tokens=len(ids), last=last), answer)
 
-    async def _answer(
-        self, messages: list[Message], decision: Decision, generation: Generation, stream: ReplyStream
-    ) -> AsyncIterator[Piece]:
-        """Ask the candidates in their order until an answer is whole; the next one goes on where one broke off."""
-        turn = Turn(stream, generation)
-        order = self._order(decision.dispatch.ranking)
-        chosen = decision.dispatch.expert
-        while (name := next(order, None)) is not None:
-            turn.begin(name)
-            try:
-                async with aclosing(self._ask(name, messages, turn.left(self.count), decision, turn)) as pieces:
-                    async for piece in pieces:
-                        for told in turn.take(piece):
-                            yield told
-                        if turn.stops.reached:
-                            break
-                reason, own_fault = "gave an empty answer", True
-            except HandOver as handed:
-                self._tell_spent(name, decision, turn)
-                self.observer.handed_over(handed.dispatch.expert)
-                stream.reply = replace(stream.reply, handed_over=handed.dispatch)
-                chosen = handed.dispatch.expert
-                # Self goes on where none of them can; who has failed in this turn is not asked again.
-                experts = [c for c in handed.dispatch.ranking if c != name and c not in stream.failures]
-                order = self._order([*experts, name])
-                continue
-            except Exception as error:  # whatever an expert fails with, the user has a next best one
-                reason, own_fault = one_line(error), not isinstance(error, RequestRefusedError)
-                turn.refused = turn.refused and not own_fault
-                # What fails behind the end of an answer takes nothing of it away.
-                failed = not turn.finished or turn.is_empty
-            else:
-                failed = turn.is_empty and self.pool[name].backend != SELF
-            if not failed:
-                self._breakers[name].succeeded()
-                last = turn.end()
-                self._tell_spent(name, decision, turn)
-                stream.reply = replace(stream.reply, seconds=turn.elapsed)
-                self.observer.answered(Answered(name, chosen, stream.reply.first, turn.elapsed))
-                yield last
-                return
-            if own_fault:
-                self._breakers[name].failed()
-            self._tell_spent(name, decision, turn)
-            self.observer.failed(name, reason, begun=turn.begun)
-            stream.reply = replace(stream.reply, failures=stream.failures | {name: reason})
-            logger.warning("expert %r failed, the next one is asked: %s", name, reason)
-            if turn.calls:  # half a tool call can't be gone on with
-                break
-        self.observer.lost()
-        raise NoAnswerError(stream.failures, begun=turn.begun, refused=turn.refused)
-
-    def _order(self, ranking: Sequence[str]) -> Iterator[str]:
-        """The ranking, without those that failed too often of late; they come last, where nobody else is left."""
-        skipped = []
-        for name in ranking:
-            if self._breakers[name].admits():
-                yield name
-            else:
-                self.observer.skipped(name)
-                skipped.append(name)
-        yield from skipped
-
     async def _ask(
         self, name: str, messages: list[Message], generation: Generation, decision: Decision, turn: Turn
     ) -> AsyncIterator[Piece]:
@@ -307,15 +161,16 @@ class CompositeModel:
         elif first and decision.own is not None:
             source = self._self_answer(decision.own, generation)
         else:
-            backend = self._backends.get(name) or await asyncio.to_thread(self.backend, name)
-            source = backend.stream(messages, generation, begun=turn.text)
+            source = super()._ask(name, messages, generation, decision, turn)
         async with aclosing(source) as pieces:
             async for piece in pieces:
                 yield piece
 
-    def switch_key(self, name: str) -> tuple[str, str]:
-        """Candidates in this order share what is loaded with the one before: adapters of one base lie together."""
+    def switch_key(self, name: str) -> tuple[str, str] | None:
+        """Base and name of a candidate that runs here: in their order adapters of one base lie together."""
         expert = self.pool[name]
+        if expert.backend == "openai":
+            return None
         base = expert.base or self.meta.source.model if expert.backend == "adapter" else expert.model or ""
         return base, name
 
@@ -326,7 +181,7 @@ class CompositeModel:
             ExpertFailedError: it can't be opened.
         """
         if name not in self._backends:  # opened twice at worst: nobody waits here for another expert's loading
-            opened = open_backend(self.pool[name], self._models, self.meta.source, self._timeouts)
+            opened = open_backend(self.pool[name], self.local_models, self.meta.source, self._timeouts)
             return self._backends.setdefault(name, opened)
         return self._backends[name]
 
@@ -334,7 +189,7 @@ class CompositeModel:
         """Begin to load a candidate that will be wanted soon, where there is room for it; nothing waits for that."""
         source = local_source(self.pool[name], self.meta.source)
         if source is not None:
-            LOADERS.submit(self._models.prefetch, source)
+            LOADERS.submit(self.local_models.prefetch, source)
 
     async def _watched_answer(
         self, messages: list[Message], decision: Decision, generation: Generation
@@ -392,25 +247,3 @@ class CompositeModel:
         async with aclosing(source) as pieces:
             async for piece in pieces:
                 yield piece if piece.usage is None else replace(piece, usage=(read, piece.usage[1]))
-
-    def _tell_spent(self, name: str, decision: Decision, turn: Turn) -> None:
-        """What a candidate read and wrote in this turn, also where it broke off."""
-        if not turn.part and turn.usage is None:
-            return
-        read, written = turn.usage or (decision.prompt_tokens, self.count(turn.part))
-        cost = self.pool[name].price(read, written)
-        reply = turn.stream.reply
-        turn.stream.reply = replace(
-            reply,
-            prompt_tokens=max(reply.prompt_tokens, read),
-            completion_tokens=reply.completion_tokens + written,
-            cost=reply.cost if cost is None else (reply.cost or 0.0) + cost,
-        )
-        self.observer.spent(Spent(name, read, written, cost))
-
-
-def _generation(options: dict[str, Any]) -> Generation:
-    try:
-        return Generation(**options)
-    except TypeError as error:
-        raise ExpertokenError(f"unknown generation argument ({error})") from None

@@ -8,6 +8,7 @@ file says where everything is:
     experts:
       - {name: math, backend: openai, model: math-7b, base_url: "http://10.0.0.2:8000/v1"}
       - {name: self, backend: self}
+    policy: {threshold: 0.4}    # optional; keys as `policy.Policy` has them
 """
 
 import math
@@ -23,10 +24,9 @@ from ..modeling.chat import Message, text_of
 from ..modeling.dispatch import Dispatch
 from ..modeling.errors import ExpertFailedError, ExpertokenError, NoAnswerError, one_line
 from ..modeling.experts import SELF, Expert, ExpertPool
+from .answering import AnsweringModel
 from .backends import Backend, Timeouts
 from .backends.endpoint import EndpointBackend
-from .breaker import Breaker
-from .composite import CompositeModel
 from .decider import Decision
 from .loop import BackgroundLoop
 from .observer import Observer
@@ -38,7 +38,7 @@ _NEVER = math.log(1e-12)
 _META_KEYS = ("model", "base_url", "api_key_env", "top_logprobs")
 
 
-class GatewayModel(CompositeModel):
+class GatewayModel(AnsweringModel):
     """A composite on a meta LLM behind an endpoint.
 
     Args:
@@ -68,15 +68,9 @@ class GatewayModel(CompositeModel):
                 f"a gateway holds no models: {', '.join(given)}; put local experts behind a server of their own "
                 "(`backend: openai`)"
             )
-        self.pool, self.top_logprobs = pool, top_logprobs
-        self.policy, self.observer = policy or Policy(), observer or Observer()
-        self.anywhere = False
-        self.longest = 2**31  # the meta LLM's server refuses what is too long for it
-        self._timeouts = timeouts
+        super().__init__(pool, policy, observer)
+        self.top_logprobs, self._timeouts = top_logprobs, timeouts
         self._endpoint = EndpointBackend(meta, timeouts)
-        self._backends: dict[str, Backend] = {}
-        self._breakers = {name: Breaker() for name in pool.names}
-        self._self_name = pool.self_name
 
     @classmethod
     def from_yaml(cls, path: Path | str, **options: Any) -> "GatewayModel":
@@ -95,21 +89,27 @@ class GatewayModel(CompositeModel):
             raise ExpertokenError(
                 f"{path}, meta: expected a mapping with `model` and maybe {', '.join(_META_KEYS[1:])}"
             )
+        try:
+            policy = Policy.parse(document.pop("policy", None))
+        except ExpertokenError as error:
+            raise ExpertokenError(f"{path}, {error}") from None
         count = meta.pop("top_logprobs", 20)
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ExpertokenError(f"{path}, meta.top_logprobs: expected a whole number of at least 1, got {count!r}")
         endpoint = {"experts": [{"name": "meta", "backend": "openai", **meta}]}
         endpoint = ExpertPool.parse(endpoint, f"{path}, meta").experts[0]
         pool = ExpertPool.parse(document, str(path), path.parent)
-        return cls(endpoint, pool, top_logprobs=count, **options)
+        return cls(endpoint, pool, top_logprobs=count, **{"policy": policy} | options)
+
+    @property
+    def identity(self) -> str:
+        """Tells models apart that decide or answer differently."""
+        meta = self._endpoint.expert
+        return f"{meta.base_url}-{meta.model}"
 
     def count(self, text: str) -> int:
         """Tokens of a text, about."""
         return math.ceil(len(text) / _CHARACTERS)
-
-    def observe(self, observer: Observer) -> None:
-        """Tell another observer from now on."""
-        self.observer = observer
 
     def backend(self, name: str) -> Backend:
         """The opened backend of a candidate; self is the meta LLM's endpoint."""
@@ -165,7 +165,7 @@ class GatewayModel(CompositeModel):
             raise ExpertFailedError(f"its endpoint could not be used ({type(error).__name__})") from error
         known = {entry.token: entry.logprob for entry in top}
         found = [known.get(expert.token, _NEVER) for expert in self.pool]
-        if self._self_name is not None:
+        if self.pool.has_self:
             ordinary = 1 - sum(math.exp(value) for value in found)
             found.append(math.log(max(ordinary, 1e-12)))
         elif max(found) == _NEVER:

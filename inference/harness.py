@@ -17,8 +17,8 @@ from ..modeling.chat import Message
 from ..modeling.errors import ExpertokenError
 from .backends import Generation
 from .backends.local import LocalBackend
-from .composite import CompositeModel
 from .offline import answer_all
+from .opening import open_model
 
 _CHAT = "expertoken chat: "  # before messages as JSON: what the harness hands back as a context
 
@@ -46,7 +46,7 @@ class CompositeLM(LM):
         **_: Any,
     ) -> None:
         super().__init__()
-        self.composite = CompositeModel.from_pretrained(pretrained, device=device)
+        self.composite = open_model(pretrained, device=device)
         self.max_gen_toks, self.concurrent = int(max_gen_toks), int(concurrent)
         self._name = str(pretrained)
 

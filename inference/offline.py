@@ -19,9 +19,9 @@ from ..modeling.chat import Message, as_messages
 from ..modeling.dispatch import Dispatch
 from ..modeling.errors import ExpertokenError, NoAnswerError, one_line
 from ..modeling.files import atomic_file
+from .answering import AnsweringModel
 from .backends import Generation
 from .backends.local import LocalBackend
-from .composite import CompositeModel
 from .decider import Decision
 from .loop import BackgroundLoop
 from .policy import Policy
@@ -37,7 +37,7 @@ _EXPECTED = f"expected a JSON object with {' or '.join(map(repr, _TEXTS))} on ea
 
 
 def generate_file(
-    composite: CompositeModel,
+    composite: AnsweringModel,
     source: Path | str,
     out: Path | str,
     *,
@@ -132,7 +132,7 @@ class _Answers:
 
 
 def answer_all(
-    composite: CompositeModel,
+    composite: AnsweringModel,
     conversations: list[list[Message]],
     generation: Generation,
     *,
@@ -148,7 +148,7 @@ def answer_all(
 
 
 def _answers(
-    composite: CompositeModel,
+    composite: AnsweringModel,
     conversations: list[list[Message]],
     generation: Generation,
     policy: Policy,
@@ -159,7 +159,7 @@ def _answers(
     places: dict[str, list[int]] = {}
     for place, dispatch in enumerate(dispatches):
         places.setdefault(dispatch.expert, []).append(place)
-    local = sorted((name for name in places if composite.pool[name].backend != "openai"), key=composite.switch_key)
+    local = sorted(filter(composite.switch_key, places), key=composite.switch_key)
     single = [place for name in places if name not in local for place in places[name]]
     # One expert after the other, those that share a base next to each other: nothing is loaded or switched twice.
     for name, following in zip_longest(local, local[1:]):
@@ -185,7 +185,7 @@ def _answers(
 
 
 def _replied(
-    composite: CompositeModel, messages: list[Message], text: str, dispatch: Dispatch, generation: Generation
+    composite: AnsweringModel, messages: list[Message], text: str, dispatch: Dispatch, generation: Generation
 ) -> Reply:
     """A local expert's answer of a batch, with what a chat would tell of it."""
     stops = StopTexts(generation.stop)
@@ -201,7 +201,7 @@ def _replied(
 
 
 async def _each(
-    composite: CompositeModel,
+    composite: AnsweringModel,
     conversations: Sequence[list[Message]],
     dispatches: Sequence[Dispatch],
     generation: Generation,

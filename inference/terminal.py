@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ..modeling.errors import ExpertokenError
 from ..modeling.files import cache_folder
-from .composite import CompositeModel
+from .answering import AnsweringModel
 from .reply import Reply
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -29,10 +29,10 @@ class TerminalChat:
     Args:
         composite: who answers.
         console: where to.
-        generation: arguments of `CompositeModel.stream`.
+        generation: arguments of `AnsweringModel.stream`.
     """
 
-    def __init__(self, composite: CompositeModel, console: Console | None = None, **generation: float | None) -> None:
+    def __init__(self, composite: AnsweringModel, console: Console | None = None, **generation: float | None) -> None:
         self.composite, self.generation = composite, generation
         self.console = console or Console(highlight=False)
         self.messages: list[dict[str, str]] = []

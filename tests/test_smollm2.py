@@ -130,4 +130,4 @@ def test_an_adapter_of_another_base_is_refused_by_the_real_model(composite, tmp_
     (tmp_path / "sql" / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["c_attn"]}))
     [expert] = ExpertPool([Expert("x", "adapter", str(tmp_path / "sql"))])
     with pytest.raises(ExpertFailedError, match="does not fit the base"):
-        open_backend(expert, composite._models, composite.meta.source)
+        open_backend(expert, composite.local_models, composite.meta.source)

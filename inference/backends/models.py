@@ -98,6 +98,12 @@ class LocalModels:
         with self._changed:
             return list(self._residents)
 
+    @property
+    def taken(self) -> int:
+        """Bytes that the weights of models loaded here take, with those that are being loaded."""
+        with self._changed:
+            return sum(resident.size for resident in self._residents.values()) + sum(self._loading.values())
+
     @contextmanager
     def lease(self, source: Source) -> Iterator[Resident]:
         """A model that stays in memory within the block. Errors as in `acquire`."""
@@ -197,9 +203,6 @@ class LocalModels:
             resident.slots[folder, revision] = slot
             return slot
 
-    def _taken(self) -> int:
-        return sum(resident.size for resident in self._residents.values()) + sum(self._loading.values())
-
     def _needed(self, source: Source) -> int:
         if self.budget is None:
             return 0
@@ -222,7 +225,7 @@ class LocalModels:
         first = min(self._waiting, key=self._waiting.__getitem__, default=source)
         if source != first and first not in self._loading and first not in self._residents:
             return False
-        while self._taken() + needed > self.budget:
+        while self.taken + needed > self.budget:
             free = [key for key, held in self._residents.items() if not held.pinned and not held.users]
             if not free:
                 return False

@@ -21,8 +21,8 @@ from starlette.exceptions import HTTPException
 
 from ...modeling.chat import Message, as_messages, text_of
 from ...modeling.errors import ExpertokenError, NoAnswerError, one_line
+from ..answering import AnsweringModel
 from ..backends import Piece
-from ..composite import CompositeModel
 from ..policy import Policy
 from .completions import Completion, merged, public
 from .guard import Guard, error_body
@@ -52,8 +52,9 @@ class Service:
         settings: of the server.
     """
 
-    def __init__(self, composite: CompositeModel, settings: Settings) -> None:
-        self.composite, self.settings, self.metrics, self.tracing = composite, settings, Metrics(), Tracing()
+    def __init__(self, composite: AnsweringModel, settings: Settings) -> None:
+        self.composite, self.settings, self.tracing = composite, settings, Tracing()
+        self.metrics = Metrics(composite.local_models)
         composite.observe(self.metrics)
         composite.longest = min(composite.longest, settings.max_prompt_tokens or composite.longest)
         self.started = int(time.time())
@@ -151,7 +152,7 @@ def _told(reply: Any) -> dict[str, Any]:
     }
 
 
-def _open(composite: CompositeModel, name: str) -> None:
+def _open(composite: AnsweringModel, name: str) -> None:
     try:
         composite.backend(name)
     except ExpertokenError as error:  # the others answer
@@ -162,7 +163,7 @@ def _hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode(errors="replace"), digest_size=16).digest()
 
 
-def create_app(composite: CompositeModel, settings: Settings | None = None) -> FastAPI:
+def create_app(composite: AnsweringModel, settings: Settings | None = None) -> FastAPI:
     """The server of a composite, to be run by any ASGI server.
 
     Args:

@@ -1,19 +1,44 @@
 """What happens, for Prometheus."""
 
+from collections.abc import Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from ...modeling.dispatch import Dispatch
+from ..backends import LocalModels
 from ..observer import Answered, Observer, Spent
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
-class Metrics(Observer):
-    """Counts what it is told, in a registry of its own."""
+class _Local(Collector):
+    """What local experts take, as it is when somebody asks."""
 
-    def __init__(self) -> None:
+    def __init__(self, models: LocalModels) -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[Metric]:
+        loads = self._models.loads
+        yield CounterMetricFamily("expertoken_local_loads", "Local experts loaded into memory", value=loads)
+        yield GaugeMetricFamily(
+            "expertoken_local_bytes", "Weights of local experts in memory", value=self._models.taken
+        )
+
+
+class Metrics(Observer):
+    """Counts what it is told, in a registry of its own.
+
+    Args:
+        models: local ones, whose memory is told; None where there are none.
+    """
+
+    def __init__(self, models: LocalModels | None) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)  # memory among others
+        if models is not None:
+            self.registry.register(_Local(models))
 
         def counter(name: str, what: str, *labels: str) -> Counter:
             return Counter(f"expertoken_{name}", what, labels, registry=self.registry)

@@ -5,12 +5,12 @@ from types import FrameType
 
 import uvicorn
 
-from ..composite import CompositeModel
+from ..answering import AnsweringModel
 from .app import create_app
 from .settings import Settings
 
 
-def run(composite: CompositeModel, settings: Settings, *, port: int, shutdown: int = 30, otel: bool = False) -> None:
+def run(composite: AnsweringModel, settings: Settings, *, port: int, shutdown: int = 30, otel: bool = False) -> None:
     """Serve until a signal comes; then take no more requests, and end when those that run are through.
 
     Args:

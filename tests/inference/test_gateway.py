@@ -1,5 +1,7 @@
 """The exported checkpoint behind a server of another make; the gateway decides by its log-probabilities."""
 
+import json
+
 import pytest
 import torch
 import yaml
@@ -8,8 +10,9 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from expertoken.inference.composite import CompositeModel
 from expertoken.inference.gateway import GatewayModel
+from expertoken.inference.offline import generate_file
+from expertoken.inference.opening import open_model
 from expertoken.inference.policy import Policy
 from expertoken.inference.server import Settings, create_app
 from expertoken.modeling.errors import ExpertokenError
@@ -76,7 +79,7 @@ def setting(tmp_path, base_folder, words):
 
 def test_a_gateway_decides_as_the_composite_that_was_exported(setting):
     composite, file, _ = setting
-    gateway = CompositeModel.from_pretrained(file)
+    gateway = open_model(file)
     assert isinstance(gateway, GatewayModel)
     for wanted, found in zip(composite.route(list(PROMPTS)), gateway.route(list(PROMPTS)), strict=True):
         assert found.probabilities == pytest.approx(wanted.probabilities, abs=1e-3)
@@ -84,13 +87,13 @@ def test_a_gateway_decides_as_the_composite_that_was_exported(setting):
 
 
 def test_its_experts_answer_and_self_is_the_meta_llms_own_endpoint(setting):
-    gateway = CompositeModel.from_pretrained(setting[1])
+    gateway = open_model(setting[1])
     assert gateway.chat("hello", policy=Policy(allow=("one",))).text.startswith("one0 one1")
     assert gateway.chat("hello", policy=Policy(allow=("self",))).text == "from the meta LLM"
 
 
 def test_a_user_who_writes_an_experts_token_writes_text(setting):
-    gateway, seen = CompositeModel.from_pretrained(setting[1]), setting[2]
+    gateway, seen = open_model(setting[1]), setting[2]
     gateway.route("say <|expert:one|> now")
     assert "<|expert:" not in seen[-1]["messages"][0]["content"]
 
@@ -98,16 +101,24 @@ def test_a_user_who_writes_an_experts_token_writes_text(setting):
 def test_it_is_served_as_any_composite(setting):
     import openai
 
-    with served(create_app(CompositeModel.from_pretrained(setting[1]), Settings(name="gate"))) as address:
+    with served(create_app(open_model(setting[1]), Settings(name="gate"))) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
         answer = client.chat.completions.create(model="gate/two", messages=[{"role": "user", "content": "hello"}])
         assert answer.choices[0].message.content.startswith("two0")
         assert client.chat.completions.create(model="gate", messages=[{"role": "user", "content": "hello"}]).choices
 
 
+def test_it_has_a_policy_and_answers_files_as_a_composite_does(setting, tmp_path):
+    file = setting[1]
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"policy": {"deny": ["self", "one"]}}))
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    assert generate_file(open_model(file), tmp_path / "in.jsonl", tmp_path / "out.jsonl") == {"two": len(PROMPTS)}
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
+        ({"policy": {"treshold": 0.5}}, "g.yaml, policy.treshold: unknown key"),
         ({"meta": None}, "meta: expected a mapping with `model`"),
         ({"meta": {"model": "m", "url": "x"}}, "meta: expected a mapping with `model`"),
         ({"meta": {"model": "m", "top_logprobs": 0}}, "meta.top_logprobs"),
@@ -119,7 +130,7 @@ def test_a_malformed_file_is_one_line(tmp_path, change, told):
     document = {"meta": {"model": "m"}, "experts": [{"name": "a", "backend": "openai", "model": "b"}]} | change
     (tmp_path / "g.yaml").write_text(yaml.safe_dump(document))
     with pytest.raises(ExpertokenError) as error:
-        CompositeModel.from_pretrained(tmp_path / "g.yaml")
+        open_model(tmp_path / "g.yaml")
     assert told in str(error.value)
 
 
@@ -130,4 +141,4 @@ def test_a_meta_llm_that_can_not_be_asked_is_told(tmp_path, words):
     }
     (tmp_path / "g.yaml").write_text(yaml.safe_dump(document))
     with pytest.raises(ExpertokenError, match="the meta LLM can't be asked"):
-        CompositeModel.from_pretrained(tmp_path / "g.yaml").chat("hello")
+        open_model(tmp_path / "g.yaml").chat("hello")

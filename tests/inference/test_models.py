@@ -204,7 +204,7 @@ def test_a_composite_with_room_for_one_of_its_experts_answers_as_one_with_room_f
         assert bounded.chat("hello", policy=policy, max_new_tokens=4).text == free.chat(
             "hello", policy=policy, max_new_tokens=4
         ).text  # fmt: skip
-    assert len(bounded._models.resident) == 3  # the meta LLM's own base, the one that is pinned, and one more
+    assert len(bounded.local_models.resident) == 3  # the meta LLM's own base, the one that is pinned, and one more
 
 
 def until(condition, seconds=20):
@@ -232,7 +232,7 @@ def test_an_expert_that_is_addressed_is_loaded_while_the_meta_llm_decides(base_f
     loaded = []
 
     def slow(*arguments):
-        loaded.append(until(lambda: sources[1] in composite._models.resident))
+        loaded.append(until(lambda: sources[1] in composite.local_models.resident))
         return decide(*arguments)
 
     monkeypatch.setattr(composite._decider, "_pass", slow)
@@ -251,7 +251,7 @@ def test_while_one_expert_answers_its_part_of_a_file_the_next_one_is_loaded(base
 
     def slow(backend, *arguments):
         following = names.index(next(e.name for e in experts if e.model == backend.source.model)) + 1
-        ahead.append(following == 3 or until(lambda: sources[1 + following] in composite._models.resident))
+        ahead.append(following == 3 or until(lambda: sources[1 + following] in composite.local_models.resident))
         return complete(backend, *arguments)
 
     monkeypatch.setattr(LocalBackend, "complete", slow)
@@ -261,4 +261,4 @@ def test_while_one_expert_answers_its_part_of_a_file_the_next_one_is_loaded(base
     assert all(answer["expert"] == answer["chosen"] for answer in answers)
     assert len(ahead) > 3
     assert all(ahead)
-    assert composite._models.loads == 3
+    assert composite.local_models.loads == 3

@@ -15,6 +15,7 @@ from expertoken.inference.server import Settings, create_app
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
 from expertoken.tests.inference.conftest import composite_of, mock_expert, served
+from expertoken.tests.tiny import tiny_folder
 
 HELLO = [{"role": "user", "content": "hello"}]
 ONE = "one0 one1 one2 one3 one4"
@@ -360,6 +361,16 @@ def test_a_chat_that_goes_on_stays_with_its_expert_though_the_client_does_not_sa
         forged = [{"role": "user", "content": "hello", "name": "two"}]
         _, body, _ = post(address, {"model": "comp", "messages": forged} | extra)
         assert body["choices"][0]["message"]["content"].startswith("one")
+
+
+def test_what_local_experts_take_is_told(base_folder, tmp_path):
+    local = Expert("local", model=str(tiny_folder(tmp_path / "other", seed=1)))
+    with served(create_app(composite_of(base_folder, [local]))) as address:
+        assert "expertoken_local_bytes 0.0" in get(address, "/metrics")
+        assert post(address, {"model": "composite", "messages": HELLO, "max_tokens": 2})[0] == 200
+        told = get(address, "/metrics")
+        assert "expertoken_local_loads_total 1.0" in told
+        assert "expertoken_local_bytes 0.0" not in told
 
 
 def test_an_answer_that_breaks_off_for_good_says_so_in_the_stream(base_folder):

@@ -1,0 +1,252 @@
+"""Answering a conversation: the candidates are asked in their order until an answer is whole."""
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from ..modeling.chat import Message, as_messages
+from ..modeling.dispatch import Dispatch
+from ..modeling.errors import ExpertokenError, NoAnswerError, RequestRefusedError, one_line
+from ..modeling.experts import SELF, ExpertPool
+from .anywhere import HandOver
+from .backends import Backend, Generation, LocalModels, Piece
+from .breaker import Breaker
+from .decider import Decision
+from .loop import BackgroundLoop
+from .observer import Answered, Observer, Spent
+from .policy import Policy
+from .reply import Reply, ReplyStream, Turn
+
+logger = logging.getLogger(__name__)
+
+
+class AnsweringModel(ABC):
+    """Many LLMs as one, wherever the decision is made.
+
+    Each method that answers exists twice: for ordinary code, and with an `a` before its name for code that runs in an
+    event loop.
+
+    Attributes:
+        longest: tokens of a conversation that are read.
+        local_models: that are held in this process, or None.
+
+    Args:
+        pool: the candidates.
+        policy: how one is chosen where a request says nothing else.
+        observer: is told what happens.
+    """
+
+    longest: int = 2**31
+    local_models: LocalModels | None = None
+
+    def __init__(self, pool: ExpertPool, policy: Policy | None, observer: Observer | None) -> None:
+        self.pool, self.policy, self.observer = pool, policy or Policy(), observer or Observer()
+        self._backends: dict[str, Backend] = {}
+        self._breakers = {name: Breaker() for name in pool.names}
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """Tells models apart that decide or answer differently."""
+
+    @abstractmethod
+    def count(self, text: str) -> int:
+        """Tokens of a text, as the meta LLM reads it; where a backend does not count its own."""
+
+    @abstractmethod
+    async def adecide(self, messages: Sequence[Message], policy: Policy | None = None) -> Decision:
+        """Decide on a conversation, together with whatever else is to be decided just now."""
+
+    @abstractmethod
+    def _decide_all(self, conversations: Sequence[list[Message]], policy: Policy | None) -> list[Dispatch]:
+        """Decide on many; nothing is answered."""
+
+    @abstractmethod
+    def backend(self, name: str) -> Backend:
+        """The opened backend of a candidate.
+
+        Raises:
+            ExpertFailedError: it can't be opened.
+        """
+
+    def switch_key(self, name: str) -> tuple[str, str] | None:
+        """Candidates that run here, in this order, share what is loaded with the one before; None for the others."""
+        return None
+
+    def prepare(self, name: str) -> None:  # noqa: B027 - an endpoint needs nothing
+        """Begin to load a candidate that will be wanted soon, where there is room for it; nothing waits for that."""
+
+    def observe(self, observer: Observer) -> None:
+        """Tell another observer from now on."""
+        self.observer = observer
+
+    def route(self, conversations: str | Sequence[Any], *, policy: Policy | None = None) -> Dispatch | list[Dispatch]:
+        """Decide who would answer, without answering.
+
+        Args:
+            conversations: one conversation (a string, or a list of messages), or a list of conversations.
+            policy: how a candidate is chosen; the composite's own where None.
+
+        Returns:
+            one `Dispatch`, or a list of them in the same order.
+        """
+        many = not isinstance(conversations, str) and not (
+            len(conversations) > 0 and isinstance(conversations[0], dict)
+        )
+        given = [as_messages(c) for c in (conversations if many else [conversations])]
+        found = self._decide_all(given, policy)
+        return found if many else found[0]
+
+    def chat(self, conversation: str | Sequence[Message], *, policy: Policy | None = None, **generation: Any) -> Reply:
+        """Answer a conversation.
+
+        Args:
+            conversation: a string, or messages with `role` and `content`; the decision reads all of it.
+            policy: how a candidate is chosen; the composite's own where None.
+            **generation: see `Generation` (`max_new_tokens`, `temperature`, `top_p`, `seed`, `stop`, ...).
+
+        Raises:
+            ExpertokenError: the conversation is not well formed, or nobody could answer.
+        """
+        return BackgroundLoop.call(self.achat(conversation, policy=policy, **generation))
+
+    def stream(
+        self, conversation: str | Sequence[Message], *, policy: Policy | None = None, **generation: Any
+    ) -> ReplyStream:
+        """Answer a conversation in pieces. Arguments and errors as in `chat`."""
+        return BackgroundLoop.call(self.astream(conversation, policy=policy, **generation))
+
+    async def achat(
+        self, conversation: str | Sequence[Message], *, policy: Policy | None = None, **generation: Any
+    ) -> Reply:
+        """As `chat`."""
+        stream = await self.astream(conversation, policy=policy, **generation)
+        async for _ in stream.pieces():
+            pass
+        return stream.reply
+
+    async def astream(
+        self, conversation: str | Sequence[Message], *, policy: Policy | None = None, **generation: Any
+    ) -> ReplyStream:
+        """As `stream`."""
+        options = _generation(generation)
+        messages = as_messages(conversation)
+        return self.answer(messages, await self.adecide(messages, policy), options)
+
+    def answer(self, messages: Sequence[Message], decision: Decision, generation: Generation) -> ReplyStream:
+        """The answer that follows a decision. Nothing is asked before it is iterated over.
+
+        Args:
+            messages: the conversation.
+            decision: on it.
+            generation: how.
+        """
+        stream = ReplyStream(decision)
+        stream._pieces = self._answer(self._unnamed(messages), decision, generation, stream)
+        return stream
+
+    def _unnamed(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages without `name` where it says who answered: that is between us and the user."""
+
+        def is_ours(message: Message) -> bool:
+            return message["role"] == "assistant" and message.get("name") in self.pool.names
+
+        return [{k: v for k, v in m.items() if k != "name"} if is_ours(m) else m for m in messages]
+
+    async def _answer(
+        self, messages: list[Message], decision: Decision, generation: Generation, stream: ReplyStream
+    ) -> AsyncIterator[Piece]:
+        """Ask the candidates in their order until an answer is whole; the next one goes on where one broke off."""
+        turn = Turn(stream, generation)
+        order = self._order(decision.dispatch.ranking)
+        chosen = decision.dispatch.expert
+        while (name := next(order, None)) is not None:
+            turn.begin(name)
+            try:
+                async with aclosing(self._ask(name, messages, turn.left(self.count), decision, turn)) as pieces:
+                    async for piece in pieces:
+                        for told in turn.take(piece):
+                            yield told
+                        if turn.stops.reached:
+                            break
+                reason, own_fault = "gave an empty answer", True
+            except HandOver as handed:
+                self._tell_spent(name, decision, turn)
+                self.observer.handed_over(handed.dispatch.expert)
+                stream.reply = replace(stream.reply, handed_over=handed.dispatch)
+                chosen = handed.dispatch.expert
+                # Self goes on where none of them can; who has failed in this turn is not asked again.
+                experts = [c for c in handed.dispatch.ranking if c != name and c not in stream.failures]
+                order = self._order([*experts, name])
+                continue
+            except Exception as error:  # whatever an expert fails with, the user has a next best one
+                reason, own_fault = one_line(error), not isinstance(error, RequestRefusedError)
+                turn.refused = turn.refused and not own_fault
+                # What fails behind the end of an answer takes nothing of it away.
+                failed = not turn.finished or turn.is_empty
+            else:
+                failed = turn.is_empty and self.pool[name].backend != SELF
+            if not failed:
+                self._breakers[name].succeeded()
+                last = turn.end()
+                self._tell_spent(name, decision, turn)
+                stream.reply = replace(stream.reply, seconds=turn.elapsed)
+                self.observer.answered(Answered(name, chosen, stream.reply.first, turn.elapsed))
+                yield last
+                return
+            if own_fault:
+                self._breakers[name].failed()
+            self._tell_spent(name, decision, turn)
+            self.observer.failed(name, reason, begun=turn.begun)
+            stream.reply = replace(stream.reply, failures=stream.failures | {name: reason})
+            logger.warning("expert %r failed, the next one is asked: %s", name, reason)
+            if turn.calls:  # half a tool call can't be gone on with
+                break
+        self.observer.lost()
+        raise NoAnswerError(stream.failures, begun=turn.begun, refused=turn.refused)
+
+    def _order(self, ranking: Sequence[str]) -> Iterator[str]:
+        """The ranking, without those that failed too often of late; they come last, where nobody else is left."""
+        skipped = []
+        for name in ranking:
+            if self._breakers[name].admits():
+                yield name
+            else:
+                self.observer.skipped(name)
+                skipped.append(name)
+        yield from skipped
+
+    async def _ask(
+        self, name: str, messages: list[Message], generation: Generation, decision: Decision, turn: Turn
+    ) -> AsyncIterator[Piece]:
+        """One candidate's answer, or what it adds to an answer that was begun."""
+        backend = self._backends.get(name) or await asyncio.to_thread(self.backend, name)
+        async with aclosing(backend.stream(messages, generation, begun=turn.text)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    def _tell_spent(self, name: str, decision: Decision, turn: Turn) -> None:
+        """What a candidate read and wrote in this turn, also where it broke off."""
+        if not turn.part and turn.usage is None:
+            return
+        read, written = turn.usage or (decision.prompt_tokens, self.count(turn.part))
+        cost = self.pool[name].price(read, written)
+        reply = turn.stream.reply
+        turn.stream.reply = replace(
+            reply,
+            prompt_tokens=max(reply.prompt_tokens, read),
+            completion_tokens=reply.completion_tokens + written,
+            cost=reply.cost if cost is None else (reply.cost or 0.0) + cost,
+        )
+        self.observer.spent(Spent(name, read, written, cost))
+
+
+def _generation(options: dict[str, Any]) -> Generation:
+    try:
+        return Generation(**options)
+    except TypeError as error:
+        raise ExpertokenError(f"unknown generation argument ({error})") from None
