@@ -15,8 +15,7 @@ import torch
 
 from .errors import ExpertokenError
 from .experts import ExpertPool
-from .files import PRODUCTS, atomic_file, atomic_folder, check_product, recover_folder
-from .hub import local_folder
+from .files import PRODUCTS, atomic_file, atomic_folder, check_product, local_folder, recover_folder
 from .meta import MetaLLM, Source, default_device, describe_dtype, library_versions, load_tokenizer
 from .sharding import full_shape
 

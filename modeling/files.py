@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import ExpertokenError
+from .errors import ExpertokenError, one_line
 
 PRODUCTS = {"composite": "expertoken.json", "supervision": "supervision.json"}
 """The folders that people name, to the file that tells them."""
@@ -42,6 +42,26 @@ def check_product(path: Path | str, product: str) -> None:
     for other, marker in PRODUCTS.items():
         if other != product and (path / marker).exists():
             raise ExpertokenError(f"{path}: holds a {other}; choose another folder for the {product}")
+
+
+def local_folder(path: Path | str, revision: str | None = None) -> Path:
+    """The folder of a composite: itself, or where the hub's copy of `owner/name` is kept.
+
+    Raises:
+        ExpertokenError: there is no such folder, and no such repository either.
+    """
+    folder = Path(path)
+    name = str(path)
+    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision))
+    except Exception as error:  # of HTTP, of the cache, of offline mode: the hub's client has many
+        raise ExpertokenError(
+            f"{name}: no such folder, and as a repository of the hub it can't be had ({one_line(error)})"
+        ) from error
 
 
 def cache_folder(kind: str) -> Path:

@@ -1,36 +1,13 @@
-"""Composites on the Hugging Face hub: found by id, pushed as they are."""
+"""Composites pushed to the Hugging Face hub as they are; `files.local_folder` finds them there by their id."""
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from .composite import Composite, save_composite
 from .errors import ExpertokenError, one_line
 
-if TYPE_CHECKING:
-    from .composite import Composite
 
-
-def local_folder(path: Path | str, revision: str | None = None) -> Path:
-    """The folder of a composite: itself, or where the hub's copy of `owner/name` is kept.
-
-    Raises:
-        ExpertokenError: there is no such folder, and no such repository either.
-    """
-    folder = Path(path)
-    name = str(path)
-    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision))
-    except Exception as error:  # of HTTP, of the cache, of offline mode: the hub's client has many
-        raise ExpertokenError(
-            f"{name}: no such folder, and as a repository of the hub it can't be had ({one_line(error)})"
-        ) from error
-
-
-def push(composite: "Composite", repo: str, *, private: bool = True, message: str = "A composite of experts") -> str:
+def push(composite: Composite, repo: str, *, private: bool = True, message: str = "A composite of experts") -> str:
     """Write a composite and upload it. The token is the hub client's own (`hf auth login`, or `HF_TOKEN`).
 
     Args:
@@ -46,8 +23,6 @@ def push(composite: "Composite", repo: str, *, private: bool = True, message: st
         ExpertokenError: its base or an expert is a folder of this machine, which nobody else has, or the hub refuses.
     """
     from huggingface_hub import HfApi
-
-    from .composite import save_composite
 
     local = [expert for expert in composite.pool if expert.backend in ("transformers", "adapter")]
     models = [("the meta LLM's base", composite.meta.source.model)]

@@ -16,7 +16,8 @@ import pytest
 
 from expertoken.modeling.composite import Composite, Manifest, describe_base
 from expertoken.modeling.errors import ExpertokenError
-from expertoken.modeling.hub import local_folder, push
+from expertoken.modeling.files import local_folder
+from expertoken.modeling.hub import push
 from expertoken.tests.tiny import tiny_folder
 
 COMMIT = "a" * 40
