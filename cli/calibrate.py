@@ -25,7 +25,10 @@ def calibrate(
     from ..inference.calibrate import calibrate as run
     from ..inference.composite import CompositeModel
     from ..modeling.composite import write_calibration
+    from ..modeling.errors import ExpertokenError
 
+    if not composite.is_dir():
+        raise ExpertokenError(f"{composite}: no such folder; expected a composite's, where what is found is stored")
     model = CompositeModel.from_pretrained(composite, device=device, trust_remote_code=trust_remote_code)
     found = run(model, read_queries(prompts), share=share, cost=cost, default=default)
     reached = {key: value for key, value in asdict(found).items() if key != "policy"}

@@ -9,9 +9,12 @@ import typer
 def chat(
     composite: Annotated[Path, typer.Argument(help="Composite folder, or a gateway's YAML file.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 is greedy. Default: greedy here, and as endpoints do.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
+    send_keys: Annotated[bool, typer.Option(help="Let a composite of the hub have your keys sent as it says.")] = False,
 ) -> None:
     """Chat with a composite. /why tells who answered, /help lists the commands."""
     from transformers.utils import logging as transformers_logging
@@ -20,5 +23,5 @@ def chat(
     from ..inference.terminal import TerminalChat
 
     transformers_logging.disable_progress_bar()
-    model = open_model(composite, device=device, trust_remote_code=trust_remote_code)
+    model = open_model(composite, device=device, trust_remote_code=trust_remote_code, send_keys=send_keys)
     TerminalChat(model, max_new_tokens=max_new_tokens, temperature=temperature).run()

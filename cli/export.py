@@ -19,6 +19,8 @@ def export(
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
 ) -> None:
     """Write a plain Hugging Face checkpoint with a real token for every expert, its decisions checked on prompts."""
+    if sft and (gguf or prompts or dtype):
+        raise typer.BadParameter("chat data has no weights: without --gguf, --prompts and --dtype", param_hint="--sft")
     if sft:
         from ..data_prep.sft import export_sft
         from ..data_prep.supervision import Supervision

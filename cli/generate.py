@@ -11,18 +11,32 @@ def generate(
     source: Annotated[Path, typer.Argument(help="JSONL: `messages`, `prompt` or `query` on each line.")],
     out: Annotated[Path, typer.Option(help="JSONL: the same lines with `answer`, `expert`, `cost`, ...")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 is greedy. Default: greedy here, and as endpoints do.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
     concurrent: Annotated[int, typer.Option(min=1, help="Requests to endpoints at a time.")] = 16,
+    expert_memory: Annotated[
+        float | None, typer.Option(min=0.01, help="GiB that local experts may take together; the meta LLM not counted.")
+    ] = None,
+    expert_quantization: Annotated[str | None, typer.Option(help="Of local experts: nf4 or int8.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
+    send_keys: Annotated[bool, typer.Option(help="Let a composite of the hub have your keys sent as it says.")] = False,
 ) -> None:
     """Answer a file of conversations, expert by expert; the same command goes on where an interrupted one ended."""
     from ..inference.backends import Generation
     from ..inference.offline import generate_file
     from ..inference.opening import open_model
 
-    model = open_model(composite, device=device, trust_remote_code=trust_remote_code)
+    model = open_model(
+        composite,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        send_keys=send_keys,
+        budget=None if expert_memory is None else int(expert_memory * 2**30),
+        quantization=expert_quantization,
+    )
     generation = Generation(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     counts = generate_file(model, source, out, generation=generation, concurrent=concurrent)
     typer.echo(f"{out}: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))

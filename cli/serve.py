@@ -35,6 +35,7 @@ def serve(
     otel: Annotated[bool, typer.Option(help="Trace requests with OpenTelemetry (extra `otel`).")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
+    send_keys: Annotated[bool, typer.Option(help="Let a composite of the hub have your keys sent as it says.")] = False,
 ) -> None:
     """Serve a composite: POST /v1/chat/completions, GET /v1/models, /health, /ready, /metrics, a chat page at /.
 
@@ -66,6 +67,7 @@ def serve(
         composite,
         device=device,
         trust_remote_code=trust_remote_code,
+        send_keys=send_keys,
         timeouts=timeouts,
         budget=None if expert_memory is None else int(expert_memory * 2**30),
         pinned=pin or (),

@@ -11,7 +11,9 @@ _TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assi
 
 
 def export_sft(supervision: Supervision, out: Path | str) -> dict[str, int]:
-    """Write `train.jsonl`, `validation.jsonl` and `dataset_info.json`: each query answered by its expert's token.
+    """Write `train.jsonl`, `validation.jsonl`, `dataset_info.json` and `tokens.json` (to add to the tokenizer).
+
+    Each query is answered by its expert's token.
 
     Queries that self should answer, or that say nothing about who should, are left out: there is no token for them. Of
     several winners the first in pool order is taken.
@@ -40,9 +42,15 @@ def export_sft(supervision: Supervision, out: Path | str) -> dict[str, int]:
                 winner = names[int(target.argmax())]
                 if weight == 0 or winner not in tokens:
                     continue
-                asked = [{"role": m["role"], "content": text_of(m)} for m in side[row]["messages"]]
+                # What a query says like an expert's token is text, as everywhere: it is taken apart.
+                asked = [
+                    {"role": m["role"], "content": text_of(m).replace("<|expert:", "< |expert:")}
+                    for m in side[row]["messages"]
+                ]
                 messages = [*asked, {"role": "assistant", "content": tokens[winner]}]
                 lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
+            if not lines:  # an empty file is none that loaders read
+                continue
             file = f"{name}.jsonl"
             (folder / file).write_text("\n".join(lines) + "\n", "utf-8")
             info[f"expertoken_{name}"] = {

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,7 @@ from ..modeling.dispatch import Dispatch
 from ..modeling.errors import ExpertokenError, NoAnswerError, RequestRefusedError, one_line
 from ..modeling.experts import SELF, ExpertPool
 from .anywhere import HandOver
-from .backends import Backend, Generation, LocalModels, Piece
+from .backends import LOADERS, Backend, Generation, LocalModels, Piece
 from .breaker import Breaker
 from .decider import Decision
 from .loop import BackgroundLoop
@@ -62,7 +62,7 @@ class AnsweringModel(ABC):
         """Decide on a conversation, together with whatever else is to be decided just now."""
 
     @abstractmethod
-    def _decide_all(self, conversations: Sequence[list[Message]], policy: Policy | None) -> list[Dispatch]:
+    def decide(self, conversations: Sequence[Sequence[Message]], policy: Policy | None = None) -> list[Decision]:
         """Decide on many; nothing is answered."""
 
     @abstractmethod
@@ -73,9 +73,9 @@ class AnsweringModel(ABC):
             ExpertFailedError: it can't be opened.
         """
 
-    def switch_key(self, name: str) -> tuple[str, str] | None:
-        """Candidates that run here, in this order, share what is loaded with the one before; None for the others."""
-        return None
+    def batched(self, names: Iterable[str]) -> list[str]:
+        """Those of them whose models run here and answer in batches, in the order in which least has to be loaded."""
+        return []
 
     def prepare(self, name: str) -> None:  # noqa: B027 - an endpoint needs nothing
         """Begin to load a candidate that will be wanted soon, where there is room for it; nothing waits for that."""
@@ -98,7 +98,7 @@ class AnsweringModel(ABC):
             len(conversations) > 0 and isinstance(conversations[0], dict)
         )
         given = [as_messages(c) for c in (conversations if many else [conversations])]
-        found = self._decide_all(given, policy)
+        found = [decision.dispatch for decision in self.decide(given, policy)]
         return found if many else found[0]
 
     def chat(self, conversation: str | Sequence[Message], *, policy: Policy | None = None, **generation: Any) -> Reply:
@@ -185,9 +185,12 @@ class AnsweringModel(ABC):
                 continue
             except Exception as error:  # whatever an expert fails with, the user has a next best one
                 reason, own_fault = one_line(error), not isinstance(error, RequestRefusedError)
-                turn.refused = turn.refused and not own_fault
                 # What fails behind the end of an answer takes nothing of it away.
                 failed = not turn.finished or turn.is_empty
+            except BaseException:  # the user went away; what was written until then was written
+                self._breakers[name].left()
+                self._tell_spent(name, decision, turn)
+                raise
             else:
                 failed = turn.is_empty and self.pool[name].backend != SELF
             if not failed:
@@ -198,8 +201,8 @@ class AnsweringModel(ABC):
                 self.observer.answered(Answered(name, chosen, stream.reply.first, turn.elapsed))
                 yield last
                 return
-            if own_fault:
-                self._breakers[name].failed()
+            turn.refused = turn.refused and not own_fault
+            self._breakers[name].failed() if own_fault else self._breakers[name].left()
             self._tell_spent(name, decision, turn)
             self.observer.failed(name, reason, begun=turn.begun)
             stream.reply = replace(stream.reply, failures=stream.failures | {name: reason})
@@ -224,7 +227,9 @@ class AnsweringModel(ABC):
         self, name: str, messages: list[Message], generation: Generation, decision: Decision, turn: Turn
     ) -> AsyncIterator[Piece]:
         """One candidate's answer, or what it adds to an answer that was begun."""
-        backend = self._backends.get(name) or await asyncio.to_thread(self.backend, name)
+        backend = self._backends.get(name)
+        if backend is None:  # an adapter's may have to wait for room
+            backend = await asyncio.get_running_loop().run_in_executor(LOADERS, self.backend, name)
         async with aclosing(backend.stream(messages, generation, begun=turn.text)) as pieces:
             async for piece in pieces:
                 yield piece

@@ -12,6 +12,7 @@ from .composite import CompositeModel
 from .policy import OUTPUT_TOKENS, Policy, request_cost
 
 _BEYOND = 1.001
+_NEAR = 0.02  # of a share that was asked for
 _STEPS = 60  # of the bisection: doubles are exact to the last digit
 
 
@@ -58,6 +59,9 @@ def calibrate(
         raise ExpertokenError("calibrate: give either --share or --cost")
     base = replace(composite.policy, default=default or composite.policy.default)
     ids = [composite.meta.encode(prompt) for prompt in prompts]
+    longest = max(map(len, ids))
+    if longest > composite.longest:
+        raise ExpertokenError(f"a prompt has {longest} tokens; at most {composite.longest} are read")
     logits = torch.cat(
         [
             composite.meta.candidate_logits([one], with_self=composite.pool.has_self)
@@ -71,10 +75,16 @@ def calibrate(
         policy = _for_cost(composite, base, logits, lengths, cost)
     chosen = _choices(composite, policy, logits, lengths)
     fallback = policy.fallback(composite.pool)
+    reached = float(np.mean([name != fallback for name in chosen]))
+    if share is not None and abs(reached - share) > max(_NEAR, 1 / len(prompts)):
+        raise ExpertokenError(
+            f"--share {share}: the nearest threshold gives {reached:.2f}, since many prompts have the same probability "
+            "(1.00 for the best expert, most likely); nothing was changed"
+        )
     return Calibration(
         policy,
         len(prompts),
-        float(np.mean([name != fallback for name in chosen])),
+        reached,
         _cost(composite, chosen, lengths),
         _cost(composite, _choices(composite, composite.policy, logits, lengths), lengths),
     )

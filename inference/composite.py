@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -15,14 +15,13 @@ import torch
 
 from ..modeling.chat import Message, is_media
 from ..modeling.composite import Composite, load_composite, save_composite
-from ..modeling.dispatch import Dispatch
-from ..modeling.errors import ExpertokenError
+from ..modeling.errors import ExpertokenError, NoAnswerError, one_line
 from ..modeling.hub import push
-from ..modeling.meta import end_ids
+from ..modeling.meta import end_ids, positions
 from .answering import AnsweringModel
 from .anywhere import HandOver, Watch
 from .backends import LOADERS, Backend, Generation, LocalModels, Piece, Timeouts, local_source, open_backend
-from .backends.local import first_token, stream_generate
+from .backends.local import first_token, stream_generate, turn_of, within
 from .decider import Decider, Decision, OwnStart, Question
 from .observer import Observer
 from .policy import Policy, last_answerer
@@ -67,12 +66,17 @@ class CompositeModel(AnsweringModel):
         )
         trained = self.manifest.training.get("dispatch") == "anywhere"
         self.anywhere = self.pool.has_self and (trained if anywhere is None else anywhere)
-        self.longest = getattr(self.meta.plain.config, "max_position_embeddings", None) or 2**31
+        self._positions = self.longest = positions(self.meta.plain)
         self._timeouts = timeouts
-        bases = tuple(source for name in pinned if (source := local_source(self.pool[name], self.meta.source)))
-        self.local_models = LocalModels(self.meta.device, dtype, budget=budget, pinned=bases, quantization=quantization)
+        pins = {name: local_source(self.pool[name], self.meta.source) for name in pinned}
+        if remote := [name for name, source in pins.items() if source is None]:
+            raise ExpertokenError(f"{', '.join(remote)}: can't be pinned in memory, since others hold it")
+        self.local_models = LocalModels(
+            self.meta.device, dtype, budget=budget, pinned=tuple(pins.values()), quantization=quantization
+        )
         self.local_models.add(self.meta.source, self.meta.plain, self.meta.tokenizer)
-        self._own_turn = threading.RLock()  # self gives one answer at a time, as every model here does
+        # Self gives one answer at a time, as every model here does.
+        self._own_turn = partial(turn_of, threading.RLock())
         self._self_name = self.pool.self_name
         self._decider = Decider(self.meta, self._self_name, self.observer)
 
@@ -85,6 +89,7 @@ class CompositeModel(AnsweringModel):
         dtype: torch.dtype | str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        send_keys: bool = False,
         **options: Any,
     ) -> "CompositeModel":
         """Load a composite folder. Experts are opened when they are first needed.
@@ -95,6 +100,7 @@ class CompositeModel(AnsweringModel):
             dtype: of the weights; as `load_composite` chooses where not given.
             revision: of a composite on the hub.
             trust_remote_code: allow the base model's repository to run its own code.
+            send_keys: let a composite of the hub have this machine's keys sent to the addresses that it names.
             **options: `policy`, `timeouts`, `observer`, `budget`, `pinned`, `quantization` and `anywhere`, as the class
                 takes them.
 
@@ -102,7 +108,12 @@ class CompositeModel(AnsweringModel):
             ExpertokenError: the folder is not a whole composite.
         """
         composite = load_composite(
-            path, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+            path,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            send_keys=send_keys,
         )
         return cls(composite, dtype, **options)
 
@@ -128,24 +139,32 @@ class CompositeModel(AnsweringModel):
         """Upload the composite to the hub; see `modeling.hub.push`."""
         return push(self.composite, repo, private=private, message=commit_message)
 
-    def _decide_all(self, conversations: Sequence[list[Message]], policy: Policy | None) -> list[Dispatch]:
-        questions = [self._question(messages, policy) for messages in conversations]
-        return [decision.dispatch for decision in self._decider.decide(questions)]
+    def decide(self, conversations: Sequence[Sequence[Message]], policy: Policy | None = None) -> list[Decision]:
+        """Decide on many, in as few forward passes as memory allows."""
+        return self._decider.decide([self._question(messages, policy) for messages in conversations])
 
     async def adecide(self, messages: Sequence[Message], policy: Policy | None = None) -> Decision:
         """Decide on a conversation, together with whatever else is to be decided just now."""
         # Encoding a long conversation takes milliseconds, which other answers of this loop would wait for.
         question = await asyncio.to_thread(self._question, messages, policy, answer=True)
-        return await self._decider.adecide(question)
+        try:
+            return await self._decider.adecide(question)
+        except ExpertokenError:
+            raise
+        except Exception as error:  # memory, most likely
+            self.observer.lost()
+            raise NoAnswerError(f"the meta LLM can't decide: {one_line(error)}") from error
 
     def _question(self, messages: Sequence[Message], policy: Policy | None, *, answer: bool = False) -> Question:
         policy = policy or self.policy
         names = policy.candidates(self.pool)  # a mistake in it is told before anything is computed
+        ids = self.meta.encode(self._unnamed(messages))
+        # Here, since one that is too long can take others down with its forward pass. One position is the answer's.
+        most = min(self.longest, self._positions - 1)
+        if len(ids) > most:
+            raise ExpertokenError(f"the conversation has {len(ids)} tokens; at most {most} are read")
         if answer and len(names) == 1:
             self.prepare(names[0])
-        ids = self.meta.encode(self._unnamed(messages))
-        if len(ids) > self.longest:  # here, since one that is too long can take others down with its forward pass
-            raise ExpertokenError(f"the conversation has {len(ids)} tokens; at most {self.longest} are read")
         last = last_answerer(messages, self.pool)
         # A decision reads `[image_url]` for an image; an answer must not.
         answer = answer and not any(is_media(message) for message in messages)
@@ -155,7 +174,10 @@ class CompositeModel(AnsweringModel):
         self, name: str, messages: list[Message], generation: Generation, decision: Decision, turn: Turn
     ) -> AsyncIterator[Piece]:
         """One candidate's answer, or what it adds to an answer that was begun."""
-        first = name == self._self_name and name == decision.dispatch.expert and not turn.handed_over
+        # Not where something is out already: self goes on from that as everybody does.
+        first = name == self._self_name and name == decision.dispatch.expert and not turn.begun
+        if first:
+            generation = within(generation, self._positions - decision.prompt_tokens)
         if first and self.anywhere and decision.choose is not None:
             source = self._watched_answer(messages, decision, generation)
         elif first and decision.own is not None:
@@ -166,13 +188,19 @@ class CompositeModel(AnsweringModel):
             async for piece in pieces:
                 yield piece
 
-    def switch_key(self, name: str) -> tuple[str, str] | None:
-        """Base and name of a candidate that runs here: in their order adapters of one base lie together."""
-        expert = self.pool[name]
-        if expert.backend == "openai":
-            return None
-        base = expert.base or self.meta.source.model if expert.backend == "adapter" else expert.model or ""
-        return base, name
+    def batched(self, names: Iterable[str]) -> list[str]:
+        """Those of them whose models run here and answer in batches, in the order in which least has to be loaded.
+
+        What is in memory comes first, and adapters of one base lie together. Self is none of them where it may call for
+        an expert in mid-answer.
+        """
+        local = {name: local_source(self.pool[name], self.meta.source) for name in names}
+        if self.anywhere:
+            local.pop(self._self_name, None)
+        order = {
+            name: (not self.local_models.holds(source), source.model, name) for name, source in local.items() if source
+        }
+        return sorted(order, key=order.__getitem__)
 
     def backend(self, name: str) -> Backend:
         """The opened backend of a candidate.
@@ -199,7 +227,7 @@ class CompositeModel(AnsweringModel):
         Raises:
             HandOver: there.
         """
-        ids = self.meta.encode(messages)
+        ids = await asyncio.to_thread(self.meta.encode, messages)
         end = min(end_ids(self.meta.plain, self.meta.tokenizer))
         watch = Watch(self.meta, self._self_name, decision.choose, end, len(ids))
         if decision.own is not None:
@@ -226,7 +254,8 @@ class CompositeModel(AnsweringModel):
         model, tokenizer = self.meta.model, self.meta.tokenizer
         prompt = own.inputs["input_ids"]
         read = int(own.inputs["attention_mask"].sum())
-        token, state = first_token(model, prompt, own.logits[:, : self.meta.vocab_size], generation)
+        logits = own.logits[:, : self.meta.vocab_size]
+        token, state = await asyncio.to_thread(first_token, model, prompt, logits, generation)
         if token.item() in end_ids(self.meta.plain, tokenizer):
             yield Piece(finish="stop", usage=(read, 1))
             return
@@ -242,7 +271,14 @@ class CompositeModel(AnsweringModel):
             "max_new_tokens": generation.max_new_tokens - 1,
         }
         source = stream_generate(
-            model, tokenizer, rest, generation, first=token[0], state=state, ready=self._own_turn, watch=watch
+            model,
+            tokenizer,
+            rest,
+            generation,
+            first=token[0],
+            state=state,
+            ready=self._own_turn,
+            watch=watch,
         )
         async with aclosing(source) as pieces:
             async for piece in pieces:

@@ -5,6 +5,7 @@ import copy
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
     from transformers import DynamicCache
 
 _MAX_TOKENS = 4096  # padded tokens of one forward pass
+_MOST_STARTS = 8  # caches that wait for self's turn: it gives one answer at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OwnStart:
     """What self goes on from: the decision's logits give its first token, the KV cache the rest.
 
@@ -71,6 +73,10 @@ class Question:
     answer: bool = False
 
 
+_Waiting = tuple[Question, float, Callable[[Any], None], Callable[[], bool]]
+"""A question, since when it waits, who is told, and whether nobody waits any more."""
+
+
 class Decider:
     """Decides with a meta LLM.
 
@@ -83,9 +89,10 @@ class Decider:
     def __init__(self, meta: MetaLLM, self_name: str | None, observer: Observer | None = None) -> None:
         self.meta, self.self_name = meta, self_name
         self.observer = observer or Observer()
-        self._waiting: queue.SimpleQueue[tuple[Question, float, Callable[[Any], None]]] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[_Waiting] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
         self._starting = threading.Lock()
+        self._starts: weakref.WeakSet[OwnStart] = weakref.WeakSet()
 
     def decide(self, questions: Sequence[Question]) -> list[Decision]:
         """Decide many at once, in this thread."""
@@ -123,17 +130,18 @@ class Decider:
             if self._worker is None:
                 self._worker = threading.Thread(target=self._work, name="decider", daemon=True)
                 self._worker.start()
-        self._waiting.put((question, time.perf_counter(), tell))
+        self._waiting.put((question, time.perf_counter(), tell, future.cancelled))
         return await future
 
     def _work(self) -> None:
         while True:
             self._decide_waiting([self._waiting.get(), *_drain(self._waiting)])
 
-    def _decide_waiting(self, waiting: list[tuple[Question, float, Callable[[Any], None]]]) -> None:
+    def _decide_waiting(self, waiting: list[_Waiting]) -> None:
         # A function of its own, so that an idle thread holds no decision and no cache.
-        for batch in token_batches([len(question.ids) for question, _, _ in waiting], _MAX_TOKENS):
-            questions, started, tell = zip(*(waiting[index] for index in batch), strict=True)
+        waiting = [one for one in waiting if not one[3]()]
+        for batch in token_batches([len(one[0].ids) for one in waiting], _MAX_TOKENS):
+            questions, started, tell, _ = zip(*(waiting[index] for index in batch), strict=True)
             for one, outcome in zip(tell, self._pass(questions, started), strict=True):
                 one(outcome)
 
@@ -155,14 +163,23 @@ class Decider:
                 dispatch = question.choose(candidates[row])
                 own = None
                 if cache is not None and question.answer and dispatch.expert == self.self_name:
-                    chosen = {key: value[row : row + 1] for key, value in inputs.items()}
-                    own = OwnStart(logits[row : row + 1].float(), chosen, _row_of(cache, row, len(questions)))
+                    own = self._own_start(logits, inputs, cache, row)
                 seconds = time.perf_counter() - started[row]
                 self.observer.decided(dispatch, seconds, len(questions))
                 found.append(Decision(dispatch, len(question.ids), seconds, own, question.choose))
             except Exception as error:
                 found.append(error)
         return found
+
+    def _own_start(self, logits: torch.Tensor, inputs: dict[str, Any], cache: Any, row: int) -> OwnStart | None:
+        """None where many wait for their turn already, each with a cache: those read the conversation again."""
+        if len(self._starts) >= _MOST_STARTS:
+            return None
+        chosen = {key: value[row : row + 1] for key, value in inputs.items()}
+        single = _row_of(cache, row, len(logits), logits.device)
+        start = OwnStart(logits[row : row + 1].float().clone(), chosen, single)  # no view of the whole batch's
+        self._starts.add(start)
+        return start
 
     def _forward(self, questions: Sequence[Question]) -> tuple[torch.Tensor, dict[str, Any], Any]:
         from transformers import DynamicCache
@@ -187,11 +204,21 @@ def _drain(waiting: queue.SimpleQueue) -> Iterator[Any]:
             return
 
 
-def _row_of(cache: "DynamicCache", row: int, count: int) -> "DynamicCache":
+def _row_of(cache: "DynamicCache", row: int, count: int, device: torch.device) -> "DynamicCache":
     """One row of a batch's cache; the batch's own stays as it is."""
     if count == 1:
         return cache
     single = copy.copy(cache)
-    single.layers = [copy.copy(layer) for layer in cache.layers]  # selecting gives a layer new tensors
-    single.batch_select_indices(torch.tensor([row], device=cache.layers[0].keys.device))
+    single.layers = [_copied(layer) for layer in cache.layers]
+    # Not `batch_select_indices`, which linear attention does not have; this gives every layer new tensors.
+    single.reorder_cache(torch.tensor([row], device=device))
     return single
+
+
+def _copied(layer: Any) -> Any:
+    """A layer whose tensors can be exchanged; linear attention keeps its own in dicts."""
+    copied = copy.copy(layer)
+    for key, value in vars(layer).items():
+        if isinstance(value, dict):
+            setattr(copied, key, dict(value))
+    return copied

@@ -4,29 +4,32 @@ The meta LLM is an exported checkpoint (`expertoken export`) behind any OpenAI-c
 log-probabilities, such as vLLM. The decision is one token's: its top log-probabilities name the experts' tokens. A YAML
 file says where everything is:
 
-    meta: {model: meta, base_url: "http://10.0.0.1:8000/v1", api_key_env: META_KEY, top_logprobs: 20}
+    meta: {model: meta, base_url: "http://10.0.0.1:8000/v1", api_key_env: META_KEY, token_ids: {math: 151936}}
     experts:
       - {name: math, backend: openai, model: math-7b, base_url: "http://10.0.0.2:8000/v1"}
       - {name: self, backend: self}
     policy: {threshold: 0.4}    # optional; keys as `policy.Policy` has them
 """
 
+import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import anyio
 import torch
 import yaml
 
-from ..modeling.chat import Message, text_of
+from ..modeling.chat import Message, plain, text_of
 from ..modeling.dispatch import Dispatch
-from ..modeling.errors import ExpertFailedError, ExpertokenError, NoAnswerError, one_line
+from ..modeling.errors import ExpertFailedError, ExpertokenError, NoAnswerError, RequestRefusedError, one_line
 from ..modeling.experts import SELF, Expert, ExpertPool
 from .answering import AnsweringModel
-from .backends import Backend, Timeouts
-from .backends.endpoint import EndpointBackend
+from .backends import Backend, Generation, Piece, Timeouts
+from .backends.endpoint import REQUESTS, EndpointBackend
 from .decider import Decision
 from .loop import BackgroundLoop
 from .observer import Observer
@@ -34,8 +37,9 @@ from .policy import Policy, last_answerer
 
 _FORGED = "<|expert:"
 _CHARACTERS = 4  # of a token, where nobody here can count them
+_CONCURRENT = 16  # decisions on a file
 _NEVER = math.log(1e-12)
-_META_KEYS = ("model", "base_url", "api_key_env", "top_logprobs")
+_META_KEYS = ("model", "base_url", "api_key_env", "top_logprobs", "token_ids")
 
 
 class GatewayModel(AnsweringModel):
@@ -45,6 +49,7 @@ class GatewayModel(AnsweringModel):
         meta: the endpoint; an `Expert` for its fields.
         pool: experts behind endpoints, and self, which the same endpoint answers.
         top_logprobs: log-probabilities to ask for; experts that are not among them count as improbable.
+        token_ids: the experts' tokens in the checkpoint, which self's answers are kept from (`logit_bias`).
         policy: how a candidate is chosen where a request says nothing else.
         timeouts: of endpoints.
         observer: is told what happens.
@@ -56,6 +61,7 @@ class GatewayModel(AnsweringModel):
         pool: ExpertPool,
         *,
         top_logprobs: int = 20,
+        token_ids: Mapping[str, int] | None = None,
         policy: Policy | None = None,
         timeouts: Timeouts | None = None,
         observer: Observer | None = None,
@@ -71,6 +77,7 @@ class GatewayModel(AnsweringModel):
         super().__init__(pool, policy, observer)
         self.top_logprobs, self._timeouts = top_logprobs, timeouts
         self._endpoint = EndpointBackend(meta, timeouts)
+        self._self = _Self(self._endpoint, {str(place): -100 for place in (token_ids or {}).values()})
 
     @classmethod
     def from_yaml(cls, path: Path | str, **options: Any) -> "GatewayModel":
@@ -96,10 +103,13 @@ class GatewayModel(AnsweringModel):
         count = meta.pop("top_logprobs", 20)
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ExpertokenError(f"{path}, meta.top_logprobs: expected a whole number of at least 1, got {count!r}")
+        ids = meta.pop("token_ids", None) or {}
+        if not isinstance(ids, dict) or not all(isinstance(place, int) for place in ids.values()):
+            raise ExpertokenError(f"{path}, meta.token_ids: expected expert: id, as `expertoken export` writes them")
         endpoint = {"experts": [{"name": "meta", "backend": "openai", **meta}]}
         endpoint = ExpertPool.parse(endpoint, f"{path}, meta").experts[0]
         pool = ExpertPool.parse(document, str(path), path.parent)
-        return cls(endpoint, pool, top_logprobs=count, **{"policy": policy} | options)
+        return cls(endpoint, pool, top_logprobs=count, token_ids=ids, **{"policy": policy} | options)
 
     @property
     def identity(self) -> str:
@@ -115,28 +125,43 @@ class GatewayModel(AnsweringModel):
         """The opened backend of a candidate; self is the meta LLM's endpoint."""
         expert = self.pool[name]
         if expert.backend == SELF:
-            return self._endpoint
+            return self._self
         return self._backends.setdefault(name, self._backends.get(name) or EndpointBackend(expert, self._timeouts))
 
-    def _decide_all(self, conversations: Sequence[list[Message]], policy: Policy | None) -> list[Dispatch]:
-        return [BackgroundLoop.call(self.adecide(messages, policy)).dispatch for messages in conversations]
+    def decide(self, conversations: Sequence[Sequence[Message]], policy: Policy | None = None) -> list[Decision]:
+        """Decide on many, some at a time."""
+        return BackgroundLoop.call(self._decide(conversations, policy))
+
+    async def _decide(self, conversations: Sequence[Sequence[Message]], policy: Policy | None) -> list[Decision]:
+        slots = asyncio.Semaphore(_CONCURRENT)
+
+        async def one(messages: Sequence[Message]) -> Decision:
+            async with slots:
+                return await self.adecide(messages, policy)
+
+        return await asyncio.gather(*map(one, conversations))
 
     async def adecide(self, messages: Sequence[Message], policy: Policy | None = None) -> Decision:
         """Decide on a conversation by one token of the meta LLM's.
 
         Raises:
+            ExpertokenError: the conversation is too long, or the meta LLM's server refuses it.
             NoAnswerError: the meta LLM's server can't be asked. Without a decision nobody is the right one to ask.
         """
         policy = policy or self.policy
         names = policy.candidates(self.pool)
+        if (tokens := self._about(messages)) > self.longest:
+            raise ExpertokenError(f"the conversation has about {tokens} tokens; at most {self.longest} are read")
         started = time.perf_counter()
         if len(names) == 1:  # an expert that is addressed answers, whether the meta LLM can be asked or not
-            tokens = self._about(messages)
             dispatch = Dispatch(names[0], {names[0]: 1.0}, "nobody else may answer", (names[0],))
         else:
             try:
                 logits, tokens = await self._ask_meta(self._unnamed(messages))
+            except RequestRefusedError as error:
+                raise ExpertokenError(f"the meta LLM does not take the conversation: {error}") from error
             except ExpertFailedError as error:
+                self.observer.lost()
                 raise NoAnswerError(f"the meta LLM can't be asked: {error}") from error
             last = last_answerer(messages, self.pool)
             dispatch = policy.choose(self.pool, logits, prompt_tokens=tokens, last=last)
@@ -148,17 +173,22 @@ class GatewayModel(AnsweringModel):
         """Logits of the candidates `[C]` (their log-probabilities), and tokens that were read."""
         import openai
 
-        # The server's tokenizer knows the experts' tokens, so a user could write one: it is taken apart.
-        safe = [m | {"content": text_of(m).replace(_FORGED, "< |expert:")} for m in messages]
-        expert = self._endpoint.expert
+        expert, limit = self._endpoint.expert, self._endpoint.timeouts.first
+        create = self._endpoint.client().chat.completions.create
+        asked = {"model": expert.model, "messages": _apart(messages), "max_tokens": 1, "temperature": 0.0}
+
+        async def ask() -> Any:
+            return await create(**asked, logprobs=True, top_logprobs=self.top_logprobs)
+
         try:
-            answer = await self._endpoint.client().chat.completions.create(
-                model=expert.model, messages=safe, max_tokens=1, temperature=0.0, logprobs=True,
-                top_logprobs=self.top_logprobs,
-            )  # fmt: skip
+            with anyio.fail_after(limit):
+                answer = await self._endpoint.asking(ask)
             top = answer.choices[0].logprobs.content[0].top_logprobs
         except openai.APIStatusError as error:
-            raise ExpertFailedError(f"its endpoint answered {error.status_code}") from error
+            kind = RequestRefusedError if error.status_code in REQUESTS else ExpertFailedError
+            raise kind(f"its endpoint answered {error.status_code}") from error
+        except TimeoutError as error:
+            raise ExpertFailedError(f"its endpoint gave nothing within {limit:g} s") from error
         except (AttributeError, IndexError, TypeError) as error:
             raise ExpertFailedError("its endpoint gives no log-probabilities") from error
         except Exception as error:
@@ -177,4 +207,29 @@ class GatewayModel(AnsweringModel):
 
     def _about(self, messages: Sequence[Message]) -> int:
         """Tokens of a conversation, about."""
-        return sum(self.count(text_of(message)) for message in messages)
+        return sum(self.count(text_of(message, placeholders=True)) for message in messages)
+
+
+class _Self(Backend):
+    """The meta LLM's own answers, from its endpoint.
+
+    Args:
+        endpoint: of the exported checkpoint.
+        bias: by token id, of the experts' tokens: an answer has no use for them.
+    """
+
+    def __init__(self, endpoint: EndpointBackend, bias: dict[str, int]) -> None:
+        self._endpoint, self._bias = endpoint, bias
+
+    def stream(self, messages: Sequence[Message], generation: Generation, *, begun: str = "") -> AsyncIterator[Piece]:
+        """As of the endpoint."""
+        extra = dict(generation.extra)
+        if self._bias:
+            extra["logit_bias"] = extra.get("logit_bias", {}) | self._bias
+        return self._endpoint.stream(_apart(messages), replace(generation, extra=extra), begun=begun)
+
+
+def _apart(messages: Sequence[Message]) -> list[Message]:
+    """A conversation for a tokenizer that knows the experts' tokens: what a user writes as one is no token any more."""
+    told = plain(messages, placeholders=True)
+    return [message | {"content": message["content"].replace(_FORGED, "< |expert:")} for message in told]

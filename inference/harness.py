@@ -5,6 +5,7 @@ with this model known to it.
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from .backends import Generation
 from .backends.local import LocalBackend
 from .offline import answer_all
 from .opening import open_model
+
+logger = logging.getLogger(__name__)
 
 _CHAT = "expertoken chat: "  # before messages as JSON: what the harness hands back as a context
 
@@ -65,15 +68,20 @@ class CompositeLM(LM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers, by whom the meta LLM chooses."""
-        groups: dict[Generation, list[int]] = {}
+        groups: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
-            groups.setdefault(self._generation(request.args[1]), []).append(place)
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(place)
         answers = [""] * len(requests)
-        for generation, places in groups.items():
+        for places in groups.values():
+            generation = self._generation(requests[places[0]].args[1])
             conversations = [_messages(requests[place].args[0]) for place in places]
             found = answer_all(self.composite, conversations, generation, concurrent=self.concurrent)
             for place, row in zip(places, found, strict=True):
                 answers[place] = row["answer"] or ""
+            if lost := [row["error"] for row in found if "error" in row]:
+                logger.warning(
+                    "%d of %d questions got no answer and count as wrong: %s", len(lost), len(found), lost[0]
+                )
         return answers
 
     def _generation(self, options: dict[str, Any]) -> Generation:
@@ -83,7 +91,6 @@ class CompositeLM(LM):
             temperature=float(options.get("temperature") or 0) if options.get("do_sample") else 0.0,
             top_p=float(options.get("top_p") or 1),
             stop=(until,) if isinstance(until, str) else tuple(until),
-            extra=_Nothing(),
         )
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -108,13 +115,6 @@ class CompositeLM(LM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Not of a composite: perplexity of a text is one model's."""
         raise ExpertokenError("perplexity is one model's, not a composite's; evaluate an expert by itself")
-
-
-class _Nothing(dict):
-    """An empty mapping that can stand in a key."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return 0
 
 
 def _messages(context: str) -> Sequence[Message]:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from itertools import islice, zip_longest
@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 from ..modeling.chat import Message, as_messages
 from ..modeling.dispatch import Dispatch
 from ..modeling.errors import ExpertokenError, NoAnswerError, one_line
+from ..modeling.experts import SELF
 from ..modeling.files import atomic_file
 from .answering import AnsweringModel
-from .backends import Generation
+from .backends import Generation, Piece
 from .backends.local import LocalBackend
 from .decider import Decision
 from .loop import BackgroundLoop
@@ -67,7 +68,8 @@ def generate_file(
     generation, policy = generation or Generation(), policy or composite.policy
     source, out = Path(source), Path(out)
     asked = asdict(generation) | {"extra": dict(generation.extra)}
-    keys = _keys(source, _hash([asked, policy.document(), composite.pool.names, composite.identity]))
+    pool = [asdict(expert) for expert in composite.pool.candidates]
+    keys = _keys(source, _hash([asked, policy.document(), pool, composite.identity]))
     part = out.with_name(f".{out.name}.part")
     counts: Counter[str] = Counter()
     with _Answers(part) as answers:
@@ -82,10 +84,10 @@ def generate_file(
                 for place, answer in _answers(composite, conversations, generation, policy, concurrent):
                     answers.add(block[place][0], answer)
                     bar.update()
-        with atomic_file(out) as aside, aside.open("w", encoding="utf-8") as stream:
+        with atomic_file(out) as aside, aside.open("wb") as stream:
             for key, row in zip(keys, _rows(source), strict=True):
                 answer = answers[key]
-                stream.write(json.dumps(row | answer, ensure_ascii=False) + "\n")
+                stream.write(_line(row | answer))
                 counts[answer.get("expert") or "nobody"] += 1
     part.unlink()
     return dict(counts)
@@ -127,7 +129,7 @@ class _Answers:
     def add(self, key: str, answer: dict[str, Any]) -> None:
         """One more."""
         self._places[key] = self._stream.seek(0, os.SEEK_END)
-        self._stream.write(json.dumps({"key": key, "answer": answer}, ensure_ascii=False).encode() + b"\n")
+        self._stream.write(_line({"key": key, "answer": answer}))
         self._stream.flush()
 
 
@@ -155,55 +157,74 @@ def _answers(
     concurrent: int,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Answers as they come, each with the place of its conversation."""
-    dispatches = composite.route(conversations, policy=policy)
+    decisions: dict[int, Decision] = {}
+    for place, decided in enumerate(_decided(composite, conversations, policy)):
+        if isinstance(decided, Decision):
+            decisions[place] = decided
+        else:
+            yield place, {"answer": None, "expert": None, "error": str(decided)}
     places: dict[str, list[int]] = {}
-    for place, dispatch in enumerate(dispatches):
-        places.setdefault(dispatch.expert, []).append(place)
-    local = sorted(filter(composite.switch_key, places), key=composite.switch_key)
+    for place, decision in decisions.items():
+        places.setdefault(decision.dispatch.expert, []).append(place)
+    local = composite.batched(places)
     single = [place for name in places if name not in local for place in places[name]]
-    # One expert after the other, those that share a base next to each other: nothing is loaded or switched twice.
+    # One expert after the other: nothing is loaded or switched twice.
     for name, following in zip_longest(local, local[1:]):
         with ExitStack() as held:
+            resident = None
             for start in range(0, len(places[name]), _BATCH):
                 chosen = places[name][start : start + _BATCH]
                 try:
                     backend = composite.backend(name)
                     assert isinstance(backend, LocalBackend)
-                    if start == 0:
-                        held.enter_context(backend.models.lease(backend.source))  # up to its last batch
+                    if resident is None:
+                        resident = held.enter_context(backend.models.lease(backend.source))  # up to its last batch
                         if following:
                             composite.prepare(following)
-                    texts = backend.complete([conversations[place] for place in chosen], generation, _BATCH)
+                    asked = [conversations[place] for place in chosen]
+                    answers = backend.complete(asked, generation, _BATCH, resident)
                 except Exception as error:  # the next best one is asked, as in a chat
                     logger.warning("expert %r failed in a batch, each is asked by itself: %s", name, one_line(error))
                     single += chosen
                     continue
-                for place, text in zip(chosen, texts, strict=True):
-                    yield place, _told(_replied(composite, conversations[place], text, dispatches[place], generation))
-    answering = _each(composite, conversations, dispatches, generation, single, concurrent)
+                for place, answer in zip(chosen, answers, strict=True):
+                    if answer.text or composite.pool[name].backend == SELF:
+                        yield place, _told(_replied(composite, answer, decisions[place].dispatch, generation))
+                    else:
+                        single.append(place)
+    answering = _each(composite, conversations, decisions, generation, single, concurrent)
     yield from BackgroundLoop.iterate(answering)
 
 
-def _replied(
-    composite: AnsweringModel, messages: list[Message], text: str, dispatch: Dispatch, generation: Generation
-) -> Reply:
+def _decided(
+    composite: AnsweringModel, conversations: list[list[Message]], policy: Policy
+) -> list[Decision | ExpertokenError]:
+    """A decision on each, or why there is none: one that is too long must not take the others along."""
+    try:
+        return composite.decide(conversations, policy)
+    except Exception as error:
+        if len(conversations) > 1:
+            return [decided for one in conversations for decided in _decided(composite, [one], policy)]
+        return [error if isinstance(error, ExpertokenError) else ExpertokenError(one_line(error))]
+
+
+def _replied(composite: AnsweringModel, answer: Piece, dispatch: Dispatch, generation: Generation) -> Reply:
     """A local expert's answer of a batch, with what a chat would tell of it."""
     stops = StopTexts(generation.stop)
-    cut = stops.feed(text)
-    written = composite.count(text)
+    cut = stops.feed(answer.text)
     return Reply(
-        cut if stops.reached else text,
+        cut if stops.reached else answer.text,
         dispatch.expert,
         dispatch,
-        finish="stop" if stops.reached or written < generation.max_new_tokens else "length",
-        cost=composite.pool[dispatch.expert].price(len(composite.meta.encode(messages)), written),
+        finish="stop" if stops.reached else answer.finish,
+        cost=composite.pool[dispatch.expert].price(*answer.usage),
     )
 
 
 async def _each(
     composite: AnsweringModel,
     conversations: Sequence[list[Message]],
-    dispatches: Sequence[Dispatch],
+    decisions: Mapping[int, Decision],
     generation: Generation,
     places: Sequence[int],
     concurrent: int,
@@ -213,7 +234,7 @@ async def _each(
 
     async def answer(place: int) -> tuple[int, dict[str, Any]]:
         async with slots:
-            stream = composite.answer(conversations[place], Decision(dispatches[place], 0, 0.0), generation)
+            stream = composite.answer(conversations[place], decisions[place], generation)
             try:
                 async for _ in stream.pieces():
                     pass
@@ -278,6 +299,11 @@ def _row(line: bytes, place: str) -> dict[str, Any]:
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise ExpertokenError(f"{place}: {_EXPECTED} ({one_line(error)})") from None
     return row
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    # Half a surrogate, which JSON can hold and UTF-8 can't, stays what it is: an escape.
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _messages(row: dict[str, Any]) -> list[Message]:

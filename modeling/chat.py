@@ -95,6 +95,11 @@ def text_of(message: Message, *, placeholders: bool = False) -> str:
 _AS = {"developer": "system"}  # OpenAI's newer name for it, which templates don't know
 
 
+def plain(messages: Sequence[Message], *, placeholders: bool = False) -> list[Message]:
+    """Roles and texts alone: what else a message holds a template may print, and only texts are sanitised."""
+    return [{"role": _AS.get(m["role"], m["role"]), "content": text_of(m, placeholders=placeholders)} for m in messages]
+
+
 def encode_chat(
     tokenizer: "PreTrainedTokenizerBase",
     conversation: str | Sequence[Message],
@@ -131,11 +136,7 @@ def encode_chat(
     tokenizer.chat_control_tokens = [
         token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()
     ]
-    # Roles and texts alone: what else a message holds a template may print, and only texts are sanitised.
-    messages = [
-        {"role": _AS.get(m["role"], m["role"]), "content": text_of(m, placeholders=placeholders)}
-        for m in as_messages(conversation)
-    ]
+    messages = plain(as_messages(conversation), placeholders=placeholders)
     begun = begun if begun.strip() else ""  # blanks alone are nothing to go on from, and templates trim them
     try:
         ids = tokenizer.apply_chat_template(

@@ -270,6 +270,7 @@ def load_composite(
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    send_keys: bool = False,
 ) -> Composite:
     """Load a composite folder.
 
@@ -280,12 +281,13 @@ def load_composite(
             (bfloat16 is many times slower on most).
         revision: of a composite on the hub.
         trust_remote_code: allow the base model's repository to run its own code. A folder can't allow that for itself.
+        send_keys: let a composite of the hub have this machine's keys sent to the addresses that it names.
 
     Raises:
         ExpertokenError: a file is missing or damaged, the base model is not the one it was trained on, or it needs
-            `trust_remote_code`.
+            `trust_remote_code` or `send_keys`.
     """
-    path = local_folder(path, revision)
+    given, path = path, local_folder(path, revision)
     manifest = read_manifest(path)
     base = manifest.base
     if base.get("trust_remote_code") and not trust_remote_code:
@@ -297,6 +299,12 @@ def load_composite(
     if dtype is None and (device.type != "cpu" or base.get("device") == "cpu"):
         dtype = getattr(torch, base["dtype"])
     pool = ExpertPool.from_yaml(path / POOL_FILE)
+    asked = [f"{e.api_key_env} to {e.base_url or 'OpenAI'}" for e in pool if e.api_key_env]
+    if asked and path != Path(given) and not send_keys:
+        raise ExpertokenError(
+            f"{given}: would have keys of this machine sent to addresses that it names ({'; '.join(asked)}); say "
+            "send_keys=True (--send-keys) if you trust it"
+        )
     names = [expert.name for expert in pool]
     rows = read_rows(path / ROWS_FILE, names, base["hidden_size"])
     source = Source(_resolved(base["model"], path), base.get("revision"), trust_remote_code)

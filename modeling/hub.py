@@ -1,6 +1,7 @@
 """Composites pushed to the Hugging Face hub as they are; `files.local_folder` finds them there by their id."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from .composite import Composite, save_composite
@@ -35,7 +36,9 @@ def push(composite: Composite, repo: str, *, private: bool = True, message: str 
     api = HfApi()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "composite"
-        save_composite(composite, folder, verify=False)
+        data = {key: value for key, value in composite.manifest.data.items() if key != "path"}  # of this machine
+        public = replace(composite, manifest=replace(composite.manifest, data=data))
+        save_composite(public, folder, verify=False)
         try:
             api.create_repo(repo, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message))

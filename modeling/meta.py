@@ -183,6 +183,11 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def positions(model: "PreTrainedModel") -> int:
+    """Tokens that a model was made for, prompt and answer together; very many where it does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
 def token_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Group sequences of like length, longest first, so that a padded batch holds at most `max_tokens`.
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -17,9 +18,14 @@ from .base import Backend, Generation, Piece
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
+    from tenacity import AsyncRetrying
 
 
-_REQUESTS = (400, 413, 422)  # a fault of the request
+REQUESTS = (400, 413, 422)  # a fault of the request
+_FOR_NOW = (408, 409, 429)
+_MOST = 2**53  # tokens, and far more than there are
+_NO_ANSWER = "the endpoint gave something else than an answer"
+_OPENAI = "//api.openai.com"
 _GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
 
 
@@ -75,13 +81,26 @@ class EndpointBackend(Backend):
                     api_key=self._key,
                     base_url=self.expert.base_url,
                     timeout=openai.Timeout(max(limits.first, limits.idle), connect=limits.connect),
-                    max_retries=limits.retries,
+                    max_retries=0,  # see `asking`: the client would heed a minute of Retry-After
                 )
             return self._clients[loop]
 
+    @property
+    def asking(self) -> "AsyncRetrying":
+        """Calls a function once more where the server refused for now or was not reached, after a short pause.
+
+        Short, whatever the server asks for: the next best expert may be asked instead.
+        """
+        from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+        pause = wait_random_exponential(multiplier=0.5, max=2)
+        attempts = stop_after_attempt(1 + self.timeouts.retries)
+        return AsyncRetrying(retry=retry_if_exception(_passes), wait=pause, stop=attempts, reraise=True)
+
     def _options(self, generation: Generation) -> dict[str, Any]:
         # OpenAI's own newer models refuse the older name; other servers know the older one.
-        limit = "max_tokens" if self.expert.base_url else "max_completion_tokens"
+        own = _OPENAI in (self.expert.base_url or _OPENAI)
+        limit = "max_completion_tokens" if own else "max_tokens"
         asked = {
             limit: generation.max_new_tokens,
             "temperature": generation.temperature,
@@ -111,7 +130,7 @@ class EndpointBackend(Backend):
         chunks = None
         try:
             with anyio.fail_after(self.timeouts.first):
-                chunks = await self._begin(given, self._options(generation), going_on=bool(begun))
+                chunks = await self.asking(self._begin, given, self._options(generation), going_on=bool(begun))
             pieces = aiter(chunks)
             while True:
                 limit = self.timeouts.idle if told else max(0.0, deadline - anyio.current_time())
@@ -129,7 +148,7 @@ class EndpointBackend(Backend):
         except ExpertFailedError:
             raise
         except openai.APIStatusError as error:
-            kind = RequestRefusedError if error.status_code in _REQUESTS else ExpertFailedError
+            kind = RequestRefusedError if error.status_code in REQUESTS else ExpertFailedError
             raise kind(f"the endpoint answered {error.status_code}") from error
         except (TimeoutError, openai.APITimeoutError) as error:
             stopped = f"stopped in its answer for {self.timeouts.idle:g} s"
@@ -168,36 +187,49 @@ def _piece(chunk: Any) -> tuple[Piece, bool]:
     try:
         counts = chunk.get("usage") or {}
         usage = (counts.get("prompt_tokens"), counts.get("completion_tokens"))
-        usage = usage if all(isinstance(count, int) for count in usage) else None
+        usage = usage if all(isinstance(count, int) and 0 <= count < _MOST for count in usage) else None
         choices = chunk.get("choices")
         if choices is None and usage is None:
-            raise ExpertFailedError("the endpoint gave something else than an answer")
+            raise ExpertFailedError(_NO_ANSWER)
         if not choices:
             return Piece(usage=usage), False
         delta = choices[0].get("delta") or {}
         piece = Piece(
-            text=delta.get("content") or "",
-            tool_calls=delta.get("tool_calls") or None,
-            logprobs=choices[0].get("logprobs") or None,
+            text=(delta.get("content") or "").encode("utf-8", "replace").decode(),  # half a surrogate can't be sent on
+            tool_calls=[dict(call) for call in delta.get("tool_calls") or ()] or None,
+            logprobs=dict(choices[0].get("logprobs") or ()) or None,
             finish=choices[0].get("finish_reason"),
             usage=usage,
         )
-    except (AttributeError, TypeError, LookupError) as error:
-        raise ExpertFailedError("the endpoint gave something else than an answer") from error
-    if not isinstance(piece.text, str):
-        raise ExpertFailedError("the endpoint gave something else than an answer")
-    return piece, bool(delta.get("reasoning_content") or delta.get("reasoning"))
+        thinks = bool(delta.get("reasoning_content") or delta.get("reasoning"))
+    except (AttributeError, TypeError, ValueError, LookupError) as error:
+        raise ExpertFailedError(_NO_ANSWER) from error
+    if not isinstance(piece.finish, str | None):
+        raise ExpertFailedError(_NO_ANSWER)
+    return piece, thinks
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether a server may answer the same request a moment later."""
+    import openai
+
+    if isinstance(error, openai.APIStatusError):
+        return error.status_code in _FOR_NOW or error.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
+    return isinstance(error, openai.APIConnectionError)
+
+
+_TELLING = 8  # characters
 
 
 class Repetition:
     """Leaves out the beginning of an answer where it repeats what was there already.
 
     Args:
-        begun: what may be repeated.
+        begun: what may be repeated; of a word or two it can't be told whether it is.
     """
 
     def __init__(self, begun: str) -> None:
-        self._rest, self._held = begun, ""
+        self._rest, self._held = begun if len(begun) >= _TELLING else "", ""
 
     def without(self, text: str, *, last: bool = False) -> str:
         """More of the answer, without the repetition; what may turn out to be one is held back until that is known."""

@@ -2,9 +2,10 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -12,7 +13,7 @@ import torch
 
 from ...modeling.chat import Message, encode_chat
 from ...modeling.errors import ExpertFailedError, ExpertokenError, RequestRefusedError, one_line
-from ...modeling.meta import Source, end_ids
+from ...modeling.meta import Source, end_ids, positions
 from .base import Backend, Generation, Piece
 from .models import LocalModels, Resident
 
@@ -29,19 +30,27 @@ def generation_options(generation: Generation) -> dict[str, Any]:
     return options
 
 
+def within(generation: Generation, left: int) -> Generation:
+    """An answer no longer than the positions that are left: behind them a model knows nothing, or breaks off."""
+    return replace(generation, max_new_tokens=min(generation.max_new_tokens, left))
+
+
 _RANDOM = threading.RLock()  # torch's generator is the process's: runs with a seed go one after the other
 
 
 @contextmanager
-def _seeded(generation: Generation, state: torch.Tensor | None = None) -> Iterator[None]:
-    """Random numbers as the seed says, or as they went on from `state`."""
+def _seeded(
+    generation: Generation, state: torch.Tensor | None = None, device: torch.device | None = None
+) -> Iterator[None]:
+    """Random numbers as the seed says, or as they went on from `state`, which is the device's."""
     if generation.seed is None or not generation.temperature:
         yield
         return
     with _RANDOM:
         torch.manual_seed(generation.seed)
         if state is not None:
-            torch.cuda.set_rng_state(state) if torch.cuda.is_available() else torch.set_rng_state(state)
+            of_cpu = device is None or device.type == "cpu"
+            torch.set_rng_state(state) if of_cpu else torch.get_device_module(device).set_rng_state(state, device)
         yield
 
 
@@ -83,7 +92,7 @@ async def stream_generate(
     *,
     first: torch.Tensor | None = None,
     state: torch.Tensor | None = None,
-    ready: AbstractContextManager | None = None,
+    ready: Callable[[threading.Event], AbstractContextManager] | None = None,
     watch: Any = None,
 ) -> AsyncIterator[Piece]:
     """Run `model.generate` in a thread and yield its text as it comes; closing the iterator stops the thread.
@@ -95,25 +104,22 @@ async def stream_generate(
         generation: how.
         first: `[n]` tokens at the end of `input_ids` that belong to the answer already.
         state: of the random numbers after `first` was drawn with a seed.
-        ready: entered by the thread around the generation (a lock, the choice of an adapter). Not around the iteration:
-            who reads slowly, or from several threads, must not hold a lock for that.
+        ready: what the thread enters around the generation (`turn_of`, the choice of an adapter), given what tells that
+            nobody waits any more. Not around the iteration: who reads slowly, or from several threads, must not hold a
+            lock for that.
         watch: a logits processor, entered by the thread too; it sees every position that is generated.
 
     Raises:
         ExpertFailedError: generation failed.
     """
-    from transformers import (
-        AsyncTextIteratorStreamer,
-        LogitsProcessorList,
-        StoppingCriteria,
-        StoppingCriteriaList,
-    )
+    from transformers import AsyncTextIteratorStreamer, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
     stopped = threading.Event()
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     failure: list[BaseException] = []
     count = 0 if first is None else len(first)
+    read = inputs["input_ids"].shape[1] - count
     last = None
     ends = end_ids(model, tokenizer)
 
@@ -132,21 +138,25 @@ async def stream_generate(
         streamer.put(first.cpu())
         streamer.next_tokens_are_prompt = True
 
-    def run() -> None:
+    def run(model: "PreTrainedModel", options: dict[str, Any]) -> None:
         try:
-            with ready or nullcontext(), _seeded(generation, state), watch or nullcontext(), torch.inference_mode():
+            seeded = _seeded(generation, state, model.device)
+            with ready(stopped) if ready else nullcontext(), seeded, watch or nullcontext(), torch.inference_mode():
                 if stopped.is_set():
                     return
                 model.generate(**options, streamer=streamer, stopping_criteria=StoppingCriteriaList([Stop()]))
         except BaseException as error:
+            error.__traceback__ = None  # its frames hold the model
             failure.append(error)
         finally:
+            del model, options
             # The signal also where `generate` never came to it.
             with suppress(RuntimeError):  # the loop is closed: nobody reads any more
                 loop.call_soon_threadsafe(streamer.text_queue.put_nowait, streamer.stop_signal)
                 loop.call_soon_threadsafe(ended.set)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, args=(model, options), daemon=True).start()
+    del model, options, inputs  # the thread's alone: who reads slowly must not keep what has to make room
     try:
         # Not the streamer's own iterator, which needs Python 3.11.
         while (text := await streamer.text_queue.get()) is not streamer.stop_signal:
@@ -161,12 +171,29 @@ async def stream_generate(
         if not isinstance(error, Exception):
             raise error
         raise ExpertFailedError(f"generation failed: {one_line(error)}") from error
-    read = inputs["input_ids"].shape[1] - (0 if first is None else len(first))
     yield Piece(finish="stop" if last in ends else "length", usage=(read, count))
+
+
+class _GivenUpError(Exception):
+    """Nobody waits for this turn any more."""
+
+
+@contextmanager
+def turn_of(lock: AbstractContextManager, stopped: threading.Event | None = None) -> Iterator[None]:
+    """A model's turn: it gives one answer at a time. Whoever is not waited for any more does not wait either."""
+    while not lock.acquire(timeout=0.1):
+        if stopped is not None and stopped.is_set():
+            raise _GivenUpError
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 LOADERS = ThreadPoolExecutor(64, thread_name_prefix="loader")
 """Of its own, and large: whoever waits for room must not keep conversations from being encoded."""
+# Apart from those: they may all wait for a model whose user waits for its adapter here.
+_ADAPTERS = ThreadPoolExecutor(64, thread_name_prefix="adapter")
 
 
 @contextmanager
@@ -187,16 +214,10 @@ class LocalBackend(Backend):
     def __init__(self, models: LocalModels, source: Source, adapter: tuple[str, str | None] | None = None) -> None:
         self.models, self.source, self._adapter = models, source, adapter
 
-    @property
-    def model(self) -> "PreTrainedModel":
-        """The model that answers, loaded where it is not."""
-        with self.models.lease(self.source) as resident:
-            return resident.adapted if self._adapter else resident.model
-
     @contextmanager
-    def _turn(self, resident: Resident) -> Iterator[None]:
+    def _turn(self, resident: Resident, stopped: threading.Event | None = None) -> Iterator[None]:
         """The model to oneself: choosing an adapter changes it for everybody."""
-        with resident.turn:
+        with turn_of(resident.turn, stopped):
             if self._adapter is not None:
                 slot = self.models.slot(resident, self.source, *self._adapter)
                 resident.adapted.set_adapter(slot, inference_mode=True)
@@ -217,9 +238,8 @@ class LocalBackend(Backend):
             raise
         except ExpertokenError as error:  # a conversation that its template does not take: no fault of the model
             raise RequestRefusedError(str(error)) from error
-        longest = getattr(resident.model.config, "max_position_embeddings", None) or len(ids)
-        if len(ids) > longest:
-            raise RequestRefusedError(f"{len(ids)} tokens; the model has positions for {longest}")
+        if len(ids) >= positions(resident.model):
+            raise RequestRefusedError(f"{len(ids)} tokens; the model has positions for {positions(resident.model)}")
         return ids
 
     async def stream(
@@ -231,23 +251,33 @@ class LocalBackend(Backend):
         lease.callback(self.models.release, resident)
         with lease:
             if self._adapter is not None and self._adapter not in resident.slots:
-                await asyncio.get_running_loop().run_in_executor(LOADERS, self._model, resident)
+                await asyncio.get_running_loop().run_in_executor(_ADAPTERS, self._model, resident)
+            # Encoding a long conversation takes milliseconds, which other answers of this loop would wait for.
+            ids = await asyncio.to_thread(self._encode, resident, messages, begun)
             model = self._model(resident)
-            ids = torch.tensor([self._encode(resident, messages, begun)], device=model.device)
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            # The lease ends with the generation, not with the reading: who reads slowly holds no model.
-            ready = _both(lease.pop_all(), self._turn(resident))
-            generating = stream_generate(model, resident.tokenizer, inputs, generation, ready=ready)
+            given = torch.tensor([ids], device=model.device)
+            inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
+            generating = stream_generate(
+                model,
+                resident.tokenizer,
+                inputs,
+                within(generation, positions(model) - len(ids)),
+                # The lease ends with the generation, not with the reading: who reads slowly holds no model.
+                ready=lambda stopped: _both(lease, self._turn(resident, stopped)),
+            )
+            del model, given, inputs
             async with aclosing(generating) as pieces:
                 async for piece in pieces:
                     yield piece
 
     async def _acquired(self) -> Resident:
         """The model, which may have to be loaded, while this loop goes on with other answers."""
-        coming = LOADERS.submit(self.models.acquire, self.source)
+        given_up = threading.Event()
+        coming = LOADERS.submit(self.models.acquire, self.source, given_up)
         try:
             return await asyncio.wrap_future(coming)
         except asyncio.CancelledError:  # nobody wants the answer any more, but the model may come all the same
+            given_up.set()
             coming.add_done_callback(self._give_back)
             raise
 
@@ -263,6 +293,10 @@ class LocalBackend(Backend):
             ids = self._encode(resident, messages)
             # Generation prompts end where an answer begins; benchmarks put the blank before it into the continuation.
             wanted = resident.tokenizer(continuation.lstrip(), add_special_tokens=False).input_ids
+            if len(ids) + len(wanted) > positions(model):
+                raise RequestRefusedError(
+                    f"{len(ids) + len(wanted)} tokens; the model has positions for {positions(model)}"
+                )
             given = torch.tensor([ids + wanted], device=model.device)
             logits = model(given, logits_to_keep=len(wanted) + 1).logits[0, :-1].float().log_softmax(-1)
             target = torch.tensor(wanted, device=model.device)
@@ -270,31 +304,50 @@ class LocalBackend(Backend):
             return float(logits.gather(-1, target[:, None]).sum()), greedy
 
     def complete(
-        self, conversations: Sequence[Sequence[Message]], generation: Generation, batch_size: int = 32
-    ) -> list[str]:
-        """Answers of many conversations, in left-padded batches of like length."""
-        with self.models.lease(self.source) as resident:
-            model = self._model(resident)
-            encoded = [self._encode(resident, messages) for messages in conversations]
+        self,
+        conversations: Sequence[Sequence[Message]],
+        generation: Generation,
+        batch_size: int = 32,
+        resident: Resident | None = None,
+    ) -> list[Piece]:
+        """Answers of many conversations, each in one piece, in left-padded batches of like length.
+
+        Args:
+            conversations: to answer.
+            generation: how.
+            batch_size: of them at a time.
+            resident: the model, where the caller has a lease of it.
+        """
+        with nullcontext(resident) if resident else self.models.lease(self.source) as held:
+            model = self._model(held)
+            encoded = [self._encode(held, messages) for messages in conversations]
             order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-            answers = [""] * len(encoded)
-            with self._turn(resident):
+            answers = [Piece()] * len(encoded)
+            with self._turn(held):
                 for start in range(0, len(order), batch_size):
                     chosen = order[start : start + batch_size]
-                    texts = _generate_batch(model, resident.tokenizer, [encoded[i] for i in chosen], generation)
-                    for index, text in zip(chosen, texts, strict=True):
-                        answers[index] = text
+                    found = _generate_batch(model, held.tokenizer, [encoded[i] for i in chosen], generation)
+                    for index, answer in zip(chosen, found, strict=True):
+                        answers[index] = answer
         return answers
 
 
 @torch.inference_mode()
 def _generate_batch(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", sequences: list[list[int]], generation: Generation
-) -> list[str]:
-    longest = max(map(len, sequences))
+) -> list[Piece]:
+    longest, ends = max(map(len, sequences)), set(end_ids(model, tokenizer))
     pad = tokenizer.pad_token_id or 0
     ids = torch.tensor([[pad] * (longest - len(s)) + s for s in sequences], device=model.device)
     mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences], device=model.device)
+    options = generation_options(within(generation, positions(model) - longest))
     with _seeded(generation):
-        output = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **generation_options(generation))
-    return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        output = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **options)
+    answers = []
+    for sequence, row in zip(sequences, output[:, longest:].tolist(), strict=True):
+        # What comes behind the end is padding, and may be an ordinary token where the tokenizer has none for it.
+        end = next((place for place, token in enumerate(row) if token in ends), None)
+        written = row if end is None else row[: end + 1]
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        answers.append(Piece(text, finish="length" if end is None else "stop", usage=(len(sequence), len(written))))
+    return answers

@@ -1,6 +1,7 @@
 """Local models in memory: each base once, as many as there is room for, the ones that are used least make room."""
 
 import gc
+import json
 import logging
 import threading
 import time
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...modeling.errors import ExpertFailedError, ExpertokenError, one_line
-from ...modeling.meta import LOADING, Source, load_causal_lm, share_weights
+from ...modeling.errors import ExpertFailedError, ExpertokenError, did_you_mean, one_line
+from ...modeling.meta import LOADING, QUANTIZATIONS, Source, load_causal_lm, share_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,6 +68,9 @@ class LocalModels:
         budget: bytes that the weights of models loaded here may take; None for no limit.
         pinned: models that stay once they are loaded, within the budget.
         quantization: of models that are loaded here: nf4, int8 or None.
+
+    Raises:
+        ExpertokenError: the quantization is unknown.
     """
 
     def __init__(
@@ -78,6 +82,8 @@ class LocalModels:
         pinned: tuple[Source, ...] = (),
         quantization: str | None = None,
     ) -> None:
+        if quantization is not None and quantization not in QUANTIZATIONS:
+            raise ExpertokenError(f"quantization {quantization!r}: {did_you_mean(quantization, QUANTIZATIONS)}")
         self.device, self.dtype, self.budget, self.quantization = device, dtype, budget, quantization
         self.loads = 0
         self._pinned = {_resolved(source) for source in pinned}
@@ -98,6 +104,11 @@ class LocalModels:
         with self._changed:
             return list(self._residents)
 
+    def holds(self, source: Source) -> bool:
+        """Whether a model is in memory."""
+        with self._changed:
+            return _resolved(source) in self._residents
+
     @property
     def taken(self) -> int:
         """Bytes that the weights of models loaded here take, with those that are being loaded."""
@@ -113,16 +124,23 @@ class LocalModels:
         finally:
             self.release(resident)
 
-    def acquire(self, source: Source) -> Resident:
+    def acquire(self, source: Source, given_up: threading.Event | None = None) -> Resident:
         """A model that stays in memory until it is released; loaded where it is not, which may wait for room.
 
+        Args:
+            source: of the model.
+            given_up: set by whoever does not want it any more: nothing is loaded for nobody.
+
         Raises:
-            ExpertFailedError: it can't be loaded, is larger than the budget, or no room came free.
+            ExpertFailedError: it can't be loaded, is larger than the budget, no room came free, or it was given up.
         """
         source = _resolved(source)
         began = time.monotonic()
         while True:
             with self._changed:
+                if given_up is not None and given_up.is_set():
+                    self._waiting.pop(source, None)  # whoever else waits for it says so again
+                    raise ExpertFailedError(f"{source.model} is not wanted any more")
                 resident = self._enter(source, began)
                 if resident is not None:
                     return resident
@@ -137,9 +155,13 @@ class LocalModels:
             self._load(source)  # without the lock: others answer and decide meanwhile
 
     def acquire_now(self, source: Source) -> Resident | None:
-        """As `acquire` where that is done at once, else None."""
-        with self._changed:
+        """As `acquire` where that is done at once, else None; it does not wait for a model that is being dropped."""
+        if not self._changed.acquire(blocking=False):
+            return None
+        try:
             return self._enter(_resolved(source), time.monotonic())
+        finally:
+            self._changed.release()
 
     def prefetch(self, source: Source) -> None:
         """Load a model that will be wanted soon, where there is room for it beside those that are used and wanted."""
@@ -215,18 +237,25 @@ class LocalModels:
         if self.budget is None:
             return True
         needed = self._needed(source)
-        fixed = sum(resident.size for resident in self._residents.values() if resident.pinned)
+        self._check_fits(source, needed)
+        first = min(self._waiting, key=self._waiting.__getitem__, default=source)
+        if source != first and first not in self._loading and first not in self._residents:
+            return False
+        return self._drop_free(needed)
+
+    def _check_fits(self, source: Source, needed: int) -> None:
+        fixed = sum(held.size for key, held in self._residents.items() if held.pinned and key != source)
         if needed > self.budget - fixed:
             self._waiting.pop(source, None)
             raise ExpertFailedError(
                 f"{source.model} needs {needed / 2**30:.2f} GiB; of the {self.budget / 2**30:.2f} GiB for local "
                 f"experts pinned ones take {fixed / 2**30:.2f}"
             )
-        first = min(self._waiting, key=self._waiting.__getitem__, default=source)
-        if source != first and first not in self._loading and first not in self._residents:
-            return False
+
+    def _drop_free(self, needed: int) -> bool:
+        """Let models go until there is room for so many bytes more; whether there is."""
         while self.taken + needed > self.budget:
-            free = [key for key, held in self._residents.items() if not held.pinned and not held.users]
+            free = [k for k, held in self._residents.items() if not held.pinned and not held.users]
             if not free:
                 return False
             self._drop(min(free, key=lambda key: self._residents[key].used))
@@ -262,24 +291,34 @@ class LocalModels:
             with self._changed:
                 del self._loading[source]
                 self._waiting.pop(source, None)
-                if loaded is not None:
-                    self.loads += 1
-                    size = sum(parameter.numel() * parameter.element_size() for parameter in loaded[0].parameters())
-                    self._sizes[source] = size
-                    self._residents[source] = Resident(*loaded, size, pinned=source in self._pinned)
-                self._changed.notify_all()
+                try:
+                    if loaded is not None:
+                        self._settle(source, *loaded)
+                finally:
+                    self._changed.notify_all()
+
+    def _settle(self, source: Source, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+        """A model is in memory, and what it takes is known for sure now: of one of the hub nothing was before."""
+        self.loads += 1
+        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        self._sizes[source] = size
+        if self.budget is not None:
+            self._check_fits(source, size)
+            if not self._drop_free(size):
+                return  # the others are used: it waits for its room like anybody, and is loaded again
+        self._residents[source] = Resident(model, tokenizer, size, pinned=source in self._pinned)
 
 
 def _size_on_disk(
     source: Source, device: torch.device | str | None, dtype: torch.dtype | str | None, quantization: str | None
 ) -> int:
-    """Bytes that a model will take, by the headers of its files; 0 where they are not on this machine yet."""
+    """Bytes that a model will take, by the headers of its files; 0 where they are not on this machine, or no such."""
     from safetensors import SafetensorError, safe_open
 
-    files = list(Path(source.model).expanduser().glob("*.safetensors")) if Path(source.model).is_dir() else []
+    files = _weights(source)
     numbers = stored = 0
     for file in files:
-        with suppress(SafetensorError), safe_open(file, "pt") as opened:  # loading it will tell
+        with suppress(SafetensorError, OSError), safe_open(file, "pt") as opened:  # loading it will tell
             for name in opened.keys():  # noqa: SIM118 - no mapping
                 part = opened.get_slice(name)
                 count = torch.Size(part.get_shape()).numel()
@@ -287,9 +326,28 @@ def _size_on_disk(
                 stored += count * _BYTES.get(part.get_dtype(), 2)
     if quantization:
         return numbers * _QUANTIZED[quantization] // 8
-    if isinstance(dtype, torch.dtype):
-        return numbers * dtype.itemsize
+    if dtype is not None and dtype != "auto":
+        return numbers * (dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)).itemsize
     return numbers * 4 if torch.device(device or "cpu").type == "cpu" and dtype != "auto" else stored
+
+
+def _weights(source: Source) -> list[Path]:
+    """Safetensors files that a model is loaded from, as far as they are on this machine."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    folder = Path(source.model).expanduser()
+    if not folder.exists():
+        try:
+            folder = Path(snapshot_download(source.model, revision=source.revision, local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError):
+            return []
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        with suppress(ValueError, KeyError, AttributeError):  # loading it will tell
+            return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+    single = folder / "model.safetensors"  # other files beside it are not read
+    return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
 
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}

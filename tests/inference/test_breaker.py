@@ -12,7 +12,6 @@ def test_after_some_failures_in_a_row_one_request_per_pause_may_try_and_pauses_g
     assert breaker.admits()
     breaker.failed()
     assert not breaker.admits()
-    assert breaker.is_open
     asked = []
     for now in range(1, 100):
         if breaker.admits():
@@ -24,6 +23,31 @@ def test_after_some_failures_in_a_row_one_request_per_pause_may_try_and_pauses_g
     assert breaker.admits()
     breaker.succeeded()
     assert breaker.admits()
+    assert breaker.admits()
+
+
+def test_many_failures_at_the_same_time_are_one_pause():
+    now = 0.0
+    breaker = Breaker(failures=3, pause=10, clock=lambda: now)
+    for _ in range(20):
+        breaker.failed()
+    now = 10.0
+    assert breaker.admits()
+
+
+def test_who_tried_and_went_away_leaves_the_try_to_the_next_one():
+    now = 0.0
+    breaker = Breaker(failures=1, pause=10, clock=lambda: now)
+    breaker.failed()
+    now = 10.0
+    assert breaker.admits()
+    assert not breaker.admits()
+    breaker.left()
+    assert breaker.admits()
+    breaker.failed()
+    now = 29.0
+    assert not breaker.admits()
+    now = 30.0
     assert breaker.admits()
 
 
