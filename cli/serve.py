@@ -25,12 +25,22 @@ def serve(
     rate: Annotated[int | None, typer.Option(min=1, help="Requests a minute of one key (or address).")] = None,
     first_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for an endpoint's first piece.")] = 60.0,
     idle_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds between two pieces of an endpoint.")] = 30.0,
+    drain: Annotated[float, typer.Option(min=0, help="Seconds before that for which /ready says no.")] = 0.0,
     shutdown: Annotated[int, typer.Option(min=0, help="Seconds that answers may go on when it is stopped.")] = 30,
     expert_memory: Annotated[
         float | None, typer.Option(min=0.01, help="GiB that local experts may take together; the meta LLM not counted.")
     ] = None,
     pin: Annotated[list[str] | None, typer.Option(help="A local expert that stays in memory; may be repeated.")] = None,
     expert_quantization: Annotated[str | None, typer.Option(help="Of local experts: nf4 or int8.")] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Without keys: a name besides localhost to be asked by; may be repeated.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="A page elsewhere that may ask (https://chat.example); may be repeated.")
+    ] = None,
+    trust_proxy: Annotated[
+        bool, typer.Option(help="Believe X-Forwarded-For of a proxy here (others: FORWARDED_ALLOW_IPS).")
+    ] = False,
     log_content: Annotated[bool, typer.Option(help="Write questions and answers to the log.")] = False,
     otel: Annotated[bool, typer.Option(help="Trace requests with OpenTelemetry (extra `otel`).")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
@@ -61,6 +71,8 @@ def serve(
         max_concurrent=max_concurrent,
         rate=rate,
         log_content=log_content,
+        hosts=tuple(name.lower() for name in allow_host or ()),
+        origins=tuple(cors_origin or ()),
     )
     timeouts = Timeouts(first=first_timeout, idle=idle_timeout)
     model = open_model(
@@ -73,4 +85,4 @@ def serve(
         pinned=pin or (),
         quantization=expert_quantization,
     )
-    run(model, settings, port=port, shutdown=shutdown, otel=otel)
+    run(model, settings, port=port, drain=drain, shutdown=shutdown, trust_proxy=trust_proxy, otel=otel)

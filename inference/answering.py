@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from ..modeling.chat import Message, as_messages
+from ..modeling.chat import Message, as_messages, text_of
 from ..modeling.dispatch import Dispatch
 from ..modeling.errors import ExpertokenError, NoAnswerError, RequestRefusedError, one_line
 from ..modeling.experts import SELF, ExpertPool
@@ -31,7 +31,8 @@ class AnsweringModel(ABC):
     event loop.
 
     Attributes:
-        longest: tokens of a conversation that are read.
+        longest: tokens of a conversation that the meta LLM reads.
+        limit: tokens of a conversation that an operator allows, whoever answers; None for no limit of his.
         local_models: that are held in this process, or None.
 
     Args:
@@ -41,6 +42,7 @@ class AnsweringModel(ABC):
     """
 
     longest: int = 2**31
+    limit: int | None = None
     local_models: LocalModels | None = None
 
     def __init__(self, pool: ExpertPool, policy: Policy | None, observer: Observer | None) -> None:
@@ -79,6 +81,16 @@ class AnsweringModel(ABC):
 
     def prepare(self, name: str) -> None:  # noqa: B027 - an endpoint needs nothing
         """Begin to load a candidate that will be wanted soon, where there is room for it; nothing waits for that."""
+
+    @property
+    def left_alone(self) -> list[str]:
+        """Candidates that failed too often of late."""
+        return [name for name, breaker in self._breakers.items() if breaker.is_open]
+
+    @property
+    def opened(self) -> dict[str, Backend]:
+        """Backends by candidate, as far as they were needed."""
+        return dict(self._backends)
 
     def observe(self, observer: Observer) -> None:
         """Tell another observer from now on."""
@@ -136,6 +148,21 @@ class AnsweringModel(ABC):
         options = _generation(generation)
         messages = as_messages(conversation)
         return self.answer(messages, await self.adecide(messages, policy), options)
+
+    def _undisputed(self, messages: Sequence[Message], names: Sequence[str]) -> Decision:
+        """For one candidate that alone may answer: it does, whatever the meta LLM can read of it.
+
+        Raises:
+            ExpertokenError: the conversation is longer than the operator allows.
+        """
+        tokens = sum(self.count(text_of(message, placeholders=True)) for message in messages)
+        self._check_length(tokens, self.limit)
+        return Decision(Dispatch(names[0], {names[0]: 1.0}, "nobody else may answer", (names[0],)), tokens, 0.0)
+
+    @staticmethod
+    def _check_length(tokens: int, most: int | None) -> None:
+        if most is not None and tokens > most:
+            raise ExpertokenError(f"the conversation has {tokens} tokens; at most {most} are read")
 
     def answer(self, messages: Sequence[Message], decision: Decision, generation: Generation) -> ReplyStream:
         """The answer that follows a decision. Nothing is asked before it is iterated over.

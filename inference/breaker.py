@@ -26,6 +26,11 @@ class Breaker:
         self._lock = threading.Lock()
         self._failures, self._wait, self._until, self._trying = 0, pause, 0.0, False
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it is left alone now."""
+        return self._failures >= self._limit and self._clock() < self._until
+
     def admits(self) -> bool:
         """Whether it may be asked. After a pause one caller gets a yes, the others wait for how it ends."""
         with self._lock:

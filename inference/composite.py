@@ -146,7 +146,9 @@ class CompositeModel(AnsweringModel):
     async def adecide(self, messages: Sequence[Message], policy: Policy | None = None) -> Decision:
         """Decide on a conversation, together with whatever else is to be decided just now."""
         # Encoding a long conversation takes milliseconds, which other answers of this loop would wait for.
-        question = await asyncio.to_thread(self._question, messages, policy, answer=True)
+        question = await asyncio.to_thread(self._question_or_decision, messages, policy or self.policy)
+        if isinstance(question, Decision):
+            return question
         try:
             return await self._decider.adecide(question)
         except ExpertokenError:
@@ -157,18 +159,22 @@ class CompositeModel(AnsweringModel):
 
     def _question(self, messages: Sequence[Message], policy: Policy | None, *, answer: bool = False) -> Question:
         policy = policy or self.policy
-        names = policy.candidates(self.pool)  # a mistake in it is told before anything is computed
+        policy.candidates(self.pool)  # a mistake in it is told before anything is computed
         ids = self.meta.encode(self._unnamed(messages))
         # Here, since one that is too long can take others down with its forward pass. One position is the answer's.
-        most = min(self.longest, self._positions - 1)
-        if len(ids) > most:
-            raise ExpertokenError(f"the conversation has {len(ids)} tokens; at most {most} are read")
-        if answer and len(names) == 1:
-            self.prepare(names[0])
+        self._check_length(len(ids), min(self.longest, self._positions - 1, self.limit or self.longest))
         last = last_answerer(messages, self.pool)
+        if answer and policy.sticky > 0 and last:  # most likely, so that its model may come while this is decided
+            self.prepare(last)
         # A decision reads `[image_url]` for an image; an answer must not.
         answer = answer and not any(is_media(message) for message in messages)
         return Question(ids, partial(policy.choose, self.pool, prompt_tokens=len(ids), last=last), answer)
+
+    def _question_or_decision(self, messages: Sequence[Message], policy: Policy) -> Question | Decision:
+        names = policy.candidates(self.pool)
+        if len(names) == 1 and names[0] != self._self_name:  # self needs the forward pass for its answer
+            return self._undisputed(messages, names)
+        return self._question(messages, policy, answer=True)
 
     async def _ask(
         self, name: str, messages: list[Message], generation: Generation, decision: Decision, turn: Turn

@@ -24,7 +24,6 @@ import torch
 import yaml
 
 from ..modeling.chat import Message, plain, text_of
-from ..modeling.dispatch import Dispatch
 from ..modeling.errors import ExpertFailedError, ExpertokenError, NoAnswerError, RequestRefusedError, one_line
 from ..modeling.experts import SELF, Expert, ExpertPool
 from .answering import AnsweringModel
@@ -150,21 +149,19 @@ class GatewayModel(AnsweringModel):
         """
         policy = policy or self.policy
         names = policy.candidates(self.pool)
-        if (tokens := self._about(messages)) > self.longest:
-            raise ExpertokenError(f"the conversation has about {tokens} tokens; at most {self.longest} are read")
+        if len(names) == 1:
+            return self._undisputed(messages, names)
+        self._check_length(self._about(messages), self.limit)
         started = time.perf_counter()
-        if len(names) == 1:  # an expert that is addressed answers, whether the meta LLM can be asked or not
-            dispatch = Dispatch(names[0], {names[0]: 1.0}, "nobody else may answer", (names[0],))
-        else:
-            try:
-                logits, tokens = await self._ask_meta(self._unnamed(messages))
-            except RequestRefusedError as error:
-                raise ExpertokenError(f"the meta LLM does not take the conversation: {error}") from error
-            except ExpertFailedError as error:
-                self.observer.lost()
-                raise NoAnswerError(f"the meta LLM can't be asked: {error}") from error
-            last = last_answerer(messages, self.pool)
-            dispatch = policy.choose(self.pool, logits, prompt_tokens=tokens, last=last)
+        try:
+            logits, tokens = await self._ask_meta(self._unnamed(messages))
+        except RequestRefusedError as error:
+            raise ExpertokenError(f"the meta LLM does not take the conversation: {error}") from error
+        except ExpertFailedError as error:
+            self.observer.lost()
+            raise NoAnswerError(f"the meta LLM can't be asked: {error}") from error
+        last = last_answerer(messages, self.pool)
+        dispatch = policy.choose(self.pool, logits, prompt_tokens=tokens, last=last)
         seconds = time.perf_counter() - started
         self.observer.decided(dispatch, seconds, 1)
         return Decision(dispatch, tokens, seconds)

@@ -137,7 +137,8 @@ class Turn:
     @property
     def is_empty(self) -> bool:
         """Whether nothing came where something should have: not where a limit, a filter or a stop text ended it."""
-        return not self.begun and not self.stops.reached and self._finish in (None, "stop")
+        given = self.begun or self.stops.reached or self.stops.holds
+        return not given and self._finish in (None, "stop")
 
     @property
     def handed_over(self) -> bool:
@@ -171,6 +172,8 @@ class Turn:
     def end(self) -> Piece:
         """The last piece of a whole answer."""
         rest = "" if self.stops.reached else self.stops.rest()
+        if rest and not self.begun:
+            self.stream.reply = replace(self.stream.reply, first=self.elapsed)
         finish = "stop" if self.stops.reached else self._finish or "stop"
         self.stream.reply = replace(self.stream.reply, text=self.text + rest, finish=finish)
         return Piece(rest, finish=finish, usage=self.usage)

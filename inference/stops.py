@@ -37,6 +37,11 @@ class StopTexts:
         told, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return told
 
+    @property
+    def holds(self) -> bool:
+        """Whether something is held back."""
+        return bool(self._held)
+
     def rest(self) -> str:
         """What was held back, at the end."""
         told, self._held = self._held, ""

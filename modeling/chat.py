@@ -1,6 +1,7 @@
 """Conversations as token ids, safe against users who type control tokens."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ExpertokenError, one_line
@@ -75,9 +76,8 @@ def text_of(message: Message, *, placeholders: bool = False) -> str:
     if not isinstance(content, str):
         for part in content:
             if part["type"] not in _TEXTS and not placeholders:
-                raise ExpertokenError(
-                    f"a message has a part of type {part['type']!r}; models that run here read text only"
-                )
+                # Not the type itself, which is whatever a user wrote: reasons are logged.
+                raise ExpertokenError("a message has a part that is no text; models that run here read text only")
         content = "\n".join(
             str(part.get(part["type"])) if part["type"] in _TEXTS else f"[{part['type']}]" for part in content
         )
@@ -149,7 +149,7 @@ def encode_chat(
     except (TemplateError, ValueError) as error:
         # Templates refuse what their model was not trained for: a system message, two user messages in a row.
         raise ExpertokenError(
-            f"{tokenizer.name_or_path}: its chat template refuses this conversation ({one_line(error)})"
+            f"{Path(tokenizer.name_or_path).name}: its chat template refuses this conversation ({one_line(error)})"
         ) from error
     if max(ids) >= vocab_size:
         raise ExpertokenError(

@@ -1,6 +1,7 @@
 """OpenAI-compatible endpoints, through the `openai` client."""
 
 import asyncio
+import json
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
@@ -54,6 +55,9 @@ class EndpointBackend(Backend):
         expert: with `model`, and `base_url` and `api_key_env` where they are needed.
         timeouts: how long it is waited for.
 
+    Attributes:
+        retries: how often it was asked once more.
+
     Raises:
         ExpertFailedError: the environment variable that should hold the key is not set.
     """
@@ -63,6 +67,7 @@ class EndpointBackend(Backend):
 
         self.expert = expert
         self.timeouts = timeouts or Timeouts()
+        self.retries = 0
         self._key = expert.api_key()
         # A client's connections belong to one event loop.
         self._clients: dict[asyncio.AbstractEventLoop, AsyncOpenAI] = {}
@@ -95,7 +100,12 @@ class EndpointBackend(Backend):
 
         pause = wait_random_exponential(multiplier=0.5, max=2)
         attempts = stop_after_attempt(1 + self.timeouts.retries)
-        return AsyncRetrying(retry=retry_if_exception(_passes), wait=pause, stop=attempts, reraise=True)
+
+        def count(_: Any) -> None:
+            self.retries += 1
+
+        again = retry_if_exception(_passes)
+        return AsyncRetrying(retry=again, wait=pause, stop=attempts, before_sleep=count, reraise=True)
 
     def _options(self, generation: Generation) -> dict[str, Any]:
         # OpenAI's own newer models refuse the older name; other servers know the older one.
@@ -124,13 +134,18 @@ class EndpointBackend(Backend):
         given = list(messages)
         if begun:
             given.append({"role": "assistant", "content": begun})
+        options = self._options(generation)
+        try:  # what is wrong with the request is no fault of the expert
+            json.dumps([given, options], allow_nan=False, ensure_ascii=False).encode()
+        except (TypeError, ValueError) as error:
+            raise RequestRefusedError("the request holds something that JSON or Unicode does not know") from error
         deadline = anyio.current_time() + self.timeouts.first
         told = finished = False
-        repetition = Repetition(begun)
+        repetition, numbering = Repetition(begun), Numbering()
         chunks = None
         try:
             with anyio.fail_after(self.timeouts.first):
-                chunks = await self.asking(self._begin, given, self._options(generation), going_on=bool(begun))
+                chunks = await self.asking(self._begin, given, options, going_on=bool(begun))
             pieces = aiter(chunks)
             while True:
                 limit = self.timeouts.idle if told else max(0.0, deadline - anyio.current_time())
@@ -142,7 +157,8 @@ class EndpointBackend(Backend):
                 # Some models think for minutes before their first word, and stream that: they are alive.
                 told = told or piece.tells or thinks
                 finished = finished or piece.finish is not None
-                yield replace(piece, text=repetition.without(piece.text, last=piece.finish is not None))
+                text = repetition.without(piece.text, last=piece.finish is not None)
+                yield replace(piece, text=text, tool_calls=numbering.of(piece.tool_calls))
             if not finished:  # a connection that was cut between two chunks looks like an end
                 raise ExpertFailedError("the endpoint's answer was cut off")
         except ExpertFailedError:
@@ -194,11 +210,12 @@ def _piece(chunk: Any) -> tuple[Piece, bool]:
         if not choices:
             return Piece(usage=usage), False
         delta = choices[0].get("delta") or {}
+        told = delta.get("content") or delta.get("refusal") or ""
         piece = Piece(
-            text=(delta.get("content") or "").encode("utf-8", "replace").decode(),  # half a surrogate can't be sent on
-            tool_calls=[dict(call) for call in delta.get("tool_calls") or ()] or None,
+            text=told.encode("utf-8", "replace").decode(),  # half a surrogate can't be sent on
+            tool_calls=[_call(call) for call in delta.get("tool_calls") or ()] or None,
             logprobs=dict(choices[0].get("logprobs") or ()) or None,
-            finish=choices[0].get("finish_reason"),
+            finish=choices[0].get("finish_reason") or None,
             usage=usage,
         )
         thinks = bool(delta.get("reasoning_content") or delta.get("reasoning"))
@@ -207,6 +224,19 @@ def _piece(chunk: Any) -> tuple[Piece, bool]:
     if not isinstance(piece.finish, str | None):
         raise ExpertFailedError(_NO_ANSWER)
     return piece, thinks
+
+
+def _call(call: Any) -> dict[str, Any]:
+    """A part of a tool call.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    function = call.get("function") or {}
+    texts = (call.get("id"), function.get("name"), function.get("arguments"))
+    if not all(isinstance(text, str | None) for text in texts) or not isinstance(call.get("index"), int | None):
+        raise TypeError
+    return call
 
 
 def _passes(error: BaseException) -> bool:
@@ -219,6 +249,25 @@ def _passes(error: BaseException) -> bool:
 
 
 _TELLING = 8  # characters
+
+
+class Numbering:
+    """Gives parts of tool calls the index that says which call they belong to, where a server leaves it out."""
+
+    def __init__(self) -> None:
+        self._known: list[str | None] = []
+
+    def of(self, calls: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        """The parts with their indices: one with an id that was not there yet begins a call."""
+        return [self._numbered(call) for call in calls] if calls else calls
+
+    def _numbered(self, call: dict[str, Any]) -> dict[str, Any]:
+        if call.get("index") is not None:
+            return call
+        if not self._known or (call.get("id") and call["id"] not in self._known):
+            self._known.append(call.get("id"))
+        place = self._known.index(call["id"]) if call.get("id") else len(self._known) - 1
+        return call | {"index": place}
 
 
 class Repetition:

@@ -6,20 +6,22 @@ import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
 
+import anyio
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from fastapi.staticfiles import StaticFiles
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from ...modeling.chat import Message, as_messages, text_of
+from ...modeling.chat import Message, as_messages
 from ...modeling.errors import ExpertokenError, NoAnswerError, one_line
 from ..answering import AnsweringModel
 from ..backends import Piece
@@ -36,8 +38,15 @@ logger = logging.getLogger("expertoken.requests")
 T = TypeVar("T")
 
 _REMEMBERED = 10_000  # answers whose expert is known when their chat goes on
+_SILENCE = 10.0  # seconds without a word, until a comment keeps proxies and browsers waiting
 _GONE = 499  # the client went away: as nginx logs it; nobody reads it
 _PAGE = Path(__file__).parent / "page"
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
 
 
 class UnknownModelError(ExpertokenError):
@@ -54,9 +63,9 @@ class Service:
 
     def __init__(self, composite: AnsweringModel, settings: Settings) -> None:
         self.composite, self.settings, self.tracing = composite, settings, Tracing()
-        self.metrics = Metrics(composite.local_models)
+        self.metrics = Metrics(composite)
         composite.observe(self.metrics)
-        composite.longest = min(composite.longest, settings.max_prompt_tokens or composite.longest)
+        composite.limit = settings.max_prompt_tokens
         self.started = int(time.time())
         self.draining = False
         self._answerers: OrderedDict[bytes, str] = OrderedDict()
@@ -92,18 +101,20 @@ class Service:
         messages = as_messages(request.messages)
         if len(messages) > self.settings.max_messages:
             raise ExpertokenError(f"{len(messages)} messages; at most {self.settings.max_messages} are read")
-        return [self._named(message) for message in messages]
+        return [self._named(messages, place) for place in range(len(messages))]
 
-    def _named(self, message: Message) -> Message:
+    def _named(self, messages: list[Message], place: int) -> Message:
+        message = messages[place]
         if message["role"] != "assistant":  # what a user calls himself is no expert's name
             return message
-        name = message.get("name") or self._answerers.get(_hash(text_of(message)))
+        name = message.get("name") or self._answerers.get(_turn(messages[:place], message.get("content")))
         return message | {"name": name} if name else message
 
-    def remember(self, text: str, expert: str) -> None:
+    def remember(self, messages: list[Message], text: str, expert: str) -> None:
         """Who gave an answer: clients send the text back without it when the chat goes on."""
-        self._answerers[_hash(text)] = expert
-        self._answerers.move_to_end(_hash(text))
+        turn = _turn(messages, text)
+        self._answerers[turn] = expert
+        self._answerers.move_to_end(turn)
         while len(self._answerers) > _REMEMBERED:
             self._answerers.popitem(last=False)
 
@@ -118,10 +129,14 @@ class Service:
             # The decision's cache serves one answer; it is changed by that.
             other = request.generation(self.settings.max_new_tokens, number)
             streams.append(self.composite.answer(messages, replace(decision, own=None), other))
-        return Completion(request, streams)
+        # Without keys whoever asks owns this machine.
+        return Completion(request, streams, reasons=not self.settings.api_keys)
 
-    def log(self, completion: Completion | None, request: ChatRequest, status: int, started: float) -> None:
+    def log(
+        self, completion: Completion | None, request: ChatRequest, status: int, started: float, http: Request
+    ) -> None:
         """One line about a request, without what was said in it unless the operator wants that."""
+        http.scope["state"]["logged"] = True
         entry: dict[str, Any] = {
             "time": round(started, 3),
             "seconds": round(time.time() - started, 4),
@@ -132,17 +147,27 @@ class Service:
         }
         if completion is not None:
             entry |= {"id": completion.id, "answers": [_told(reply) for reply in completion.replies]}
-            self.tracing.note({"id": completion.id} | _told(completion.replies[0]))
         if self.settings.log_content:
             texts = [reply.text for reply in completion.replies] if completion else []
             entry |= {"request": request.messages, "texts": texts}
         logger.info(json.dumps(entry))
+
+    def trace(self, completion: Completion) -> None:
+        """What the log tells, in the request's span; before the response's last byte, with which the span ends."""
+        self.tracing.note({"id": completion.id} | _told(completion.replies[0]))
+
+    def finish(self, completion: Completion, status: int, started: float, http: Request) -> None:
+        """An answer ended, as far as it came."""
+        for reply in completion.replies:
+            self.remember(completion.request.messages, reply.text, reply.expert)
+        self.log(completion, completion.request, status, started, http)
 
 
 def _told(reply: Any) -> dict[str, Any]:
     return {
         "expert": reply.expert,
         "finish": reply.finish,
+        "handed_over": reply.handed_over.expert if reply.handed_over else None,
         "failed": list(reply.failures),
         "prompt_tokens": reply.prompt_tokens,
         "completion_tokens": reply.completion_tokens,
@@ -159,8 +184,10 @@ def _open(composite: AnsweringModel, name: str) -> None:
         logger.warning("expert %r can't be asked: %s", name, one_line(error))
 
 
-def _hash(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(errors="replace"), digest_size=16).digest()
+def _turn(before: Sequence[Message], answer: Any) -> bytes:
+    """Tells an answer by its question: a greeting is given by many, to many."""
+    asked = next((m.get("content") for m in reversed(before) if m["role"] == "user"), None)
+    return hashlib.blake2b(json.dumps([asked, answer or ""]).encode(), digest_size=16).digest()
 
 
 def create_app(composite: AnsweringModel, settings: Settings | None = None) -> FastAPI:
@@ -172,10 +199,15 @@ def create_app(composite: AnsweringModel, settings: Settings | None = None) -> F
     """
     settings = settings or Settings()
     service = Service(composite, settings)
-    app = FastAPI(title="expertoken", version="1", redoc_url=None)
+    # No /docs: that page loads its scripts from elsewhere.
+    app = FastAPI(title="expertoken", version="1", docs_url=None, redoc_url=None)
     app.state.service = service
     open_paths = {"/", "/health", "/ready", *(f"/{file.name}" for file in _PAGE.iterdir())}
     app.add_middleware(Guard, settings=settings, metrics=service.metrics, open_paths=open_paths)
+    if settings.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
     _add_errors(app)
 
     _add_status(app, service)
@@ -196,6 +228,7 @@ def create_app(composite: AnsweringModel, settings: Settings | None = None) -> F
     async def chat_completions(request: ChatRequest, http: Request) -> Response:
         """Answer a conversation, as OpenAI's API does."""
         started, completion, status = time.time(), None, 500
+        http.scope.setdefault("state", {})
         try:
             completion = await service.answer(request)
             if request.stream:
@@ -204,29 +237,42 @@ def create_app(composite: AnsweringModel, settings: Settings | None = None) -> F
                 return response
             body = await _unless_gone(completion.whole(), http)
             status = _GONE if body is None else 200
-            for reply in completion.replies:
-                service.remember(reply.text, reply.expert)
+            service.finish(completion, status, started, http)
+            service.trace(completion)
             return JSONResponse(body)
         except ExpertokenError as error:
             status = _status(error)
             raise
         finally:
-            if not (request.stream and status == 200):
-                service.log(completion, request, status, started)
+            begun = request.stream and status == 200  # its line comes with its end
+            if "logged" not in http.scope["state"] and not begun:
+                service.log(completion, request, status, started, http)
 
-    app.mount("/", StaticFiles(directory=_PAGE, html=True))
+    _add_page(app)
     return app
+
+
+def _add_page(app: FastAPI) -> None:
+    """The chat page's files, each by its name: a mount at / would take what is wrongly asked of the other routes."""
+
+    def page(name: str) -> None:
+        @app.api_route("/" if name == "index.html" else f"/{name}", methods=["GET", "HEAD"], include_in_schema=False)
+        async def file() -> FileResponse:
+            return FileResponse(_PAGE / name, headers=_PAGE_HEADERS)
+
+    for found in _PAGE.iterdir():
+        page(found.name)
 
 
 def _add_status(app: FastAPI, service: Service) -> None:
     """What watches a service asks."""
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> dict[str, str]:
         """Whether the process lives."""
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @app.api_route("/ready", methods=["GET", "HEAD"])
     async def ready() -> Response:
         """Whether requests are taken: not while it shuts down."""
         status = HTTPStatus.SERVICE_UNAVAILABLE if service.draining else HTTPStatus.OK
@@ -243,32 +289,73 @@ def _model(name: str, service: Service) -> dict[str, Any]:
 
 
 async def _streamed(service: Service, completion: Completion, started: float, http: Request) -> Response:
-    """A streamed response. It begins with the first piece: an error before that is one of the whole request."""
+    """A streamed response. It begins with the first piece: an error before that is one of the whole request.
+
+    Where that takes long (a model that thinks), the response begins before it, and comments keep the line open.
+    """
     pieces = merged(completion.streams)
-    first = await _unless_gone(anext(pieces), http)
-    if first is None:
-        await pieces.aclose()
-        return Response(status_code=_GONE)
+    coming = asyncio.ensure_future(anext(pieces))
+    begun = False
+    try:
+        told = await _unless_gone(asyncio.wait([coming], timeout=_SILENCE), http)
+        if told is None:
+            service.finish(completion, _GONE, started, http)
+            return Response(status_code=_GONE)
+        if coming.done():
+            coming.result()  # raises what went wrong
+        begun = True
+    finally:
+        if not begun:
+            await _ended(coming, pieces)
 
     async def all_pieces() -> AsyncIterator[tuple[int, Piece]]:
-        try:
-            yield first
-            async for piece in pieces:
-                yield piece
-        finally:
-            await pieces.aclose()
+        yield await coming
+        async for piece in pieces:
+            yield piece
 
-    async def events() -> AsyncIterator[str]:
-        try:
-            async for event in completion.events(all_pieces()):
+    status = _GONE
+
+    async def events() -> AsyncGenerator[str]:
+        nonlocal status
+        while not coming.done():
+            await asyncio.wait([coming], timeout=_SILENCE)
+            if not coming.done():
+                yield ": keep-alive\n\n"
+        async with aclosing(completion.events(all_pieces())) as told:
+            async for event in told:
                 yield event
-        finally:
-            for reply in completion.replies:
-                service.remember(reply.text, reply.expert)
-            service.log(completion, completion.request, 200, started)
+        service.trace(completion)
+        status = 200
 
-    headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-    return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
+    async def end() -> None:
+        await _ended(coming, pieces)
+        service.finish(completion, status, started, http)
+
+    return _Events(events(), end)
+
+
+class _Events(StreamingResponse):
+    """Server-sent events, with an end that comes whatever happens: the client may be gone before the first of them."""
+
+    def __init__(self, events: AsyncGenerator[str], end: Callable[[], Awaitable[None]]) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._end = end
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self.body_iterator.aclose()
+                await self._end()
+
+
+async def _ended(coming: asyncio.Future, pieces: AsyncGenerator) -> None:
+    """An answer that was begun, ended whatever it was doing."""
+    coming.cancel()
+    await asyncio.gather(coming, return_exceptions=True)
+    await pieces.aclose()
 
 
 async def _unless_gone(answer: Awaitable[T], http: Request) -> T | None:
@@ -301,8 +388,18 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        return JSONResponse(error_body(f"{place or 'body'}: {first['msg']}", "invalid_request_error", param=place), 400)
+        if first["type"] == "json_invalid":
+            place, told = None, f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
+        else:
+            # Without the names of pydantic's own types, which are no fields.
+            parts = [str(part) for part in first["loc"][1:] if isinstance(part, int) or part.isidentifier()]
+            place = ".".join(parts) or None
+            told = f"{place or 'body'}: {first['msg']}"
+        return JSONResponse(error_body(told, "invalid_request_error", param=place), 400)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(error_body("the server failed; its log says why", "server_error"), 500)
 
     @app.exception_handler(ExpertokenError)
     async def refused(_: Request, error: ExpertokenError) -> JSONResponse:

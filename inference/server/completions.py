@@ -23,10 +23,12 @@ class Completion:
     Attributes:
         request: that is answered.
         streams: an answer each.
+        reasons: whether those who ask may know why an expert failed: reasons name paths and variables of this machine.
     """
 
     request: ChatRequest
     streams: Sequence[ReplyStream]
+    reasons: bool = False
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -40,6 +42,22 @@ class Completion:
         read = max(reply.prompt_tokens for reply in self.replies)
         written = sum(reply.completion_tokens for reply in self.replies)
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+    def shown(self, reply: Reply) -> dict[str, Any]:
+        """What stands behind an answer, for who asked for it."""
+        failures = reply.failures if self.reasons else dict.fromkeys(reply.failures, "could not answer")
+        return {
+            "expert": reply.expert,
+            "chosen": reply.dispatch.expert,
+            "reason": reply.dispatch.reason,
+            "probabilities": reply.dispatch.probabilities,
+            "handed_over": reply.handed_over.expert if reply.handed_over else None,
+            "failures": failures,
+            "cost": reply.cost,
+            "decided_seconds": round(reply.decided, 4),
+            "first_piece_seconds": round(reply.first, 4),
+            "seconds": round(reply.seconds, 4),
+        }
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}
@@ -55,7 +73,11 @@ class Completion:
             await asyncio.gather(*collecting, return_exceptions=True)
         choices = [{"index": index, **choice} for index, choice in enumerate(collected)]
         body = self._head("chat.completion") | {"choices": choices, "usage": self.usage()}
-        return body | {"expertoken": [shown(reply) for reply in self.replies]} if self.request.expertoken.show else body
+        return (
+            body | {"expertoken": [self.shown(reply) for reply in self.replies]}
+            if self.request.expertoken.show
+            else body
+        )
 
     async def events(self, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:
         """The response as server-sent events, from pieces as `merged` gives them."""
@@ -76,7 +98,7 @@ class Completion:
                         choice["logprobs"] = piece.logprobs
                     more = {"choices": [choice]}
                     if self.request.expertoken.show and edge:  # a thousand probabilities with every word are too much
-                        more["expertoken"] = shown(self.streams[index].reply)
+                        more["expertoken"] = self.shown(self.streams[index].reply)
                     yield f"data: {head}, {json.dumps(more)[1:]}\n\n"
             if self.request.include_usage:
                 yield f"data: {head}, {json.dumps({'choices': [], 'usage': self.usage()})[1:]}\n\n"
@@ -151,18 +173,3 @@ def _add_call(calls: dict[int, dict[str, Any]], delta: dict[str, Any]) -> None:
 def public(error: ExpertokenError) -> str:
     """What a client is told of an error: reasons may name paths and variables of this machine."""
     return error.public if isinstance(error, NoAnswerError) else str(error)
-
-
-def shown(reply: Reply) -> dict[str, Any]:
-    """What stands behind an answer, for who asked for it."""
-    return {
-        "expert": reply.expert,
-        "chosen": reply.dispatch.expert,
-        "reason": reply.dispatch.reason,
-        "probabilities": reply.dispatch.probabilities,
-        "failures": reply.failures,
-        "cost": reply.cost,
-        "decided_seconds": round(reply.decided, 4),
-        "first_piece_seconds": round(reply.first, 4),
-        "seconds": round(reply.seconds, 4),
-    }

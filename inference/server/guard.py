@@ -1,10 +1,14 @@
 """What stands before every request: keys, and limits of body, rate and concurrency."""
 
 import json
+import logging
+import math
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import anyio
 from limits import RateLimitItemPerMinute
@@ -18,7 +22,9 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-_PATIENCE = 10.0  # seconds for a body that is refused anyway
+logger = logging.getLogger("expertoken.requests")
+
+_PATIENCE = 10.0  # seconds between two parts of a body
 _ANSWERS = "/v1/chat/completions"
 
 
@@ -51,17 +57,21 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         # Behind a prefix (a mount, a proxy's root path) the router takes it off, so it is taken off here.
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if not self.settings.api_keys and not _is_local(headers.get("host", ""), self.settings.host):
-            # Without keys only this machine may ask; by a name of its own a foreign page could get here in a browser.
-            await _refuse(send, 403, error_body("this server answers on loopback only", "invalid_request_error"))
-            return
         if path in self.open_paths:
             await self.app(scope, receive, send)
+            return
+        if not self.settings.api_keys and not self._is_from_here(headers):
+            # Without keys only this machine may ask. By a name of its own, or from where it is, a foreign page could
+            # get here in a browser.
+            told = "without API keys this server answers on loopback only; --allow-host NAME lets another name in"
+            await _refuse(send, 403, error_body(told, "invalid_request_error"))
             return
         key = _bearer(headers.get("authorization", ""))
         if self.settings.api_keys and not self._knows(key):
             body = error_body("no valid API key was given", "invalid_request_error", "invalid_api_key")
-            await self._count(_refuse(send, 401, body), 401)
+            if path == _ANSWERS:
+                self._note(401)
+            await _refuse(send, 401, body)
             return
         if path != _ANSWERS:
             await self.app(scope, receive, send)
@@ -72,28 +82,40 @@ class Guard:
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], who: str) -> None:
         """A request for an answer, within its limits."""
         if self._rate is not None and not self._limiter.hit(self._rate, who):
-            body = error_body(
-                f"more than {self.settings.rate} requests in a minute", "rate_limit_error", "rate_limited"
-            )
-            await self._count(_refuse(send, 429, body, retry=5), 429)
+            told = f"more than {self.settings.rate} requests in a minute"
+            until = self._limiter.get_window_stats(self._rate, who).reset_time
+            self._note(429)
+            wait = max(1, math.ceil(until - time.time()))
+            await _refuse(send, 429, error_body(told, "rate_limit_error", "rate_limited"), retry=wait)
+            return
+        if not headers.get("content-type", "").lower().startswith("application/json"):
+            self._note(415)
+            await _refuse(send, 415, error_body("expected content-type: application/json", "invalid_request_error"))
             return
         most = self.settings.max_body
         too_large = error_body(f"the body is larger than {most} bytes", "invalid_request_error", "too_large")
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > most:
             await _discard(receive, 4 * most)
-            await self._count(_refuse(send, 413, too_large), 413)
+            self._note(413)
+            await _refuse(send, 413, too_large)
             return
         if self._running >= self.settings.max_concurrent:
             body = error_body("too many requests at a time; come again", "overloaded_error", "overloaded")
-            await self._count(_refuse(send, 503, body, retry=1), 503)
+            self._note(503)
+            await _refuse(send, 503, body, retry=1)
             return
-        read, status = 0, 500
+        read, status, complete = 0, 500, False
+        state = scope.setdefault("state", {})
 
         async def limited() -> MutableMapping[str, Any]:
-            nonlocal read
-            message = await receive()
+            nonlocal read, complete
+            if complete:
+                return await receive()
+            with anyio.fail_after(_PATIENCE):  # who sends slowly holds a place that others wait for
+                message = await receive()
             read += len(message.get("body", b""))
+            complete = not message.get("more_body")
             if read > most:  # a body that is sent in chunks does not tell its length
                 raise _TooLargeError
             return message
@@ -118,11 +140,24 @@ class Guard:
         finally:
             self._running -= 1
             self.metrics.in_flight.dec()
-            self.metrics.requests.labels(str(status)).inc()
+            self._note(status, logged=state.get("logged", False))
 
-    async def _count(self, refusal: Awaitable[None], status: int) -> None:
+    def _note(self, status: int, *, logged: bool = False) -> None:
+        """Count a request for an answer, and write its line where nobody could who knows more of it."""
         self.metrics.requests.labels(str(status)).inc()
-        await refusal
+        if not logged:
+            logger.info(json.dumps({"time": round(time.time(), 3), "status": status}))
+
+    def _is_from_here(self, headers: dict[str, str]) -> bool:
+        """Whether a browser's page, and the name by which it asks, are this machine's own."""
+        origin = headers.get("origin")
+        if origin and origin not in self.settings.origins and not self._is_local(urlsplit(origin).netloc):
+            return False
+        return self._is_local(headers.get("host", ""))
+
+    def _is_local(self, host: str) -> bool:
+        name = (host if host.endswith("]") else host.rsplit(":", 1)[0]).lower()
+        return is_loopback(name.strip("[]")) or name in (self.settings.host, *self.settings.hosts)
 
     def _knows(self, key: str | None) -> bool:
         if key is None:
@@ -135,7 +170,7 @@ class Guard:
 async def _discard(receive: Receive, most: int) -> None:
     """Read on for a while and keep nothing: who is cut off while sending sees a broken connection, and not why."""
     read = 0
-    with anyio.move_on_after(_PATIENCE):
+    with anyio.move_on_after(_PATIENCE):  # for all of it
         while read < most:
             message = await receive()
             read += len(message.get("body", b""))
@@ -145,11 +180,6 @@ async def _discard(receive: Receive, most: int) -> None:
 
 class _TooLargeError(Exception):
     """A body went over its limit while it was read."""
-
-
-def _is_local(host: str, bound: str) -> bool:
-    name = host if host.endswith("]") else host.rsplit(":", 1)[0]
-    return is_loopback(name.strip("[]")) or name == bound
 
 
 def _bearer(header: str) -> str | None:

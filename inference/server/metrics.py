@@ -7,38 +7,45 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ...modeling.dispatch import Dispatch
-from ..backends import LocalModels
+from ..answering import AnsweringModel
+from ..backends.endpoint import EndpointBackend
 from ..observer import Answered, Observer, Spent
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
-class _Local(Collector):
-    """What local experts take, as it is when somebody asks."""
+class _State(Collector):
+    """What is so when somebody asks: of local experts, endpoints and breakers."""
 
-    def __init__(self, models: LocalModels) -> None:
-        self._models = models
+    def __init__(self, model: AnsweringModel) -> None:
+        self._model = model
 
     def collect(self) -> Iterator[Metric]:
-        loads = self._models.loads
-        yield CounterMetricFamily("expertoken_local_loads", "Local experts loaded into memory", value=loads)
-        yield GaugeMetricFamily(
-            "expertoken_local_bytes", "Weights of local experts in memory", value=self._models.taken
-        )
+        alone = GaugeMetricFamily("expertoken_left_alone", "1 for who failed too often of late", labels=["expert"])
+        for name in self._model.pool.names:
+            alone.add_metric([name], float(name in self._model.left_alone))
+        yield alone
+        retries = CounterMetricFamily("expertoken_retries", "Requests to endpoints made once more", labels=["expert"])
+        for name, backend in self._model.opened.items():
+            if isinstance(backend, EndpointBackend):
+                retries.add_metric([name], backend.retries)
+        yield retries
+        if (models := self._model.local_models) is not None:
+            yield CounterMetricFamily("expertoken_local_loads", "Local experts loaded into memory", value=models.loads)
+            yield GaugeMetricFamily("expertoken_local_bytes", "Weights of local experts in memory", value=models.taken)
 
 
 class Metrics(Observer):
     """Counts what it is told, in a registry of its own.
 
     Args:
-        models: local ones, whose memory is told; None where there are none.
+        model: whose answers are counted.
     """
 
-    def __init__(self, models: LocalModels | None) -> None:
+    def __init__(self, model: AnsweringModel) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)  # memory among others
-        if models is not None:
-            self.registry.register(_Local(models))
+        self.registry.register(_State(model))
 
         def counter(name: str, what: str, *labels: str) -> Counter:
             return Counter(f"expertoken_{name}", what, labels, registry=self.registry)

@@ -1,6 +1,8 @@
 """Running the application under uvicorn."""
 
+import asyncio
 from socket import socket
+from threading import Timer
 from types import FrameType
 
 import uvicorn
@@ -10,14 +12,25 @@ from .app import create_app
 from .settings import Settings
 
 
-def run(composite: AnsweringModel, settings: Settings, *, port: int, shutdown: int = 30, otel: bool = False) -> None:
+def run(
+    composite: AnsweringModel,
+    settings: Settings,
+    *,
+    port: int,
+    drain: float = 0.0,
+    shutdown: int = 30,
+    trust_proxy: bool = False,
+    otel: bool = False,
+) -> None:
     """Serve until a signal comes; then take no more requests, and end when those that run are through.
 
     Args:
         composite: a loaded composite.
         settings: how it is served.
         port: 0 takes a free one.
+        drain: seconds for which /ready says no before that, so that a balancer sees it.
         shutdown: seconds that running requests may take then.
+        trust_proxy: believe a proxy on this machine (or of `FORWARDED_ALLOW_IPS`) whom a request comes from.
         otel: trace requests with OpenTelemetry; see `tracing`.
 
     Raises:
@@ -29,16 +42,23 @@ def run(composite: AnsweringModel, settings: Settings, *, port: int, shutdown: i
         tracing.start(app)
     # uvicorn's own line for each request has the path and the address; ours tells more, and is one.
     config = uvicorn.Config(
-        app, settings.host, port, access_log=False, log_level="info", timeout_graceful_shutdown=shutdown
-    )
+        app, settings.host, port, access_log=False, log_level="info", timeout_graceful_shutdown=shutdown,
+        proxy_headers=trust_proxy,
+    )  # fmt: skip
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if drain and not app.state.service.draining:
+                Timer(drain, super().handle_exit, (sig, None)).start()
+            else:
+                super().handle_exit(sig, frame)
             app.state.service.draining = True
-            super().handle_exit(sig, frame)
 
         async def shutdown(self, sockets: list[socket] | None = None) -> None:
+            running = list(self.server_state.tasks)
             await super().shutdown(sockets)
+            if running:  # those that were cut off write their line of log yet
+                await asyncio.wait(running, timeout=5)
             tracing.stop()  # here, since uvicorn ends the process by the signal it got
 
     Server(config).run()

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from ..backends import Generation
 
@@ -16,13 +16,22 @@ _PASSED = (
 StopText = Annotated[str, StringConstraints(max_length=200)]
 
 
-class StreamOptions(BaseModel):
+class _Body(BaseModel):
+    """Null means what is not given, as clients send it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+
+class StreamOptions(_Body):
     """Of a streamed answer."""
 
     include_usage: bool = False
 
 
-class Extension(BaseModel):
+class Extension(_Body):
     """What a composite can be asked beyond OpenAI's API, under the key `expertoken`."""
 
     model_config = ConfigDict(extra="forbid")
@@ -33,7 +42,7 @@ class Extension(BaseModel):
     )
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(_Body):
     """Body of `POST /v1/chat/completions`; fields that are not known here are ignored, as the field's servers do."""
 
     model_config = ConfigDict(extra="ignore")

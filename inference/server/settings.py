@@ -24,6 +24,8 @@ class Settings:
         max_concurrent: requests at a time; those above are told to come again.
         rate: requests of one key (or address) in a minute; None for no limit.
         log_content: write questions and answers to the log.
+        hosts: further names by which this server is asked for without keys.
+        origins: of pages elsewhere that may ask from a browser.
     """
 
     name: str = "composite"
@@ -36,6 +38,8 @@ class Settings:
     max_concurrent: int = 256
     rate: int | None = None
     log_content: bool = False
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.api_keys and not is_loopback(self.host):

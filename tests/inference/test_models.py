@@ -1,5 +1,7 @@
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -226,7 +228,7 @@ def test_a_model_is_loaded_ahead_only_where_those_that_are_used_leave_room_for_i
     assert models.loads == 3
 
 
-def test_an_expert_that_is_addressed_is_loaded_while_the_meta_llm_decides(base_folder, sources, monkeypatch):
+def test_the_expert_that_a_chat_sticks_to_is_loaded_while_the_meta_llm_decides(base_folder, sources, monkeypatch):
     composite = composite_of(base_folder, [Expert("far", model=sources[1].model), Expert("self", "self")])
     decide = composite._decider._pass
     loaded = []
@@ -236,8 +238,68 @@ def test_an_expert_that_is_addressed_is_loaded_while_the_meta_llm_decides(base_f
         return decide(*arguments)
 
     monkeypatch.setattr(composite._decider, "_pass", slow)
-    assert composite.chat("hello", policy=Policy(allow=("far",)), max_new_tokens=2).expert == "far"
+    chat = [*CHAT, {"role": "assistant", "content": "hello", "name": "far"}, *CHAT]
+    assert composite.chat(chat, policy=Policy(sticky=100), max_new_tokens=2).expert == "far"
     assert loaded == [True]
+
+
+def test_an_evicted_model_leaves_memory_though_somebody_still_reads_its_answer(sources, size):
+    models = LocalModels("cpu", budget=int(1.5 * size))
+    stream = BackgroundLoop.iterate(LocalBackend(models, sources[0]).stream(CHAT, Generation(8)))
+    next(stream)
+    assert until(lambda: not any(resident.users for resident in models._residents.values()))
+    model = weakref.ref(models._residents[sources[0]].model)
+    answer(models, sources[1])
+    gc.collect()
+    assert model() is None
+    assert "".join(piece.text for piece in stream)
+
+
+def test_a_model_whose_size_was_not_known_before_makes_the_others_go_or_is_an_expert_that_failed(
+    sources, size, monkeypatch
+):
+    monkeypatch.setattr(module, "_size_on_disk", lambda *_: 0)  # as of one on the hub
+    models = LocalModels("cpu", budget=int(1.5 * size))
+    for source in sources[:3]:
+        answer(models, source)
+        assert models.taken <= 1.5 * size
+    with pytest.raises(ExpertFailedError, match="GiB for local experts"):
+        answer(LocalModels("cpu", budget=size // 2), sources[0])
+
+
+def test_who_does_not_want_a_model_any_more_has_nothing_loaded(sources, size):
+    models = LocalModels("cpu", budget=int(1.5 * size))
+    given_up, told = threading.Event(), []
+
+    def wait():
+        with pytest.raises(ExpertFailedError, match="not wanted any more") as error:
+            models.acquire(sources[1], given_up)
+        told.append(error)
+
+    with models.lease(sources[0]):
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        time.sleep(0.2)
+        given_up.set()
+        waiting.join(5)
+    assert told
+    assert models.loads == 1
+
+
+def test_batches_end_where_answers_do_though_the_tokenizer_has_nothing_to_pad_with(sources):
+    chats = [[{"role": "user", "content": f"question {number} of {number * 7}"}] for number in range(24)]
+    backend = LocalBackend(LocalModels("cpu"), sources[0])
+    with backend.models.lease(sources[0]) as resident:
+        resident.tokenizer.pad_token = None
+        # The real end is rare at random: fifteen tokens are one here.
+        resident.model.generation_config.eos_token_id = [*range(100, 115)]
+    found = backend.complete(chats, Generation(12))
+    single = [BackgroundLoop.iterate(backend.stream(chat, Generation(12))) for chat in chats]
+    single = [list(pieces) for pieces in single]
+    assert ["".join(piece.text for piece in pieces) for pieces in single] == [answer.text for answer in found]
+    assert [pieces[-1].finish for pieces in single] == [answer.finish for answer in found]
+    assert [pieces[-1].usage for pieces in single] == [answer.usage for answer in found]
+    assert {answer.finish for answer in found} == {"stop", "length"}
 
 
 def test_while_one_expert_answers_its_part_of_a_file_the_next_one_is_loaded(base_folder, sources, size, monkeypatch):

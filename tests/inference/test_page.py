@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import urllib.request
 
 import pytest
 
@@ -87,15 +88,54 @@ def test_the_chat_is_there_after_a_reload_and_gone_after_a_new_one(page):
 def test_another_expert_can_be_asked_again(page):
     answer = say(page, "hello")
     answer.locator("select").select_option("two")
+    answer.locator(".again button").click()
     page.locator("article.assistant .who", has_text="two").wait_for()
     assert page.locator("article.assistant .text").inner_text() == "two0 two1 two2 two3 two4"
     assert page.locator("article").count() == 2
+
+
+def test_an_answer_stays_where_asking_again_gives_none(page):
+    answer = say(page, "hello two do: refuse")
+    answer.locator("select").select_option("two")
+    answer.locator(".again button").click()
+    page.locator("article.assistant .mark", has_text="asked again: no expert could answer").wait_for()
+    assert page.locator("article.assistant .text").inner_text() == "one0 one1 one2 one3 one4"
+    assert page.locator("article.assistant .who").inner_text() == "one"
+
+
+def test_only_the_last_answer_can_be_asked_for_again(page):
+    first = say(page, "hello")
+    assert first.locator(".again").is_visible()
+    second = say(page, "hello there")
+    assert not first.locator(".again").is_visible()
+    assert second.locator(".again").is_visible()
+
+
+def test_what_somebody_else_left_in_the_browser_breaks_nothing(page):
+    for odd in ('{"a": 1}', "[null]", '"abc"', "[{}]", "no json"):
+        page.evaluate("text => localStorage.setItem('expertoken-chat-comp', text)", odd)
+        page.reload()
+        assert say(page, "hello").locator(".text").inner_text() == "one0 one1 one2 one3 one4"
+
+
+def test_a_page_that_was_left_before_the_answer_came_offers_to_ask_again(page):
+    page.evaluate("""localStorage.setItem('expertoken-chat-comp', '[{"role": "user", "content": "hello"}]')""")
+    page.reload()
+    page.locator("article.assistant .again button").click()
+    page.locator("article.assistant .who", has_text="one").wait_for()
+    assert page.locator("article").count() == 2
+
+
+def test_no_page_of_elsewhere_can_put_it_into_a_frame(page, url):
+    with urllib.request.urlopen(url) as response:
+        assert "frame-ancestors 'none'" in response.headers["content-security-policy"]
 
 
 def test_the_machinery_can_be_hidden_and_stays_so(page):
     answer = say(page, "hello")
     page.uncheck("#machinery")
     assert not answer.locator(".why").is_visible()
+    assert not page.locator("#cost").is_visible()
     assert answer.locator(".text").is_visible()
     page.reload()
     assert not page.locator("article.assistant .why").is_visible()
@@ -144,9 +184,16 @@ def test_a_server_with_keys_asks_for_one(browser, base_folder, words):
     with served(create_app(composite, Settings(name="comp", api_keys=("a-key-of-enough-letters",)))) as address:
         page = browser.new_page()
         page.goto(address)
-        page.fill("#key", "wrong")
-        page.press("#key", "Enter")
-        page.wait_for_function("document.getElementById('login').open && !document.getElementById('key').value")
+        for wrong in ("wrong", "with a dash \u2013 pasted"):
+            page.fill("#key", wrong)
+            page.press("#key", "Enter")
+            page.wait_for_timeout(500)
+            assert page.locator("#login").is_visible()
+            assert page.locator("#key").input_value() == ""
+        page.press("#key", "Escape")
+        page.locator("#empty", has_text="wants an API key").wait_for()
+        assert not page.locator("#login").is_visible()
+        page.reload()
         page.fill("#key", "a-key-of-enough-letters")
         page.press("#key", "Enter")
         page.locator("#name", has_text="comp").wait_for()

@@ -10,9 +10,13 @@ const state = { turns: [], models: [], controller: null };
 
 // --- what is kept over a reload ---------------------------------------------------------------------------------
 
+function store() {
+  return `${STORE}-${state.name}`; // one for each composite of this address
+}
+
 function save() {
   try {
-    localStorage.setItem(STORE, JSON.stringify(state.turns));
+    localStorage.setItem(store(), JSON.stringify(state.turns));
   } catch {
     // The browser keeps nothing (private window, no room): the chat goes on without.
   }
@@ -20,7 +24,8 @@ function save() {
 
 function restore() {
   try {
-    state.turns = JSON.parse(localStorage.getItem(STORE)) ?? [];
+    const kept = JSON.parse(localStorage.getItem(store())) ?? [];
+    state.turns = kept.every((turn) => typeof turn.content === "string" && typeof turn.role === "string") ? kept : [];
     $("machinery").checked = localStorage.getItem(`${STORE}-plain`) !== "true";
   } catch {
     state.turns = [];
@@ -31,6 +36,10 @@ function restore() {
 
 async function ask(path, options = {}) {
   const key = sessionStorage.getItem("expertoken-key");
+  if (/[^!-~]/.test(key ?? "")) { // no header can hold it
+    await login();
+    return ask(path, options);
+  }
   const headers = { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
   const response = await fetch(path, { ...options, headers });
   if (response.status === 401) {
@@ -47,7 +56,8 @@ async function ask(path, options = {}) {
 function login() {
   $("key").value = "";
   $("login").showModal();
-  return new Promise((resolve) => {
+  return new Promise((resolve, reject) => {
+    $("login").oncancel = () => reject(new Error("this server wants an API key; reload the page to give one"));
     $("login").onclose = () => {
       sessionStorage.setItem("expertoken-key", $("key").value.trim());
       resolve();
@@ -105,7 +115,8 @@ function draw(article, turn) {
   mark.textContent = turn.error ?? "";
   const why = article.querySelector(".why");
   why.hidden = !turn.told;
-  article.querySelector(".again").hidden = turn.role !== "assistant" || Boolean(turn.waiting);
+  // Of the last answer only: what came after another one was said to that.
+  article.querySelector(".again").hidden = turn.role !== "assistant" || Boolean(turn.waiting) || turn !== state.turns.at(-1);
   if (!turn.told) return;
   const { expert, probabilities, reason, failures, cost, seconds, decided_seconds: decided } = turn.told;
   const all = parts(probabilities);
@@ -125,16 +136,16 @@ function draw(article, turn) {
 }
 
 function dollars(cost) {
+  if (cost < 1e-6) return "under $0.000001";
   return `$${cost < 0.01 ? cost.toPrecision(2) : cost.toFixed(2)}`;
 }
 
 function add(turn, index) {
   const article = $("turn").content.firstElementChild.cloneNode(true);
   const select = article.querySelector("select");
-  select.append(element("option", { value: "…", textContent: "…", disabled: true, selected: true }),
-    element("option", { value: "", textContent: "the composite" }),
+  select.append(element("option", { value: "", textContent: "the composite" }),
     ...state.models.map((name) => element("option", { value: name, textContent: name })));
-  select.onchange = () => retry(index, select.value);
+  article.querySelector(".again button").onclick = () => retry(index, select.value);
   $("chat").append(article);
   draw(article, turn);
   return article;
@@ -155,7 +166,7 @@ function drawHead() {
 
 // --- what happens -----------------------------------------------------------------------------------------------
 
-async function answer(expert = "", spent = 0) {
+async function answer(expert = "", spent = 0, before = null) {
   const index = state.turns.length;
   const turn = { role: "assistant", content: "", waiting: true, spent };
   // Who gave an answer goes along: a policy may keep a chat with its expert.
@@ -185,6 +196,10 @@ async function answer(expert = "", spent = 0) {
     turn.error = error.name === "AbortError" ? "stopped" : error.message;
   }
   turn.waiting = false;
+  if (before && !turn.content) { // nothing came of asking again: what was there stays
+    Object.assign(turn, before, { error: `asked again: ${turn.error ?? "an empty answer"}`, spent: before.spent ?? 0 });
+  }
+  $("said").textContent = turn.error ?? `${turn.told?.expert ?? "the composite"} answered`;
   busy(false);
   draw(article, turn);
   drawHead();
@@ -194,10 +209,10 @@ async function answer(expert = "", spent = 0) {
 function retry(index, expert) {
   if (state.controller?.signal && !$("stop").hidden) return;
   // What the thrown-away answers cost was spent all the same.
-  const spent = state.turns.slice(index).reduce((sum, turn) => sum + (turn.told?.cost ?? 0) + (turn.spent ?? 0), 0);
+  const before = state.turns[index];
   state.turns.length = index;
   drawAll();
-  answer(expert, spent);
+  answer(expert, (before.told?.cost ?? 0) + (before.spent ?? 0), before.content ? before : null);
 }
 
 function busy(on) {
@@ -216,6 +231,7 @@ function send() {
   $("text").value = "";
   grow();
   state.turns.push({ role: "user", content });
+  for (const again of document.querySelectorAll(".again")) again.hidden = true;
   add(state.turns.at(-1), state.turns.length - 1);
   $("chat").scrollTop = $("chat").scrollHeight;
   save();
@@ -248,7 +264,6 @@ $("machinery").onchange = () => {
 };
 
 async function start() {
-  restore();
   try {
     const { data } = await (await ask("v1/models")).json();
     state.name = data[0].id;
@@ -257,8 +272,14 @@ async function start() {
     document.title = state.name;
   } catch (error) {
     $("empty").textContent = error.message;
+    $("send").disabled = true;
+    return;
   }
+  restore();
   for (const turn of state.turns) turn.waiting = false;
+  if (state.turns.at(-1)?.role === "user") { // the page was left before the answer came
+    state.turns.push({ role: "assistant", content: "", error: "broken off" });
+  }
   drawAll();
   $("chat").scrollTop = $("chat").scrollHeight;
 }
