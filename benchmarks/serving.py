@@ -134,6 +134,8 @@ async def load(
     async with aiohttp.ClientSession(connector=pool, timeout=timeout, headers=headers) as session:
         jobs = [client(session, number) for number in range(streams)]
         await asyncio.gather(*jobs, *([watch()] if process else []))
+    if not found:
+        sys.exit(f"no request came through at {url}: {errors[:1]}")
     first, whole, pieces = (np.array(column) for column in zip(*found, strict=True))
     return {
         "requests": len(found),

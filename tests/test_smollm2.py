@@ -95,7 +95,7 @@ def test_every_shipped_expert_can_do_its_skill(composite, skill):
     """Far above the bare model on held-out tasks (`examples/skills/README.md` has the measured scores)."""
     asked = [task for task, _ in zip(tasks(skill, "held_out"), range(16), strict=False)]
     chats = [[{"role": "user", "content": task.prompt}] for task in asked]
-    answers = composite.backend(skill).complete(chats, Generation(48))
+    answers = [answer.text for answer in composite.backend(skill).complete(chats, Generation(48))]
     right = sum(SKILLS[skill].score(a, task.answer) for a, task in zip(answers, asked, strict=True))
     assert right >= 8, list(zip(answers, asked, strict=True))
 

@@ -98,6 +98,11 @@ def _config(architecture: str) -> t.PretrainedConfig:
         "cohere-scaled": lambda: t.CohereConfig(**common, logit_scale=0.25),
         "granite-scaled": lambda: t.GraniteConfig(**common, logits_scaling=4.0),
         "gpt-neox": lambda: t.GPTNeoXConfig(**heads),
+        "mistral-window": lambda: t.MistralConfig(**common, sliding_window=16),
+        "lfm2": lambda: t.Lfm2Config(**common, layer_types=["conv", "full_attention"]),
+        "falcon-h1": lambda: t.FalconH1Config(
+            **common, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=16
+        ),
         "gpt2": lambda: t.GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=4, n_positions=512, **_EOS),
     }
     return makers[architecture]()

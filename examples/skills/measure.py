@@ -74,7 +74,8 @@ def measure(out: Path) -> dict[str, Path]:
         conversations = [[{"role": "user", "content": row["query"]}] for row in asked]
         answers = backend.complete(conversations, Generation(max_new_tokens=_LONGEST_ANSWER), batch_size=64)
         with atomic_file(files[expert.name]) as aside, aside.open("w") as file:
-            for row, response in zip(asked, answers, strict=True):
+            for row, answer in zip(asked, answers, strict=True):
+                response = answer.text
                 score = BENCHMARKS[row["benchmark"]].score(response, row["answer"])
                 file.write(json.dumps({"model": expert.name, **row, "response": response, "score": score}) + "\n")
     return files

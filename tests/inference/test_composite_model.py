@@ -7,16 +7,20 @@ from typing import ClassVar
 import pytest
 import torch
 
+from expertoken.inference import decider
 from expertoken.inference.backends import LocalBackend, LocalModels, open_backend
 from expertoken.inference.backends.base import Backend, Generation, Piece
+from expertoken.inference.breaker import Breaker
 from expertoken.inference.composite import CompositeModel
 from expertoken.inference.loop import BackgroundLoop
 from expertoken.inference.observer import Observer
 from expertoken.inference.policy import Policy
+from expertoken.modeling.chat import as_messages
 from expertoken.modeling.composite import Composite, Manifest, describe_base
 from expertoken.modeling.errors import ExpertFailedError, ExpertokenError, NoAnswerError
 from expertoken.modeling.experts import Expert, ExpertPool
 from expertoken.modeling.meta import MetaLLM, Source
+from expertoken.tests.inference.conftest import composite_of
 from expertoken.tests.tiny import tiny_folder
 
 CHAT = [
@@ -437,6 +441,71 @@ def test_decisions_that_come_together_are_made_in_one_pass_and_each_self_answer_
 
     assert asyncio.run(together()) == alone
     assert passes == [1, 3]
+
+
+@pytest.mark.parametrize("architecture", ["mistral-window", "lfm2", "falcon-h1"])
+def test_so_it_is_where_layers_keep_a_window_or_a_state(tmp_path, architecture):
+    base = tiny_folder(tmp_path / "base", architecture)
+    composite = composite_of(base, [Expert("math", model=str(base)), Expert("self", "self")])
+    composite.policy = Policy(allow=("self",))
+    prompts = ["hello", "hello there, and a good deal more than that", "Compute 12 plus 30."]
+    alone = [composite.chat(prompt, max_new_tokens=8) for prompt in prompts]
+    assert {reply.expert for reply in alone} == {"self"}
+    questions = [composite._question(as_messages(prompt), None, answer=True) for prompt in prompts]
+    decisions = composite._decider.decide(questions)
+    assert all(decision.own is not None for decision in decisions)
+    for prompt, decision, reply in zip(prompts, decisions, alone, strict=True):
+        stream = composite.answer(as_messages(prompt), decision, Generation(max_new_tokens=8))
+        assert "".join(stream) == reply.text
+
+
+def test_self_goes_on_from_what_an_expert_left_and_does_not_begin_again(make):
+    """Self was chosen, but is left alone just now: it comes last."""
+    composite = make(winner=None)
+    for _ in range(3):
+        composite._breakers["self"].failed()
+    composite._backends["math"] = Odd(["half an answer", ExpertFailedError("cut")])
+    composite._backends["law"] = Odd([ExpertFailedError("refused")])
+    asked = []
+    backend = composite.backend("self")
+    stream = backend.stream
+
+    def noting(messages, generation, begun=""):
+        asked.append(begun)
+        return stream(messages, generation, begun=begun)
+
+    backend.stream = noting
+    reply = composite.chat("hello", max_new_tokens=20)
+    assert reply.expert == "self"
+    assert asked == ["half an answer"]
+    assert reply.text.startswith("half an answer")
+
+
+def test_an_answer_is_no_longer_than_the_positions_that_are_left(make, meta, base_folder):
+    composite = make(winner=None)
+    prompt = "hello " * 100
+    while len(meta.encode(prompt + "hello ")) < 508:
+        prompt += "hello "
+    left = 512 - len(meta.encode(prompt))
+    composite._breakers["self"] = Breaker(failures=1)
+    for _ in range(2):
+        reply = composite.chat(prompt, max_new_tokens=50)
+        assert (reply.expert, reply.failures) == ("self", {})
+        assert reply.completion_tokens <= left
+    expert = composite.chat(prompt, max_new_tokens=50, policy=Policy(allow=("math",)))
+    assert expert.completion_tokens <= left
+
+
+def test_many_who_wait_for_self_hold_no_cache_each(make, monkeypatch):
+    composite = make(winner=None)
+    monkeypatch.setattr(decider, "_MOST_STARTS", 2)
+    questions = [composite._question(as_messages(f"hello {number}"), None, answer=True) for number in range(5)]
+    decisions = composite._decider.decide(questions)
+    assert sum(decision.own is not None for decision in decisions) == 2
+    expected = [composite.chat(f"hello {number}", max_new_tokens=4).text for number in range(5)]
+    for number, decision in enumerate(decisions):
+        stream = composite.answer(as_messages(f"hello {number}"), decision, Generation(max_new_tokens=4))
+        assert "".join(stream) == expected[number]
 
 
 @pytest.mark.parametrize("lora", [False, True])

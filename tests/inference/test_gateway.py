@@ -17,7 +17,7 @@ from expertoken.inference.policy import Policy
 from expertoken.inference.server import Settings, create_app
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
-from expertoken.modeling.export import export_checkpoint
+from expertoken.modeling.export import EXPORT_FILE, GATEWAY_FILE, export_checkpoint
 from expertoken.tests.inference.conftest import composite_of, served
 from expertoken.tests.inference.mock_expert import chunk
 
@@ -96,6 +96,45 @@ def test_a_user_who_writes_an_experts_token_writes_text(setting):
     gateway, seen = open_model(setting[1]), setting[2]
     gateway.route("say <|expert:one|> now")
     assert "<|expert:" not in seen[-1]["messages"][0]["content"]
+
+
+def test_what_a_user_writes_as_an_experts_token_is_text_wherever_it_stands_and_self_writes_none(setting):
+    _, file, seen = setting
+    ids = json.loads((file.parent / "hf" / EXPORT_FILE).read_text())["experts"]
+    document = yaml.safe_load(file.read_text())
+    document["meta"]["token_ids"] = ids
+    file.write_text(yaml.safe_dump(document))
+    gateway = open_model(file)
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "<|expert:one|>"}}
+    parts = [{"type": "text", "text": "say <|expert:one|>"}, {"type": "image_url", "image_url": {}}]
+    chat = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": None, "tool_calls": [call], "name": "<|expert:one|>"},
+        {"role": "user", "content": "and <|expert:two|>"},
+    ]  # fmt: skip
+    seen.clear()
+    gateway.route([chat])
+    assert gateway.chat(chat, policy=Policy(threshold=1.0, default="self", fallbacks=0)).expert == "self"
+    assert len(seen) == 3
+    assert all("<|expert:" not in json.dumps(body["messages"]) for body in seen)
+    assert "[image_url]" in seen[0]["messages"][0]["content"]
+    assert seen[-1]["logit_bias"] == {str(place): -100 for place in ids.values()}
+
+
+def test_the_exports_example_of_a_gateways_file_is_one(setting):
+    folder = setting[1].parent / "hf"
+    gateway = open_model(folder / GATEWAY_FILE)
+    assert gateway.pool.names == ["one", "two", "self"]
+
+
+def test_images_reach_an_expert_that_is_addressed_and_a_limit_of_tokens_holds(setting):
+    gateway = open_model(setting[1])
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
+    assert gateway.chat(image, policy=Policy(allow=("one",))).text.startswith("one0")
+    gateway.limit = 10
+    for policy in (None, Policy(allow=("one",))):
+        with pytest.raises(ExpertokenError, match="at most 10 are read"):
+            gateway.chat("word " * 100, policy=policy)
 
 
 def test_it_is_served_as_any_composite(setting):

@@ -84,6 +84,25 @@ def test_an_interrupted_run_goes_on_and_answers_nothing_twice(composite, source,
     assert lines(tmp_path / "out.jsonl") == lines(whole)
 
 
+def test_a_row_that_can_not_be_decided_on_is_told_and_takes_no_other_along(composite, tmp_path):
+    rows = [{"prompt": "hello"}, {"prompt": "word " * 3000}, {"prompt": "hello there", "odd": "\ud800"}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    counts = generate_file(composite, tmp_path / "in.jsonl", tmp_path / "out.jsonl", generation=GENERATION)
+    assert counts["nobody"] == 1
+    first, second, third = lines(tmp_path / "out.jsonl")
+    assert first["answer"]
+    assert "at most 511 are read" in second["error"]
+    assert (third["odd"], bool(third["answer"])) == ("\ud800", True)
+
+
+def test_a_batch_tells_of_its_answers_what_a_chat_tells(composite, source, tmp_path):
+    generate_file(composite, source, tmp_path / "out.jsonl", generation=GENERATION)
+    for row in lines(tmp_path / "out.jsonl")[:12]:
+        reply = composite.chat(row.get("messages") or row["prompt"], max_new_tokens=6)
+        told = {"answer": reply.text, "expert": reply.expert, "finish": reply.finish, "cost": reply.cost}
+        assert {key: row[key] for key in told} == told
+
+
 def test_neither_a_file_nor_its_answers_need_to_fit_into_memory(composite, tmp_path, monkeypatch):
     def long(composite, conversations, *_):
         for place in range(len(conversations)):
@@ -149,6 +168,14 @@ def test_a_share_that_no_threshold_gives_is_refused(composite):
     composite.meta.rows = composite.meta.rows - 100 * composite.meta.states([composite.meta.encode("hello")])[0]
     with pytest.raises(ExpertokenError, match="no threshold gives them more"):
         calibrate(composite, PROMPTS, share=0.9)
+
+
+def test_a_share_that_no_threshold_comes_near_is_refused(composite):
+    composite.meta.rows = composite.meta.rows * 1000  # all sure of themselves
+    sure = [max(dispatch.probabilities.values()) for dispatch in composite.route(PROMPTS)]
+    assert sum(share == 1 for share in sure) > 40
+    with pytest.raises(ExpertokenError, match="the nearest threshold gives"):
+        calibrate(composite, PROMPTS, share=0.1)
 
 
 def test_a_weight_of_costs_keeps_requests_within_the_cost_that_was_asked_for(composite):

@@ -111,6 +111,29 @@ def test_a_checkpoint_that_decides_otherwise_is_not_written(tmp_path, monkeypatc
     assert not list(tmp_path.glob(".out*"))
 
 
+def test_wrong_rows_are_found_where_self_is_no_candidate_too(tmp_path, monkeypatch):
+    folder = make(tmp_path)
+    pool = ExpertPool.from_yaml(folder / "experts.yaml")
+    ExpertPool(pool.experts).to_yaml(folder / "experts.yaml")
+    export_checkpoint(folder, tmp_path / "right", device="cpu")
+    place = module._place
+    monkeypatch.setattr(
+        module, "_place", lambda model, tokenizer, tokens, rows: place(model, tokenizer, tokens, -3 * rows)
+    )
+    with pytest.raises(ExpertokenError, match="decides otherwise"):
+        export_checkpoint(folder, tmp_path / "wrong", device="cpu")
+
+
+def test_weights_of_an_older_export_do_not_stay_beside_the_new_ones(tmp_path):
+    folder = make(tmp_path)
+    export_checkpoint(folder, tmp_path / "out", device="cpu")
+    (tmp_path / "out" / "model.safetensors").rename(tmp_path / "out" / "model-00001-of-00002.safetensors")
+    (tmp_path / "out" / "mine.txt").write_text("a note")
+    export_checkpoint(folder, tmp_path / "out", device="cpu")
+    assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+    assert (tmp_path / "out" / "mine.txt").exists()
+
+
 def test_it_is_not_written_over_a_composite(tmp_path):
     folder = make(tmp_path)
     with pytest.raises(ExpertokenError, match="holds a composite"):

@@ -14,8 +14,10 @@ from typing import ClassVar
 
 import pytest
 
-from expertoken.modeling.composite import Composite, Manifest, describe_base
+from expertoken.modeling import composite as composite_module
+from expertoken.modeling.composite import Composite, Manifest, describe_base, load_composite, save_composite
 from expertoken.modeling.errors import ExpertokenError
+from expertoken.modeling.experts import Expert, ExpertPool
 from expertoken.modeling.files import local_folder
 from expertoken.modeling.hub import push
 from expertoken.tests.tiny import tiny_folder
@@ -146,3 +148,14 @@ def test_what_is_no_folder_and_no_repository_is_one_line(tmp_path):
     with pytest.raises(ExpertokenError, match="team/nowhere: no such folder, and as a repository of the hub"):
         local_folder("team/nowhere")
     assert local_folder(tmp_path / "gone") == tmp_path / "gone"
+
+
+def test_keys_of_this_machine_are_sent_where_a_composite_of_the_hub_says_by_consent_only(tmp_path, meta, monkeypatch):
+    keyed = Expert("math", "openai", "m", base_url="http://elsewhere.example/v1", api_key_env="SOME_KEY")
+    pool = ExpertPool([keyed, Expert("law", model="team/law")])
+    save_composite(Composite(meta, pool, Manifest(describe_base(meta), ["math", "law"])), tmp_path / "c", verify=False)
+    load_composite(tmp_path / "c", device="cpu")
+    monkeypatch.setattr(composite_module, "local_folder", lambda *_: tmp_path / "c")
+    with pytest.raises(ExpertokenError, match=r"SOME_KEY to http://elsewhere.example/v1.*--send-keys"):
+        load_composite("team/c", device="cpu")
+    load_composite("team/c", device="cpu", send_keys=True)
