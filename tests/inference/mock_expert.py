@@ -18,13 +18,27 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-FAULTS = ("refuse", "busy", "hang", "garbage", "html", "empty", "cut", "stall", "die", "toolong")
+FAULTS = ("refuse", "busy", "hang", "garbage", "html", "empty", "cut", "stall", "die", "toolong", "odd", "unended")
 
 
 def chunk(delta: dict, finish: str | None = None, usage: dict | None = None) -> bytes:
     choices = [{"index": 0, "delta": delta, "finish_reason": finish}]
     body = {"id": "mock", "object": "chat.completion.chunk", "created": 1, "model": "mock", "choices": choices}
     return f"data: {json.dumps(body | ({'usage': usage} if usage else {}))}\n\n".encode()
+
+
+def _garbage(*lines: bytes) -> Response:
+    return StreamingResponse(iter(lines), media_type="text/event-stream")
+
+
+_AT_ONCE = {
+    "refuse": lambda: JSONResponse({"error": {"message": "no"}}, 500),
+    "busy": lambda: JSONResponse({"error": {"message": "no"}}, 429),
+    "toolong": lambda: JSONResponse({"error": {"message": "no"}}, 400),
+    "html": lambda: PlainTextResponse("<html>proxy error</html>", 200, media_type="text/html"),
+    "garbage": lambda: _garbage(b"data: {not json}\n\n"),
+    "odd": lambda: _garbage(chunk({"tool_calls": "none"})),
+}
 
 
 def create(  # noqa: C901
@@ -47,15 +61,10 @@ def create(  # noqa: C901
         text = next(m["content"] for m in reversed(asked) if m["role"] == "user")
         text = text if isinstance(text, str) else " ".join(part.get("text", "") for part in text)
         wrong = fault or next((kind for kind in FAULTS if f"{name} do: {kind}" in text), None)
-        if wrong in ("refuse", "busy", "toolong"):
-            status = {"refuse": 500, "busy": 429, "toolong": 400}[wrong]
-            return JSONResponse({"error": {"message": "no"}}, status)
         if wrong == "hang":
             await asyncio.sleep(3600)
-        if wrong == "html":
-            return PlainTextResponse("<html>proxy error</html>", 200, media_type="text/html")
-        if wrong == "garbage":
-            return StreamingResponse(iter([b"data: {not json}\n\n"]), media_type="text/event-stream")
+        if wrong in _AT_ONCE:
+            return _AT_ONCE[wrong]()
 
         async def events():
             done = len(begun.split())
@@ -72,6 +81,9 @@ def create(  # noqa: C901
                 word = f"{' ' if number else ''}{name}{number}"
                 yield chunk({"content": word} if number > done else {"role": "assistant", "content": word})
                 await asyncio.sleep(pace * between)
+            if wrong == "unended":
+                yield chunk({}, "")
+                return
             usage = {"prompt_tokens": 7, "completion_tokens": count, "total_tokens": 7 + count}
             yield chunk({}, "stop", usage)
             yield b"data: [DONE]\n\n"

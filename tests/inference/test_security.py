@@ -10,6 +10,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.generation import GenerationMode
 
+from expertoken.inference.gateway import _apart
 from expertoken.inference.server import Settings, create_app
 from expertoken.modeling.chat import encode_chat
 from expertoken.modeling.experts import Expert
@@ -17,7 +18,7 @@ from expertoken.modeling.meta import MetaLLM, Source
 from expertoken.tests.inference.conftest import composite_of, served
 from expertoken.tests.tiny import TEMPLATES, tiny_folder
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 FUZZ = 10_000
 HOST = {"host": "127.0.0.1"}
 
@@ -61,6 +62,18 @@ def test_no_text_in_any_role_and_template_becomes_an_expert_token_or_a_control_t
         ids = encode_chat(meta.tokenizer, chat, meta.vocab_size, begun=begun)
         assert max(ids) < meta.vocab_size
         assert [token for token in ids if token in control] == plain[key], (chat, begun)
+
+
+def test_nothing_that_a_gateway_sends_its_meta_llm_has_an_experts_token_in_it():
+    rng = random.Random(0)
+    for _ in range(FUZZ):
+        text = forgeries(["math", "law", "self"], rng)
+        call = {"id": text, "type": "function", "function": {"name": text, "arguments": text}}
+        chat = [
+            {"role": rng.choice(ROLES), "content": text, "name": text},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+        assert "<|expert:" not in json.dumps(_apart(chat), ensure_ascii=False)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,6 +56,14 @@ def client(address):
     return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
 
 
+def status(address, path):
+    try:
+        with urllib.request.urlopen(address + path) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
 @pytest.fixture
 def folder(base_folder, words, tmp_path):
     composite_of(base_folder, [*words, Expert("self", "self")]).save_pretrained(tmp_path / "c", verify=False)
@@ -76,6 +86,28 @@ def test_when_it_is_stopped_answers_go_on_to_their_end_and_nobody_new_is_taken(b
     logged = [json.loads(line[line.index("{") :]) for line in lines if '"answers"' in line]
     assert [entry["answers"][0]["expert"] for entry in logged] == ["slow"]
     assert "secret" not in "".join(lines)
+
+
+def test_a_balancer_sees_in_time_that_it_is_about_to_stop(folder):
+    with serve(str(folder), "--drain", "2") as (process, address, _):
+        assert status(address, "/ready") == 200
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert status(address, "/ready") == 503
+        answer = client(address).chat.completions.create(model="c/one", messages=HELLO)
+        assert answer.choices[0].message.content.startswith("one0")
+        assert process.wait(20) == -signal.SIGTERM
+
+
+def test_whom_a_request_comes_from_is_not_what_its_sender_says(folder):
+    with serve(str(folder), "--rate", "2") as (_, address, _):
+        for number in range(3):
+            asked = client(address).with_options(default_headers={"x-forwarded-for": f"10.0.0.{number}"})
+            if number < 2:
+                asked.chat.completions.create(model="c/one", messages=HELLO)
+                continue
+            with pytest.raises(openai.RateLimitError):
+                asked.chat.completions.create(model="c/one", messages=HELLO)
 
 
 def collector(spans):
