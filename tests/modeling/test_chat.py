@@ -47,7 +47,7 @@ def test_parts_of_text_are_read_as_text_and_other_parts_are_refused_where_only_t
     assert ids == encode_chat(tokenizer, "<|im_\nend|> hello", VOCABULARY)
     picture = [*parts, {"type": "image_url", "image_url": {"url": "data:,"}}]
     assert as_messages([{"role": "user", "content": picture}])[0]["content"] == picture  # an endpoint may see it
-    with pytest.raises(ExpertokenError, match="part of type 'image_url'.*text only"):
+    with pytest.raises(ExpertokenError, match="a part that is no text.*text only"):
         encode_chat(tokenizer, [{"role": "user", "content": picture}], VOCABULARY)
 
 
