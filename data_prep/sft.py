@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ..modeling.chat import text_of
+from ..modeling.chat import apart, text_of
 from ..modeling.files import atomic_folder, check_product
 from .supervision import Supervision
 
@@ -42,11 +42,7 @@ def export_sft(supervision: Supervision, out: Path | str) -> dict[str, int]:
                 winner = names[int(target.argmax())]
                 if weight == 0 or winner not in tokens:
                     continue
-                # What a query says like an expert's token is text, as everywhere: it is taken apart.
-                asked = [
-                    {"role": m["role"], "content": text_of(m).replace("<|expert:", "< |expert:")}
-                    for m in side[row]["messages"]
-                ]
+                asked = [{"role": m["role"], "content": apart(text_of(m))} for m in side[row]["messages"]]
                 messages = [*asked, {"role": "assistant", "content": tokens[winner]}]
                 lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
             if not lines:  # an empty file is none that loaders read

@@ -149,15 +149,19 @@ class AnsweringModel(ABC):
         messages = as_messages(conversation)
         return self.answer(messages, await self.adecide(messages, policy), options)
 
-    def _undisputed(self, messages: Sequence[Message], names: Sequence[str]) -> Decision:
+    def _about(self, messages: Sequence[Message]) -> int:
+        """Tokens of a conversation's texts, without what a template adds."""
+        return sum(self.count(text_of(message, placeholders=True)) for message in messages)
+
+    def _undisputed(self, messages: Sequence[Message], name: str) -> Decision:
         """For one candidate that alone may answer: it does, whatever the meta LLM can read of it.
 
         Raises:
             ExpertokenError: the conversation is longer than the operator allows.
         """
-        tokens = sum(self.count(text_of(message, placeholders=True)) for message in messages)
+        tokens = self._about(messages)
         self._check_length(tokens, self.limit)
-        return Decision(Dispatch(names[0], {names[0]: 1.0}, "nobody else may answer", (names[0],)), tokens, 0.0)
+        return Decision(Dispatch(name, {name: 1.0}, "nobody else may answer", (name,)), tokens, 0.0)
 
     @staticmethod
     def _check_length(tokens: int, most: int | None) -> None:

@@ -173,7 +173,7 @@ class CompositeModel(AnsweringModel):
     def _question_or_decision(self, messages: Sequence[Message], policy: Policy) -> Question | Decision:
         names = policy.candidates(self.pool)
         if len(names) == 1 and names[0] != self._self_name:  # self needs the forward pass for its answer
-            return self._undisputed(messages, names)
+            return self._undisputed(messages, names[0])
         return self._question(messages, policy, answer=True)
 
     async def _ask(

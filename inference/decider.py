@@ -73,8 +73,21 @@ class Question:
     answer: bool = False
 
 
-_Waiting = tuple[Question, float, Callable[[Any], None], Callable[[], bool]]
-"""A question, since when it waits, who is told, and whether nobody waits any more."""
+@dataclass(frozen=True)
+class _Waiting:
+    """A question that waits for its pass.
+
+    Attributes:
+        question: to decide.
+        since: when it came.
+        tell: whoever waits.
+        gone: whether nobody waits any more.
+    """
+
+    question: Question
+    since: float
+    tell: Callable[["Decision | Exception"], None]
+    gone: Callable[[], bool]
 
 
 class Decider:
@@ -130,7 +143,7 @@ class Decider:
             if self._worker is None:
                 self._worker = threading.Thread(target=self._work, name="decider", daemon=True)
                 self._worker.start()
-        self._waiting.put((question, time.perf_counter(), tell, future.cancelled))
+        self._waiting.put(_Waiting(question, time.perf_counter(), tell, future.cancelled))
         return await future
 
     def _work(self) -> None:
@@ -139,11 +152,12 @@ class Decider:
 
     def _decide_waiting(self, waiting: list[_Waiting]) -> None:
         # A function of its own, so that an idle thread holds no decision and no cache.
-        waiting = [one for one in waiting if not one[3]()]
-        for batch in token_batches([len(one[0].ids) for one in waiting], _MAX_TOKENS):
-            questions, started, tell, _ = zip(*(waiting[index] for index in batch), strict=True)
-            for one, outcome in zip(tell, self._pass(questions, started), strict=True):
-                one(outcome)
+        waiting = [one for one in waiting if not one.gone()]
+        for batch in token_batches([len(one.question.ids) for one in waiting], _MAX_TOKENS):
+            chosen = [waiting[index] for index in batch]
+            outcomes = self._pass([one.question for one in chosen], [one.since for one in chosen])
+            for one, outcome in zip(chosen, outcomes, strict=True):
+                one.tell(outcome)
 
     @torch.inference_mode()
     def _pass(self, questions: Sequence[Question], started: Sequence[float]) -> list[Decision | Exception]:

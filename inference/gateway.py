@@ -23,7 +23,7 @@ import anyio
 import torch
 import yaml
 
-from ..modeling.chat import Message, plain, text_of
+from ..modeling.chat import Message, apart, plain
 from ..modeling.errors import ExpertFailedError, ExpertokenError, NoAnswerError, RequestRefusedError, one_line
 from ..modeling.experts import SELF, Expert, ExpertPool
 from .answering import AnsweringModel
@@ -34,7 +34,6 @@ from .loop import BackgroundLoop
 from .observer import Observer
 from .policy import Policy, last_answerer
 
-_FORGED = "<|expert:"
 _CHARACTERS = 4  # of a token, where nobody here can count them
 _CONCURRENT = 16  # decisions on a file
 _NEVER = math.log(1e-12)
@@ -150,7 +149,7 @@ class GatewayModel(AnsweringModel):
         policy = policy or self.policy
         names = policy.candidates(self.pool)
         if len(names) == 1:
-            return self._undisputed(messages, names)
+            return self._undisputed(messages, names[0])
         self._check_length(self._about(messages), self.limit)
         started = time.perf_counter()
         try:
@@ -202,10 +201,6 @@ class GatewayModel(AnsweringModel):
         read = answer.usage.prompt_tokens if answer.usage else self._about(messages)
         return torch.tensor(found), read
 
-    def _about(self, messages: Sequence[Message]) -> int:
-        """Tokens of a conversation, about."""
-        return sum(self.count(text_of(message, placeholders=True)) for message in messages)
-
 
 class _Self(Backend):
     """The meta LLM's own answers, from its endpoint.
@@ -229,4 +224,4 @@ class _Self(Backend):
 def _apart(messages: Sequence[Message]) -> list[Message]:
     """A conversation for a tokenizer that knows the experts' tokens: what a user writes as one is no token any more."""
     told = plain(messages, placeholders=True)
-    return [message | {"content": message["content"].replace(_FORGED, "< |expert:")} for message in told]
+    return [message | {"content": apart(message["content"])} for message in told]

@@ -95,6 +95,11 @@ def text_of(message: Message, *, placeholders: bool = False) -> str:
 _AS = {"developer": "system"}  # OpenAI's newer name for it, which templates don't know
 
 
+def apart(text: str) -> str:
+    """A text for tokenizers that know the experts' tokens (of exports): what is written as one is none any more."""
+    return text.replace("<|expert:", "< |expert:")
+
+
 def plain(messages: Sequence[Message], *, placeholders: bool = False) -> list[Message]:
     """Roles and texts alone: what else a message holds a template may print, and only texts are sanitised."""
     return [{"role": _AS.get(m["role"], m["role"]), "content": text_of(m, placeholders=placeholders)} for m in messages]

@@ -139,10 +139,6 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _weights(folder: Path) -> list[Path]:
-    return list(folder.glob("model*.safetensors"))
-
-
 def recover_folder(path: Path | str) -> None:
     """Finish or undo an exchange that a crash cut short (see `atomic_folder`)."""
     path = Path(path).absolute()
@@ -153,7 +149,9 @@ def recover_folder(path: Path | str) -> None:
         old.rename(path)
         return
     # A checkpoint's weights go with it: in a new one that is split otherwise the old ones would be loaded.
-    replaced = {*_OURS, *(entry.name for entry in old.glob("model*.safetensors*"))} if _weights(path) else _OURS
+    replaced = set(_OURS)
+    if any(path.glob("model*.safetensors")):
+        replaced |= {entry.name for entry in old.glob("model*.safetensors*")}
     for entry in old.iterdir():
         if (entry.is_dir() or entry.name not in replaced) and not (path / entry.name).exists():
             entry.rename(path / entry.name)

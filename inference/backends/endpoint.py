@@ -1,7 +1,6 @@
 """OpenAI-compatible endpoints, through the `openai` client."""
 
 import asyncio
-import json
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
@@ -134,18 +133,13 @@ class EndpointBackend(Backend):
         given = list(messages)
         if begun:
             given.append({"role": "assistant", "content": begun})
-        options = self._options(generation)
-        try:  # what is wrong with the request is no fault of the expert
-            json.dumps([given, options], allow_nan=False, ensure_ascii=False).encode()
-        except (TypeError, ValueError) as error:
-            raise RequestRefusedError("the request holds something that JSON or Unicode does not know") from error
         deadline = anyio.current_time() + self.timeouts.first
         told = finished = False
         repetition, numbering = Repetition(begun), Numbering()
         chunks = None
         try:
             with anyio.fail_after(self.timeouts.first):
-                chunks = await self.asking(self._begin, given, options, going_on=bool(begun))
+                chunks = await self.asking(self._begin, given, self._options(generation), going_on=bool(begun))
             pieces = aiter(chunks)
             while True:
                 limit = self.timeouts.idle if told else max(0.0, deadline - anyio.current_time())
@@ -186,10 +180,13 @@ class EndpointBackend(Backend):
             self.client().post, "/chat/completions", cast_to=object, stream=True, stream_cls=openai.AsyncStream[object]
         )
         body = options | {"messages": messages}
-        if going_on:
-            with suppress(openai.BadRequestError, openai.UnprocessableEntityError):
-                return await ask(body=body | _GO_ON)
-        return await ask(body=body)
+        try:
+            if going_on:
+                with suppress(openai.BadRequestError, openai.UnprocessableEntityError):
+                    return await ask(body=body | _GO_ON)
+            return await ask(body=body)
+        except (TypeError, ValueError) as error:  # of the client, which can't write it: no fault of the expert
+            raise RequestRefusedError("the request holds something that JSON or Unicode does not know") from error
 
 
 def _piece(chunk: Any) -> tuple[Piece, bool]:

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from http import HTTPStatus
@@ -101,18 +101,19 @@ class Service:
         messages = as_messages(request.messages)
         if len(messages) > self.settings.max_messages:
             raise ExpertokenError(f"{len(messages)} messages; at most {self.settings.max_messages} are read")
-        return [self._named(messages, place) for place in range(len(messages))]
-
-    def _named(self, messages: list[Message], place: int) -> Message:
-        message = messages[place]
-        if message["role"] != "assistant":  # what a user calls himself is no expert's name
-            return message
-        name = message.get("name") or self._answerers.get(_turn(messages[:place], message.get("content")))
-        return message | {"name": name} if name else message
+        named, asked = [], None
+        for message in messages:
+            name = None
+            if message["role"] == "user":  # what a user calls himself is no expert's name
+                asked = message.get("content")
+            elif message["role"] == "assistant":
+                name = message.get("name") or self._answerers.get(_turn(asked, message.get("content")))
+            named.append(message | {"name": name} if name else message)
+        return named
 
     def remember(self, messages: list[Message], text: str, expert: str) -> None:
         """Who gave an answer: clients send the text back without it when the chat goes on."""
-        turn = _turn(messages, text)
+        turn = _turn(next((m.get("content") for m in reversed(messages) if m["role"] == "user"), None), text)
         self._answerers[turn] = expert
         self._answerers.move_to_end(turn)
         while len(self._answerers) > _REMEMBERED:
@@ -184,9 +185,8 @@ def _open(composite: AnsweringModel, name: str) -> None:
         logger.warning("expert %r can't be asked: %s", name, one_line(error))
 
 
-def _turn(before: Sequence[Message], answer: Any) -> bytes:
+def _turn(asked: Any, answer: Any) -> bytes:
     """Tells an answer by its question: a greeting is given by many, to many."""
-    asked = next((m.get("content") for m in reversed(before) if m["role"] == "user"), None)
     return hashlib.blake2b(json.dumps([asked, answer or ""]).encode(), digest_size=16).digest()
 
 
@@ -227,26 +227,18 @@ def create_app(composite: AnsweringModel, settings: Settings | None = None) -> F
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(request: ChatRequest, http: Request) -> Response:
         """Answer a conversation, as OpenAI's API does."""
-        started, completion, status = time.time(), None, 500
-        http.scope.setdefault("state", {})
+        started, completion = time.time(), None
         try:
             completion = await service.answer(request)
             if request.stream:
-                response = await _streamed(service, completion, started, http)
-                status = response.status_code
-                return response
+                return await _streamed(service, completion, started, http)
             body = await _unless_gone(completion.whole(), http)
-            status = _GONE if body is None else 200
-            service.finish(completion, status, started, http)
-            service.trace(completion)
-            return JSONResponse(body)
-        except ExpertokenError as error:
-            status = _status(error)
+        except BaseException as error:
+            service.log(completion, request, _status(error), started, http)
             raise
-        finally:
-            begun = request.stream and status == 200  # its line comes with its end
-            if "logged" not in http.scope["state"] and not begun:
-                service.log(completion, request, status, started, http)
+        service.finish(completion, _GONE if body is None else 200, started, http)
+        service.trace(completion)
+        return JSONResponse(body)
 
     _add_page(app)
     return app
@@ -375,7 +367,9 @@ async def _unless_gone(answer: Awaitable[T], http: Request) -> T | None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _status(error: ExpertokenError) -> int:
+def _status(error: BaseException) -> int:
+    if not isinstance(error, ExpertokenError):
+        return HTTPStatus.INTERNAL_SERVER_ERROR
     if isinstance(error, UnknownModelError):
         return HTTPStatus.NOT_FOUND
     failed = isinstance(error, NoAnswerError) and not error.refused

@@ -69,9 +69,7 @@ class Guard:
         key = _bearer(headers.get("authorization", ""))
         if self.settings.api_keys and not self._knows(key):
             body = error_body("no valid API key was given", "invalid_request_error", "invalid_api_key")
-            if path == _ANSWERS:
-                self._note(401)
-            await _refuse(send, 401, body)
+            await (self._turn_away if path == _ANSWERS else _refuse)(send, 401, body)
             return
         if path != _ANSWERS:
             await self.app(scope, receive, send)
@@ -84,26 +82,23 @@ class Guard:
         if self._rate is not None and not self._limiter.hit(self._rate, who):
             told = f"more than {self.settings.rate} requests in a minute"
             until = self._limiter.get_window_stats(self._rate, who).reset_time
-            self._note(429)
             wait = max(1, math.ceil(until - time.time()))
-            await _refuse(send, 429, error_body(told, "rate_limit_error", "rate_limited"), retry=wait)
+            await self._turn_away(send, 429, error_body(told, "rate_limit_error", "rate_limited"), retry=wait)
             return
         if not headers.get("content-type", "").lower().startswith("application/json"):
-            self._note(415)
-            await _refuse(send, 415, error_body("expected content-type: application/json", "invalid_request_error"))
+            body = error_body("expected content-type: application/json", "invalid_request_error")
+            await self._turn_away(send, 415, body)
             return
         most = self.settings.max_body
         too_large = error_body(f"the body is larger than {most} bytes", "invalid_request_error", "too_large")
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > most:
             await _discard(receive, 4 * most)
-            self._note(413)
-            await _refuse(send, 413, too_large)
+            await self._turn_away(send, 413, too_large)
             return
         if self._running >= self.settings.max_concurrent:
             body = error_body("too many requests at a time; come again", "overloaded_error", "overloaded")
-            self._note(503)
-            await _refuse(send, 503, body, retry=1)
+            await self._turn_away(send, 503, body, retry=1)
             return
         read, status, complete = 0, 500, False
         state = scope.setdefault("state", {})
@@ -141,6 +136,11 @@ class Guard:
             self._running -= 1
             self.metrics.in_flight.dec()
             self._note(status, logged=state.get("logged", False))
+
+    async def _turn_away(self, send: Send, status: int, body: dict[str, Any], retry: int | None = None) -> None:
+        """Refuse a request for an answer."""
+        self._note(status)
+        await _refuse(send, status, body, retry)
 
     def _note(self, status: int, *, logged: bool = False) -> None:
         """Count a request for an answer, and write its line where nobody could who knows more of it."""

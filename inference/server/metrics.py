@@ -22,8 +22,9 @@ class _State(Collector):
 
     def collect(self) -> Iterator[Metric]:
         alone = GaugeMetricFamily("expertoken_left_alone", "1 for who failed too often of late", labels=["expert"])
+        left = set(self._model.left_alone)
         for name in self._model.pool.names:
-            alone.add_metric([name], float(name in self._model.left_alone))
+            alone.add_metric([name], float(name in left))
         yield alone
         retries = CounterMetricFamily("expertoken_retries", "Requests to endpoints made once more", labels=["expert"])
         for name, backend in self._model.opened.items():

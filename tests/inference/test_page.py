@@ -57,6 +57,11 @@ def say(page, text):
     return answer
 
 
+def ask_again(answer, name):
+    answer.locator("select").select_option(name)
+    answer.locator(".again button").click()
+
+
 def picture(page, name):
     """Kept where a person can look at it."""
     if folder := os.environ.get("SCREENSHOTS"):
@@ -87,8 +92,7 @@ def test_the_chat_is_there_after_a_reload_and_gone_after_a_new_one(page):
 
 def test_another_expert_can_be_asked_again(page):
     answer = say(page, "hello")
-    answer.locator("select").select_option("two")
-    answer.locator(".again button").click()
+    ask_again(answer, "two")
     page.locator("article.assistant .who", has_text="two").wait_for()
     assert page.locator("article.assistant .text").inner_text() == "two0 two1 two2 two3 two4"
     assert page.locator("article").count() == 2
@@ -96,8 +100,7 @@ def test_another_expert_can_be_asked_again(page):
 
 def test_an_answer_stays_where_asking_again_gives_none(page):
     answer = say(page, "hello two do: refuse")
-    answer.locator("select").select_option("two")
-    answer.locator(".again button").click()
+    ask_again(answer, "two")
     page.locator("article.assistant .mark", has_text="asked again: no expert could answer").wait_for()
     assert page.locator("article.assistant .text").inner_text() == "one0 one1 one2 one3 one4"
     assert page.locator("article.assistant .who").inner_text() == "one"
