@@ -59,13 +59,15 @@ class Watch:
             self._logits = output[:, -1]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores of the next token; where an expert is called for, nothing but the end."""
+        """Scores of the next token, without the experts' own; where an expert is called for, nothing but the end."""
         self.dispatch = self._decide(input_ids)
+        allowed = scores.clone()
         if self.dispatch is None:
-            return scores
-        ended = torch.full_like(scores, -torch.inf)
-        ended[:, self.end] = 0
-        return ended
+            allowed[:, self.meta.vocab_size :] = -torch.inf
+        else:
+            allowed[:] = -torch.inf
+            allowed[:, self.end] = 0
+        return allowed
 
     def _decide(self, input_ids: torch.Tensor) -> Dispatch | None:
         logits = self._read_along(input_ids) if self.meta.adapted else self.meta.transform(self._logits.float())

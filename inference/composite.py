@@ -243,8 +243,6 @@ class CompositeModel(AnsweringModel):
             model = self.meta.plain if self.meta.adapted else self.meta.model
             given = torch.tensor([ids], device=self.meta.device)
             inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
-            if not self.meta.adapted:
-                inputs["suppress_tokens"] = [self.meta.vocab_size + index for index in range(len(self.pool))]
             source = stream_generate(model, self.meta.tokenizer, inputs, generation, ready=self._own_turn, watch=watch)
         async with aclosing(source) as pieces:
             async for piece in pieces:
@@ -257,11 +255,11 @@ class CompositeModel(AnsweringModel):
         self, own: OwnStart, generation: Generation, watch: Watch | None = None
     ) -> AsyncIterator[Piece]:
         """Go on from the decision: its logits give the first token, its KV cache the rest. No second prefill."""
-        model, tokenizer = self.meta.model, self.meta.tokenizer
+        # Without a watch by the model without expert rows, which has no ids to be masked at every token.
+        model, tokenizer = self.meta.model if watch else self.meta.plain, self.meta.tokenizer
         prompt = own.inputs["input_ids"]
         read = int(own.inputs["attention_mask"].sum())
-        logits = own.logits[:, : self.meta.vocab_size]
-        token, state = await asyncio.to_thread(first_token, model, prompt, logits, generation)
+        token, state = await asyncio.to_thread(first_token, self.meta.plain, prompt, own.logits, generation)
         if token.item() in end_ids(self.meta.plain, tokenizer):
             yield Piece(finish="stop", usage=(read, 1))
             return
@@ -273,7 +271,6 @@ class CompositeModel(AnsweringModel):
             "input_ids": torch.cat([prompt, token], 1),
             "attention_mask": torch.cat([mask, torch.ones_like(token, dtype=mask.dtype)], 1),
             "past_key_values": own.cache,
-            "suppress_tokens": list(range(self.meta.vocab_size, own.logits.shape[1])),
             "max_new_tokens": generation.max_new_tokens - 1,
         }
         source = stream_generate(

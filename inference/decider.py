@@ -29,7 +29,7 @@ class OwnStart:
     """What self goes on from: the decision's logits give its first token, the KV cache the rest.
 
     Attributes:
-        logits: `[1, V + K]` float32.
+        logits: `[1, V]` float32, without the experts' tokens, which self must not write.
         inputs: `input_ids` and `attention_mask` `[1, T]`, padded on the left as the decision's batch was.
         cache: of the row.
     """
@@ -191,7 +191,8 @@ class Decider:
             return None
         chosen = {key: value[row : row + 1] for key, value in inputs.items()}
         single = _row_of(cache, row, len(logits), logits.device)
-        start = OwnStart(logits[row : row + 1].float().clone(), chosen, single)  # no view of the whole batch's
+        own = logits[row : row + 1, : self.meta.vocab_size].float().clone()  # no view of the whole batch's
+        start = OwnStart(own, chosen, single)
         self._starts.add(start)
         return start
 

@@ -115,7 +115,7 @@ def test_detection_is_by_token_id_never_by_text(make):
         streamer.put(torch.tensor(spelled))
         streamer.end()
 
-    composite.meta.model.generate = generate
+    composite.meta.plain.generate = generate
     reply = composite.chat("say it", max_new_tokens=30)
     assert reply.expert == "self"
     assert reply.text.endswith("<|expert:math|>")
@@ -124,7 +124,8 @@ def test_detection_is_by_token_id_never_by_text(make):
 def test_self_needs_no_second_prefill(make, meta, monkeypatch):
     composite = make(winner=None)
     lengths = []
-    meta.model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
+    for model in (meta.model, meta.plain):
+        model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
     composite.chat(CHAT, max_new_tokens=6)
     assert lengths[0] == len(meta.encode(CHAT))
     assert lengths[1:]
@@ -538,6 +539,8 @@ def test_trained_for_anywhere_self_hands_over_where_the_meta_llm_calls_for_an_ex
     used = len(meta.tokenizer(before, add_special_tokens=False).input_ids)
     rest = answer_of(composite.backend("math"), CHAT, Generation(12 - used), begun=before)
     assert "".join(pieces) == before + rest
+    # Where it may not, its token is no token of the answer either.
+    assert composite.chat(CHAT, max_new_tokens=12, policy=Policy(deny=("math", "law"))).text == alone
     composite.anywhere = False
     assert composite.chat(CHAT, max_new_tokens=12).text == alone
 
