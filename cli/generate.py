@@ -24,7 +24,10 @@ def generate(
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
     send_keys: Annotated[bool, typer.Option(help="Let a composite of the hub have your keys sent as it says.")] = False,
 ) -> None:
-    """Answer a file of conversations, expert by expert; the same command goes on where an interrupted one ended."""
+    """Answer a file of conversations, expert by expert.
+
+    The same command goes on where an interrupted one ended, and asks again what nobody could answer.
+    """
     from ..inference.backends import Generation
     from ..inference.offline import generate_file
     from ..inference.opening import open_model

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import aclosing
@@ -22,6 +23,8 @@ from .policy import Policy
 from .reply import Reply, ReplyStream, Turn
 
 logger = logging.getLogger(__name__)
+
+_COUNTED = 100_000  # characters: to count the tokens of more takes seconds
 
 
 class AnsweringModel(ABC):
@@ -150,8 +153,10 @@ class AnsweringModel(ABC):
         return self.answer(messages, await self.adecide(messages, policy), options)
 
     def _about(self, messages: Sequence[Message]) -> int:
-        """Tokens of a conversation's texts, without what a template adds."""
-        return sum(self.count(text_of(message, placeholders=True)) for message in messages)
+        """Tokens of a conversation's texts, without what a template adds; estimated where they are very long."""
+        text = "\n".join(text_of(message, placeholders=True) for message in messages)
+        counted = text[:_COUNTED]
+        return math.ceil(self.count(counted) * len(text) / max(1, len(counted)))
 
     def _undisputed(self, messages: Sequence[Message], name: str) -> Decision:
         """For one candidate that alone may answer: it does, whatever the meta LLM can read of it.
@@ -206,9 +211,10 @@ class AnsweringModel(ABC):
                             break
                 reason, own_fault = "gave an empty answer", True
             except HandOver as handed:
+                self._breakers[name].succeeded()
                 self._tell_spent(name, decision, turn)
                 self.observer.handed_over(handed.dispatch.expert)
-                stream.reply = replace(stream.reply, handed_over=handed.dispatch)
+                stream.reply = replace(stream.reply, handed_over=handed.dispatch, handed_over_after=len(turn.text))
                 chosen = handed.dispatch.expert
                 # Self goes on where none of them can; who has failed in this turn is not asked again.
                 experts = [c for c in handed.dispatch.ranking if c != name and c not in stream.failures]
@@ -240,7 +246,8 @@ class AnsweringModel(ABC):
             logger.warning("expert %r failed, the next one is asked: %s", name, reason)
             if turn.calls:  # half a tool call can't be gone on with
                 break
-        self.observer.lost()
+        if not turn.refused:  # a request that everybody refuses is none that an operator has to hear of
+            self.observer.lost()
         raise NoAnswerError(stream.failures, begun=turn.begun, refused=turn.refused)
 
     def _order(self, ranking: Sequence[str]) -> Iterator[str]:

@@ -160,9 +160,10 @@ class CompositeModel(AnsweringModel):
     def _question(self, messages: Sequence[Message], policy: Policy | None, *, answer: bool = False) -> Question:
         policy = policy or self.policy
         policy.candidates(self.pool)  # a mistake in it is told before anything is computed
-        ids = self.meta.encode(self._unnamed(messages))
-        # Here, since one that is too long can take others down with its forward pass. One position is the answer's.
-        self._check_length(len(ids), min(self.longest, self._positions - 1, self.limit or self.longest))
+        # Limited here, since one that is too long can take others down with its forward pass. One position is the
+        # answer's.
+        most = min(self.longest, self._positions - 1, self.limit or self.longest)
+        ids = self.meta.encode(self._unnamed(messages), most)
         last = last_answerer(messages, self.pool)
         if answer and policy.sticky > 0 and last:  # most likely, so that its model may come while this is decided
             self.prepare(last)
@@ -180,11 +181,11 @@ class CompositeModel(AnsweringModel):
         self, name: str, messages: list[Message], generation: Generation, decision: Decision, turn: Turn
     ) -> AsyncIterator[Piece]:
         """One candidate's answer, or what it adds to an answer that was begun."""
-        # Not where something is out already: self goes on from that as everybody does.
-        first = name == self._self_name and name == decision.dispatch.expert and not turn.begun
+        # Not where something is out already, or was: self goes on from that as everybody does.
+        first = name == self._self_name and name == decision.dispatch.expert and not (turn.begun or turn.handed_over)
         if first:
             generation = within(generation, self._positions - decision.prompt_tokens)
-        if first and self.anywhere and decision.choose is not None:
+        if first and self.anywhere and decision.choose is not None and not any(map(is_media, messages)):
             source = self._watched_answer(messages, decision, generation)
         elif first and decision.own is not None:
             source = self._self_answer(decision.own, generation)

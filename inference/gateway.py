@@ -12,10 +12,12 @@ file says where everything is:
 """
 
 import asyncio
+import logging
 import math
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +26,24 @@ import torch
 import yaml
 
 from ..modeling.chat import Message, apart, plain
+from ..modeling.dispatch import Dispatch
 from ..modeling.errors import ExpertFailedError, ExpertokenError, NoAnswerError, RequestRefusedError, one_line
 from ..modeling.experts import SELF, Expert, ExpertPool
 from .answering import AnsweringModel
 from .backends import Backend, Generation, Piece, Timeouts
 from .backends.endpoint import REQUESTS, EndpointBackend
+from .breaker import Breaker
 from .decider import Decision
 from .loop import BackgroundLoop
 from .observer import Observer
 from .policy import Policy, last_answerer
 
+logger = logging.getLogger(__name__)
+
 _CHARACTERS = 4  # of a token, where nobody here can count them
 _CONCURRENT = 16  # decisions on a file
 _NEVER = math.log(1e-12)
-_META_KEYS = ("model", "base_url", "api_key_env", "top_logprobs", "token_ids")
+_META_KEYS = ("model", "base_url", "api_key_env", "top_logprobs", "token_ids", "control_tokens")
 
 
 class GatewayModel(AnsweringModel):
@@ -48,6 +54,7 @@ class GatewayModel(AnsweringModel):
         pool: experts behind endpoints, and self, which the same endpoint answers.
         top_logprobs: log-probabilities to ask for; experts that are not among them count as improbable.
         token_ids: the experts' tokens in the checkpoint, which self's answers are kept from (`logit_bias`).
+        control_tokens: of the checkpoint's chat template, which nobody's text may become.
         policy: how a candidate is chosen where a request says nothing else.
         timeouts: of endpoints.
         observer: is told what happens.
@@ -60,6 +67,7 @@ class GatewayModel(AnsweringModel):
         *,
         top_logprobs: int = 20,
         token_ids: Mapping[str, int] | None = None,
+        control_tokens: Sequence[str] = (),
         policy: Policy | None = None,
         timeouts: Timeouts | None = None,
         observer: Observer | None = None,
@@ -75,7 +83,9 @@ class GatewayModel(AnsweringModel):
         super().__init__(pool, policy, observer)
         self.top_logprobs, self._timeouts = top_logprobs, timeouts
         self._endpoint = EndpointBackend(meta, timeouts)
-        self._self = _Self(self._endpoint, {str(place): -100 for place in (token_ids or {}).values()})
+        self._breaker = Breaker()
+        self._sane = partial(_sane, control=tuple(control_tokens))
+        self._self = _Self(self._endpoint, {str(place): -100 for place in (token_ids or {}).values()}, self._sane)
 
     @classmethod
     def from_yaml(cls, path: Path | str, **options: Any) -> "GatewayModel":
@@ -104,10 +114,14 @@ class GatewayModel(AnsweringModel):
         ids = meta.pop("token_ids", None) or {}
         if not isinstance(ids, dict) or not all(isinstance(place, int) for place in ids.values()):
             raise ExpertokenError(f"{path}, meta.token_ids: expected expert: id, as `expertoken export` writes them")
+        control = meta.pop("control_tokens", None) or []
+        if not isinstance(control, list) or not all(isinstance(token, str) and token for token in control):
+            raise ExpertokenError(f"{path}, meta.control_tokens: expected texts, as `expertoken export` writes them")
         endpoint = {"experts": [{"name": "meta", "backend": "openai", **meta}]}
         endpoint = ExpertPool.parse(endpoint, f"{path}, meta").experts[0]
         pool = ExpertPool.parse(document, str(path), path.parent)
-        return cls(endpoint, pool, top_logprobs=count, token_ids=ids, **{"policy": policy} | options)
+        known = {"top_logprobs": count, "token_ids": ids, "control_tokens": control, "policy": policy}
+        return cls(endpoint, pool, **known | options)
 
     @property
     def identity(self) -> str:
@@ -126,6 +140,11 @@ class GatewayModel(AnsweringModel):
             return self._self
         return self._backends.setdefault(name, self._backends.get(name) or EndpointBackend(expert, self._timeouts))
 
+    @property
+    def opened(self) -> dict[str, Backend]:
+        """Backends by candidate, as far as they were needed, and the meta LLM's."""
+        return {self._endpoint.expert.name: self._endpoint} | super().opened
+
     def decide(self, conversations: Sequence[Sequence[Message]], policy: Policy | None = None) -> list[Decision]:
         """Decide on many, some at a time."""
         return BackgroundLoop.call(self._decide(conversations, policy))
@@ -142,9 +161,11 @@ class GatewayModel(AnsweringModel):
     async def adecide(self, messages: Sequence[Message], policy: Policy | None = None) -> Decision:
         """Decide on a conversation by one token of the meta LLM's.
 
+        Where its server can't be asked, the policy's `default` answers if one is named.
+
         Raises:
             ExpertokenError: the conversation is too long, or the meta LLM's server refuses it.
-            NoAnswerError: the meta LLM's server can't be asked. Without a decision nobody is the right one to ask.
+            NoAnswerError: the meta LLM's server can't be asked, and nobody is named for that.
         """
         policy = policy or self.policy
         names = policy.candidates(self.pool)
@@ -152,18 +173,40 @@ class GatewayModel(AnsweringModel):
             return self._undisputed(messages, names[0])
         self._check_length(self._about(messages), self.limit)
         started = time.perf_counter()
+        if not self._breaker.admits():
+            return self._undecided(messages, policy, "it failed too often of late", started)
         try:
             logits, tokens = await self._ask_meta(self._unnamed(messages))
         except RequestRefusedError as error:
+            self._breaker.left()
             raise ExpertokenError(f"the meta LLM does not take the conversation: {error}") from error
         except ExpertFailedError as error:
-            self.observer.lost()
-            raise NoAnswerError(f"the meta LLM can't be asked: {error}") from error
+            self._breaker.failed()
+            self.observer.failed(self._endpoint.expert.name, str(error), begun=False)
+            logger.warning("the meta LLM can't be asked: %s", error)
+            return self._undecided(messages, policy, str(error), started)
+        except BaseException:  # the user went away
+            self._breaker.left()
+            raise
+        self._breaker.succeeded()
         last = last_answerer(messages, self.pool)
         dispatch = policy.choose(self.pool, logits, prompt_tokens=tokens, last=last)
         seconds = time.perf_counter() - started
         self.observer.decided(dispatch, seconds, 1)
         return Decision(dispatch, tokens, seconds)
+
+    def _undecided(self, messages: Sequence[Message], policy: Policy, reason: str, started: float) -> Decision:
+        """The answer of who is named for what is uncertain, be it everything. Errors as in `adecide`."""
+        names = policy.candidates(self.pool)
+        reason = f"the meta LLM can't be asked: {reason}"
+        if policy.default not in names or policy.default == self.pool.self_name:  # self is the same server
+            self.observer.lost()
+            raise NoAnswerError(reason)
+        ranking = (policy.default, *(name for name in names if name != policy.default))
+        if policy.fallbacks is not None:
+            ranking = ranking[: 1 + policy.fallbacks]
+        dispatch = Dispatch(policy.default, {policy.default: 1.0}, f"{reason}: {policy.default} answers", ranking)
+        return Decision(dispatch, self._about(messages), time.perf_counter() - started)
 
     async def _ask_meta(self, messages: Sequence[Message]) -> tuple[torch.Tensor, int]:
         """Logits of the candidates `[C]` (their log-probabilities), and tokens that were read."""
@@ -171,7 +214,7 @@ class GatewayModel(AnsweringModel):
 
         expert, limit = self._endpoint.expert, self._endpoint.timeouts.first
         create = self._endpoint.client().chat.completions.create
-        asked = {"model": expert.model, "messages": _apart(messages), "max_tokens": 1, "temperature": 0.0}
+        asked = {"model": expert.model, "messages": self._sane(messages), "max_tokens": 1, "temperature": 0.0}
 
         async def ask() -> Any:
             return await create(**asked, logprobs=True, top_logprobs=self.top_logprobs)
@@ -208,20 +251,24 @@ class _Self(Backend):
     Args:
         endpoint: of the exported checkpoint.
         bias: by token id, of the experts' tokens: an answer has no use for them.
+        sane: makes a conversation harmless.
     """
 
-    def __init__(self, endpoint: EndpointBackend, bias: dict[str, int]) -> None:
-        self._endpoint, self._bias = endpoint, bias
+    def __init__(
+        self, endpoint: EndpointBackend, bias: dict[str, int], sane: Callable[[Sequence[Message]], list[Message]]
+    ) -> None:
+        self._endpoint, self._bias, self._sane = endpoint, bias, sane
 
     def stream(self, messages: Sequence[Message], generation: Generation, *, begun: str = "") -> AsyncIterator[Piece]:
         """As of the endpoint."""
         extra = dict(generation.extra)
         if self._bias:
             extra["logit_bias"] = extra.get("logit_bias", {}) | self._bias
-        return self._endpoint.stream(_apart(messages), replace(generation, extra=extra), begun=begun)
+        begun = self._sane([{"role": "assistant", "content": begun}])[0]["content"]
+        return self._endpoint.stream(self._sane(messages), replace(generation, extra=extra), begun=begun)
 
 
-def _apart(messages: Sequence[Message]) -> list[Message]:
-    """A conversation for a tokenizer that knows the experts' tokens: what a user writes as one is no token any more."""
+def _sane(messages: Sequence[Message], control: Sequence[str]) -> list[Message]:
+    """A conversation for a tokenizer elsewhere: nothing that is written in it becomes a control token there."""
     told = plain(messages, placeholders=True)
-    return [message | {"content": apart(message["content"])} for message in told]
+    return [message | {"content": apart(message["content"], control)} for message in told]

@@ -48,7 +48,8 @@ def generate_file(
 ) -> dict[str, int]:
     """Answer every conversation of a JSONL file.
 
-    Answers are kept beside `out` as they come; the same call goes on where an interrupted one ended.
+    Answers are kept beside `out` as they come; the same call goes on where an interrupted one ended, and asks those
+    again that nobody could answer.
 
     Args:
         composite: who answers.
@@ -60,7 +61,7 @@ def generate_file(
         concurrent: requests to endpoints at a time.
 
     Returns:
-        how many answers each expert gave.
+        how many answers each expert gave, and `nobody`.
 
     Raises:
         ExpertokenError: a line of `source` is not well formed.
@@ -72,6 +73,7 @@ def generate_file(
     keys = _keys(source, _hash([asked, policy.document(), pool, composite.identity]))
     part = out.with_name(f".{out.name}.part")
     counts: Counter[str] = Counter()
+    failed = False
     with _Answers(part) as answers:
         left = sum(key not in answers for key in keys)
         if left < len(keys):
@@ -89,7 +91,9 @@ def generate_file(
                 answer = answers[key]
                 stream.write(_line(row | answer))
                 counts[answer.get("expert") or "nobody"] += 1
-    part.unlink()
+                failed = failed or "error" in answer
+    if not failed:
+        part.unlink()
     return dict(counts)
 
 
@@ -97,7 +101,8 @@ class _Answers:
     """Answers in a file as they come; in memory is only where each of them stands.
 
     Args:
-        file: JSONL, which may be there from an interrupted run; a line that it did not finish is passed over.
+        file: JSONL, which may be there from an interrupted run; a line that it did not finish is passed over, and so is
+            an error: what failed then may be well now.
     """
 
     def __init__(self, file: Path) -> None:
@@ -108,7 +113,9 @@ class _Answers:
         place = 0
         for line in self._stream:
             with suppress(ValueError, KeyError, TypeError):
-                self._places[json.loads(line)["key"]] = place
+                known = json.loads(line)
+                if "error" not in known["answer"]:
+                    self._places[known["key"]] = place
             place += len(line)
         if place:
             self._stream.write(b"\n")  # behind a line that may not be finished

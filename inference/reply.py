@@ -28,6 +28,7 @@ class Reply:
         first: seconds from the decision to the first piece.
         seconds: from the decision to the end.
         handed_over: the decision inside self's answer by which an expert went on with it, or None.
+        handed_over_after: characters that self had written then.
     """
 
     text: str
@@ -42,6 +43,7 @@ class Reply:
     first: float = 0.0
     seconds: float = 0.0
     handed_over: Dispatch | None = None
+    handed_over_after: int = 0
 
 
 class ReplyStream:

@@ -85,7 +85,12 @@ class TerminalChat:
             return
         for name, reason in self.last.failures.items():
             self.console.print(f"{name} failed: {reason}", markup=False)
-        self.console.print(f"answered by {self.last.expert} ({self.last.dispatch.reason})", markup=False)
+        if (handed := self.last.handed_over) is not None:
+            begun = f"{self.last.dispatch.expert} began ({self.last.dispatch.reason}) and after "
+            why = f"answered by {self.last.expert}: {begun}{self.last.handed_over_after} characters {handed.reason}"
+        else:
+            why = f"answered by {self.last.expert} ({self.last.dispatch.reason})"
+        self.console.print(why, markup=False)
         cost = "" if self.last.cost is None else f", {self.last.cost:.6f} USD"
         self.console.print(
             f"decided in {self.last.decided:.2f} s, first piece after {self.last.first:.2f} s, "

@@ -1,8 +1,10 @@
 """Conversations as token ids, safe against users who type control tokens."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from .errors import ExpertokenError, one_line
 
@@ -95,9 +97,23 @@ def text_of(message: Message, *, placeholders: bool = False) -> str:
 _AS = {"developer": "system"}  # OpenAI's newer name for it, which templates don't know
 
 
-def apart(text: str) -> str:
-    """A text for tokenizers that know the experts' tokens (of exports): what is written as one is none any more."""
-    return text.replace("<|expert:", "< |expert:")
+def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """What in a text would be one of the tokenizer's added tokens, and not what is written there."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+
+
+_EXPERT = "<|expert:"
+
+
+def apart(text: str, control: Sequence[str] = ()) -> str:
+    """A text for tokenizers elsewhere that know the experts' tokens: what is written as one is none any more.
+
+    Args:
+        text: that somebody wrote.
+        control: further tokens that it must not contain.
+    """
+    longest_first = sorted({_EXPERT, *control}, key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, longest_first)), lambda found: f"{found[0][:1]} {found[0][1:]}", text)
 
 
 def plain(messages: Sequence[Message], *, placeholders: bool = False) -> list[Message]:
@@ -112,6 +128,7 @@ def encode_chat(
     *,
     begun: str = "",
     placeholders: bool = False,
+    most: int | None = None,
 ) -> list[int]:
     """Token ids of a conversation up to the dispatch position: the end of the template's generation prompt.
 
@@ -124,10 +141,11 @@ def encode_chat(
         vocab_size: V.
         begun: an answer that is to be continued; the ids end behind it then.
         placeholders: see `text_of`.
+        most: tokens; None for no limit.
 
     Raises:
-        ExpertokenError: the tokenizer has no chat template, the template refuses the conversation, or there are ids
-            that the model has no row for.
+        ExpertokenError: the tokenizer has no chat template, the template refuses the conversation, it is longer than
+            `most`, or there are ids that the model has no row for.
     """
     if not tokenizer.chat_template:
         raise ExpertokenError(
@@ -138,11 +156,14 @@ def encode_chat(
 
     # Named ones and not transformers' default, which looks for them in the template's text and so misses those that a
     # template puts together from pieces (Phi-4-mini: '<|' + role + '|>').
-    tokenizer.chat_control_tokens = [
-        token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()
-    ]
+    tokenizer.chat_control_tokens = control_tokens(tokenizer)
     messages = plain(as_messages(conversation), placeholders=placeholders)
     begun = begun if begun.strip() else ""  # blanks alone are nothing to go on from, and templates trim them
+    characters = sum(len(message["content"]) for message in messages)
+    if most is not None and characters > most * _longest_token(tokenizer):  # seconds of work, only to be refused
+        raise ExpertokenError(
+            f"the conversation has {characters} characters, and so more than {most} tokens; at most {most} are read"
+        )
     try:
         ids = tokenizer.apply_chat_template(
             [*messages, {"role": "assistant", "content": begun}] if begun else messages,
@@ -156,9 +177,21 @@ def encode_chat(
         raise ExpertokenError(
             f"{Path(tokenizer.name_or_path).name}: its chat template refuses this conversation ({one_line(error)})"
         ) from error
+    if most is not None and len(ids) > most:
+        raise ExpertokenError(f"the conversation has {len(ids)} tokens; at most {most} are read")
     if max(ids) >= vocab_size:
         raise ExpertokenError(
             f"{tokenizer.name_or_path}: the tokenizer gives id {max(ids)}, but the model has {vocab_size} rows; they "
             "do not belong together"
         )
     return ids
+
+
+_LONGEST: "WeakKeyDictionary[PreTrainedTokenizerBase, int]" = WeakKeyDictionary()
+
+
+def _longest_token(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Characters of the longest entry of the vocabulary: no text has fewer tokens than its length by that."""
+    if tokenizer not in _LONGEST:
+        _LONGEST[tokenizer] = max(map(len, tokenizer.get_vocab()))
+    return _LONGEST[tokenizer]

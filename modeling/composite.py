@@ -299,7 +299,7 @@ def load_composite(
     if dtype is None and (device.type != "cpu" or base.get("device") == "cpu"):
         dtype = getattr(torch, base["dtype"])
     pool = ExpertPool.from_yaml(path / POOL_FILE)
-    asked = [f"{e.api_key_env} to {e.base_url or 'OpenAI'}" for e in pool if e.api_key_env]
+    asked = [f"{e.key_variable} to {e.base_url or 'OpenAI'}" for e in pool if e.key_variable]
     if asked and path != Path(given) and not send_keys:
         raise ExpertokenError(
             f"{given}: would have keys of this machine sent to addresses that it names ({'; '.join(asked)}); say "

@@ -63,17 +63,23 @@ class Expert:
         """The expert token as text: in exports and in what people read, never in what the meta LLM reads."""
         return f"<|expert:{self.name}|>"
 
+    @property
+    def key_variable(self) -> str | None:
+        """The environment variable whose value is sent to the endpoint, or None."""
+        if self.backend != "openai" or self.api_key_env:
+            return self.api_key_env
+        # OPENAI_API_KEY belongs to the client's default address; an endpoint elsewhere must not be sent it.
+        return None if self.base_url else "OPENAI_API_KEY"
+
     def api_key(self) -> str:
         """The key of the endpoint, from the environment.
 
         Raises:
             ExpertFailedError: the variable is not set.
         """
-        # OPENAI_API_KEY belongs to the client's default address; an endpoint elsewhere must not be sent it.
-        variable = self.api_key_env or (None if self.base_url else "OPENAI_API_KEY")
-        key = os.environ.get(variable) if variable else "none"
+        key = os.environ.get(self.key_variable) if self.key_variable else "none"
         if not key:
-            raise ExpertFailedError(f"the environment variable {variable} with its key is not set")
+            raise ExpertFailedError(f"the environment variable {self.key_variable} with its key is not set")
         return key
 
     def price(self, read: int, written: int) -> float | None:

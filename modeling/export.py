@@ -13,6 +13,7 @@ import yaml
 from tokenizers import AddedToken
 from torch import nn
 
+from .chat import control_tokens, encode_chat
 from .composite import POOL_FILE, load_composite
 from .dispatch import dispatch_distribution, dispatch_forward
 from .errors import ExpertokenError
@@ -95,14 +96,20 @@ def export_checkpoint(
         ids = dict(zip((expert.name for expert in pool), places, strict=True))
         document = {"experts": ids, "self": pool.self_name}
         (aside / EXPORT_FILE).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
-        _write_gateway(aside, out.name, ids)
+        _write_gateway(aside, out.name, ids, control_tokens(meta.tokenizer))
         _compare(aside, places, prompts, expected, meta)
     return ids
 
 
-def _write_gateway(folder: Path, name: str, ids: dict[str, int]) -> None:
+def _write_gateway(folder: Path, name: str, ids: dict[str, int], control: list[str]) -> None:
     """A gateway's file to begin with: where the servers are is the operator's to say."""
-    meta = {"model": name, "base_url": "http://127.0.0.1:8000/v1", "top_logprobs": 20, "token_ids": ids}
+    meta = {
+        "model": name,
+        "base_url": "http://127.0.0.1:8000/v1",
+        "top_logprobs": 20,
+        "token_ids": ids,
+        "control_tokens": control,
+    }
     pool = yaml.safe_load((folder / POOL_FILE).read_text("utf-8"))
     document = yaml.safe_dump({"meta": meta} | pool, sort_keys=False, allow_unicode=True)
     head = "# Copy it and say where the servers are; `expertoken serve` of the copy needs no models of its own.\n"
@@ -174,10 +181,7 @@ def _compare(folder: Path, places: list[int], prompts: Sequence[str], expected: 
     size = model.get_output_embeddings().weight.shape[0]
     order = [*sorted(set(range(size)) - set(places)), *places]
     for prompt, wanted in zip(prompts, expected, strict=True):
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
-        )
-        batch = torch.tensor([ids], device=meta.device)
+        batch = torch.tensor([encode_chat(tokenizer, prompt, size)], device=meta.device)
         with torch.inference_mode():
             logits, _ = dispatch_forward(model, batch, torch.ones_like(batch))
         with_self = len(wanted) > len(places)

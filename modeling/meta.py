@@ -304,9 +304,9 @@ class MetaLLM:
         """Where an expert's row starts, `[d]`; see `head.initial_row`."""
         return initial_row(self.plain, self.tokenizer(description, add_special_tokens=False).input_ids)
 
-    def encode(self, conversation: str | Sequence[Message]) -> list[int]:
+    def encode(self, conversation: str | Sequence[Message], most: int | None = None) -> list[int]:
         """Ids up to the dispatch position; see `chat.encode_chat`."""
-        return encode_chat(self.tokenizer, conversation, self.vocab_size, placeholders=True)
+        return encode_chat(self.tokenizer, conversation, self.vocab_size, placeholders=True, most=most)
 
     def pad(
         self, sequences: Sequence[Sequence[int]], device: torch.device | str | None = None

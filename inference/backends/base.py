@@ -14,7 +14,8 @@ class Generation:
 
     Attributes:
         max_new_tokens: at most this many tokens of answer.
-        temperature: 0 is greedy; where None, models that run here are, and endpoints do as they do.
+        temperature: 0 is greedy; where None, models that run here are, and endpoints do as they do. Here anything below
+            0.001 is.
         top_p: mass of the nucleus to sample from; where None as for the temperature.
         seed: of sampling; None draws a new one.
         stop: texts before which an answer ends.
@@ -28,6 +29,14 @@ class Generation:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether models that run here draw their tokens: logits over a temperature near 0 are no numbers any more."""
+        return (self.temperature or 0.0) >= _COLDEST
+
+
+_COLDEST = 1e-3  # below it the most probable token has all of the probability, but for ties
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """OpenAI-compatible endpoints, through the `openai` client."""
 
 import asyncio
+import math
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 REQUESTS = (400, 413, 422)  # a fault of the request
 _FOR_NOW = (408, 409, 429)
 _MOST = 2**53  # tokens, and far more than there are
+_CHARACTERS = 32  # of a token, on average, at most: beyond that an endpoint does not heed the limit that it was given
 _NO_ANSWER = "the endpoint gave something else than an answer"
 _OPENAI = "//api.openai.com"
 _GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
@@ -135,7 +137,8 @@ class EndpointBackend(Backend):
             given.append({"role": "assistant", "content": begun})
         deadline = anyio.current_time() + self.timeouts.first
         told = finished = False
-        repetition, numbering = Repetition(begun), Numbering()
+        written, most = 0, _CHARACTERS * generation.max_new_tokens
+        repetition, numbering, unicode = Repetition(begun), Numbering(), _Unicode()
         chunks = None
         try:
             with anyio.fail_after(self.timeouts.first):
@@ -147,12 +150,17 @@ class EndpointBackend(Backend):
                     chunk = await anext(pieces, None)
                 if chunk is None:
                     break
-                piece, thinks = _piece(chunk)
+                piece, thought = _piece(chunk, unicode)
                 # Some models think for minutes before their first word, and stream that: they are alive.
-                told = told or piece.tells or thinks
+                told = told or piece.tells or thought > 0
+                written += 1 + thought + _characters(piece)
+                if written > most and piece.finish is None:
+                    piece = replace(piece, finish="length")
                 finished = finished or piece.finish is not None
                 text = repetition.without(piece.text, last=piece.finish is not None)
                 yield replace(piece, text=text, tool_calls=numbering.of(piece.tool_calls))
+                if written > most:
+                    break  # it does not heed its limit, and may never end
             if not finished:  # a connection that was cut between two chunks looks like an end
                 raise ExpertFailedError("the endpoint's answer was cut off")
         except ExpertFailedError:
@@ -189,8 +197,8 @@ class EndpointBackend(Backend):
             raise RequestRefusedError("the request holds something that JSON or Unicode does not know") from error
 
 
-def _piece(chunk: Any) -> tuple[Piece, bool]:
-    """What a chunk brings, and whether it is of the model's thinking.
+def _piece(chunk: Any, unicode: "_Unicode") -> tuple[Piece, int]:
+    """What a chunk brings, and how many characters of the model's thinking.
 
     Chunks are read as the JSON that they are: to make the client's classes of them took a fifth of the server's time.
 
@@ -205,35 +213,81 @@ def _piece(chunk: Any) -> tuple[Piece, bool]:
         if choices is None and usage is None:
             raise ExpertFailedError(_NO_ANSWER)
         if not choices:
-            return Piece(usage=usage), False
+            return Piece(usage=usage), 0
         delta = choices[0].get("delta") or {}
-        told = delta.get("content") or delta.get("refusal") or ""
+        finish = choices[0].get("finish_reason") or None
         piece = Piece(
-            text=told.encode("utf-8", "replace").decode(),  # half a surrogate can't be sent on
+            text=unicode.joined(delta.get("content") or delta.get("refusal") or "", last=finish is not None),
             tool_calls=[_call(call) for call in delta.get("tool_calls") or ()] or None,
-            logprobs=dict(choices[0].get("logprobs") or ()) or None,
-            finish=choices[0].get("finish_reason") or None,
+            logprobs=_logprobs(choices[0].get("logprobs")),
+            finish=None if finish is None else _text(finish),
             usage=usage,
         )
-        thinks = bool(delta.get("reasoning_content") or delta.get("reasoning"))
+        thought = len(_text(delta.get("reasoning_content") or delta.get("reasoning") or ""))
     except (AttributeError, TypeError, ValueError, LookupError) as error:
         raise ExpertFailedError(_NO_ANSWER) from error
-    if not isinstance(piece.finish, str | None):
-        raise ExpertFailedError(_NO_ANSWER)
-    return piece, thinks
+    return piece, thought
+
+
+def _characters(piece: Piece) -> int:
+    return len(piece.text) + sum(len(str(call)) for call in piece.tool_calls or ())
+
+
+def _text(given: str) -> str:
+    """A text without halves of surrogates, which can't be sent on. Raises AttributeError where it is none."""
+    return given.encode("utf-8", "replace").decode()
+
+
+class _Unicode:
+    """Joins halves of characters that a server cut its text between."""
+
+    def __init__(self) -> None:
+        self._half = ""
+
+    def joined(self, text: str, *, last: bool) -> str:
+        """More of the text; a half at its end is held back for the next one, and lost where none comes."""
+        if not self._half and text.isascii():
+            return text
+        text = self._half + text
+        self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" and not last else ""
+        return text[: len(text) - len(self._half)].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _call(call: Any) -> dict[str, Any]:
     """A part of a tool call.
 
     Raises:
-        TypeError: it is something else.
+        AttributeError, TypeError: it is something else.
     """
     function = call.get("function") or {}
-    texts = (call.get("id"), function.get("name"), function.get("arguments"))
+    texts = (call.get("id"), call.get("type"), function.get("name"), function.get("arguments"))
     if not all(isinstance(text, str | None) for text in texts) or not isinstance(call.get("index"), int | None):
         raise TypeError
-    return call
+    return _sendable(call)
+
+
+def _logprobs(given: Any) -> dict[str, Any] | None:
+    """Log-probabilities of a piece's tokens.
+
+    Raises:
+        AttributeError, TypeError: they are something else.
+    """
+    found = {key: list(given[key]) for key in ("content", "refusal") if given.get(key)} if given else {}
+    return _sendable(found) or None
+
+
+_UNLIKELY = -9999.0  # what OpenAI's API says for a probability of 0: JSON has no infinity
+
+
+def _sendable(thing: Any) -> Any:
+    """What was read as JSON without what JSON and UTF-8 can't write."""
+    if isinstance(thing, dict):
+        return {_text(key): _sendable(value) for key, value in thing.items()}
+    if isinstance(thing, list):
+        return [_sendable(value) for value in thing]
+    if isinstance(thing, float) and not math.isfinite(thing):
+        return _UNLIKELY
+    return _text(thing) if isinstance(thing, str) else thing
 
 
 def _passes(error: BaseException) -> bool:

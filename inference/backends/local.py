@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -23,9 +24,8 @@ if TYPE_CHECKING:
 
 def generation_options(generation: Generation) -> dict[str, Any]:
     """Arguments of `generate`."""
-    sampled = bool(generation.temperature)
-    options: dict[str, Any] = {"max_new_tokens": generation.max_new_tokens, "do_sample": sampled}
-    if sampled:
+    options: dict[str, Any] = {"max_new_tokens": generation.max_new_tokens, "do_sample": generation.sampled}
+    if generation.sampled:
         options |= {"temperature": generation.temperature, "top_p": generation.top_p or 1.0}
     return options
 
@@ -43,7 +43,7 @@ def _seeded(
     generation: Generation, state: torch.Tensor | None = None, device: torch.device | None = None
 ) -> Iterator[None]:
     """Random numbers as the seed says, or as they went on from `state`, which is the device's."""
-    if generation.seed is None or not generation.temperature:
+    if generation.seed is None or not generation.sampled:
         yield
         return
     with _RANDOM:
@@ -233,14 +233,9 @@ class LocalBackend(Backend):
     def _encode(self, resident: Resident, messages: Sequence[Message], begun: str = "") -> list[int]:
         rows = resident.model.get_input_embeddings().weight.shape[0]
         try:
-            ids = encode_chat(resident.tokenizer, messages, rows, begun=begun)
-        except ExpertFailedError:
-            raise
-        except ExpertokenError as error:  # a conversation that its template does not take: no fault of the model
+            return encode_chat(resident.tokenizer, messages, rows, begun=begun, most=positions(resident.model) - 1)
+        except ExpertokenError as error:  # too long, or nothing that its template takes: no fault of the model
             raise RequestRefusedError(str(error)) from error
-        if len(ids) >= positions(resident.model):
-            raise RequestRefusedError(f"{len(ids)} tokens; the model has positions for {positions(resident.model)}")
-        return ids
 
     async def stream(
         self, messages: Sequence[Message], generation: Generation, *, begun: str = ""
@@ -321,33 +316,70 @@ class LocalBackend(Backend):
         with nullcontext(resident) if resident else self.models.lease(self.source) as held:
             model = self._model(held)
             encoded = [self._encode(held, messages) for messages in conversations]
-            order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
             answers = [Piece()] * len(encoded)
+            room = positions(model) - generation.max_new_tokens
             with self._turn(held):
-                for start in range(0, len(order), batch_size):
-                    chosen = order[start : start + batch_size]
+                for chosen in _batches(list(map(len, encoded)), batch_size, room):
                     found = _generate_batch(model, held.tokenizer, [encoded[i] for i in chosen], generation)
                     for index, answer in zip(chosen, found, strict=True):
                         answers[index] = answer
         return answers
 
 
+def _batches(lengths: Sequence[int], size: int, room: int) -> Iterator[list[int]]:
+    """Batches of like length. One that leaves no room for a whole answer is alone: it would cut the others' too."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    roomy = [index for index in order if lengths[index] <= room]
+    yield from (roomy[start : start + size] for start in range(0, len(roomy), size))
+    yield from ([index] for index in order[len(roomy) :])
+
+
 @torch.inference_mode()
 def _generate_batch(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", sequences: list[list[int]], generation: Generation
 ) -> list[Piece]:
+    from transformers import StoppingCriteriaList
+
     longest, ends = max(map(len, sequences)), set(end_ids(model, tokenizer))
     pad = tokenizer.pad_token_id or 0
     ids = torch.tensor([[pad] * (longest - len(s)) + s for s in sequences], device=model.device)
     mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences], device=model.device)
     options = generation_options(within(generation, positions(model) - longest))
+    stopped: dict[int, int] = {}
+    stops = [stop for stop in generation.stop if stop]
+    if stops:
+        stop = partial(_stop, tokenizer, stops, longest, stopped)
+        options["stopping_criteria"] = StoppingCriteriaList([stop])
     with _seeded(generation):
         output = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **options)
     answers = []
-    for sequence, row in zip(sequences, output[:, longest:].tolist(), strict=True):
+    for place, (sequence, row) in enumerate(zip(sequences, output[:, longest:].tolist(), strict=True)):
         # What comes behind the end is padding, and may be an ordinary token where the tokenizer has none for it.
-        end = next((place for place, token in enumerate(row) if token in ends), None)
-        written = row if end is None else row[: end + 1]
-        text = tokenizer.decode(written, skip_special_tokens=True)
-        answers.append(Piece(text, finish="length" if end is None else "stop", usage=(len(sequence), len(written))))
+        end = next((count for count, token in enumerate(row, start=1) if token in ends), None)
+        end = min(filter(None, (end, stopped.get(place))), default=None)
+        text = tokenizer.decode(row[:end], skip_special_tokens=True)
+        usage = (len(sequence), len(row[:end]))
+        answers.append(Piece(text, finish="length" if end is None else "stop", usage=usage))
     return answers
+
+
+def _stop(
+    tokenizer: "PreTrainedTokenizerBase",
+    stops: Sequence[str],
+    start: int,
+    stopped: dict[int, int],
+    input_ids: torch.Tensor,
+    *_: Any,
+    **__: Any,
+) -> torch.Tensor:
+    """A stopping criterion of `generate`: whether each row has a stop text; `stopped` gets how many tokens that took.
+
+    Not its own `stop_strings`, which does not tell where a row stopped.
+    """
+    tail = 8 + 4 * max(map(len, stops))  # a character is four tokens at most
+    for place, row in enumerate(input_ids[:, start:].tolist()):
+        if place not in stopped:
+            text = tokenizer.decode(row[-tail:], skip_special_tokens=True)
+            if any(stop in text for stop in stops):
+                stopped[place] = len(row)
+    return torch.tensor([place in stopped for place in range(len(input_ids))], device=input_ids.device)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LONGEST = 120.0  # seconds that a model is waited for, before the next best expert is asked
+_LONGEST = 120.0  # seconds that room for a model is waited for, before the next best expert is asked
 _PATIENCE = 2.0  # seconds that a model may be waited for before those that are used make room for it
 
 
@@ -135,7 +135,7 @@ class LocalModels:
             ExpertFailedError: it can't be loaded, is larger than the budget, no room came free, or it was given up.
         """
         source = _resolved(source)
-        began = time.monotonic()
+        began = waits = time.monotonic()
         while True:
             with self._changed:
                 if given_up is not None and given_up.is_set():
@@ -147,7 +147,9 @@ class LocalModels:
                 if source in self._residents or source in self._loading or not self._may_load(source):
                     self._waiting.setdefault(source, time.monotonic())
                     self._changed.wait(0.5)
-                    if time.monotonic() - began > _LONGEST:
+                    if source in self._loading:  # that takes as long as it takes
+                        waits = time.monotonic()
+                    elif time.monotonic() - waits > _LONGEST:
                         self._waiting.pop(source, None)
                         raise ExpertFailedError(f"{source.model}: no room for it within {_LONGEST:g} s")
                     continue

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import aclosing
 from dataclasses import replace
 from http import HTTPStatus
@@ -233,12 +233,13 @@ def create_app(composite: AnsweringModel, settings: Settings | None = None) -> F
             if request.stream:
                 return await _streamed(service, completion, started, http)
             body = await _unless_gone(completion.whole(), http)
+            response = JSONResponse(body)
         except BaseException as error:
             service.log(completion, request, _status(error), started, http)
             raise
         service.finish(completion, _GONE if body is None else 200, started, http)
         service.trace(completion)
-        return JSONResponse(body)
+        return response
 
     _add_page(app)
     return app
@@ -259,12 +260,14 @@ def _add_page(app: FastAPI) -> None:
 def _add_status(app: FastAPI, service: Service) -> None:
     """What watches a service asks."""
 
-    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health")
     async def health() -> dict[str, str]:
         """Whether the process lives."""
         return {"status": "ok"}
 
-    @app.api_route("/ready", methods=["GET", "HEAD"])
+    @app.head("/ready", include_in_schema=False)
+    @app.get("/ready")
     async def ready() -> Response:
         """Whether requests are taken: not while it shuts down."""
         status = HTTPStatus.SERVICE_UNAVAILABLE if service.draining else HTTPStatus.OK
@@ -283,7 +286,7 @@ def _model(name: str, service: Service) -> dict[str, Any]:
 async def _streamed(service: Service, completion: Completion, started: float, http: Request) -> Response:
     """A streamed response. It begins with the first piece: an error before that is one of the whole request.
 
-    Where that takes long (a model that thinks), the response begins before it, and comments keep the line open.
+    Where that takes long (a model that thinks), the response begins before it.
     """
     pieces = merged(completion.streams)
     coming = asyncio.ensure_future(anext(pieces))
@@ -309,10 +312,6 @@ async def _streamed(service: Service, completion: Completion, started: float, ht
 
     async def events() -> AsyncGenerator[str]:
         nonlocal status
-        while not coming.done():
-            await asyncio.wait([coming], timeout=_SILENCE)
-            if not coming.done():
-                yield ": keep-alive\n\n"
         async with aclosing(completion.events(all_pieces())) as told:
             async for event in told:
                 yield event
@@ -327,7 +326,10 @@ async def _streamed(service: Service, completion: Completion, started: float, ht
 
 
 class _Events(StreamingResponse):
-    """Server-sent events, with an end that comes whatever happens: the client may be gone before the first of them."""
+    """Server-sent events, with an end that comes whatever happens: the client may be gone before the first of them.
+
+    While none comes (a model thinks, or is loaded to go on), comments keep proxies from closing the line.
+    """
 
     def __init__(self, events: AsyncGenerator[str], end: Callable[[], Awaitable[None]]) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -335,9 +337,28 @@ class _Events(StreamingResponse):
         self._end = end
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        said, commenting = 0.0, None
+
+        async def noting(message: MutableMapping[str, Any]) -> None:
+            nonlocal said, commenting
+            said = time.monotonic()
+            if commenting is None:
+                commenting = asyncio.ensure_future(comment())
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                commenting.cancel()
+            await send(message)
+
+        async def comment() -> None:
+            while True:
+                await asyncio.sleep(max(0.0, said + _SILENCE - time.monotonic()))
+                if time.monotonic() - said >= _SILENCE:
+                    await noting({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, noting)
         finally:
+            if commenting is not None:
+                commenting.cancel()
             with anyio.CancelScope(shield=True):
                 await self.body_iterator.aclose()
                 await self._end()

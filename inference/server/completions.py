@@ -51,7 +51,7 @@ class Completion:
             "chosen": reply.dispatch.expert,
             "reason": reply.dispatch.reason,
             "probabilities": reply.dispatch.probabilities,
-            "handed_over": reply.handed_over.expert if reply.handed_over else None,
+            "handed_over": _handed_over(reply),
             "failures": failures,
             "cost": reply.cost,
             "decided_seconds": round(reply.decided, 4),
@@ -106,6 +106,15 @@ class Completion:
             # The user has a part of an answer: what is missing is said in the stream, as clients look for it there.
             yield f"data: {json.dumps(error_body(public(error), 'server_error', 'answer_broke_off'))}\n\n"
         yield "data: [DONE]\n\n"
+
+
+def _handed_over(reply: Reply) -> dict[str, Any] | None:
+    """By which decision inside self's answer an expert was called."""
+    if reply.handed_over is None:
+        return None
+    called = reply.handed_over.expert
+    shares = reply.handed_over.probabilities
+    return {"expert": called, "after_characters": reply.handed_over_after, "probabilities": shares}
 
 
 async def merged(streams: Sequence[ReplyStream]) -> AsyncIterator[tuple[int, Piece]]:
@@ -166,8 +175,8 @@ def _add_call(calls: dict[int, dict[str, Any]], delta: dict[str, Any]) -> None:
         delta.get("index", 0), {"id": "", "type": "function", "function": {"name": "", "arguments": ""}}
     )
     call["id"] = delta.get("id") or call["id"]
-    for key, text in (delta.get("function") or {}).items():
-        call["function"][key] = call["function"].get(key, "") + (text or "")
+    for key in ("name", "arguments"):
+        call["function"][key] += (delta.get("function") or {}).get(key) or ""
 
 
 def public(error: ExpertokenError) -> str:

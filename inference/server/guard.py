@@ -16,7 +16,7 @@ from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
 from .metrics import Metrics
-from .settings import Settings, is_loopback
+from .settings import Settings, is_elsewhere, is_loopback
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -30,6 +30,7 @@ _ANSWERS = "/v1/chat/completions"
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
     """An error as OpenAI's API has it."""
+    message = message.encode("utf-8", "replace").decode()  # it may quote half a surrogate, which can't be sent
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -60,7 +61,7 @@ class Guard:
         if path in self.open_paths:
             await self.app(scope, receive, send)
             return
-        if not self.settings.api_keys and not self._is_from_here(headers):
+        if not self.settings.api_keys and not self._is_from_here(scope, headers):
             # Without keys only this machine may ask. By a name of its own, or from where it is, a foreign page could
             # get here in a browser.
             told = "without API keys this server answers on loopback only; --allow-host NAME lets another name in"
@@ -90,34 +91,44 @@ class Guard:
             await self._turn_away(send, 415, body)
             return
         most = self.settings.max_body
-        too_large = error_body(f"the body is larger than {most} bytes", "invalid_request_error", "too_large")
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > most:
             await _discard(receive, 4 * most)
-            await self._turn_away(send, 413, too_large)
+            await self._turn_away(send, 413, _too_large(most))
             return
         if self._running >= self.settings.max_concurrent:
             body = error_body("too many requests at a time; come again", "overloaded_error", "overloaded")
             await self._turn_away(send, 503, body, retry=1)
             return
+        await self._admitted(scope, receive, send)
+
+    async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A request that takes one of the places, while its body comes and while it is answered."""
+        most = self.settings.max_body
         read, status, complete = 0, 500, False
+        broken: int | None = None  # what the application makes of half a body is not what it was
         state = scope.setdefault("state", {})
 
         async def limited() -> MutableMapping[str, Any]:
-            nonlocal read, complete
+            nonlocal read, complete, broken
             if complete:
                 return await receive()
-            with anyio.fail_after(_PATIENCE):  # who sends slowly holds a place that others wait for
-                message = await receive()
+            try:
+                with anyio.fail_after(_PATIENCE):  # who sends slowly holds a place that others wait for
+                    message = await receive()
+            except TimeoutError:
+                broken = 408
+                raise _BrokenBodyError from None
             read += len(message.get("body", b""))
             complete = not message.get("more_body")
             if read > most:  # a body that is sent in chunks does not tell its length
-                raise _TooLargeError
+                broken = 413
+                raise _BrokenBodyError
             return message
 
         async def noting(message: MutableMapping[str, Any]) -> None:
             nonlocal status
-            if read > most:  # what the application makes of it is not what it was
+            if broken is not None:
                 return
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -126,12 +137,15 @@ class Guard:
         self._running += 1
         self.metrics.in_flight.inc()
         try:
-            with suppress(_TooLargeError):
+            with suppress(_BrokenBodyError):
                 await self.app(scope, limited, noting)
-            if read > most:
-                status = 413
+            status = broken or status
+            if broken == 413:
                 await _discard(receive, 4 * most)
-                await _refuse(send, 413, too_large)
+                await _refuse(send, 413, _too_large(most))
+            elif broken == 408:
+                told = f"nothing more of the body came for {_PATIENCE:g} s"
+                await _refuse(send, 408, error_body(told, "invalid_request_error"))
         finally:
             self._running -= 1
             self.metrics.in_flight.dec()
@@ -144,14 +158,17 @@ class Guard:
 
     def _note(self, status: int, *, logged: bool = False) -> None:
         """Count a request for an answer, and write its line where nobody could who knows more of it."""
-        self.metrics.requests.labels(str(status)).inc()
+        self.metrics.requests.labels(str(int(status))).inc()  # an `HTTPStatus` has another text before Python 3.11
         if not logged:
             logger.info(json.dumps({"time": round(time.time(), 3), "status": status}))
 
-    def _is_from_here(self, headers: dict[str, str]) -> bool:
-        """Whether a browser's page, and the name by which it asks, are this machine's own."""
+    def _is_from_here(self, scope: Scope, headers: dict[str, str]) -> bool:
+        """Whether who asks, a browser's page, and the name by which it asks are this machine's own."""
+        client = scope.get("client")
+        if client and is_elsewhere(client[0]) and not self.settings.hosts:
+            return False  # whatever it says of itself
         origin = headers.get("origin")
-        if origin and origin not in self.settings.origins and not self._is_local(urlsplit(origin).netloc):
+        if origin and origin not in self.settings.origins and not self._is_local(_name_of(origin)):
             return False
         return self._is_local(headers.get("host", ""))
 
@@ -167,6 +184,14 @@ class Guard:
         return any(found)
 
 
+def _name_of(origin: str) -> str:
+    """Host and port of an origin; nothing where it is malformed."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
+
+
 async def _discard(receive: Receive, most: int) -> None:
     """Read on for a while and keep nothing: who is cut off while sending sees a broken connection, and not why."""
     read = 0
@@ -178,8 +203,12 @@ async def _discard(receive: Receive, most: int) -> None:
                 return
 
 
-class _TooLargeError(Exception):
-    """A body went over its limit while it was read."""
+def _too_large(most: int) -> dict[str, Any]:
+    return error_body(f"the body is larger than {most} bytes", "invalid_request_error", "too_large")
+
+
+class _BrokenBodyError(Exception):
+    """A body went over its limit while it was read, or stopped coming."""
 
 
 def _bearer(header: str) -> str | None:

@@ -66,9 +66,17 @@ _SHORTEST_KEY = 16
 
 def is_loopback(host: str) -> bool:
     """Whether a name or address is this machine's own."""
-    if host == "localhost":
-        return True
+    return host == "localhost" or _is_loopback_address(host) is True
+
+
+def is_elsewhere(host: str) -> bool:
+    """Whether an address is not this machine's own; whoever comes by a socket of the file system has none."""
+    return _is_loopback_address(host) is False
+
+
+def _is_loopback_address(host: str) -> bool | None:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
-        return False
+        return None
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback

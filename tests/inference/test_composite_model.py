@@ -545,6 +545,53 @@ def test_trained_for_anywhere_self_hands_over_where_the_meta_llm_calls_for_an_ex
     assert composite.chat(CHAT, max_new_tokens=12).text == alone
 
 
+def handing_over(make):
+    """A composite whose self calls for `math` at its second token, or sooner; and what it had written then."""
+    composite = make(winner=None)
+    meta = composite.meta
+    composite.anywhere, composite.policy = True, Policy(deny=("law",))
+    prompt = meta.encode(CHAT)
+    answer = meta.plain.generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False)[0, len(prompt) :].tolist()
+    states, mass = zip(*(meta.states([prompt + answer[:count]]) for count in range(2)), strict=True)
+    wanted = torch.tensor([-15.0, 15.0])
+    row = torch.linalg.lstsq(torch.cat(states), (torch.cat(mass) + wanted)[:, None]).solution[:, 0]
+    meta.rows = torch.stack([row, torch.zeros_like(row)])
+    return composite, meta.tokenizer.decode(answer[:1], skip_special_tokens=True)
+
+
+def test_self_answers_where_the_expert_fails_that_it_called_before_anything_was_out(make):
+    """A stop text holds the beginning back. The decision's cache is spent then, and is not gone on from."""
+    composite, before = handing_over(make)
+    composite._backends["math"] = Odd([RuntimeError("down")])
+    reply = composite.chat(CHAT, max_new_tokens=4, stop=(before + "\x00",))
+    assert reply.expert == "self"
+    assert list(reply.failures) == ["math"]
+    assert reply.text
+    assert reply.handed_over_after == 0
+
+
+def test_self_that_calls_for_an_expert_has_done_well(make):
+    composite, before = handing_over(make)
+    composite._backends["math"] = Odd([" and more", Piece(finish="stop")])
+    breaker = composite._breakers["self"]
+    for _ in range(3):
+        breaker.failed()
+    breaker._until = 0.0
+    reply = composite.chat(CHAT, max_new_tokens=4)
+    assert (reply.text, reply.expert, reply.handed_over_after) == (before + " and more", "math", len(before))
+    assert not breaker.is_open
+    assert breaker.admits()
+    assert breaker.admits()
+
+
+def test_an_image_is_nothing_that_self_answers_though_it_may_hand_over(make):
+    composite = make(winner=None)
+    parts = [{"type": "text", "text": "hello"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
+    for composite.anywhere in (False, True):
+        with pytest.raises(NoAnswerError, match="no text"):
+            composite.chat([{"role": "user", "content": parts}], policy=Policy(allow=("self",)))
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_where_self_stands_in_for_an_expert_it_does_not_call_for_that_expert_again(make, base_folder, tmp_path, lora):
     composite = make(winner=0)

@@ -2,6 +2,7 @@ import gc
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -300,6 +301,64 @@ def test_batches_end_where_answers_do_though_the_tokenizer_has_nothing_to_pad_wi
     assert [pieces[-1].finish for pieces in single] == [answer.finish for answer in found]
     assert [pieces[-1].usage for pieces in single] == [answer.usage for answer in found]
     assert {answer.finish for answer in found} == {"stop", "length"}
+
+
+def test_a_long_conversation_takes_nothing_of_the_answers_that_are_batched_with_it(sources):
+    chats = [[{"role": "user", "content": "hello"}], [{"role": "user", "content": "word " * 97}]]
+    backend = LocalBackend(LocalModels("cpu"), sources[0])
+    together = backend.complete(chats, Generation(50))
+    alone = [backend.complete([chat], Generation(50))[0] for chat in chats]
+    assert together == alone
+    assert alone[0].usage[1] == 50
+    assert 0 < alone[1].usage[1] < 50  # what its positions leave
+
+
+def test_in_batches_too_a_stop_text_ends_the_work(sources):
+    """As it ends a chat's: what comes behind it is neither generated nor counted."""
+    chats = [[{"role": "user", "content": f"question {number} of {number * 7}"}] for number in range(8)]
+    backend = LocalBackend(LocalModels("cpu"), sources[0])
+    plain = backend.complete(chats, Generation(40))
+    stop = plain[0].text[3:5]
+    found = backend.complete(chats, Generation(40, stop=("", stop)))
+    for before, after in zip(plain, found, strict=True):
+        assert before.text.startswith(after.text)
+        assert (stop in after.text, after.finish) in ((True, "stop"), (False, before.finish))
+        assert stop in after.text or after == before
+    assert found[0].usage[1] < 20 < plain[0].usage[1]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantized_experts_answer_and_take_less(sources, quantization):
+    models, plain = LocalModels("cpu", quantization=quantization, budget=2**30), LocalModels("cpu", budget=2**30)
+    assert answer(models, sources[0])
+    assert answer(plain, sources[0])
+    assert models.taken < plain.taken
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-4])
+def test_a_temperature_next_to_zero_is_greedy_and_no_failure(sources, temperature):
+    """Logits divided by it are infinite, and sampling from them fails."""
+    backend = LocalBackend(LocalModels("cpu"), sources[0])
+    greedy, found = (
+        "".join(piece.text for piece in BackgroundLoop.iterate(backend.stream(CHAT, Generation(8, value, seed=1))))
+        for value in (0.0, temperature)
+    )
+    assert found == greedy
+
+
+def test_a_loading_is_waited_for_however_long_it_takes(sources, monkeypatch):
+    load = module.load_causal_lm
+
+    def slow(*arguments, **options):
+        time.sleep(2)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(module, "_LONGEST", 0.2)
+    monkeypatch.setattr(module, "load_causal_lm", slow)
+    models = LocalModels("cpu")
+    with ThreadPoolExecutor(3) as threads:
+        held = [threads.submit(models.acquire, sources[0]) for _ in range(3)]
+        assert len({id(future.result()) for future in held}) == 1
 
 
 def test_while_one_expert_answers_its_part_of_a_file_the_next_one_is_loaded(base_folder, sources, size, monkeypatch):

@@ -9,6 +9,7 @@ from expertoken.inference.backends import Generation
 from expertoken.inference.calibrate import calibrate
 from expertoken.inference.offline import generate_file
 from expertoken.inference.policy import OUTPUT_TOKENS, Policy, request_cost
+from expertoken.inference.server import create_app
 from expertoken.modeling.composite import read_manifest, write_calibration
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
@@ -139,6 +140,27 @@ def test_a_conversation_that_nobody_can_answer_is_told_and_the_others_are_answer
     assert second["answer"].startswith("one0")
 
 
+def test_what_nobody_could_answer_is_asked_again_by_the_same_call_and_nothing_else_is(
+    base_folder, words, tmp_path, monkeypatch
+):
+    composite = composite_of(base_folder, words[:1])
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hello"}\n{"prompt": "hello there"}\n')
+    answers, asked = offline._answers, []
+
+    def counting(composite, conversations, *more):
+        asked.append([chat[-1]["content"] for chat in conversations])
+        for place, answer in answers(composite, conversations, *more):
+            failing = len(asked) == 1 and place == 1
+            yield place, {"answer": None, "expert": None, "error": "down"} if failing else answer
+
+    monkeypatch.setattr(offline, "_answers", counting)
+    assert generate_file(composite, tmp_path / "in.jsonl", tmp_path / "out.jsonl") == {"one": 1, "nobody": 1}
+    assert generate_file(composite, tmp_path / "in.jsonl", tmp_path / "out.jsonl") == {"one": 2}
+    assert asked == [["hello", "hello there"], ["hello there"]]
+    assert all(row["answer"] for row in lines(tmp_path / "out.jsonl"))
+    assert list(tmp_path.glob(".*part")) == []
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [("", "empty"), ('{"prompt": "a"}\n{"promt": "b"}', "line 2"), ('{"prompt": 3}', "line 1"), ("[1]", "line 1"),
@@ -198,3 +220,19 @@ def test_what_was_calibrated_is_stored_in_the_composite_and_holds_when_it_is_loa
     assert read_manifest(tmp_path / "c").calibration["prompts"] == 3
     loaded = type(composite).from_pretrained(tmp_path / "c", device="cpu")
     assert loaded.policy == Policy(threshold=0.25)
+
+
+def test_what_was_calibrated_decides_who_answers_chats_files_and_requests(composite, source, tmp_path):
+    """A threshold that nobody reaches: self answers all."""
+    from starlette.testclient import TestClient
+
+    assert {dispatch.expert for dispatch in composite.route(PROMPTS)} != {"self"}
+    composite.save_pretrained(tmp_path / "c", verify=False)
+    write_calibration(tmp_path / "c", {"policy": {"threshold": 1.0}})
+    loaded = type(composite).from_pretrained(tmp_path / "c", device="cpu")
+    assert loaded.chat(PROMPTS[0], max_new_tokens=2).expert == "self"
+    assert generate_file(loaded, source, tmp_path / "out.jsonl", generation=GENERATION) == {"self": 40}
+    chat = [{"role": "user", "content": PROMPTS[0]}]
+    body = {"model": "composite", "messages": chat, "max_tokens": 2, "expertoken": {"show": True}}
+    answer = TestClient(create_app(loaded), "http://localhost").post("/v1/chat/completions", json=body).json()
+    assert answer["expertoken"][0]["expert"] == "self"

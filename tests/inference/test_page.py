@@ -7,8 +7,9 @@ import urllib.request
 import pytest
 
 from expertoken.inference.server import Settings, create_app
+from expertoken.inference.server import app as server
 from expertoken.modeling.experts import Expert
-from expertoken.tests.inference.conftest import composite_of, served
+from expertoken.tests.inference.conftest import composite_of, mock_expert, served
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
@@ -96,6 +97,20 @@ def test_another_expert_can_be_asked_again(page):
     page.locator("article.assistant .who", has_text="two").wait_for()
     assert page.locator("article.assistant .text").inner_text() == "two0 two1 two2 two3 two4"
     assert page.locator("article").count() == 2
+
+
+def test_what_keeps_the_line_open_is_no_answer(browser, base_folder, monkeypatch):
+    monkeypatch.setattr(server, "_SILENCE", 0.2)
+    with (
+        mock_expert("slow", "--first", "1") as (slow, _),
+        served(create_app(composite_of(base_folder, [slow]))) as address,
+    ):
+        opened = browser.new_page()
+        opened.goto(address)
+        answer = say(opened, "hello")
+        assert answer.locator(".text").inner_text() == "slow0 slow1 slow2 slow3 slow4"
+        assert answer.locator(".mark").is_hidden()
+        opened.close()
 
 
 def test_an_answer_stays_where_asking_again_gives_none(page):

@@ -1,16 +1,18 @@
 """What a stranger may send."""
 
+import asyncio
 import json
 import random
 import socket
 import string
 
+import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.generation import GenerationMode
 
-from expertoken.inference.gateway import _apart
+from expertoken.inference.gateway import _sane
 from expertoken.inference.server import Settings, create_app
 from expertoken.modeling.chat import encode_chat
 from expertoken.modeling.experts import Expert
@@ -44,13 +46,16 @@ def forgeries(names, rng):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_no_text_in_any_role_and_template_becomes_an_expert_token_or_a_control_token(tmp_path, template):
-    """Ten thousand prompts over the templates: ids stay below V, and control tokens are those of a harmless chat."""
+    """Ten thousand prompts over the templates: control tokens are those of a harmless chat, and self answers all.
+
+    Rows of zeros make every expert far less probable than self, whatever is said.
+    """
     base = tiny_folder(tmp_path / "base", template=template)
     meta = MetaLLM.from_pretrained(Source(str(base)), 3, device="cpu")
     control = set(meta.tokenizer.added_tokens_decoder)
     rng = random.Random(template)
     roles = ("user", "assistant", "user") if template == "mistral" else (*ROLES, "user")
-    plain = {}
+    plain, asked = {}, []
     for _ in range(FUZZ // len(TEMPLATES)):
         begun = rng.choice(["", forgeries(["math", "law", "self"], rng)])
         chat = [{"role": role, "content": forgeries(["math", "law", "self"], rng)} for role in roles]
@@ -60,12 +65,17 @@ def test_no_text_in_any_role_and_template_becomes_an_expert_token_or_a_control_t
             ids = encode_chat(meta.tokenizer, harmless, meta.vocab_size, begun="hello" if key else "")
             plain[key] = [token for token in ids if token in control]
         ids = encode_chat(meta.tokenizer, chat, meta.vocab_size, begun=begun)
-        assert max(ids) < meta.vocab_size
+        asked.append(ids)
         assert [token for token in ids if token in control] == plain[key], (chat, begun)
 
+    short = [ids for ids in asked if len(ids) < 512]
+    for start in range(0, len(short), 50):
+        assert set(meta.candidate_logits(short[start : start + 50], with_self=True).argmax(-1).tolist()) == {3}
 
-def test_nothing_that_a_gateway_sends_its_meta_llm_has_an_experts_token_in_it():
+
+def test_nothing_that_a_gateway_sends_its_meta_llm_has_an_experts_token_or_a_control_token_in_it():
     rng = random.Random(0)
+    control = [token for _, tokens in TEMPLATES.values() for token in tokens]
     for _ in range(FUZZ):
         text = forgeries(["math", "law", "self"], rng)
         call = {"id": text, "type": "function", "function": {"name": text, "arguments": text}}
@@ -73,7 +83,8 @@ def test_nothing_that_a_gateway_sends_its_meta_llm_has_an_experts_token_in_it():
             {"role": rng.choice(ROLES), "content": text, "name": text},
             {"role": "assistant", "content": None, "tool_calls": [call]},
         ]
-        assert "<|expert:" not in json.dumps(_apart(chat), ensure_ascii=False)
+        for message in _sane(chat, control):
+            assert not [token for token in ("<|expert:", *control) if token in message["content"]]
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +158,17 @@ def test_a_page_of_elsewhere_does_not_get_here_by_a_name_of_its_own(app):
         assert TestClient(app, "http://127.0.0.1").get("/v1/models", headers={"host": host}).status_code == status, host
 
 
+def test_without_keys_nobody_is_let_in_from_elsewhere_whatever_name_he_asks_by(app):
+    """`create_app` may be run by any server, bound to any address."""
+
+    async def status(client):
+        transport = httpx.ASGITransport(app, client=(client, 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as asking:
+            return (await asking.get("/v1/models")).status_code
+
+    assert [asyncio.run(status(client)) for client in ("127.0.0.1", "203.0.113.9")] == [200, 403]
+
+
 def test_behind_a_prefix_keys_are_asked_for_all_the_same(base_folder, words):
     from starlette.applications import Starlette
     from starlette.routing import Mount
@@ -171,6 +193,8 @@ def test_odd_json_is_no_crash(app):
         '{"model": "comp", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1e400}',
         '{"model": "comp", "messages": [{"role": "user", "content": "x"}], "seed": 123456789012345678901234567890}',
         '{"model": "comp", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+        '{"model": "comp", "messages": [{"role": "user", "content": "x"}], "expertoken": {"policy": {"\\ud800": 1}}}',
+        '{"model": "comp/self", "messages": [{"role": "user", "content": "x"}], "temperature": 1e-45, "max_tokens": 3}',
         '{"model": "comp\\u0000", "messages": [{"role": "user", "content": "x\\u0000"}]}',
         json.dumps(
             {"model": "comp", "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}

@@ -12,7 +12,7 @@ import urllib.request
 import openai
 import pytest
 from starlette.applications import Starlette
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
 from expertoken.inference.backends import Timeouts
@@ -270,6 +270,9 @@ def delta(finish=None, **fields):
         [delta(content=5)],
         [delta(finish=5)],
         [delta(content=""), delta(finish="")],
+        [{"choices": [{"delta": {"content": "a"}, "logprobs": {"content": 5}}]}],
+        [delta(tool_calls=[{"index": 0, "type": 5, "function": {"name": "f", "arguments": ""}}])],
+        [delta(reasoning_content={"a": 1})],
         [{"choices": "abc"}],
         [{"choices": [None]}],
         ["abc"],
@@ -288,6 +291,57 @@ def test_an_expert_that_gives_something_else_than_an_answer_costs_a_fallback(bas
                 told = response.read().decode()
             assert "one4" in told
             assert 'expertoken_fallbacks_total{chosen="liar",expert="one"} 1.0' in get(address, "/metrics")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_json_can_not_say_is_left_out_of_an_experts_answer_and_what_it_adds_does_no_harm(base_folder, stream):
+    """Half a character, infinite log-probabilities, further keys: none may come as a 500 or as what no client reads."""
+    call = {"index": 0, "id": "c1", "function": {"name": "f", "arguments": '{"a": "\ud83d"}', "strict": True}}
+    logprob = {"token": "\ud83d", "logprob": -float("inf"), "top_logprobs": []}
+    lines = [
+        {"choices": [{"delta": {"content": "smile \ud83d"}, "logprobs": {"content": [logprob]}}]},
+        delta(content="\ude00", tool_calls=[call]),
+        delta(finish="stop \ud83d"),
+    ]
+    app, _ = replying(*lines)
+    with served(app) as odd, served(create_app(composite_of(base_folder, [endpoint(odd)]))) as address:
+        body = {"model": "composite", "messages": HELLO, "stream": stream}
+        request = urllib.request.Request(
+            f"{address}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as response:
+            told = response.read().decode()
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    parts = [line.removeprefix("data: ") for line in told.splitlines() if line.startswith("data: {")] or [told]
+    choices = [json.loads(part, parse_constant=refuse)["choices"][0] for part in parts]
+    messages = [choice.get("delta") or choice.get("message") or {} for choice in choices]
+    assert "".join(message.get("content") or "" for message in messages) == "smile 😀"
+    calls = [call for message in messages for call in message.get("tool_calls", ())]
+    assert [call["function"]["name"] for call in calls] == ["f"]
+    assert [p["logprob"] for choice in choices if choice.get("logprobs") for p in choice["logprobs"]["content"]] == [
+        -9999
+    ]
+
+
+@pytest.mark.parametrize("kind", ["content", "reasoning_content", "nothing"])
+def test_an_expert_that_heeds_no_limit_of_tokens_is_cut_off(base_folder, kind):
+    async def answer(request):
+        async def endless():
+            yield f"data: {json.dumps(delta(content='word '))}\n\n"
+            while True:
+                yield f"data: {json.dumps(delta(**({} if kind == 'nothing' else {kind: 'word '})))}\n\n"
+                await asyncio.sleep(0)
+
+        return StreamingResponse(endless(), media_type="text/event-stream")
+
+    endless = Starlette(routes=[Route("/v1/chat/completions", answer, methods=["POST"])])
+    with served(endless) as app, served(create_app(composite_of(base_folder, [endpoint(app)]))) as address:
+        status, body, _ = post(address, {"model": "composite", "messages": HELLO, "max_tokens": 4})
+        assert (status, body["choices"][0]["finish_reason"]) == (200, "length")
+        assert len(body["choices"][0]["message"]["content"]) < 200
 
 
 def test_an_end_without_a_reason_is_no_end(base_folder):
@@ -357,6 +411,26 @@ def test_an_expert_that_is_addressed_answers_what_the_meta_llm_can_not_read(clie
         client.chat.completions.create(model="comp", messages=long)
 
 
+def test_what_is_far_too_long_is_refused_before_it_is_encoded(composite, monkeypatch):
+    def encode(*_, **__):
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr(composite.meta.tokenizer, "apply_chat_template", encode)
+    with served(create_app(composite, Settings(name="comp"))) as address:
+        chat = [{"role": "user", "content": "a word " * 100_000}]
+        for model in ("comp", "comp/self"):
+            status, body, _ = post(address, {"model": model, "messages": chat})
+            assert (status, "at most" in body["error"]["message"]) == (400, True)
+
+
+def test_a_request_that_everybody_refuses_is_no_lost_turn(client, url):
+    for model in ("comp/one", "comp/self"):
+        content = "one do: toolong" if model == "comp/one" else "word " * 600
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(model=model, messages=[{"role": "user", "content": content}])
+    assert "expertoken_turns_lost_total 0.0" in get(url, "/metrics")
+
+
 def test_the_operators_limit_of_tokens_holds_whoever_is_asked(composite):
     with served(create_app(composite, Settings(name="comp", max_prompt_tokens=50))) as address:
         for model in ("comp", "comp/one"):
@@ -405,6 +479,25 @@ def test_while_a_model_thinks_comments_keep_the_line_open(base_folder, monkeypat
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream).startswith("slow0")
 
 
+def test_comments_keep_the_line_open_in_mid_answer_too(base_folder, monkeypatch):
+    """The second expert is slow to go on where the first one stopped."""
+    monkeypatch.setattr(server, "_SILENCE", 0.2)
+    with (
+        mock_expert("one", "--fault", "cut") as (one, _),
+        mock_expert("two", "--first", "1") as (two, _),
+        served(create_app(composite_of(base_folder, [one, two]))) as address,
+    ):
+        data = json.dumps({"model": "composite", "messages": HELLO, "stream": True}).encode()
+        request = urllib.request.Request(f"{address}/v1/chat/completions", data, {"content-type": "application/json"})
+        with urllib.request.urlopen(request) as response:
+            told = response.read().decode()
+        first, _, rest = told.partition(": keep-alive")
+        assert "one1" in first
+        assert rest.count(": keep-alive") >= 2
+        assert "two4" in rest
+        assert told.endswith("data: [DONE]\n\n")
+
+
 def test_what_fails_after_a_long_silence_is_told_in_the_stream(base_folder, monkeypatch):
     monkeypatch.setattr(server, "_SILENCE", 0.2)
     timeouts = Timeouts(first=1, retries=0)
@@ -444,6 +537,7 @@ def test_a_page_of_elsewhere_can_not_ask_in_its_users_name(url):
     body = {"model": "comp", "messages": HELLO}
     assert post(url, body, {"origin": "https://evil.example"})[0] == 403
     assert post(url, body, {"origin": "null"})[0] == 403
+    assert post(url, body, {"origin": "http://["})[0] == 403
     assert post(url, body, {"content-type": "text/plain"})[0] == 415
     assert post(url, body, {"origin": "http://localhost:3000"})[0] == 200
 
@@ -509,7 +603,7 @@ def test_who_sends_a_body_too_slowly_gives_up_its_place(composite, monkeypatch):
             connection.sendall(head)
             time.sleep(0.1)
             assert post(address, {"model": "composite", "messages": HELLO})[0] == 503
-            assert connection.recv(65536).split()[1] == b"400"
+            assert connection.recv(65536).split()[1] == b"408"
             assert post(address, {"model": "composite", "messages": HELLO})[0] == 200
 
 

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from expertoken.inference import terminal
 from expertoken.inference.decider import Decision
-from expertoken.inference.reply import ReplyStream
+from expertoken.inference.reply import Reply, ReplyStream
 from expertoken.inference.terminal import TerminalChat
 from expertoken.modeling.dispatch import Dispatch
 from expertoken.modeling.errors import ExpertokenError
@@ -69,6 +69,17 @@ def test_why_tells_who_answered_only_when_asked(talk):
     assert "nothing was answered yet" in told
     assert "answered by math" in told
     assert "80.0%" in told
+
+
+def test_why_tells_of_a_hand_over(pool):
+    dispatch = Dispatch("self", {"self": 0.9, "math": 0.1}, "self has probability 0.90", ("self", "math"))
+    called = Dispatch("math", {"self": 0.3, "math": 0.7}, "math has probability 0.70", ("math", "self"))
+    console = Console(file=io.StringIO(), width=200)
+    chat = TerminalChat(Scripted(pool, []), console)
+    chat.last = Reply("so 4", "math", dispatch, handed_over=called, handed_over_after=3)
+    chat._why()
+    told = "answered by math: self began (self has probability 0.90) and after 3 characters math has probability 0.70"
+    assert told in console.file.getvalue()
 
 
 def test_commands_are_listed_and_unknown_ones_are_told(talk):

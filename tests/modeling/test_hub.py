@@ -159,3 +159,8 @@ def test_keys_of_this_machine_are_sent_where_a_composite_of_the_hub_says_by_cons
     with pytest.raises(ExpertokenError, match=r"SOME_KEY to http://elsewhere.example/v1.*--send-keys"):
         load_composite("team/c", device="cpu")
     load_composite("team/c", device="cpu", send_keys=True)
+    # What goes to OpenAI by the client's own variable is a key of this machine, too.
+    pool = ExpertPool([Expert("math", "openai", "gpt-5"), Expert("law", "openai", "m", base_url="http://here.example")])
+    save_composite(Composite(meta, pool, Manifest(describe_base(meta), ["math", "law"])), tmp_path / "c", verify=False)
+    with pytest.raises(ExpertokenError, match=r"\(OPENAI_API_KEY to OpenAI\)"):
+        load_composite("team/c", device="cpu")

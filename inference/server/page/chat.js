@@ -75,7 +75,8 @@ async function* events(response) {
     const parts = rest.split("\n\n");
     rest = parts.pop();
     for (const part of parts) {
-      const data = part.replace(/^data: /, "");
+      if (!part.startsWith("data: ")) continue; // a comment, which keeps the line open
+      const data = part.slice("data: ".length);
       if (data === "[DONE]") return;
       yield JSON.parse(data);
     }
@@ -118,7 +119,8 @@ function draw(article, turn) {
   // Of the last answer only: what came after another one was said to that.
   article.querySelector(".again").hidden = turn.role !== "assistant" || Boolean(turn.waiting) || turn !== state.turns.at(-1);
   if (!turn.told) return;
-  const { expert, probabilities, reason, failures, cost, seconds, decided_seconds: decided } = turn.told;
+  const { expert, probabilities, reason, failures, cost, seconds, decided_seconds: decided, handed_over: handed } =
+    turn.told;
   const all = parts(probabilities);
   article.querySelector(".who").textContent = expert;
   const bar = article.querySelector(".bar");
@@ -128,7 +130,9 @@ function draw(article, turn) {
   const price = cost === null ? "" : ` · ${dollars(cost)}`;
   article.querySelector(".numbers").textContent = seconds ? `${(decided + seconds).toFixed(1)} s${price}` : "";
   const failed = Object.entries(failures).map(([name, why]) => `${name} failed: ${why}`);
-  article.querySelector(".reason").textContent = [reason, ...failed].join(". ");
+  const over = handed ? [`after ${handed.after_characters} characters ${handed.expert} was called ` +
+    `(${percent(handed.probabilities[handed.expert])})`] : [];
+  article.querySelector(".reason").textContent = [reason, ...over, ...failed].join(". ");
   article.querySelector(".shares").replaceChildren(...all.map(([name, share]) =>
     element("li", {}, element("span", { textContent: name }),
       element("span", { className: "part", style: `width:${100 * share}%;background:${colour(name)}` }),
