@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from expertoken.benchmarks import DATA
 from expertoken.data_prep.readers import read_results
 from expertoken.examples.smollm2 import smollm2
 from expertoken.inference.backends import Generation
@@ -83,7 +84,7 @@ def measure(composite: CompositeModel, questions: list[str], tokens: int) -> dic
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="has routerdc/")
+    parser.add_argument("--data", type=Path, default=DATA, help="default: $EXPERTOKEN_DATA; has routerdc/")
     parser.add_argument("--dtype", default="float32", help="of the meta LLM (default: %(default)s)")
     parser.add_argument("--experts", default="7,1000", help="default: %(default)s")
     parser.add_argument("--questions", type=int, default=40, help="default: %(default)s")

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from expertoken.benchmarks import DATA
 from expertoken.benchmarks.fitting import fit
 from expertoken.data_prep.readers import read_results
 from expertoken.data_prep.supervision import build_supervision
@@ -75,7 +76,7 @@ def learn(meta: MetaLLM, file: Path, kind: str, label: str, routers: list[str]) 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="has routellm/")
+    parser.add_argument("--data", type=Path, default=DATA, help="default: $EXPERTOKEN_DATA; has routellm/")
     parser.add_argument("--out", type=Path, default=Path("runs/hard_pool"), help="default: %(default)s")
     parser.add_argument("--dtype", default="float32", help="of the meta LLM (default: %(default)s)")
     parser.add_argument("--routers", default="kNN,linear,MLP,clusters,factors", help="default: %(default)s")

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from expertoken.benchmarks import DATA
+
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
 RATE = 1e-3
 WARM = 2  # steps that are not timed
@@ -226,7 +228,7 @@ def run(side: str, data: Path, work: Path, steps: int, batch: int) -> dict[str, 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="has routerdc/")
+    parser.add_argument("--data", type=Path, default=DATA, help="default: $EXPERTOKEN_DATA; has routerdc/")
     parser.add_argument("--out", type=Path, default=Path("runs/lora_speed"), help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=8, help="default: %(default)s")

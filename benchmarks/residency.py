@@ -11,17 +11,30 @@ import asyncio
 import shutil
 import tempfile
 import time
-from itertools import zip_longest
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from expertoken.examples.smollm2 import smollm2
-from expertoken.inference.backends import LOADERS, Generation, LocalBackend, LocalModels
+from expertoken.inference.backends import Generation, LocalBackend, LocalModels
+from expertoken.inference.composite import CompositeModel
+from expertoken.inference.decider import Decision
+from expertoken.inference.offline import answer_all
+from expertoken.inference.policy import Policy
+from expertoken.modeling.chat import Message
+from expertoken.modeling.composite import Composite, Manifest, describe_base
+from expertoken.modeling.dispatch import Dispatch
+from expertoken.modeling.experts import Expert, ExpertPool
 from expertoken.modeling.gguf import converted
-from expertoken.modeling.meta import Source
+from expertoken.modeling.meta import MetaLLM, Source
 
 EXPERTS, ROOM = 6, 2
+
+
+def question(number: int) -> Message:
+    """Of a request."""
+    return {"role": "user", "content": f"Tell me about the number {number}."}
 
 
 async def stream_all(models: LocalModels, sources: list[Source], wanted: np.ndarray, tokens: int, streams: int) -> None:
@@ -32,8 +45,7 @@ async def stream_all(models: LocalModels, sources: list[Source], wanted: np.ndar
     async def one(expert: int, number: int) -> None:
         async with slots:
             backend = backends[expert]
-            messages = [{"role": "user", "content": f"Tell me about the number {number}."}]
-            async for _ in backend.stream(messages, Generation(max_new_tokens=tokens)):
+            async for _ in backend.stream([question(number)], Generation(max_new_tokens=tokens)):
                 pass
 
     await asyncio.gather(*(one(int(expert), number) for number, expert in enumerate(wanted)))
@@ -44,23 +56,28 @@ def load_each(sources: list[Source], wanted: np.ndarray, tokens: int) -> int:
     loads = 0
     for number, expert in enumerate(wanted):
         models = LocalModels()
-        messages = [{"role": "user", "content": f"Tell me about the number {number}."}]
-        LocalBackend(models, sources[expert]).complete([messages], Generation(max_new_tokens=tokens))
+        LocalBackend(models, sources[expert]).complete([[question(number)]], Generation(max_new_tokens=tokens))
         loads += models.loads
     return loads
 
 
-def as_file(models: LocalModels, sources: list[Source], wanted: np.ndarray, tokens: int) -> None:
-    """Expert by expert, in batches, the next one loaded meanwhile: what `expertoken generate` does."""
-    experts = np.unique(wanted).tolist()
-    for expert, following in zip_longest(experts, experts[1:]):
-        chats = [
-            [{"role": "user", "content": f"Tell me about the number {n}."}] for n in np.flatnonzero(wanted == expert)
-        ]
-        with models.lease(sources[expert]):
-            if following is not None:
-                LOADERS.submit(models.prefetch, sources[following])
-            LocalBackend(models, sources[expert]).complete(chats, Generation(max_new_tokens=tokens))
+class Decided(CompositeModel):
+    """A composite whose decisions are given: what is measured comes after them."""
+
+    wanted: np.ndarray
+
+    def decide(self, conversations: Sequence[Sequence[Message]], policy: Policy | None = None) -> list[Decision]:
+        """As it was wanted."""
+        names = [self.pool.names[expert] for expert in self.wanted]
+        return [Decision(Dispatch(name, {name: 1.0}, "given", (name,)), 1, 0.0) for name in names]
+
+
+def composite_of(sources: list[Source], budget: int) -> Decided:
+    """The experts, on a meta LLM that has nothing to do."""
+    experts = [Expert(f"expert-{place}", model=source.model) for place, source in enumerate(sources)]
+    meta = MetaLLM.from_pretrained(str(smollm2()), len(experts))
+    manifest = Manifest(describe_base(meta), [expert.name for expert in experts])
+    return Decided(Composite(meta, ExpertPool(experts), manifest), budget=budget)
 
 
 def main() -> None:
@@ -88,6 +105,7 @@ def main() -> None:
         base = None
         for way in ("loaded for every request", "memory budget, as they come", "memory budget, as a file"):
             models = LocalModels(budget=int((ROOM + 0.5) * size))
+            composite = composite_of(sources, models.budget) if way.endswith("file") else None
             started = time.perf_counter()
             if way.startswith("loaded"):
                 loads = load_each(sources, wanted, options.tokens)
@@ -95,8 +113,10 @@ def main() -> None:
                 asyncio.run(stream_all(models, sources, wanted, options.tokens, options.streams))
                 loads = models.loads
             else:
-                as_file(models, sources, wanted, options.tokens)
-                loads = models.loads
+                composite.wanted = wanted
+                chats = [[question(number)] for number in range(len(wanted))]
+                answer_all(composite, chats, Generation(max_new_tokens=options.tokens))
+                loads = composite.local_models.loads
             seconds = time.perf_counter() - started
             base = base or seconds
             rate = options.requests / seconds

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from expertoken.benchmarks import DATA
 from expertoken.benchmarks.fitting import problems_of, states
 from expertoken.data_prep.readers import read_results
 from expertoken.data_prep.results import BenchmarkResults
@@ -90,7 +91,7 @@ def figures(predicted: np.ndarray, scores: np.ndarray, resamples: int = 1000) ->
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="has routellm/")
+    parser.add_argument("--data", type=Path, default=DATA, help="default: $EXPERTOKEN_DATA; has routellm/")
     parser.add_argument("--dtype", default="float32", help="of the meta LLM (default: %(default)s)")
     options = parser.parse_args()
     started = time.perf_counter()

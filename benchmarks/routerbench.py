@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from expertoken.benchmarks import DATA
 from expertoken.benchmarks.fitting import fit
 from expertoken.data_prep.readers import read_results
 from expertoken.data_prep.supervision import build_supervision
@@ -22,7 +23,7 @@ from expertoken.modeling.meta import MetaLLM, Source
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="has routerbench/")
+    parser.add_argument("--data", type=Path, default=DATA, help="default: $EXPERTOKEN_DATA; has routerbench/")
     parser.add_argument("--out", type=Path, default=Path("runs/routerbench"), help="default: %(default)s")
     parser.add_argument("--dtype", default="float32", help="of the meta LLM (default: %(default)s)")
     parser.add_argument("--encoder", help="also fine-tune this encoder (hub id or folder) as a router")

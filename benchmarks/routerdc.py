@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from expertoken.benchmarks import DATA
 from expertoken.benchmarks.fitting import fit
 from expertoken.data_prep.readers import read_results
 from expertoken.data_prep.results import BenchmarkResults
@@ -95,7 +96,7 @@ def table(reports: dict[str, Report]) -> list[str]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="has routerdc/")
+    parser.add_argument("--data", type=Path, default=DATA, help="default: $EXPERTOKEN_DATA; has routerdc/")
     parser.add_argument("--out", type=Path, default=Path("runs/routerdc"), help="default: %(default)s")
     parser.add_argument("--dtype", default="float32", help="of the meta LLM (default: %(default)s)")
     parser.add_argument("--encoder", help="also fine-tune this encoder (hub id or folder) as a router")

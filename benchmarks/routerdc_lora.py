@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from expertoken.benchmarks import DATA
 from expertoken.benchmarks.routerdc import COLUMNS, line, read
 from expertoken.data_prep.results import BenchmarkResults
 from expertoken.data_prep.supervision import build_supervision
@@ -35,7 +36,7 @@ def train(method: str, meta: str, data: Path, out: Path, *options: str) -> float
 def main() -> None:
     """Train both, evaluate both, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/routerdc"))
+    parser.add_argument("--data", type=Path, default=DATA / "routerdc")
     parser.add_argument("--out", type=Path, default=Path("routerdc_lora"))
     parser.add_argument("--label", default="soft")
     parser.add_argument("--objective", default="cross_entropy")

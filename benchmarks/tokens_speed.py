@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from expertoken.benchmarks import DATA
 from expertoken.benchmarks.fitting import problems_of
 from expertoken.data_prep.readers import read_results
 from expertoken.data_prep.supervision import Supervision, build_supervision
@@ -106,7 +107,7 @@ def recipe(meta: MetaLLM, supervision: Supervision, epochs: int) -> tuple[float,
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="has routerdc/")
+    parser.add_argument("--data", type=Path, default=DATA, help="default: $EXPERTOKEN_DATA; has routerdc/")
     parser.add_argument("--dtype", default="float32", help="of the meta LLM (default: %(default)s)")
     parser.add_argument("--queries", type=int, default=400, help="default: %(default)s")
     parser.add_argument(

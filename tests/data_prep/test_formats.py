@@ -14,7 +14,7 @@ from expertoken.data_prep.readers import detect, read_results
 from expertoken.data_prep.readers.lm_eval import question_of
 from expertoken.data_prep.results import ResultsError
 
-DATA = Path(os.environ.get("EXPERTOKEN_DATA", Path(__file__).parents[2] / "../shared/data"))
+DATA = Path(os.environ.get("EXPERTOKEN_DATA", "data"))
 MODELS = ["org/a", "b"]
 SCORES = np.array([[1.0, 0.0], [0.0, 1.0]])
 
