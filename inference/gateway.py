@@ -4,7 +4,8 @@ The meta LLM is an exported checkpoint (`expertoken export`) behind any OpenAI-c
 log-probabilities, such as vLLM. The decision is one token's: its top log-probabilities name the experts' tokens. A YAML
 file says where everything is:
 
-    meta: {model: meta, base_url: "http://10.0.0.1:8000/v1", api_key_env: META_KEY, token_ids: {math: 151936}}
+    meta: {model: meta, base_url: "http://10.0.0.1:8000/v1", api_key_env: META_KEY, token_ids: {math: 151936},
+      control_tokens: ["<|im_start|>", "<|im_end|>"]}
     experts:
       - {name: math, backend: openai, model: math-7b, base_url: "http://10.0.0.2:8000/v1"}
       - {name: self, backend: self}

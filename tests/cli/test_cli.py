@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -6,9 +7,13 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
+
+from expertoken.modeling.experts import Expert
+from expertoken.tests.inference.conftest import composite_of
 
 VERBS = [[], ["prepare"], ["train"], ["label"], ["evaluate"], ["select"], ["chat"], ["expert"], ["expert", "add"],
-         ["expert", "list"], ["expert", "remove"]]  # fmt: skip
+         ["expert", "list"], ["expert", "remove"], ["serve"], ["generate"], ["calibrate"], ["export"]]  # fmt: skip
 
 
 def expertoken(*arguments, cwd=None, **options):
@@ -39,6 +44,33 @@ def test_help_takes_under_two_seconds(verb):
         if best < 2:
             return
     assert best < 2
+
+
+@pytest.mark.slow
+def test_a_composite_is_calibrated_answers_a_file_and_is_exported_by_commands(base_folder, tmp_path):
+    """What is calibrated is what the file is answered by; the export is the composite as it was."""
+    experts = [Expert(name, model=str(base_folder)) for name in ("one", "two")]
+    composite = composite_of(base_folder, [*experts, Expert("self", "self")])
+    composite.meta.rows = torch.randn(2, 32, generator=torch.Generator().manual_seed(4)) + composite.meta.rows.mean(0)
+    composite.save_pretrained(tmp_path / "c", verify=False)
+    prompts = [f"question {number} of {number * 7}" for number in range(40)]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    done = expertoken("calibrate", "c", "--prompts", "prompts.txt", "--share", "0.25", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "on 40 prompts: 25.0% to experts" in done.stdout
+    arguments = ("--out", "out.jsonl", "--max-new-tokens", "4", "--device", "cpu")
+    done = expertoken("generate", "c", "in.jsonl", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == prompts
+    assert sum(row["expert"] != "self" for row in rows) == 10
+    done = expertoken("export", "c", "--out", "checkpoint", "--prompts", "prompts.txt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "checkpoint" / "model.safetensors").exists()
+    assert "c/in.jsonl" in one_line(expertoken("generate", "c", "c/in.jsonl", "--out", "o.jsonl", cwd=tmp_path))
+    assert "no composite folder" in one_line(expertoken("export", "none", "--out", "x", cwd=tmp_path))
+    assert "no such folder" in one_line(expertoken("calibrate", "none", "--prompts", "prompts.txt", cwd=tmp_path))
 
 
 def test_the_version_is_told():
