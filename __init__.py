@@ -12,6 +12,7 @@ _HOMES = {
     "Dispatch": ".modeling.dispatch",
     "Expert": ".modeling.experts",
     "ExpertPool": ".modeling.experts",
+    "Policy": ".inference.policy",
     "build_supervision": ".data_prep.supervision",
     "evaluate": ".evaluation.evaluate",
     "label": ".data_prep.labels",
@@ -23,6 +24,7 @@ __all__ = [
     "Dispatch",
     "Expert",
     "ExpertPool",
+    "Policy",
     "build_supervision",
     "evaluate",
     "label",
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from .data_prep.supervision import build_supervision
     from .evaluation.evaluate import evaluate
     from .inference.composite import CompositeModel
+    from .inference.policy import Policy
     from .modeling.dispatch import Dispatch
     from .modeling.experts import Expert, ExpertPool
 

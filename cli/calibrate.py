@@ -8,17 +8,23 @@ import typer
 
 def calibrate(
     composite: Annotated[Path, typer.Argument(help="Composite folder.")],
-    prompts: Annotated[Path, typer.Option(help="As users ask: a text file, one a line, or a table with `query`.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="As users ask: a text file, one a line, or a table with `query`.")
+    ] = None,
     share: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Share of requests that experts may answer; the default the rest."),
     ] = None,
     cost: Annotated[float | None, typer.Option(min=0, help="USD a request may cost, by the pool's prices.")] = None,
     default: Annotated[str | None, typer.Option(help="Who answers below the threshold. Default: self.")] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Forget the calibration: as trained.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
 ) -> None:
-    """Set a composite's threshold (--share) or its weight of costs (--cost), and store it in the composite."""
+    """Set a composite's threshold (--share) or its weight of costs (--cost), and store it in the composite.
+
+    What was calibrated before is replaced.
+    """
     from dataclasses import asdict
 
     from ..data_prep.readers import read_queries
@@ -29,6 +35,12 @@ def calibrate(
 
     if not composite.is_dir():
         raise ExpertokenError(f"{composite}: no such folder; expected a composite's, where what is found is stored")
+    if clear:
+        write_calibration(composite, None)
+        typer.echo(f"{composite}: decides as it was trained")
+        return
+    if prompts is None:
+        raise typer.BadParameter("needed, but for --clear", param_hint="--prompts")
     model = CompositeModel.from_pretrained(composite, device=device, trust_remote_code=trust_remote_code)
     found = run(model, read_queries(prompts), share=share, cost=cost, default=default)
     reached = {key: value for key, value in asdict(found).items() if key != "policy"}
@@ -37,4 +49,4 @@ def calibrate(
     typer.echo(f"policy: {found.policy.document()}")
     typer.echo(f"on {found.prompts} prompts: {found.share:.1%} to experts instead of the default")
     if found.cost is not None:
-        typer.echo(f"{found.cost:.3g} USD a request expected; {found.before:.3g} before")
+        typer.echo(f"{found.cost:.3g} USD a request expected; {found.before:.3g} without")

@@ -29,8 +29,10 @@ def export(
         typer.echo(f"{out}: " + ", ".join(f"{name} {count} lines" for name, count in counts.items()))
         return
     from ..data_prep.readers import read_queries
-    from ..modeling.export import PROMPTS, convert_to_gguf, export_checkpoint
+    from ..modeling.export import PROMPTS, convert_to_gguf, export_checkpoint, find_converter
 
+    if gguf:
+        find_converter()  # told before anything is written
     asked = read_queries(prompts) if prompts else PROMPTS
     options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     ids = export_checkpoint(folder, out, prompts=asked, **options)

@@ -16,6 +16,7 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of sampling.")] = None,
     concurrent: Annotated[int, typer.Option(min=1, help="Requests to endpoints at a time.")] = 16,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Answer anew what --out holds already.")] = False,
     expert_memory: Annotated[
         float | None, typer.Option(min=0.01, help="GiB that local experts may take together; the meta LLM not counted.")
     ] = None,
@@ -41,5 +42,5 @@ def generate(
         quantization=expert_quantization,
     )
     generation = Generation(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    counts = generate_file(model, source, out, generation=generation, concurrent=concurrent)
+    counts = generate_file(model, source, out, generation=generation, concurrent=concurrent, overwrite=overwrite)
     typer.echo(f"{out}: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))

@@ -57,7 +57,7 @@ def serve(
     from ..inference.backends import Timeouts
     from ..inference.opening import open_model
     from ..inference.server import Settings
-    from ..inference.server.run import run
+    from ..inference.server.run import check_free, run
     from ..inference.server.settings import keys_from_environment
 
     settings = Settings(
@@ -74,6 +74,7 @@ def serve(
         hosts=tuple(name.lower() for name in allow_host or ()),
         origins=tuple(cors_origin or ()),
     )
+    check_free(host, port)  # before a model is loaded for nothing
     timeouts = Timeouts(first=first_timeout, idle=idle_timeout)
     model = open_model(
         composite,

@@ -35,6 +35,8 @@ def export_sft(supervision: Supervision, out: Path | str) -> dict[str, int]:
     with atomic_folder(out) as folder:
         info = {}
         for name in ("train", "validation"):
+            if not supervision.info.sizes.get(name):
+                continue
             side = supervision.side(name)
             targets, _, weights = supervision.arrays(name)
             lines = []

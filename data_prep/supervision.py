@@ -76,7 +76,10 @@ class Supervision:
         """
         if name not in self.data or not len(self.data[name]):
             there = ", ".join(f"{key} ({len(part)})" for key, part in self.data.items())
-            raise ExpertokenError(f"the supervision has no {name!r} side; it has {there}")
+            raise ExpertokenError(
+                f"the supervision has no {name!r} side; it has {there}: give `expertoken prepare` more results, or a "
+                "larger share by --validation or --test"
+            )
         return self.data[name]
 
     def arrays(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -134,7 +137,9 @@ class Supervision:
         check_product(path, "supervision")
         with atomic_folder(path) as folder:
             with quiet_datasets():
-                self.data.save_to_disk(folder / "data")
+                # A side without queries gets its file, too: `load_from_disk` can't do without.
+                shards = {side: None if len(rows) else 1 for side, rows in self.data.items()}
+                self.data.save_to_disk(folder / "data", num_shards=shards)
             self.pool.to_yaml(folder / POOL_FILE)
             (folder / INFO_FILE).write_text(json.dumps(asdict(self.info), indent=2) + "\n", "utf-8")
 

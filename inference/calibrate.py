@@ -25,7 +25,7 @@ class Calibration:
         prompts: how many they were.
         share: of requests that experts answer instead of the default.
         cost: USD a request, expected.
-        before: the same cost under the policy that was there; None where a price is missing.
+        before: the same cost without a policy; None where a price is missing.
     """
 
     policy: Policy
@@ -45,8 +45,10 @@ def calibrate(
 ) -> Calibration:
     """Find a threshold for a share of requests, or a weight of costs for a cost a request.
 
+    What was calibrated before counts for nothing: a threshold and a weight found apart would not hold together.
+
     Args:
-        composite: with the policy that is changed.
+        composite: whose policy is to be found.
         prompts: as its users ask.
         share: of requests that may go to another candidate than the default, 0 to 1.
         cost: USD that a request may cost on average, as the pool's prices say.
@@ -57,7 +59,7 @@ def calibrate(
     """
     if (share is None) == (cost is None):
         raise ExpertokenError("calibrate: give either --share or --cost")
-    base = replace(composite.policy, default=default or composite.policy.default)
+    base = Policy(default=default)
     ids = [composite.meta.encode(prompt) for prompt in prompts]
     longest = max(map(len, ids))
     if longest > composite.longest:
@@ -86,7 +88,7 @@ def calibrate(
         len(prompts),
         reached,
         _cost(composite, chosen, lengths),
-        _cost(composite, _choices(composite, composite.policy, logits, lengths), lengths),
+        _cost(composite, _choices(composite, Policy(), logits, lengths), lengths),
     )
 
 
@@ -133,6 +135,8 @@ def _for_cost(
     def spent(weight: float) -> float:
         return _cost(composite, _choices(composite, replace(base, cost_weight=weight), logits, lengths), lengths)
 
+    if not any(expert.cost for expert in composite.pool.candidates):
+        raise ExpertokenError("--cost: no candidate has a `cost` (USD per million tokens) in the pool")
     if _cost(composite, composite.pool.names, np.ones(len(composite.pool.names))) is None:
         for expert in composite.pool.candidates:
             request_cost(expert, 1, 1)  # tells whose price is missing

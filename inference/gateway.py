@@ -82,6 +82,10 @@ class GatewayModel(AnsweringModel):
                 "(`backend: openai`)"
             )
         super().__init__(pool, policy, observer)
+        if not pool.has_self:
+            logger.warning("without `self` in the pool nothing holds the experts' tokens above the ordinary ones")
+        elif not token_ids:
+            logger.warning("without `token_ids` self may write experts' tokens; `expertoken export` lists them")
         self.top_logprobs, self._timeouts = top_logprobs, timeouts
         self._endpoint = EndpointBackend(meta, timeouts)
         self._breaker = Breaker()

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -49,6 +50,8 @@ class CompositeLM(LM):
         **_: Any,
     ) -> None:
         super().__init__()
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            device = None  # the harness's default, whatever the machine has
         self.composite = open_model(pretrained, device=device)
         self.max_gen_toks, self.concurrent = int(max_gen_toks), int(concurrent)
         self._name = str(pretrained)

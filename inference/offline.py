@@ -45,6 +45,7 @@ def generate_file(
     generation: Generation | None = None,
     policy: Policy | None = None,
     concurrent: int = 16,
+    overwrite: bool = False,
 ) -> dict[str, int]:
     """Answer every conversation of a JSONL file.
 
@@ -59,12 +60,13 @@ def generate_file(
         generation: how.
         policy: how a candidate is chosen; the composite's own where None.
         concurrent: requests to endpoints at a time.
+        overwrite: answer anew what is answered in `out` already.
 
     Returns:
         how many answers each expert gave, and `nobody`.
 
     Raises:
-        ExpertokenError: a line of `source` is not well formed.
+        ExpertokenError: a line of `source` is not well formed, or `out` is there already.
     """
     generation, policy = generation or Generation(), policy or composite.policy
     source, out = Path(source), Path(out)
@@ -72,10 +74,16 @@ def generate_file(
     pool = [asdict(expert) for expert in composite.pool.candidates]
     keys = _keys(source, _hash([asked, policy.document(), pool, composite.identity]))
     part = out.with_name(f".{out.name}.part")
+    if out.exists() and source.samefile(out):
+        raise ExpertokenError(f"{out}: is what is to be answered; name another file for the answers")
+    if out.exists() and not part.exists() and not overwrite:
+        raise ExpertokenError(f"{out}: is there already, and whole; --overwrite answers everything anew")
     counts: Counter[str] = Counter()
     failed = False
     with _Answers(part) as answers:
         left = sum(key not in answers for key in keys)
+        if len(answers) and left == len(keys):
+            logger.warning("%s: is of another call (other options, or another composite), and of no use to this", part)
         if left < len(keys):
             logger.info("%d of %d conversations are answered already", len(keys) - left, len(keys))
         # The file is read again, block by block: neither it nor its answers need to fit into memory.
@@ -125,6 +133,9 @@ class _Answers:
 
     def __exit__(self, *_: object) -> None:
         self._stream.close()
+
+    def __len__(self) -> int:
+        return len(self._places)
 
     def __contains__(self, key: str) -> bool:
         return key in self._places

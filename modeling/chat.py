@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from .errors import ExpertokenError, one_line
+from .errors import ExpertFailedError, ExpertokenError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,11 +144,11 @@ def encode_chat(
         most: tokens; None for no limit.
 
     Raises:
-        ExpertokenError: the tokenizer has no chat template, the template refuses the conversation, it is longer than
-            `most`, or there are ids that the model has no row for.
+        ExpertokenError: the template refuses the conversation, or it is longer than `most`.
+        ExpertFailedError: the tokenizer has no chat template, or ids that the model has no row for.
     """
     if not tokenizer.chat_template:
-        raise ExpertokenError(
+        raise ExpertFailedError(
             f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruction-tuned model, or put a "
             "chat_template.jinja beside its tokenizer"
         )
@@ -180,7 +180,7 @@ def encode_chat(
     if most is not None and len(ids) > most:
         raise ExpertokenError(f"the conversation has {len(ids)} tokens; at most {most} are read")
     if max(ids) >= vocab_size:
-        raise ExpertokenError(
+        raise ExpertFailedError(
             f"{tokenizer.name_or_path}: the tokenizer gives id {max(ids)}, but the model has {vocab_size} rows; they "
             "do not belong together"
         )

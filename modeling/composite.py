@@ -16,7 +16,7 @@ import torch
 from .errors import ExpertokenError
 from .experts import ExpertPool
 from .files import PRODUCTS, atomic_file, atomic_folder, check_product, local_folder, recover_folder
-from .meta import MetaLLM, Source, default_device, describe_dtype, library_versions, load_tokenizer
+from .meta import MetaLLM, Source, as_device, describe_dtype, library_versions, load_tokenizer
 from .sharding import full_shape
 
 logger = logging.getLogger(__name__)
@@ -295,7 +295,7 @@ def load_composite(
             f"{path}: its base model {base['model']} runs code of its own repository; say trust_remote_code=True "
             "(--trust-remote-code) if you trust it"
         )
-    device = torch.device(device or default_device())
+    device = as_device(device)
     if dtype is None and (device.type != "cpu" or base.get("device") == "cpu"):
         dtype = getattr(torch, base["dtype"])
     pool = ExpertPool.from_yaml(path / POOL_FILE)

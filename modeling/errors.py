@@ -27,7 +27,8 @@ class NoAnswerError(ExpertokenError):
         refused: whether all of them refused the request itself.
 
     Attributes:
-        public: the message without reasons, which may name paths and variables of the machine.
+        public: the message without reasons, which may name paths and variables of the machine; with those that a
+            request was refused for, which are about the request.
     """
 
     def __init__(self, failures: dict[str, str] | str, *, begun: bool = False, refused: bool = False) -> None:
@@ -38,6 +39,8 @@ class NoAnswerError(ExpertokenError):
             super().__init__(failures)
             return
         self.public = f"{what} ({', '.join(failures)} failed)" if failures else what
+        if refused and failures:
+            self.public = f"{what}: {'; '.join(dict.fromkeys(failures.values()))}"
         super().__init__(f"{what} ({'; '.join(f'{name}: {reason}' for name, reason in failures.items())})")
 
 

@@ -91,6 +91,8 @@ def export_checkpoint(
     places = _place(model, meta.tokenizer, [expert.token for expert in pool], rows)
     with atomic_folder(out) as aside:
         model.save_pretrained(aside)
+        for file in aside.glob("*.safetensors"):  # written for its owner alone, and served by somebody else
+            shutil.copymode(aside / "config.json", file)
         meta.tokenizer.save_pretrained(aside)
         pool.to_yaml(aside / POOL_FILE)
         ids = dict(zip((expert.name for expert in pool), places, strict=True))
@@ -112,7 +114,10 @@ def _write_gateway(folder: Path, name: str, ids: dict[str, int], control: list[s
     }
     pool = yaml.safe_load((folder / POOL_FILE).read_text("utf-8"))
     document = yaml.safe_dump({"meta": meta} | pool, sort_keys=False, allow_unicode=True)
-    head = "# Copy it and say where the servers are; `expertoken serve` of the copy needs no models of its own.\n"
+    head = (
+        "# Copy it, put experts that are no endpoints behind servers (`backend: openai`, `base_url`), and say where\n"
+        "# all of them are; `expertoken serve` of the copy needs no models of its own.\n"
+    )
     (folder / GATEWAY_FILE).write_text(head + document, "utf-8")
 
 
@@ -196,18 +201,27 @@ def _compare(folder: Path, places: list[int], prompts: Sequence[str], expected: 
             )
 
 
-def convert_to_gguf(folder: Path | str, out: Path | str) -> None:
-    """Convert an exported checkpoint with llama.cpp's converter.
+def find_converter() -> str:
+    """Where llama.cpp's converter is.
 
     Raises:
-        ExpertokenError: the converter is not installed, or fails.
+        ExpertokenError: it is not installed.
     """
     converter = shutil.which(CONVERTER)
     if converter is None:
         raise ExpertokenError(
             f"{CONVERTER} of llama.cpp is not on the PATH; get llama.cpp, install its requirements, and add its folder"
         )
-    command = [sys.executable, converter, str(folder), "--outfile", str(out), "--outtype", "auto"]
+    return converter
+
+
+def convert_to_gguf(folder: Path | str, out: Path | str) -> None:
+    """Convert an exported checkpoint with llama.cpp's converter.
+
+    Raises:
+        ExpertokenError: the converter is not installed, or fails.
+    """
+    command = [sys.executable, find_converter(), str(folder), "--outfile", str(out), "--outtype", "auto"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - the user's own tool
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

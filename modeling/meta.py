@@ -41,6 +41,34 @@ def default_device() -> torch.device:
     return accelerator or torch.device("cpu")
 
 
+def as_device(device: torch.device | str | None) -> torch.device:
+    """A device by its name, or the default one.
+
+    Raises:
+        ExpertokenError: there is no such device on this machine.
+    """
+    if device is None:
+        return default_device()
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ExpertokenError(
+            f"device {str(device)!r} can't be used here ({one_line(error)}); without it {default_device()} is taken"
+        ) from error
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """A type of weights by its name; `auto` stays.
+
+    Raises:
+        ExpertokenError: there is no such type.
+    """
+    found = dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+    if found != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ExpertokenError(f"dtype {dtype!r}: expected float32, bfloat16, float16 or auto")
+    return found
+
+
 LOADING = threading.RLock()
 """Held while transformers or PEFT load weights: they change classes of torch meanwhile, for all threads, and two at a
 time leave weights without data."""
@@ -72,8 +100,8 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = torch.device(device or default_device())
-    dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
+    device = as_device(device)
+    dtype = as_dtype(dtype or (torch.float32 if device.type == "cpu" else "auto"))
     path = Path(source.model).expanduser()
     if path.suffix == ".gguf":
         path = converted(path)

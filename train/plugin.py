@@ -170,6 +170,10 @@ def _remove(folder: Path, name: str, data: Path | None, *, verify: bool, trust_r
     training = composite.manifest.training
     if "added" in training:
         training["added"] = [entry for entry in training["added"] if entry["expert"] != name]
+    named = (composite.manifest.calibration or {}).get("policy", {})
+    if name in (named.get("default"), *named.get("allow", ()), *named.get("deny", ())):
+        logger.warning("the calibration names %s and is dropped; `expertoken calibrate` makes a new one", name)
+        composite.manifest.calibration = None
     _save(composite, rows, pool, None, folder, verify=verify)
     return change
 

@@ -41,6 +41,8 @@ class Run:
         self.options, self.arguments = options, arguments
         self.team = Team(arguments.process_index, arguments.world_size)
         self.supervision = Supervision.load(options.data)
+        for side in ("train", "validation"):
+            self.supervision.side(side)  # told before a model is loaded
         self.pool = self.supervision.pool
         self.objective = options.objective or OBJECTIVE_OF.get(
             self.supervision.info.labelling["strategy"], "cross_entropy"

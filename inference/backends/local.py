@@ -234,6 +234,8 @@ class LocalBackend(Backend):
         rows = resident.model.get_input_embeddings().weight.shape[0]
         try:
             return encode_chat(resident.tokenizer, messages, rows, begun=begun, most=positions(resident.model) - 1)
+        except ExpertFailedError:
+            raise
         except ExpertokenError as error:  # too long, or nothing that its template takes: no fault of the model
             raise RequestRefusedError(str(error)) from error
 

@@ -207,6 +207,8 @@ class LocalModels:
 
         if (folder, revision) in resident.slots:  # without waiting for who generates just now
             return resident.slots[folder, revision]
+        if Path(folder).is_absolute() and not Path(folder).exists():
+            raise ExpertFailedError(f"{folder}: no such folder; expected a PEFT adapter")
         if not (Path(folder) / "adapter_config.json").exists() and Path(folder).exists():
             raise ExpertFailedError(f"{folder}: no adapter_config.json in it; expected a PEFT adapter")
         with resident.turn:

@@ -322,7 +322,10 @@ async def _streamed(service: Service, completion: Completion, started: float, ht
         await _ended(coming, pieces)
         service.finish(completion, status, started, http)
 
-    return _Events(events(), end)
+    return _Events(events(), end, service)
+
+
+_STOPPED = json.dumps(error_body("the server was stopped in mid-answer", "server_error", "answer_broke_off"))
 
 
 class _Events(StreamingResponse):
@@ -331,10 +334,10 @@ class _Events(StreamingResponse):
     While none comes (a model thinks, or is loaded to go on), comments keep proxies from closing the line.
     """
 
-    def __init__(self, events: AsyncGenerator[str], end: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, events: AsyncGenerator[str], end: Callable[[], Awaitable[None]], service: Service) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._end = end
+        self._end, self._service = end, service
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         said, commenting = 0.0, None
@@ -356,6 +359,12 @@ class _Events(StreamingResponse):
 
         try:
             await super().__call__(scope, receive, noting)
+        except asyncio.CancelledError:
+            if not self._service.draining:
+                raise
+            # The server stops, and this answer had its time: that is said, and is no crash.
+            for body in (f"data: {_STOPPED}\n\n", "data: [DONE]\n\n", ""):
+                await noting({"type": "http.response.body", "body": body.encode(), "more_body": bool(body)})
         finally:
             if commenting is not None:
                 commenting.cancel()

@@ -1,15 +1,33 @@
 """Running the application under uvicorn."""
 
 import asyncio
-from socket import socket
+from socket import SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, getaddrinfo, socket
 from threading import Timer
 from types import FrameType
 
 import uvicorn
 
+from ...modeling.errors import ExpertokenError
 from ..answering import AnsweringModel
 from .app import create_app
 from .settings import Settings
+
+
+def check_free(host: str, port: int) -> None:
+    """See whether an address can be served.
+
+    Raises:
+        ExpertokenError: it can't; the message says why.
+    """
+    try:
+        family, kind, *_, address = getaddrinfo(host, port, type=SOCK_STREAM)[0]
+        with socket(family, kind) as trial:
+            trial.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+            trial.bind(address)
+    except OSError as error:
+        raise ExpertokenError(
+            f"{host}:{port} can't be served ({error.strerror or error}); take another --port, or --host"
+        ) from None
 
 
 def run(

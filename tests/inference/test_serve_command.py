@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -86,6 +87,30 @@ def test_when_it_is_stopped_answers_go_on_to_their_end_and_nobody_new_is_taken(b
     logged = [json.loads(line[line.index("{") :]) for line in lines if '"answers"' in line]
     assert [entry["answers"][0]["expert"] for entry in logged] == ["slow"]
     assert "secret" not in "".join(lines)
+
+
+def test_an_answer_that_has_no_time_left_says_so_and_is_no_crash(base_folder, tmp_path):
+    with mock_expert("slow", "--between", "0.3", "--words", "100") as (slow, _):
+        composite_of(base_folder, [slow]).save_pretrained(tmp_path / "c", verify=False)
+        with serve(str(tmp_path / "c"), "--shutdown", "1") as (process, address, lines):
+            stream = client(address).chat.completions.create(model="c", messages=HELLO, stream=True)
+            next(iter(stream))
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(openai.APIError, match="the server was stopped in mid-answer"):
+                list(stream)
+            assert process.wait(20) == -signal.SIGTERM
+    assert "Traceback" not in "".join(lines)
+    assert [json.loads(line[line.index("{") :])["status"] for line in lines if '"answers"' in line] == [499]
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [str(Path(sys.executable).parent / "expertoken"), "serve", str(folder), "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: 127.0.0.1:{port} can't be served (")
+    assert "--port" in done.stderr
 
 
 def test_a_balancer_sees_in_time_that_it_is_about_to_stop(folder):

@@ -37,13 +37,15 @@ function restore() {
 async function ask(path, options = {}) {
   const key = sessionStorage.getItem("expertoken-key");
   if (/[^!-~]/.test(key ?? "")) { // no header can hold it
-    await login();
+    await login(true);
     return ask(path, options);
   }
   const headers = { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
-  const response = await fetch(path, { ...options, headers });
+  const response = await fetch(path, { ...options, headers }).catch((error) => {
+    throw error.name === "AbortError" ? error : new Error("the server can't be reached");
+  });
   if (response.status === 401) {
-    await login();
+    await login(Boolean(key));
     return ask(path, options);
   }
   if (!response.ok) {
@@ -53,8 +55,9 @@ async function ask(path, options = {}) {
   return response;
 }
 
-function login() {
+function login(refused) {
   $("key").value = "";
+  $("refused").hidden = !refused;
   $("login").showModal();
   return new Promise((resolve, reject) => {
     $("login").oncancel = () => reject(new Error("this server wants an API key; reload the page to give one"));
@@ -69,7 +72,9 @@ async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { done, value } = await reader.read();
+    const { done, value } = await reader.read().catch((error) => {
+      throw error.name === "AbortError" ? error : new Error("the connection was cut off");
+    });
     if (done) throw new Error("the connection was cut off");
     rest += value;
     const parts = rest.split("\n\n");
