@@ -31,6 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut the names of options in narrow terminals
 )
 
 
@@ -69,9 +70,13 @@ def main() -> None:
     # What libraries tell each other drowns our own lines, and nobody here can change it.
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # libgomp waits actively for a hundred times as long, so that torch is 20 times slower where its threads share a
+    # core (a busy machine, a container's limit); where they don't, it is as fast with this (docs/results.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "httpx2", "openai", "datasets", "deepspeed", "DeepSpeed", "accelerate", "lm_eval"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # kernels that nobody needs here are missing, it says
     try:
         app()
     except (ExpertokenError, ImportError) as error:

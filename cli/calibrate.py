@@ -41,8 +41,11 @@ def calibrate(
         return
     if prompts is None:
         raise typer.BadParameter("needed, but for --clear", param_hint="--prompts")
+    if (share is None) == (cost is None):
+        raise typer.BadParameter("give one of the two", param_hint="--share, --cost")
+    asked = read_queries(prompts)
     model = CompositeModel.from_pretrained(composite, device=device, trust_remote_code=trust_remote_code)
-    found = run(model, read_queries(prompts), share=share, cost=cost, default=default)
+    found = run(model, asked, share=share, cost=cost, default=default)
     reached = {key: value for key, value in asdict(found).items() if key != "policy"}
     target = {"share": share} if cost is None else {"cost": cost}
     write_calibration(composite, {"policy": found.policy.document(), "target": target, **reached})

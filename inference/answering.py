@@ -241,7 +241,7 @@ class AnsweringModel(ABC):
             turn.refused = turn.refused and not own_fault
             self._breakers[name].failed() if own_fault else self._breakers[name].left()
             self._tell_spent(name, decision, turn)
-            self.observer.failed(name, reason, begun=turn.begun)
+            self.observer.failed(name, reason, begun=turn.begun, refused=not own_fault)
             stream.reply = replace(stream.reply, failures=stream.failures | {name: reason})
             logger.warning("expert %r failed, the next one is asked: %s", name, reason)
             if turn.calls:  # half a tool call can't be gone on with

@@ -60,6 +60,7 @@ def calibrate(
     if (share is None) == (cost is None):
         raise ExpertokenError("calibrate: give either --share or --cost")
     base = Policy(default=default)
+    base.candidates(composite.pool)  # a wrong name is told before anything is computed
     ids = [composite.meta.encode(prompt) for prompt in prompts]
     longest = max(map(len, ids))
     if longest > composite.longest:

@@ -45,8 +45,15 @@ class Observer:
     def decided(self, dispatch: Dispatch, seconds: float, batch: int) -> None:
         """A decision was made, `batch` of them in one pass."""
 
-    def failed(self, expert: str, reason: str, *, begun: bool) -> None:
-        """An expert failed; `begun` tells whether something of its answer was out already."""
+    def failed(self, expert: str, reason: str, *, begun: bool, refused: bool = False) -> None:
+        """An expert failed.
+
+        Args:
+            expert: who.
+            reason: why.
+            begun: whether something of the answer was out already.
+            refused: whether it took no fault of its own: the request was one that it can't take.
+        """
 
     def handed_over(self, expert: str) -> None:
         """Self stopped in its answer for an expert to go on."""

@@ -314,6 +314,8 @@ def _row(line: bytes, place: str) -> dict[str, Any]:
         _messages(row)
     except ExpertokenError as error:
         raise ExpertokenError(f"{place}: {error}") from None
+    except json.JSONDecodeError as error:
+        raise ExpertokenError(f"{place}: {_EXPECTED} ({error.msg} at character {error.pos})") from None
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise ExpertokenError(f"{place}: {_EXPECTED} ({one_line(error)})") from None
     return row
@@ -325,7 +327,9 @@ def _line(row: dict[str, Any]) -> bytes:
 
 
 def _messages(row: dict[str, Any]) -> list[Message]:
-    found = [row[key] for key in _TEXTS if key in row]
+    found = [row[key] for key in _TEXTS if key in row] if isinstance(row, dict) else []
+    if not found or not isinstance(found[0], str | list):
+        raise ExpertokenError(_EXPECTED)
     return as_messages(found[0])
 
 

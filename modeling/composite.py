@@ -239,7 +239,8 @@ def read_manifest(path: Path) -> Manifest:
     try:
         document = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
-        raise ExpertokenError(f"{path}: no composite folder (no {MANIFEST_FILE} in it)") from None
+        why = f"no {MANIFEST_FILE} in it" if path.exists() else "there is nothing of that name"
+        raise ExpertokenError(f"{path}: no composite folder ({why})") from None
     except (OSError, ValueError) as error:
         raise ExpertokenError(f"{file}: can't be read ({error})") from None
     version = document.get("format_version") if isinstance(document, dict) else None

@@ -56,7 +56,9 @@ class Metrics(Observer):
 
         self.decisions = counter("decisions", "Decisions, by the candidate chosen", "expert")
         self.answers = counter("answers", "Answers that came to their end, by who gave it", "expert")
-        self.failures = counter("failures", "Experts that failed, before or within an answer", "expert", "when")
+        self.failures = counter(
+            "failures", "Experts that failed, before or within an answer, or refused", "expert", "when"
+        )
         self.fallbacks = counter("fallbacks", "Answers by another expert than the one chosen", "chosen", "expert")
         self.hand_overs = counter("hand_overs", "Answers of self that an expert was called to go on with", "expert")
         self.skips = counter("skips", "Experts that were not asked, since they failed too often of late", "expert")
@@ -76,9 +78,9 @@ class Metrics(Observer):
         self.deciding.observe(seconds)
         self.batches.observe(batch)
 
-    def failed(self, expert: str, reason: str, *, begun: bool) -> None:
+    def failed(self, expert: str, reason: str, *, begun: bool, refused: bool = False) -> None:
         """An expert failed."""
-        self.failures.labels(expert, "within" if begun else "before").inc()
+        self.failures.labels(expert, "refused" if refused else "within" if begun else "before").inc()
 
     def handed_over(self, expert: str) -> None:
         """Self stopped in its answer for an expert."""

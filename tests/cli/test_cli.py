@@ -69,7 +69,9 @@ def test_a_composite_is_calibrated_answers_a_file_and_is_exported_by_commands(ba
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "checkpoint" / "model.safetensors").exists()
     assert "c/in.jsonl" in one_line(expertoken("generate", "c", "c/in.jsonl", "--out", "o.jsonl", cwd=tmp_path))
-    assert "no composite folder" in one_line(expertoken("export", "none", "--out", "x", cwd=tmp_path))
+    assert "none: no composite folder (there is nothing" in one_line(
+        expertoken("export", "none", "--out", "x", cwd=tmp_path)
+    )
     assert "no such folder" in one_line(expertoken("calibrate", "none", "--prompts", "prompts.txt", cwd=tmp_path))
 
 

@@ -124,6 +124,15 @@ def test_a_pool_is_made_from_the_models_where_none_is_given(results):
     assert pool["self"].find_in(results.models) == "meta"
 
 
+def test_a_side_without_queries_is_kept_as_such_and_told_where_it_is_needed(tmp_path, results, pool):
+    build_supervision(results, pool, validation=0.0, test=0.0).save(tmp_path / "s")
+    loaded = Supervision.load(tmp_path / "s")
+    assert [len(loaded.data[side]) for side in ("validation", "test")] == [0, 0]
+    assert len(loaded.side("train")) > 0
+    with pytest.raises(ExpertokenError, match="no 'validation' side.*larger share"):
+        loaded.side("validation")
+
+
 def test_a_folder_that_is_no_supervision_is_one_line(tmp_path):
     with pytest.raises(ExpertokenError, match="not a supervision folder") as error:
         Supervision.load(tmp_path)

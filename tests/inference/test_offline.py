@@ -161,9 +161,24 @@ def test_what_nobody_could_answer_is_asked_again_by_the_same_call_and_nothing_el
     assert list(tmp_path.glob(".*part")) == []
 
 
+def test_a_whole_file_is_answered_anew_on_demand_only_and_never_over_its_questions(composite, source, tmp_path):
+    generate_file(composite, source, tmp_path / "out.jsonl", generation=GENERATION)
+    with pytest.raises(ExpertokenError, match="out.jsonl: is there already, and whole; --overwrite"):
+        generate_file(composite, source, tmp_path / "out.jsonl", generation=GENERATION)
+    before = lines(tmp_path / "out.jsonl")
+    generate_file(composite, source, tmp_path / "out.jsonl", generation=GENERATION, overwrite=True)
+    assert lines(tmp_path / "out.jsonl") == before
+    asked = source.read_text()
+    for overwrite in (False, True):
+        with pytest.raises(ExpertokenError, match="name another file for the answers"):
+            generate_file(composite, source, source, generation=GENERATION, overwrite=overwrite)
+    assert source.read_text() == asked
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("", "empty"), ('{"prompt": "a"}\n{"promt": "b"}', "line 2"), ('{"prompt": 3}', "line 1"), ("[1]", "line 1"),
+    [("", "empty"), ('{"prompt": "a"}\n3', "line 2: expected a JSON object"), ('{"prompt"', "at character 9"),
+     ('{"prompt": "a"}\n{"promt": "b"}', "line 2"), ('{"prompt": 3}', "line 1"), ("[1]", "line 1"),
      ('{"messages": [{"role": "user"}]}', "line 1: messages[0]"), ('{"prompt": "a', "line 1")],
 )  # fmt: skip
 def test_a_malformed_file_is_one_line(composite, tmp_path, text, told):
@@ -184,6 +199,21 @@ def test_a_threshold_gives_experts_the_share_that_was_asked_for(composite, share
     composite.policy = found.policy
     answered = [dispatch.expert != "self" for dispatch in composite.route(PROMPTS)]
     assert sum(answered) / len(PROMPTS) == pytest.approx(found.share, abs=1 / len(PROMPTS))
+
+
+def test_calibrating_starts_anew_whatever_was_set_before(composite):
+    found = calibrate(composite, PROMPTS, share=0.3)
+    composite.policy = Policy(threshold=0.99, default="one", cost_weight=1e5)
+    assert calibrate(composite, PROMPTS, share=0.3) == found
+    assert calibrate(composite, PROMPTS, cost=1.0).policy == Policy()
+
+
+def test_a_cost_without_prices_and_a_default_that_is_nobody_are_refused(base_folder):
+    free = composite_of(base_folder, [Expert("local", model=str(base_folder)), Expert("self", "self")])
+    with pytest.raises(ExpertokenError, match="no candidate has a `cost`"):
+        calibrate(free, PROMPTS, cost=0.1)
+    with pytest.raises(ExpertokenError, match="policy.default: no candidate 'locl', did you mean 'local'"):
+        calibrate(free, PROMPTS, share=0.1, default="locl")
 
 
 def test_a_share_that_no_threshold_gives_is_refused(composite):

@@ -99,6 +99,23 @@ def test_another_expert_can_be_asked_again(page):
     assert page.locator("article").count() == 2
 
 
+def test_a_key_that_is_wrong_is_told_and_the_right_one_gets_in(browser, base_folder, words):
+    settings = Settings(name="comp", api_keys=("a-key-of-enough-letters",))
+    with served(create_app(composite_of(base_folder, words), settings)) as address:
+        opened = browser.new_page()
+        opened.goto(address)
+        opened.locator("#login").wait_for()
+        assert opened.locator("#refused").is_hidden()
+        for key in ("wrong", "a-key-of-enough-letters"):
+            opened.fill("#key", key)
+            opened.click("#login button")
+            if key == "wrong":
+                opened.locator("#refused", has_text="That key was not accepted").wait_for()
+        opened.locator("#name", has_text="comp").wait_for()
+        assert opened.locator("#login").is_hidden()
+        opened.close()
+
+
 def test_what_keeps_the_line_open_is_no_answer(browser, base_folder, monkeypatch):
     monkeypatch.setattr(server, "_SILENCE", 0.2)
     with (

@@ -423,6 +423,18 @@ def test_what_is_far_too_long_is_refused_before_it_is_encoded(composite, monkeyp
             assert (status, "at most" in body["error"]["message"]) == (400, True)
 
 
+def test_why_a_request_is_refused_is_told_and_counted_as_no_failure(base_folder):
+    composite = composite_of(base_folder, [Expert("local", model=str(base_folder)), Expert("self", "self")])
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
+    with served(create_app(composite, Settings(api_keys=(KEY,)))) as address:
+        headers = {"authorization": f"Bearer {KEY}"}
+        status, body, _ = post(address, {"model": "composite", "messages": image}, headers)
+        told = "no expert could answer: a message has a part that is no text; models that run here read text only"
+        assert (status, body["error"]["message"]) == (400, told)
+    counted = [line for line in composite.observer.failures.collect()[0].samples if line.name.endswith("_total")]
+    assert {sample.labels["when"] for sample in counted} == {"refused"}
+
+
 def test_a_request_that_everybody_refuses_is_no_lost_turn(client, url):
     for model in ("comp/one", "comp/self"):
         content = "one do: toolong" if model == "comp/one" else "word " * 600

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from expertoken.data_prep.results import BenchmarkResults, ResultsError
 from expertoken.data_prep.supervision import build_supervision
 from expertoken.evaluation.evaluate import evaluate
-from expertoken.modeling.composite import ROWS_FILE, load_composite
+from expertoken.modeling.composite import ROWS_FILE, load_composite, read_manifest, write_calibration
 from expertoken.modeling.experts import Expert, ExpertPool, PoolError
 from expertoken.modeling.meta import MetaLLM
 from expertoken.tests.tiny import tiny_folder
@@ -101,6 +101,16 @@ def test_a_composite_from_which_one_was_removed_takes_another(composite_folder, 
     remove_expert(composite_folder, "law", verify=False)
     add_expert(composite_folder, Expert("sql", model=str(base_folder)), new_results(), verify=False)
     assert load_composite(composite_folder, device="cpu").pool.names == ["math", "sql", "self"]
+
+
+def test_a_calibration_that_names_who_is_taken_out_goes_with_him(composite_folder, base_folder, caplog):
+    write_calibration(composite_folder, {"policy": {"threshold": 0.5}})
+    add_expert(composite_folder, Expert("sql", model=str(base_folder)), new_results(), verify=False)
+    assert read_manifest(composite_folder).calibration == {"policy": {"threshold": 0.5}}
+    write_calibration(composite_folder, {"policy": {"threshold": 0.5, "default": "sql"}})
+    remove_expert(composite_folder, "sql", verify=False)
+    assert read_manifest(composite_folder).calibration is None
+    assert "the calibration names sql and is dropped" in caplog.text
 
 
 def test_results_of_someone_else_are_refused(composite_folder, base_folder):
