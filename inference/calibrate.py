@@ -106,14 +106,12 @@ def _for_share(
 ) -> Policy:
     if not 0 <= share <= 1:
         raise ExpertokenError(f"--share {share}: expected a number from 0 to 1")
-    free = replace(base, threshold=None)
     default = base.fallback(composite.pool)
     if default is None:
         raise ExpertokenError("--share: self is no candidate of this composite; name who answers instead, --default")
-    replace(base, threshold=0.0, default=default).candidates(composite.pool)
     best = []  # of the prompts that somebody else than the default is the best on
     for row, length in zip(logits, lengths, strict=True):
-        shares = free.shares(composite.pool, row, prompt_tokens=int(length))
+        shares = base.shares(composite.pool, row, prompt_tokens=int(length))
         winner = max(shares, key=shares.__getitem__)
         if winner != default:
             best.append(shares[winner])
@@ -127,7 +125,7 @@ def _for_share(
     # Between the last one that is to go to an expert and the first that is not.
     edges = np.concatenate([[1.0], confident, [0.0]])
     threshold = float((edges[wanted] + edges[wanted + 1]) / 2) if wanted else 1.0
-    return replace(free, threshold=threshold, default=base.default)
+    return replace(base, threshold=threshold)
 
 
 def _for_cost(
@@ -142,7 +140,7 @@ def _for_cost(
         for expert in composite.pool.candidates:
             request_cost(expert, 1, 1)  # tells whose price is missing
     if spent(0.0) <= cost:
-        return replace(base, cost_weight=0.0)
+        return base
     high = 1.0
     while spent(high) > cost:
         high *= 4

@@ -11,7 +11,7 @@ class StopTexts:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [stop for stop in stops if stop]
+        self._stops = stops
         self._held = ""
         self.reached = False
 

@@ -18,7 +18,7 @@ class Generation:
             0.001 is.
         top_p: mass of the nucleus to sample from; where None as for the temperature.
         seed: of sampling; None draws a new one.
-        stop: texts before which an answer ends.
+        stop: texts before which an answer ends; empty ones, which would end every answer, are left out.
         extra: what else an endpoint is asked, as OpenAI's API calls it (`tools`, `logprobs`, ...); models that run here
             answer in text alone.
     """
@@ -29,6 +29,9 @@ class Generation:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", tuple(text for text in self.stop if text))
 
     @property
     def sampled(self) -> bool:

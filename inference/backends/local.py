@@ -348,9 +348,8 @@ def _generate_batch(
     mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences], device=model.device)
     options = generation_options(within(generation, positions(model) - longest))
     stopped: dict[int, int] = {}
-    stops = [stop for stop in generation.stop if stop]
-    if stops:
-        stop = partial(_stop, tokenizer, stops, longest, stopped)
+    if generation.stop:
+        stop = partial(_stop, tokenizer, generation.stop, longest, stopped)
         options["stopping_criteria"] = StoppingCriteriaList([stop])
     with _seeded(generation):
         output = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **options)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...modeling.errors import ExpertFailedError, ExpertokenError, did_you_mean, one_line
-from ...modeling.meta import LOADING, QUANTIZATIONS, Source, load_causal_lm, share_weights
+from ...modeling.meta import LOADING, QUANTIZATIONS, Source, as_dtype, load_causal_lm, share_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -331,7 +331,7 @@ def _size_on_disk(
     if quantization:
         return numbers * _QUANTIZED[quantization] // 8
     if dtype is not None and dtype != "auto":
-        return numbers * (dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)).itemsize
+        return numbers * as_dtype(dtype).itemsize
     return numbers * 4 if torch.device(device or "cpu").type == "cpu" and dtype != "auto" else stored
 
 

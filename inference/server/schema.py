@@ -79,7 +79,6 @@ class ChatRequest(_Body):
         """How the `number`-th answer is generated, with at most `most` tokens."""
         wanted = self.max_completion_tokens or self.max_tokens or most
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        stops = [stop for stop in stops if stop]  # an empty one would end every answer
         extra = {name: value for name in _PASSED if (value := getattr(self, name)) is not None}
         return Generation(
             max_new_tokens=min(wanted, most),
