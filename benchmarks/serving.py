@@ -5,7 +5,7 @@ would fall into step and ask for two hundred answers at once, every few seconds 
 clients streams from the experts directly, then through `expertoken serve` on them, then (with --litellm, the path of
 its command) through LiteLLM's proxy. Server, experts and clients are processes of their own that share this machine.
 Prints requests, errors, the time to the first word and to the end (p50, p99), what is added to the experts' own, and
-the server's memory after a minute and at the end.
+the server's memory from a minute on. Each question holds a word that no other did, so that caches of words fill up.
 
 The meta LLM is a tiny random one, so that the server is what is measured.
 """
@@ -209,11 +209,10 @@ def main() -> None:
             duration = 60 * options.minutes
             outcome = asyncio.run(load(address, ["c"], options.streams, duration, process))
         tell("expertoken serve", outcome, duration, own)
-        early, late = outcome["memory"][0] / 2**20, outcome["memory"][-1] / 2**20
-        growth = (
-            f"memory of the server: {early:.1f} MiB after {WARM} s, {late:.1f} at the end ({late / early - 1:+.1%})"
-        )
-        print(growth, file=sys.stderr, flush=True)
+        memory = np.array(outcome["memory"]) / 2**20
+        quarters = ", ".join(f"{memory[round(q * (len(memory) - 1))]:.1f}" for q in (0, 0.25, 0.5, 0.75, 1))
+        growth = f"memory of the server, MiB, from a minute on to the end, in quarters: {quarters}"
+        print(f"{growth} ({memory[-1] / memory[0] - 1:+.2%})", file=sys.stderr, flush=True)
         if options.litellm:
             port = free_port()
             address = f"http://127.0.0.1:{port}"

@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import aclosing
 from dataclasses import replace
@@ -68,7 +67,7 @@ class Service:
         composite.limit = settings.max_prompt_tokens
         self.started = int(time.time())
         self.draining = False
-        self._answerers: OrderedDict[bytes, str] = OrderedDict()
+        self._answerers: dict[bytes, str] = {}
         for expert in composite.pool.experts:
             if expert.backend == "openai":  # costs nothing to hold; local ones are loaded when they are called
                 _open(composite, expert.name)
@@ -114,10 +113,10 @@ class Service:
     def remember(self, messages: list[Message], text: str, expert: str) -> None:
         """Who gave an answer: clients send the text back without it when the chat goes on."""
         turn = _turn(next((m.get("content") for m in reversed(messages) if m["role"] == "user"), None), text)
-        self._answerers[turn] = expert
-        self._answerers.move_to_end(turn)
-        while len(self._answerers) > _REMEMBERED:
-            self._answerers.popitem(last=False)
+        self._answerers.pop(turn, None)
+        self._answerers[turn] = expert  # as the newest
+        if len(self._answerers) > _REMEMBERED:
+            del self._answerers[next(iter(self._answerers))]
 
     async def answer(self, request: ChatRequest) -> Completion:
         """Decide; nothing is asked of an expert yet."""
