@@ -5,13 +5,14 @@ would fall into step and ask for two hundred answers at once, every few seconds 
 clients streams from the experts directly, then through `expertoken serve` on them, then (with --litellm, the path of
 its command) through LiteLLM's proxy. Server, experts and clients are processes of their own that share this machine.
 Prints requests, errors, the time to the first word and to the end (p50, p99), what is added to the experts' own, and
-the server's memory from a minute on. Each question holds a word that no other did, so that caches of words fill up.
+the server's memory once it is warm. Each question holds a word that no other did, so that caches of words fill up.
 
 The meta LLM is a tiny random one, so that the server is what is measured.
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import secrets
@@ -112,13 +113,13 @@ async def load(
 ) -> dict[str, Any]:
     """A closed loop of `streams` clients."""
     ends = time.perf_counter() + duration
-    found, errors, memory = [], [], []
+    found, errors, memory, asked = [], [], [], itertools.count()
 
     async def client(session: aiohttp.ClientSession, number: int) -> None:
         await asyncio.sleep(number / streams * 2)  # not all at once
         while time.perf_counter() < ends:
             try:
-                found.append(await one(session, url, models[number % len(models)], len(found)))
+                found.append(await one(session, url, models[number % len(models)], next(asked)))
             except Exception as error:
                 errors.append(repr(error))
 
@@ -211,7 +212,8 @@ def main() -> None:
         tell("expertoken serve", outcome, duration, own)
         memory = np.array(outcome["memory"]) / 2**20
         quarters = ", ".join(f"{memory[round(q * (len(memory) - 1))]:.1f}" for q in (0, 0.25, 0.5, 0.75, 1))
-        growth = f"memory of the server, MiB, from a minute on to the end, in quarters: {quarters}"
+        since = min(WARM, duration / 2)
+        growth = f"memory of the server, MiB, from {since:.0f} s on to the end, in quarters: {quarters}"
         print(f"{growth} ({memory[-1] / memory[0] - 1:+.2%})", file=sys.stderr, flush=True)
         if options.litellm:
             port = free_port()

@@ -88,12 +88,11 @@ class CompositeLM(LM):
         return answers
 
     def _generation(self, options: dict[str, Any]) -> Generation:
-        until = options.get("until") or ()
         return Generation(
             max_new_tokens=int(options.get("max_gen_toks") or options.get("max_tokens") or self.max_gen_toks),
             temperature=float(options.get("temperature") or 0) if options.get("do_sample") else 0.0,
             top_p=float(options.get("top_p") or 1),
-            stop=(until,) if isinstance(until, str) else tuple(until),
+            stop=options.get("until"),
         )
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

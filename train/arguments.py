@@ -40,7 +40,8 @@ class ExpertokenArguments:
     )
     revision: str | None = _option(None, "Git revision of a hub model.")
     dtype: str | None = _option(
-        None, "Weights of the meta LLM: float32, bfloat16 or float16. Default: float32 on CPU, else as saved."
+        None,
+        "Weights of the meta LLM: float32, bfloat16, float16 or auto (as saved). Default: float32 on CPU, else auto.",
     )
     attn_implementation: str | None = _option(
         None, "Attention: sdpa, eager, flash_attention_2, ... Default: what transformers takes for the model."

@@ -15,7 +15,7 @@ from ..data_prep.supervision import Supervision
 from ..modeling.composite import Composite, Manifest, Trained, describe_base, save_composite
 from ..modeling.errors import ExpertokenError, did_you_mean
 from ..modeling.files import check_product
-from ..modeling.meta import MetaLLM, Source, as_dtype
+from ..modeling.meta import MetaLLM, Source
 from ..modeling.sharding import is_split
 from .anywhere import Positions, own_answers
 from .arguments import ExpertokenArguments
@@ -63,7 +63,6 @@ class Run:
                 "or show it one with CUDA_VISIBLE_DEVICES=0"
             )
         source = Source(options.meta, options.revision, options.trust_remote_code)
-        dtype = as_dtype(options.dtype) if options.dtype else None
         with loading(arguments):
             # Under ZeRO-3 DeepSpeed brings each process its share; the whole is on a GPU only where it computes states.
             split_later = getattr(arguments.deepspeed_plugin, "zero_stage", 0) == 3 and not options.warm_start
@@ -71,7 +70,7 @@ class Run:
                 source,
                 len(self.pool),
                 device="cpu" if split_later else arguments.device,
-                dtype=dtype,
+                dtype=options.dtype,
                 quantization="nf4" if options.method == "qlora" else None,
                 attention=options.attn_implementation,
             )

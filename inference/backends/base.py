@@ -18,7 +18,8 @@ class Generation:
             0.001 is.
         top_p: mass of the nucleus to sample from; where None as for the temperature.
         seed: of sampling; None draws a new one.
-        stop: texts before which an answer ends; empty ones, which would end every answer, are left out.
+        stop: texts before which an answer ends, or a single one; kept as a tuple without empty ones, which would end
+            every answer.
         extra: what else an endpoint is asked, as OpenAI's API calls it (`tools`, `logprobs`, ...); models that run here
             answer in text alone.
     """
@@ -27,11 +28,12 @@ class Generation:
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] | str | None = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", tuple(text for text in self.stop if text))
+        texts = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        object.__setattr__(self, "stop", tuple(text for text in texts if text))
 
     @property
     def sampled(self) -> bool:

@@ -70,7 +70,7 @@ class LocalModels:
         quantization: of models that are loaded here: nf4, int8 or None.
 
     Raises:
-        ExpertokenError: the quantization is unknown.
+        ExpertokenError: the quantization or the type is unknown.
     """
 
     def __init__(
@@ -84,7 +84,8 @@ class LocalModels:
     ) -> None:
         if quantization is not None and quantization not in QUANTIZATIONS:
             raise ExpertokenError(f"quantization {quantization!r}: {did_you_mean(quantization, QUANTIZATIONS)}")
-        self.device, self.dtype, self.budget, self.quantization = device, dtype, budget, quantization
+        self.device, self.dtype = device, None if dtype is None else as_dtype(dtype)
+        self.budget, self.quantization = budget, quantization
         self.loads = 0
         self._pinned = {_resolved(source) for source in pinned}
         self._residents: dict[Source, Resident] = {}
@@ -330,8 +331,8 @@ def _size_on_disk(
                 stored += count * _BYTES.get(part.get_dtype(), 2)
     if quantization:
         return numbers * _QUANTIZED[quantization] // 8
-    if dtype is not None and dtype != "auto":
-        return numbers * as_dtype(dtype).itemsize
+    if isinstance(dtype, torch.dtype):
+        return numbers * dtype.itemsize
     return numbers * 4 if torch.device(device or "cpu").type == "cpu" and dtype != "auto" else stored
 
 

@@ -80,8 +80,8 @@ def run(
                 await asyncio.wait(running, timeout=5)
             tracing.stop()  # here, since uvicorn ends the process by the signal it got
 
-    # What is loaded by now (two million objects, most of them of libraries) stays. The collector would search it some
-    # times a minute, while every stream waits for 0.3 s (benchmarks/serving.py).
+    # What is loaded by now (half a million objects, most of them of libraries) stays. The collector would search it
+    # some times a minute, while every stream waits for 0.3 s (benchmarks/serving.py).
     gc.collect()
     gc.freeze()
     Server(config).run()

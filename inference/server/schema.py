@@ -78,13 +78,12 @@ class ChatRequest(_Body):
     def generation(self, most: int, number: int = 0) -> Generation:
         """How the `number`-th answer is generated, with at most `most` tokens."""
         wanted = self.max_completion_tokens or self.max_tokens or most
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         extra = {name: value for name in _PASSED if (value := getattr(self, name)) is not None}
         return Generation(
             max_new_tokens=min(wanted, most),
             temperature=self.temperature,
             top_p=self.top_p,
             seed=None if self.seed is None else (self.seed + number) % 2**63,
-            stop=tuple(stops),
+            stop=self.stop,
             extra=extra,
         )

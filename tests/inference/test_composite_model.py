@@ -402,6 +402,7 @@ def test_an_answer_ends_before_a_stop_text_however_its_pieces_fall(make):
     composite = make(winner=0)
     composite._backends["math"] = Odd(["one", " two EN", "D three", " four"])
     for stop, text, finish in [(("END",), "one two ", "stop"), (("four", "E"), "one two ", "stop"),
+                               ("END", "one two ", "stop"), (None, "one two END three four", "stop"),
                                (("nowhere", "fourteen"), "one two END three four", "stop")]:  # fmt: skip
         reply = composite.chat("hello", stop=stop)
         assert (reply.text, reply.finish) == (text, finish)

@@ -12,7 +12,7 @@ from expertoken.inference.backends import Generation, LocalBackend, LocalModels
 from expertoken.inference.backends import models as module
 from expertoken.inference.loop import BackgroundLoop
 from expertoken.inference.policy import Policy
-from expertoken.modeling.errors import ExpertFailedError
+from expertoken.modeling.errors import ExpertFailedError, ExpertokenError
 from expertoken.modeling.experts import Expert
 from expertoken.modeling.meta import Source
 from expertoken.tests.inference.conftest import composite_of
@@ -325,6 +325,12 @@ def test_in_batches_too_a_stop_text_ends_the_work(sources):
         assert (stop in after.text, after.finish) in ((True, "stop"), (False, before.finish))
         assert stop in after.text or after == before
     assert found[0].usage[1] < 20 < plain[0].usage[1]
+
+
+@pytest.mark.parametrize("wrong", [{"dtype": "float23"}, {"quantization": "int3"}])
+def test_a_type_that_does_not_exist_is_told_before_anything_is_loaded(wrong):
+    with pytest.raises(ExpertokenError, match="float23|int3"):
+        LocalModels("cpu", **wrong)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
