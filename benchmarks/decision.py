@@ -28,7 +28,7 @@ from expertoken.modeling.experts import Expert, ExpertPool
 from expertoken.modeling.meta import MetaLLM
 
 
-def composite_with(count: int, dtype: torch.dtype) -> CompositeModel:
+def composite_with(count: int, dtype: str) -> CompositeModel:
     """A composite whose experts are never chosen: self answers."""
     experts = [Expert(f"expert-{index}", "openai", "m", base_url="http://127.0.0.1:9/v1") for index in range(count)]
     meta = MetaLLM.from_pretrained(str(smollm2()), count, dtype=dtype)
@@ -100,7 +100,7 @@ def main() -> None:
     print("| experts | bare prefill, s | decision, s | ratio | answer alone, s | decision and own answer, s | ratio |")
     print("|---|---|---|---|---|---|---|")
     for count in map(int, options.experts.split(",")):
-        times = measure(composite_with(count, getattr(torch, options.dtype)), questions, options.tokens)
+        times = measure(composite_with(count, options.dtype), questions, options.tokens)
         arrays = {name: np.array(values) for name, values in times.items()}
         cells = [f"{count:,}"]
         for first, second in (("bare", "decision"), ("alone", "own")):

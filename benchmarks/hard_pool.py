@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from expertoken.benchmarks import DATA
 from expertoken.benchmarks.fitting import fit
@@ -84,7 +83,7 @@ def main() -> None:
     queries = read_results(options.data / "routellm", "routellm").queries
     file = options.out / "mmlu_router_dataset.pkl"
     write(queries, file)
-    meta = MetaLLM.from_pretrained(Source(str(smollm2())), SIZE, dtype=getattr(torch, options.dtype))
+    meta = MetaLLM.from_pretrained(Source(str(smollm2())), SIZE, dtype=options.dtype)
     print("| pool | router | mu | 95 % interval | V_R | V_B | E_p, bits |\n|---|---|---|---|---|---|---|")
     fits = []
     for kind in KINDS:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from expertoken.benchmarks import DATA
 from expertoken.benchmarks.fitting import problems_of, states
@@ -96,7 +95,7 @@ def main() -> None:
     options = parser.parse_args()
     started = time.perf_counter()
     results = read_results(options.data / "routellm", "routellm")
-    meta = MetaLLM.from_pretrained(Source(str(smollm2())), len(results.models), dtype=getattr(torch, options.dtype))
+    meta = MetaLLM.from_pretrained(Source(str(smollm2())), len(results.models), dtype=options.dtype)
     subjects = np.random.default_rng(0).permutation(results.queries["subject"].unique())
     folds = [("subject", fold.tolist()) for fold in np.array_split(subjects, 5)]
     for title, splits in (

@@ -8,8 +8,6 @@ quality over one range of costs. Prints a Markdown table and the verdict, and wr
 import argparse
 from pathlib import Path
 
-import torch
-
 from expertoken.benchmarks import DATA
 from expertoken.benchmarks.fitting import fit
 from expertoken.data_prep.readers import read_results
@@ -30,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     results = read_results(options.data / "routerbench", "routerbench")
     supervision = build_supervision(results, labelling="correctness", leaks="drop")
-    meta = MetaLLM.from_pretrained(Source(str(smollm2())), len(results.models), dtype=getattr(torch, options.dtype))
+    meta = MetaLLM.from_pretrained(Source(str(smollm2())), len(results.models), dtype=options.dtype)
     composite, _, seconds = fit(meta, supervision, "correctness")
     report = evaluate(composite, supervision, encoder=options.encoder)
     report.save_folder(options.out, draw_report(report, options.out))

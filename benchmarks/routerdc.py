@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from expertoken.benchmarks import DATA
 from expertoken.benchmarks.fitting import fit
@@ -104,7 +103,7 @@ def main() -> None:
     parser.add_argument("--embedder", help="also give the learnt routers this sentence-transformers model's features")
     options = parser.parse_args()
     results = read(options.data / "routerdc")
-    meta = MetaLLM.from_pretrained(Source(str(smollm2())), len(results.models), dtype=getattr(torch, options.dtype))
+    meta = MetaLLM.from_pretrained(Source(str(smollm2())), len(results.models), dtype=options.dtype)
     started = time.perf_counter()
     sides = build_supervision(results, labelling="subject", leaks="drop")
     computed = 0

@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="of the recipe; 0 leaves it out (default: %(default)s)")
     options = parser.parse_args()
     supervision = prepare(options.data, options.queries, options.longest)
-    meta = MetaLLM.from_pretrained(str(smollm2()), len(supervision.pool), dtype=getattr(torch, options.dtype))
+    meta = MetaLLM.from_pretrained(str(smollm2()), len(supervision.pool), dtype=options.dtype)
     sequences = [meta.encode(messages) for side in SIDES for messages in supervision.side(side)["messages"]]
     forward(meta, sequences[:20])  # warm
     bare, ours, scores = [], [], []

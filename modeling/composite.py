@@ -298,7 +298,7 @@ def load_composite(
         )
     device = as_device(device)
     if dtype is None and (device.type != "cpu" or base.get("device") == "cpu"):
-        dtype = getattr(torch, base["dtype"])
+        dtype = base["dtype"]
     pool = ExpertPool.from_yaml(path / POOL_FILE)
     asked = [f"{e.key_variable} to {e.base_url or 'OpenAI'}" for e in pool if e.key_variable]
     if asked and path != Path(given) and not send_keys:

@@ -7,8 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 from .composite import load_composite, probe_logits
 from .errors import ExpertokenError
 
@@ -17,9 +15,7 @@ def main() -> None:
     """Load the folder and print its probe logits."""
     folder, device, dtype, trusted = sys.argv[1:]
     try:
-        composite = load_composite(
-            Path(folder), device=device, dtype=getattr(torch, dtype), trust_remote_code=trusted == "1"
-        )
+        composite = load_composite(Path(folder), device=device, dtype=dtype, trust_remote_code=trusted == "1")
         logits = probe_logits(composite)
     except ExpertokenError as error:
         sys.exit(str(error))
