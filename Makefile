@@ -22,9 +22,11 @@ demo: $(INSTALLED) ## the whole path on a real small LLM: train, evaluate, plug 
 test: $(INSTALLED) ## all tests that can run here
 	$(BIN)/python -m pytest
 
-lint: $(INSTALLED) ## the linter and the formatter's check
+lint: $(INSTALLED) ## the linter, the formatter's check and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	mkdir -p $(VENV)/types && ln -sfn $(CURDIR) $(VENV)/types/expertoken
+	MYPYPATH=$(VENV)/types $(BIN)/mypy -p expertoken
 
 clean: ## remove what demo and tests made (the virtual environment stays)
 	rm -rf demo build dist .pytest_cache .ruff_cache *.egg-info

@@ -8,37 +8,93 @@ from typing import TYPE_CHECKING
 
 _HOMES = {
     "BenchmarkResults": ".data_prep.results",
-    "CompositeModel": ".inference.composite",
+    "CompositeModel": ".inference.composite_model",
+    "ConfigError": ".modeling.errors",
     "Dispatch": ".modeling.dispatch",
     "Expert": ".modeling.experts",
+    "ExpertFailedError": ".modeling.errors",
     "ExpertPool": ".modeling.experts",
+    "ExpertokenError": ".modeling.errors",
+    "GatewayModel": ".inference.gateway",
+    "Generation": ".modeling.backend",
+    "Labelling": ".data_prep.labels",
+    "LeakError": ".modeling.errors",
+    "NoAnswerError": ".modeling.errors",
     "Policy": ".inference.policy",
+    "PoolError": ".modeling.errors",
+    "Reply": ".inference.reply",
+    "Report": ".evaluation.report",
+    "RequestRefusedError": ".modeling.errors",
+    "ResultsError": ".modeling.errors",
+    "Supervision": ".data_prep.supervision",
+    "add_expert": ".train.plugin",
     "build_supervision": ".data_prep.supervision",
     "evaluate": ".evaluation.evaluate",
+    "export_checkpoint": ".modeling.export",
     "label": ".data_prep.labels",
+    "read_results": ".data_prep.reading",
+    "remove_expert": ".train.plugin",
+    "train_composite": ".train.run",
 }
 
 __all__ = [
     "BenchmarkResults",
     "CompositeModel",
+    "ConfigError",
     "Dispatch",
     "Expert",
+    "ExpertFailedError",
     "ExpertPool",
+    "ExpertokenError",
+    "GatewayModel",
+    "Generation",
+    "Labelling",
+    "LeakError",
+    "NoAnswerError",
     "Policy",
+    "PoolError",
+    "Reply",
+    "Report",
+    "RequestRefusedError",
+    "ResultsError",
+    "Supervision",
+    "add_expert",
     "build_supervision",
     "evaluate",
+    "export_checkpoint",
     "label",
+    "read_results",
+    "remove_expert",
+    "train_composite",
 ]
 
 if TYPE_CHECKING:
-    from .data_prep.labels import label
+    from .data_prep.labels import Labelling, label
+    from .data_prep.reading import read_results
     from .data_prep.results import BenchmarkResults
-    from .data_prep.supervision import build_supervision
+    from .data_prep.supervision import Supervision, build_supervision
     from .evaluation.evaluate import evaluate
-    from .inference.composite import CompositeModel
+    from .evaluation.report import Report
+    from .inference.composite_model import CompositeModel
+    from .inference.gateway import GatewayModel
     from .inference.policy import Policy
+    from .inference.reply import Reply
+    from .modeling.backend import Generation
     from .modeling.dispatch import Dispatch
+    from .modeling.errors import (
+        ConfigError,
+        ExpertFailedError,
+        ExpertokenError,
+        LeakError,
+        NoAnswerError,
+        PoolError,
+        RequestRefusedError,
+        ResultsError,
+    )
     from .modeling.experts import Expert, ExpertPool
+    from .modeling.export import export_checkpoint
+    from .train.plugin import add_expert, remove_expert
+    from .train.run import train_composite
 
 
 def __getattr__(name: str) -> object:

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from expertoken.benchmarks import DATA
-from expertoken.data_prep.readers import read_results
+from expertoken.data_prep.reading import read_results
 from expertoken.examples.smollm2 import smollm2
-from expertoken.inference.backends import Generation
-from expertoken.inference.composite import CompositeModel
+from expertoken.inference.composite_model import CompositeModel
+from expertoken.modeling.backend import Generation
+from expertoken.modeling.chat import Query
 from expertoken.modeling.composite import Composite, Manifest, describe_base
 from expertoken.modeling.experts import Expert, ExpertPool
 from expertoken.modeling.meta import MetaLLM
@@ -62,13 +63,13 @@ def measure(composite: CompositeModel, questions: list[str], tokens: int) -> dic
     times = {name: [] for name in ("bare", "decision", "alone", "own")}
 
     @torch.inference_mode()
-    def bare(ids: list[int]) -> None:
-        meta.plain(torch.tensor([ids]), use_cache=True, logits_to_keep=1)
+    def bare(query: Query) -> None:
+        meta.plain(meta.pad([query])["input_ids"], use_cache=True, logits_to_keep=1)
 
     for number, text in enumerate([questions[0], *questions]):  # the first is a warm-up
         question = composite._question([{"role": "user", "content": text}], None, answer=True)
         ways = {
-            "bare": partial(bare, question.ids),
+            "bare": partial(bare, question.query),
             "decision": partial(composite._decider.decide, [question]),
             "alone": lambda text=text: asyncio.run(alone(composite, text, tokens)),
             "own": lambda text=text: asyncio.run(answer(composite, text, tokens)),

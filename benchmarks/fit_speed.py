@@ -50,15 +50,16 @@ def make(folder: Path, count: int, experts: int) -> None:
 def solve(folder: Path, plain: bool) -> dict[str, float]:
     """Fit, in whitened coordinates or in plain ones."""
     from expertoken.modeling.logits import LogitTransform
-    from expertoken.train.features import Features
-    from expertoken.train.tokens import Problem, RowSpace, fit_rows
+    from expertoken.modeling.states import States
+    from expertoken.train.row_optimizer import Problem, RowSpace
+    from expertoken.train.tokens import fit_rows
 
     if plain:
         RowSpace.whitened = lambda self, *_: torch.eye(len(self.moment), dtype=torch.float64)
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("hidden", "scores", "log_mass")}
     count = len(arrays["hidden"])
     problem = Problem(
-        Features(arrays["hidden"], arrays["log_mass"]), arrays["scores"], arrays["scores"],
+        States(arrays["hidden"], arrays["log_mass"]), arrays["scores"], arrays["scores"],
         np.ones(count, np.float32), ["b"] * count,
     )  # fmt: skip
     started = time.perf_counter()

@@ -5,19 +5,20 @@ import time
 from expertoken.data_prep.supervision import Supervision
 from expertoken.modeling.composite import Composite, Manifest, describe_base
 from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.states import States, states_of
 from expertoken.train.arguments import L2
-from expertoken.train.features import Features, cached_features
-from expertoken.train.tokens import Fit, Problem, fit_rows
+from expertoken.train.row_optimizer import Problem
+from expertoken.train.tokens import Fit, fit_rows
 
 SIDES = ("train", "validation", "test")
 
 
-def states(meta: MetaLLM, supervision: Supervision, sides: tuple[str, ...] = SIDES) -> dict[str, Features]:
+def states(meta: MetaLLM, supervision: Supervision, sides: tuple[str, ...] = SIDES) -> dict[str, States]:
     """Of these sides."""
-    return {side: cached_features(meta, supervision.side(side)["messages"], label=f"{side} features") for side in sides}
+    return {side: states_of(meta, supervision.side(side)["messages"], label=f"{side} features") for side in sides}
 
 
-def problems_of(supervision: Supervision, found: dict[str, Features]) -> tuple[Problem, Problem]:
+def problems_of(supervision: Supervision, found: dict[str, States]) -> tuple[Problem, Problem]:
     """Train and validation, as the fit wants them."""
     train, validation = (
         Problem(found[side], *supervision.arrays(side), supervision.side(side)["benchmark"]) for side in SIDES[:2]

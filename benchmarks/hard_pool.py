@@ -18,13 +18,14 @@ import pandas as pd
 
 from expertoken.benchmarks import DATA
 from expertoken.benchmarks.fitting import fit
-from expertoken.data_prep.readers import read_results
+from expertoken.data_prep.reading import read_results
 from expertoken.data_prep.supervision import build_supervision
 from expertoken.evaluation.evaluate import evaluate
 from expertoken.evaluation.metrics import reference_score
 from expertoken.evaluation.report import Report
 from expertoken.examples.smollm2 import smollm2
-from expertoken.modeling.meta import MetaLLM, Source
+from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.source import Source
 
 KINDS = ("all_strong", "all_weak", "strong_to_weak")
 LABELS = {"correctness": "correctness", "query": "cross_entropy"}
@@ -92,15 +93,16 @@ def main() -> None:
             fits.append(seconds)
             figures = report.metrics
             entropy = {"composite": f"{figures['entropy of the predictions, bits (E_p)']:.2f}"}
-            best = max(row.mean for row in report.rows if row.kind == "expert")
-            for row in report.rows:
+            best = max(row.mean_score for row in report.results if row.kind == "expert")
+            for row in report.results:
                 if row.kind == "expert" or (number and row.kind != "composite"):
                     continue
                 name = f"tokens, {label}" if row.kind == "composite" else row.name
-                interval = f"{100 * row.interval[0]:.1f} to {100 * row.interval[1]:.1f}"
-                ratios = f"{row.mean / reference_score('mmlu'):.3f} | {row.mean / best:.3f}"
+                interval = f"{100 * row.mean_score_interval[0]:.1f} to {100 * row.mean_score_interval[1]:.1f}"
+                ratios = f"{row.mean_score / reference_score('mmlu'):.3f} | {row.mean_score / best:.3f}"
+                mean, bits = f"{100 * row.mean_score:.2f}", entropy.get(row.name, "")
                 print(
-                    f"| {kind} | {name} | {100 * row.mean:.2f} | {interval} | {ratios} | {entropy.get(row.name, '')} |",
+                    f"| {kind} | {name} | {mean} | {interval} | {ratios} | {bits} |",
                     flush=True,
                 )
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

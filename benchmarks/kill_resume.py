@@ -17,7 +17,7 @@ import psutil
 from expertoken.data_prep.supervision import build_supervision
 from expertoken.tests.tiny import tiny_folder, tiny_pool, tiny_results
 from expertoken.tests.train.launching import kill, start, trained
-from expertoken.train.lora import last_complete_checkpoint
+from expertoken.train.checkpoints import last_complete_checkpoint
 
 RUN = ("--save_steps", "5", "--logging_steps", "1000", "--lora_dropout", "0.1", "--seed", "3", "--learning_rate",
        "1e-3", "--warm_start", "false", "--save_total_limit", "2", "--num_train_epochs", "1000")  # fmt: skip

@@ -40,7 +40,7 @@ def generate(folder: Path, queries: int) -> None:
 def with_stream(folder: Path, strategy: str) -> None:
     """Ours."""
     from expertoken.data_prep.labels import Labelling
-    from expertoken.data_prep.stream import label_records
+    from expertoken.data_prep.out_of_core import label_records
 
     labelling = Labelling(strategy, ties="best" if strategy == "query" else "all")
     label_records(folder / "records.parquet", folder / "queries.parquet", folder / "labels.parquet", labelling)

@@ -31,7 +31,7 @@ WARM = 2  # steps that are not timed
 
 def prepare(data: Path, out: Path, count: int, validation: int, tokens: int | None) -> None:
     """A supervision of the first questions, each repeated or cut to about `tokens` tokens where that is given."""
-    from expertoken.data_prep.readers import read_results
+    from expertoken.data_prep.reading import read_results
     from expertoken.data_prep.supervision import build_supervision
 
     results = read_results(data / "routerdc", "routerdc")
@@ -103,7 +103,8 @@ def ours(data: Path, work: Path, steps: int, batch: int) -> dict[str, float]:
         args=TrainingArguments(
             remove_unused_columns=False, train_sampling_strategy="group_by_length", **common(work, steps, batch)
         ),
-        train_dataset=Examples(meta, supervision, "train", learn=True), callbacks=[clock.callback],
+        train_dataset=Examples(supervision, "train", supervision.queries("train", meta), learn=True),
+        callbacks=[clock.callback],
     )  # fmt: skip
     trainer.train()
     memory = _peak()

@@ -17,17 +17,20 @@ from pathlib import Path
 import numpy as np
 
 from expertoken.examples.smollm2 import smollm2
-from expertoken.inference.backends import Generation, LocalBackend, LocalModels
-from expertoken.inference.composite import CompositeModel
+from expertoken.inference.backends.local import LocalBackend
+from expertoken.inference.backends.models import LocalModels
+from expertoken.inference.batch import answer_all
+from expertoken.inference.composite_model import CompositeModel
 from expertoken.inference.decider import Decision
-from expertoken.inference.offline import answer_all
 from expertoken.inference.policy import Policy
+from expertoken.modeling.backend import Generation
 from expertoken.modeling.chat import Message
 from expertoken.modeling.composite import Composite, Manifest, describe_base
 from expertoken.modeling.dispatch import Dispatch
 from expertoken.modeling.experts import Expert, ExpertPool
 from expertoken.modeling.gguf import converted
-from expertoken.modeling.meta import MetaLLM, Source
+from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.source import Source
 
 EXPERTS, ROOM = 6, 2
 

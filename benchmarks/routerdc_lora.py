@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from expertoken.benchmarks import DATA
-from expertoken.benchmarks.routerdc import COLUMNS, line, read
+from expertoken.benchmarks.routerdc_accuracy import COLUMNS, line, read
 from expertoken.data_prep.results import BenchmarkResults
 from expertoken.data_prep.supervision import build_supervision
 from expertoken.evaluation.evaluate import evaluate
@@ -29,7 +29,7 @@ def train(method: str, meta: str, data: Path, out: Path, *options: str) -> float
     """Train a composite in a process of its own; seconds."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "expertoken.train", method, "--meta", meta, "--data", str(data)]
-    subprocess.run([*command, "--output_dir", str(out), "--use_cpu", "true", *options], check=True)
+    subprocess.run([*command, "--out", str(out), "--use_cpu", "true", *options], check=True)
     return time.perf_counter() - started
 
 
@@ -67,8 +67,12 @@ def main() -> None:
     rows = {f"{method} ({seconds[method]:.0f} s)": report.composite for method, report in reports.items()}
     rows |= {name: reports["tokens"].row(name) for name in ("best per dataset", "oracle")}
     for name, row in rows.items():
-        interval = "{:.1f} to {:.1f}".format(*(100 * bound for bound in row.interval))
-        print(line(name, tuple(100 * row.benchmarks[column] for column in COLUMNS), 100 * row.mean, interval))
+        interval = "{:.1f} to {:.1f}".format(*(100 * bound for bound in row.mean_score_interval))
+        print(
+            line(
+                name, tuple(100 * row.score_by_benchmark[column] for column in COLUMNS), 100 * row.mean_score, interval
+            )
+        )
 
 
 if __name__ == "__main__":

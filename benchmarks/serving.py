@@ -35,7 +35,8 @@ import yaml
 
 from expertoken.modeling.composite import Composite, Manifest, describe_base, save_composite
 from expertoken.modeling.experts import Expert, ExpertPool
-from expertoken.modeling.meta import MetaLLM, Source
+from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.source import Source
 from expertoken.tests.inference.conftest import mock_expert
 from expertoken.tests.tiny import tiny_folder
 

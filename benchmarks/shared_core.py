@@ -18,8 +18,10 @@ TOKENS, QUESTIONS = 10, 7
 def answer(cores: int) -> None:
     """In a process of its own: its waiting is set when torch is loaded. Prints seconds."""
     from expertoken.examples.smollm2 import smollm2
-    from expertoken.inference.backends import Generation, LocalBackend, LocalModels
-    from expertoken.modeling.meta import Source
+    from expertoken.inference.backends.local import LocalBackend
+    from expertoken.inference.backends.models import LocalModels
+    from expertoken.modeling.backend import Generation
+    from expertoken.modeling.source import Source
 
     backend = LocalBackend(LocalModels("cpu"), Source(str(smollm2())))
     chats = [[{"role": "user", "content": f"What is {number} + {2 * number}?"}] for number in range(QUESTIONS)]

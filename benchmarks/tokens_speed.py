@@ -21,13 +21,15 @@ from tqdm.auto import tqdm
 
 from expertoken.benchmarks import DATA
 from expertoken.benchmarks.fitting import problems_of
-from expertoken.data_prep.readers import read_results
+from expertoken.data_prep.reading import read_results
 from expertoken.data_prep.supervision import Supervision, build_supervision
 from expertoken.examples.smollm2 import smollm2
+from expertoken.modeling.batching import token_batches
+from expertoken.modeling.chat import Query
 from expertoken.modeling.dispatch import position_ids
-from expertoken.modeling.meta import MetaLLM, token_batches
+from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.states import states_of
 from expertoken.train.arguments import L2
-from expertoken.train.features import cached_features
 from expertoken.train.tokens import assess, fit_rows
 
 SIDES = ("train", "validation")
@@ -45,11 +47,11 @@ def prepare(data: Path, count: int, longest: int) -> Supervision:
 
 
 @torch.inference_mode()
-def forward(meta: MetaLLM, sequences: list[list[int]]) -> float:
+def forward(meta: MetaLLM, queries: list[Query]) -> float:
     """Seconds of the forward pass alone."""
     started = time.perf_counter()
-    for batch in token_batches([len(ids) for ids in sequences], BATCH_TOKENS):
-        inputs = meta.pad([sequences[row] for row in batch])
+    for batch in token_batches([len(query) for query in queries], BATCH_TOKENS):
+        inputs = meta.pad([queries[row] for row in batch])
         meta.plain(**inputs, position_ids=position_ids(inputs["attention_mask"]), logits_to_keep=1)
     return time.perf_counter() - started
 
@@ -59,7 +61,7 @@ def tokens(meta: MetaLLM, supervision: Supervision) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["EXPERTOKEN_CACHE"] = cache
         started = time.perf_counter()
-        found = {side: cached_features(meta, supervision.side(side)["messages"], label=side) for side in SIDES}
+        found = {side: states_of(meta, supervision.side(side)["messages"], label=side) for side in SIDES}
         train, validation = problems_of(supervision, found)
         options = {"objective": "cross_entropy", "transform": meta.transform, "with_self": False}
         fit = fit_rows(train, validation, l2=L2, **options)
@@ -70,7 +72,7 @@ def tokens(meta: MetaLLM, supervision: Supervision) -> tuple[float, float]:
 
 def recipe(meta: MetaLLM, supervision: Supervision, epochs: int) -> tuple[float, float]:
     """Seconds and validation score of the recipe that method tokens replaces."""
-    encoded = {side: [meta.encode(messages) for messages in supervision.side(side)["messages"]] for side in SIDES}
+    encoded = {side: [list(query) for query in supervision.queries(side, meta)] for side in SIDES}
     longest = max(len(ids) for sequences in encoded.values() for ids in sequences)
     targets, _, weights = supervision.arrays("train")
     labels = torch.from_numpy(targets.argmax(1)) + meta.vocab_size
@@ -98,7 +100,7 @@ def recipe(meta: MetaLLM, supervision: Supervision, epochs: int) -> tuple[float,
             optimizer.step()
             optimizer.zero_grad()
     seconds = time.perf_counter() - started
-    found = {side: cached_features(meta, supervision.side(side)["messages"], label=side) for side in SIDES}
+    found = {side: states_of(meta, supervision.side(side)["messages"], label=side) for side in SIDES}
     _, validation = problems_of(supervision, found)
     figures = assess(meta.rows, validation, "cross_entropy", meta.transform, with_self=False)
     return seconds, figures["validation_score"]
@@ -118,7 +120,7 @@ def main() -> None:
     options = parser.parse_args()
     supervision = prepare(options.data, options.queries, options.longest)
     meta = MetaLLM.from_pretrained(str(smollm2()), len(supervision.pool), dtype=options.dtype)
-    sequences = [meta.encode(messages) for side in SIDES for messages in supervision.side(side)["messages"]]
+    sequences = [query for side in SIDES for query in supervision.queries(side, meta)]
     forward(meta, sequences[:20])  # warm
     bare, ours, scores = [], [], []
     for _ in range(options.rounds):

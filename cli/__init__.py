@@ -18,8 +18,8 @@ from . import (
     expert,
     export,
     generate,
-    harness,
     label,
+    lm_eval,
     prepare,
     select,
     serve,
@@ -61,7 +61,7 @@ app.command()(serve.serve)
 app.command()(generate.generate)
 app.command()(calibrate.calibrate)
 app.command()(export.export)
-app.command("lm-eval", context_settings=harness.PASS_THROUGH, add_help_option=False)(harness.lm_eval)
+app.command("lm-eval", context_settings=lm_eval.PASS_THROUGH, add_help_option=False)(lm_eval.lm_eval)
 app.add_typer(expert.app, name="expert")
 
 
@@ -73,9 +73,8 @@ def main() -> None:
     # libgomp waits actively for a hundred times as long, so that torch is 20 times slower where its threads share a
     # core (a busy machine, a container's limit); where they don't, it is as fast with this (docs/results.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "httpx2", "openai", "datasets", "deepspeed", "DeepSpeed", "accelerate", "lm_eval"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("expertoken").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # kernels that nobody needs here are missing, it says
     try:
         app()

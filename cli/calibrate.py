@@ -27,9 +27,9 @@ def calibrate(
     """
     from dataclasses import asdict
 
-    from ..data_prep.readers import read_queries
+    from ..data_prep.reading import read_queries
     from ..inference.calibrate import calibrate as run
-    from ..inference.composite import CompositeModel
+    from ..inference.composite_model import CompositeModel
     from ..modeling.composite import write_calibration
     from ..modeling.errors import ExpertokenError
 

@@ -19,7 +19,7 @@ def chat(
     """Chat with a composite. /why tells who answered, /help lists the commands."""
     from transformers.utils import logging as transformers_logging
 
-    from ..inference.opening import open_model
+    from ..inference.factory import open_model
     from ..inference.terminal import TerminalChat
 
     transformers_logging.disable_progress_bar()

@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from ..data_prep.collect import ENGINES
+from .choice import one_of
+
 
 def collect(
     pool: Annotated[Path, typer.Argument(help="Pool file (YAML).")],
@@ -20,10 +23,13 @@ def collect(
         bool, typer.Option(help="Ask local models through their chat template, as a composite does.")
     ] = True,
     metric: Annotated[
-        str | None, typer.Option(help="The score. Default: the first of acc_norm, acc, exact_match, pass@1, f1.")
+        str | None, typer.Option(help="Metric that is the score. Default: the first known one that a task has.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Of local models.")] = 8,
-    engine: Annotated[str, typer.Option(help="local: one pair after another. ray: pairs on a Ray cluster.")] = "local",
+    engine: Annotated[
+        str,
+        typer.Option(**one_of("engine", ENGINES), help="local: one pair after another. ray: pairs on a Ray cluster."),
+    ] = "local",
     ray_address: Annotated[
         str | None, typer.Option(help="ray: address of the cluster. Default: a local one is started.")
     ] = None,

@@ -6,16 +6,21 @@ from typing import Annotated
 
 import typer
 
+from ..data_prep import SPLITS
+from ..evaluation.baselines import METHODS
+from .choice import one_of
+
 
 def evaluate(
     composite: Annotated[Path, typer.Argument(help="Composite folder.")],
     data: Annotated[Path | None, typer.Option(help="Supervision folder. Default: what it was trained on.")] = None,
-    split: Annotated[str, typer.Option(help="Which side: test, validation or train.")] = "test",
+    split: Annotated[str, typer.Option(**one_of("split", SPLITS), help="Split to evaluate on.")] = "test",
     out: Annotated[Path | None, typer.Option(help="Folder of the report. Default: COMPOSITE/report.")] = None,
     baselines: Annotated[
         str | None,
         typer.Option(
-            help="Learnt routers beside it: kNN,linear,MLP,clusters,factors, or none. Default: all, with `eval`."
+            **one_of("baselines", ["none", *METHODS], several=True),
+            help="Learnt routers to compare with. Default: all, where the extra `eval` is installed.",
         ),
     ] = None,
     embedder: Annotated[

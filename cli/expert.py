@@ -6,6 +6,11 @@ from typing import Annotated
 
 import typer
 
+from ..data_prep.readers import formats
+from ..modeling.experts import SELF
+from ..modeling.kinds import kinds
+from .choice import one_of
+
 logger = logging.getLogger(__name__)
 
 app = typer.Typer(help="Plug an expert into a trained composite, list them, take one out.", no_args_is_help=True)
@@ -26,31 +31,34 @@ def add(
     backend: Annotated[
         str | None,
         typer.Option(
-            help="transformers, adapter or openai. Default: openai with --base-url, adapter where --model is a LoRA "
-            "folder, else transformers."
+            **one_of("backend", [name for name in kinds() if name != SELF]),
+            help="Kind of the expert. Default: recognised by --base-url or by the folder of --model.",
         ),
     ] = None,
-    format: Annotated[str, typer.Option(help="Of the results; see `expertoken prepare --help`.")] = "auto",  # noqa: A002
+    format: Annotated[  # noqa: A002
+        str, typer.Option(**one_of("format", ["auto", *formats()]), help="Format of the results.")
+    ] = "auto",
     option: Annotated[
         list[str] | None, typer.Option("--set", help="Option of the reader, KEY=VALUE (as in prepare).")
     ] = None,
     description: Annotated[str, typer.Option(help="What it is good at.")] = "",
-    base: Annotated[str | None, typer.Option(help="adapter: its base. Default: the meta LLM's.")] = None,
-    base_url: Annotated[str | None, typer.Option(help="openai: address of the endpoint.")] = None,
-    api_key_env: Annotated[str | None, typer.Option(help="openai: NAME of the variable that holds the key.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base of a LoRA adapter. Default: the meta LLM's.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="Address of an endpoint.")] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="NAME of the variable that holds the endpoint's key.")] = None,
     results_name: Annotated[str | None, typer.Option(help="How the results call it. Default: name or model.")] = None,
     data: _Data = None,
     verify: _Verify = True,
     trust_remote_code: _Trust = False,
 ) -> None:
     """Fit a token for one more expert. The other tokens stay bit for bit as they are."""
-    from ..modeling.experts import ExpertPool, is_adapter
+    from ..modeling.experts import ExpertPool
+    from ..modeling.kinds import recognised
     from ..train.plugin import add_expert
     from .prepare import read_all
 
     given = {
         "name": name,
-        "backend": backend or ("openai" if base_url else "adapter" if is_adapter(model) else "transformers"),
+        "backend": backend,
         "model": model,
         "description": description,
         "base": base,
@@ -59,6 +67,7 @@ def add(
         "results": results_name,
     }
     entry = {key: value for key, value in given.items() if value is not None}
+    entry.setdefault("backend", recognised(entry))
     pool = ExpertPool.parse({"experts": [entry]}, "the new expert", Path.cwd())
     [expert] = pool.candidates
     for sentence in pool.missing():
@@ -82,7 +91,7 @@ def list_experts(composite: _Composite) -> None:
     pool = ExpertPool.from_yaml(composite / POOL_FILE)
     table = Table("id", "name", "backend", "model", "good at")
     for index, expert in enumerate(pool):
-        cells = (str(vocabulary + index), expert.name, expert.backend, expert.model, expert.description)
+        cells = (str(vocabulary + index), expert.name, expert.backend, expert.model or "", expert.description)
         table.add_row(*(Text(cell) for cell in cells))  # as Text: "[/b]" is a word here, not markup
     if pool.self_expert:
         table.add_row("-", pool.self_expert.name, "self", "(meta LLM)", Text(pool.self_expert.description))

@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from ..modeling.source import DTYPES
+from .choice import one_of
+
 
 def export(
     folder: Annotated[Path, typer.Argument(help="Composite folder; with --sft a supervision folder.")],
@@ -14,7 +17,9 @@ def export(
         Path | None, typer.Option(help="To compare decisions on: a text file, one a line, or a table with `query`.")
     ] = None,
     sft: Annotated[bool, typer.Option("--sft", help="Chat data for TRL and LLaMA-Factory instead.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="Of the weights. Default: what it was trained in.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(**one_of("dtype", DTYPES), help="Type of the weights. Default: that of the training.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
 ) -> None:
@@ -28,14 +33,13 @@ def export(
         counts = export_sft(Supervision.load(folder), out)
         typer.echo(f"{out}: " + ", ".join(f"{name} {count} lines" for name, count in counts.items()))
         return
-    from ..data_prep.readers import read_queries
+    from ..data_prep.reading import read_queries
     from ..modeling.export import PROMPTS, convert_to_gguf, export_checkpoint, find_converter
 
     if gguf:
         find_converter()  # told before anything is written
     asked = read_queries(prompts) if prompts else PROMPTS
-    options = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    ids = export_checkpoint(folder, out, prompts=asked, **options)
+    ids = export_checkpoint(folder, out, prompts=asked, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     typer.echo(f"{out}: " + ", ".join(f"{name} = {place}" for name, place in ids.items()))
     typer.echo(f"decides as the composite does on {len(asked)} prompts")
     if gguf:

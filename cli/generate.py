@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from ..modeling.source import QUANTIZATIONS
+from .choice import one_of
+
 
 def generate(
     composite: Annotated[Path, typer.Argument(help="Composite folder, or a gateway's YAML file.")],
@@ -20,7 +23,9 @@ def generate(
     expert_memory: Annotated[
         float | None, typer.Option(min=0.01, help="GiB that local experts may take together; the meta LLM not counted.")
     ] = None,
-    expert_quantization: Annotated[str | None, typer.Option(help="Of local experts: nf4 or int8.")] = None,
+    expert_quantization: Annotated[
+        str | None, typer.Option(**one_of("quantization", QUANTIZATIONS), help="Quantization of local experts.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
     send_keys: Annotated[bool, typer.Option(help="Let a composite of the hub have your keys sent as it says.")] = False,
@@ -29,9 +34,9 @@ def generate(
 
     The same command goes on where an interrupted one ended, and asks again what nobody could answer.
     """
-    from ..inference.backends import Generation
-    from ..inference.offline import generate_file
-    from ..inference.opening import open_model
+    from ..inference.batch import generate_file
+    from ..inference.factory import open_model
+    from ..modeling.backend import Generation
 
     model = open_model(
         composite,

@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..data_prep.labels import STRATEGIES, TIES
+from ..data_prep.leaks import LEAKS
+from ..data_prep.readers import formats
 from ..modeling.errors import ExpertokenError
+from .choice import one_of
 
 if TYPE_CHECKING:
     from ..data_prep.results import BenchmarkResults
@@ -21,20 +25,24 @@ def prepare(
     format: Annotated[  # noqa: A002
         str,
         typer.Option(
-            help="auto (by content), lm-eval, routerdc, routerbench, routereval, llmrouterbench, embedllm, routellm, "
-            "datasets (Hugging Face; a hub id too) or table (CSV, Parquet, JSONL)."
+            **one_of("format", ["auto", *formats()]),
+            help="Format of the results. auto finds it by content; datasets takes a hub id too; table: CSV, Parquet, "
+            "JSONL.",
         ),
     ] = "auto",
     pool: Annotated[Path | None, typer.Option(help="Pool file (YAML). Default: every model of the results.")] = None,
     label: Annotated[
         str,
         typer.Option(
-            help="query: each query's own winner. subject: its subject's winner. mixed: both. soft: softmax of scores. "
-            "correctness: a binary problem per expert. expected-score: the scores themselves (docs/data.md)."
+            **one_of("label", STRATEGIES),
+            help="Labels. query: each query's own winner. subject: its subject's winner. mixed: both. soft: "
+            "softmax of scores. correctness: a binary problem per expert. expected_score: the scores themselves "
+            "(docs/data.md).",
         ),
     ] = "query",
     ties: Annotated[
-        str, typer.Option(help="Who of a query's winners: all, the cheapest, or the best overall.")
+        str,
+        typer.Option(**one_of("ties", TIES), help="Which of a query's winners share the target; best: best overall."),
     ] = "all",
     temperature: Annotated[float, typer.Option(help="Of --label soft.")] = 0.25,
     beta: Annotated[float, typer.Option(help="Of --label mixed: share of the query's own winner.")] = 0.5,
@@ -55,13 +63,14 @@ def prepare(
         str | None, typer.Option(help="Without --pool: the results' name of the meta LLM, which becomes self.")
     ] = None,
     leaks: Annotated[
-        str, typer.Option(help="Train queries that stand in the test side: refuse, drop (from train) or keep.")
+        str, typer.Option(**one_of("leaks", LEAKS), help="Handling of train queries that are also in the test split.")
     ] = "refuse",
     near_duplicates: Annotated[
         str | None,
         typer.Option(
-            help="Train queries much like a test query (MinHash): ignore, refuse, drop or keep. Default: told and "
-            "kept, where the extra `data` is installed."
+            **one_of("near-duplicates", ["ignore", *LEAKS]),
+            help="Handling of train queries similar to a test query (MinHash). Default: warn and keep, where the extra "
+            "`data` is installed.",
         ),
     ] = None,
     validation: Annotated[float, typer.Option(min=0, max=0.9, help="Share of train that becomes validation.")] = 0.1,
@@ -134,7 +143,7 @@ def _hold_out(text: str | None) -> tuple[str, list[str]] | None:
 
 def read_all(paths: "list[Path]", format: str, options: list[str] | None) -> "BenchmarkResults":  # noqa: A002
     """Results of all paths together, with the reader options given as KEY=VALUE."""
-    from ..data_prep.readers import detect, parse_options, read_results
+    from ..data_prep.reading import detect, parse_options, read_results
     from ..data_prep.results import BenchmarkResults
 
     parts = []

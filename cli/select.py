@@ -20,7 +20,7 @@ def select(
     """Rank the experts for a task from its inputs alone (arXiv 2309.15789): S1, S2, S3 beside best on average."""
     from rich.table import Table
 
-    from ..data_prep.readers import read_queries, read_results
+    from ..data_prep.reading import read_queries, read_results
     from ..evaluation.select import select as run
     from ..modeling.composite import POOL_FILE
     from ..modeling.experts import ExpertPool

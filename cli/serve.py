@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from ..modeling.source import QUANTIZATIONS
+from .choice import one_of
+
 
 def serve(
     composite: Annotated[
@@ -31,7 +34,9 @@ def serve(
         float | None, typer.Option(min=0.01, help="GiB that local experts may take together; the meta LLM not counted.")
     ] = None,
     pin: Annotated[list[str] | None, typer.Option(help="A local expert that stays in memory; may be repeated.")] = None,
-    expert_quantization: Annotated[str | None, typer.Option(help="Of local experts: nf4 or int8.")] = None,
+    expert_quantization: Annotated[
+        str | None, typer.Option(**one_of("quantization", QUANTIZATIONS), help="Quantization of local experts.")
+    ] = None,
     allow_host: Annotated[
         list[str] | None, typer.Option(help="Without keys: a name besides localhost to be asked by; may be repeated.")
     ] = None,
@@ -54,11 +59,11 @@ def serve(
     from ..modeling.errors import require_extra
 
     require_extra("fastapi", "serve")
-    from ..inference.backends import Timeouts
-    from ..inference.opening import open_model
+    from ..inference.factory import open_model
     from ..inference.server import Settings
-    from ..inference.server.run import check_free, run
+    from ..inference.server.serve import check_free, run
     from ..inference.server.settings import keys_from_environment
+    from ..modeling.backend import Timeouts
 
     settings = Settings(
         name=name or composite.resolve().name.removesuffix(".yaml").removesuffix(".yml"),

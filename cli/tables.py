@@ -9,7 +9,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ..evaluation.report import Report
+    from ..evaluation.report import Gain, Report
 
 
 _WIDTH = 160
@@ -32,28 +32,31 @@ def summary_table(summary: "pd.DataFrame") -> Table:
 
 def report_table(report: "Report") -> Table:
     """An evaluation: routers and models down, benchmarks across, with 95 % intervals."""
-    benchmarks = list(report.queries)
+    benchmarks = list(report.queries_by_benchmark)
     table = Table("", "mean [95 % interval]", *map(escape, benchmarks), "share", "composite's gain", title="scores, %")
-    left_out = len(report.rows) - len(report.shown())
+    left_out = len(report.results) - len(report.shown())
     table.caption = "best single and best per dataset were chosen on the other sides" + (
         f"; {left_out} more experts in report.json" if left_out else ""
     )
     for column in table.columns:
         column.no_wrap = True
     for row in report.shown():
-        low, high = row.interval
-        gain = (
-            ""
-            if row.gain is None
-            else f"{100 * row.gain[0]:+.1f} \\[{100 * row.gain[1]:+.1f}, {100 * row.gain[2]:+.1f}]"
-        )
-        share = report.shares.get(row.name)
+        low, high = row.mean_score_interval
+        gain = ""
+        if row.composite_gain is not None:
+            difference, *bounds = (f"{100 * value:+.1f}" for value in _values(row.composite_gain))
+            gain = f"{difference} \\[{', '.join(bounds)}]"
+        share = report.share_of_queries.get(row.name)
         table.add_row(
             escape(row.name),
-            f"{100 * row.mean:.2f} \\[{100 * low:.1f}, {100 * high:.1f}]",
-            *(f"{100 * row.benchmarks[name]:.1f}" for name in benchmarks),
+            f"{100 * row.mean_score:.2f} \\[{100 * low:.1f}, {100 * high:.1f}]",
+            *(f"{100 * row.score_by_benchmark[name]:.1f}" for name in benchmarks),
             "" if share is None else f"{100 * share:.0f} %",
             gain,
             style="bold" if row.kind == "composite" else "dim" if row.kind == "bound" else None,
         )
     return table
+
+
+def _values(gain: "Gain") -> tuple[float, float, float]:
+    return gain.difference, *gain.interval

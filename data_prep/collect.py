@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from ..modeling.errors import ExpertokenError, did_you_mean, one_line, require_extra
-from ..modeling.experts import SELF, Expert, ExpertPool
+from ..modeling.experts import Expert, ExpertPool
 from ..modeling.files import atomic_file
-from ..modeling.meta import Source, load_causal_lm
-from .readers.lm_eval import METRICS, question_of, subject_of
+from ..modeling.source import Source
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -158,6 +156,8 @@ def _load_task(name: str, evaluation: Evaluation) -> dict[str, Any]:
         tasks = manager.load([name])["tasks"]
     except Exception as error:  # of datasets, the hub's client, the task's own code, ...
         raise ExpertokenError(f"task {name}: its data can't be loaded ({one_line(error)})") from error
+    from .readers.lm_eval import METRICS
+
     wanted = (evaluation.metric,) if evaluation.metric else METRICS
     for found, task in tasks.items():
         there = [entry["metric"] for entry in task.config.metric_list or () if isinstance(entry["metric"], str)]
@@ -183,10 +183,9 @@ def _identity(tasks: dict[str, Any]) -> str:
 
 def _check(expert: Expert, evaluation: Evaluation) -> None:
     """Tell what an expert lacks before any other is run for hours."""
-    needs_meta = expert.backend == SELF or (expert.backend == "adapter" and not expert.base)
-    if needs_meta and not evaluation.meta:
+    if expert.kind.needs_base(expert) and not evaluation.meta:
         raise ExpertokenError(f"expert {expert.name!r} runs on the meta LLM; say which with --meta")
-    if expert.backend == "openai":
+    if expert.kind.remote:
         expert.api_key()
 
 
@@ -196,8 +195,8 @@ def _remember(out: Path, pool: ExpertPool, evaluation: Evaluation, tasks: dict[s
     left_out = ("batch_size", "include_path", "trust_remote_code")  # nothing of these changes a score
     settings = {key: value for key, value in asdict(evaluation).items() if key not in left_out}
     identity = ("backend", "model", "base", "revision", "base_url", "cost")
-    experts = {e.name: {key: getattr(e, key) for key in identity} for e in pool.candidates}
-    known = {"harness": version("lm_eval"), "settings": settings, "experts": {}, "tasks": {}}
+    experts = {e.name: {key: getattr(e, key) for key in identity} | dict(e.options) for e in pool.candidates}
+    known: dict[str, Any] = {"harness": version("lm_eval"), "settings": settings, "experts": {}, "tasks": {}}
     if file.exists():
         try:
             known |= json.loads(file.read_text("utf-8"))
@@ -232,7 +231,7 @@ def _run_local(pairs: Sequence[Pair], evaluation: Evaluation) -> Iterator[tuple[
         try:
             if loaded is None or loaded[0] is not expert:
                 loaded = None  # the one before makes room first
-                loaded = (expert, language_model(expert, evaluation))
+                loaded = (expert, _model(expert, evaluation))
             yield pair, evaluate_pair(loaded[1], expert, task, evaluation)
         except Exception as error:  # the harness, tasks and models raise all kinds; the other pairs go on
             yield pair, error
@@ -250,7 +249,7 @@ def _run_on_ray(
     run = ray.remote(_remote_pair)
     pending = {}
     for expert, task in pairs:
-        gpus = 0 if expert.backend == "openai" else cluster.gpus
+        gpus = 0 if expert.kind.remote else cluster.gpus
         future = run.options(num_cpus=cluster.cpus, num_gpus=gpus, name=f"{expert.name}--{task}").remote(
             expert, task, evaluation
         )
@@ -271,73 +270,33 @@ def _run_on_ray(
 
 
 def _remote_pair(expert: Expert, task: str, evaluation: Evaluation) -> list[dict]:
-    return evaluate_pair(language_model(expert, evaluation), expert, task, evaluation)
+    return evaluate_pair(_model(expert, evaluation), expert, task, evaluation)
 
 
-def language_model(expert: Expert, evaluation: Evaluation) -> "LM":
-    """An expert as the harness wants it.
-
-    Raises:
-        ExpertokenError: it can't be loaded, or its key is not set.
-    """
-    if expert.backend == "openai":
-        base_url = (expert.base_url or "https://api.openai.com/v1").rstrip("/")
-        return _endpoint_class()(
-            base_url=f"{base_url}/chat/completions",
-            model=expert.model,
-            header={"Authorization": f"Bearer {expert.api_key()}"},
-            num_concurrent=_CONCURRENT,
-        )
-    from lm_eval.models.huggingface import HFLM
-
-    name = expert.base or evaluation.meta if expert.backend in ("adapter", SELF) else expert.model
-    revision = expert.revision if expert.backend == "transformers" else None
-    model, tokenizer = load_causal_lm(Source(name, revision, evaluation.trust_remote_code))
-    if expert.backend == "adapter":
-        from peft import PeftModel
-
-        # Merged, because the harness ties the weights of what it gets, which PEFT's wrappers do not survive.
-        model = PeftModel.from_pretrained(model, expert.model, revision=expert.revision).merge_and_unload()
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=evaluation.batch_size)
+def _base(evaluation: Evaluation) -> Source | None:
+    return Source(evaluation.meta, None, evaluation.trust_remote_code) if evaluation.meta else None
 
 
-def _endpoint_class() -> type["LM"]:
-    """The harness's chat endpoint, made to remember what each prompt used: the harness itself throws that away."""
-    from lm_eval.models.openai_completions import LocalChatCompletion
+def _model(expert: Expert, evaluation: Evaluation) -> "LM":
+    from .harness_models import language_model
 
-    asked: ContextVar[str] = ContextVar("asked")  # of each concurrent request its own
-
-    class MeteredEndpoint(LocalChatCompletion):
-        used: dict[str, dict[str, int]]
-
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            self.used = {}
-
-        async def amodel_call(self, session: Any, sem: Any, messages: Any, **options: Any) -> Any:
-            asked.set(messages[0][0])
-            return await super().amodel_call(session, sem, messages, **options)
-
-        def parse_generations(self, outputs: Any, **options: Any) -> list[str]:
-            self.used[asked.get()] = outputs.get("usage") or {}
-            return super().parse_generations(outputs, **options)
-
-    return MeteredEndpoint
+    return language_model(
+        expert,
+        _base(evaluation),
+        batch_size=evaluation.batch_size,
+        trust_remote_code=evaluation.trust_remote_code,
+    )
 
 
 def _cost(lm: "LM", expert: Expert, sample: dict[str, Any]) -> float | None:
-    """USD of one answer at the pool's prices; None where there are none, or nothing was generated."""
+    """Return USD of one answer at the pool's prices; None where there are none, or nothing was generated."""
     prompt, answer = sample["arguments"][0][0], sample["resps"][0][0]
     if expert.cost is None or not isinstance(answer, str):
         return None
-    if expert.backend == "openai":
-        used = lm.used.get(prompt[0], {})
-        if not {"prompt_tokens", "completion_tokens"} <= used.keys():
-            return None
-        tokens = (used["prompt_tokens"], used["completion_tokens"])
-    else:
-        tokens = (len(lm.tok_encode(prompt)), len(lm.tok_encode(answer)))
-    return expert.price(*tokens)
+    used: dict[str, tuple[int, int]] | None = getattr(lm, "used", None)
+    if used is None:
+        return expert.price(len(lm.tok_encode(prompt)), len(lm.tok_encode(answer)))
+    return expert.price(*used[prompt]) if prompt in used else None
 
 
 def evaluate_pair(lm: "LM", expert: Expert, task: str, evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -349,7 +308,8 @@ def evaluate_pair(lm: "LM", expert: Expert, task: str, evaluation: Evaluation) -
     from lm_eval import simple_evaluate
 
     harness_tasks = _load_task(task, evaluation)
-    chat = expert.backend == "openai" or (evaluation.chat_template and lm.tokenizer.chat_template is not None)
+    in_process = expert.kind.weights(expert, _base(evaluation)) is not None
+    chat = not in_process or (evaluation.chat_template and lm.tokenizer.chat_template is not None)
     try:
         found = simple_evaluate(
             lm,
@@ -377,6 +337,8 @@ def evaluate_pair(lm: "LM", expert: Expert, task: str, evaluation: Evaluation) -
 def _row(
     sample: dict[str, Any], name: str, task: str, expert: Expert, harness_task: Any, metric: str | None
 ) -> dict[str, Any]:
+    from .readers.lm_eval import METRICS, question_of, subject_of
+
     key = metric or next((key for key in METRICS if key in sample), None)
     if key not in sample:
         has = ", ".join(sample["metrics"])

@@ -1,7 +1,7 @@
 """Labelling strategies: from scores to a target over the candidates, per query."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -282,25 +282,26 @@ STRATEGIES: dict[str, Callable[[Measured, Labelling], tuple[np.ndarray, np.ndarr
     "mixed": mixed,
     "soft": soft,
     "correctness": correctness,
-    "expected-score": expected_score,
+    "expected_score": expected_score,
 }
 
-OBJECTIVE_OF = {"correctness": "correctness", "expected-score": "expected_score"}
+OBJECTIVE_OF = {"correctness": "correctness", "expected_score": "expected_score"}
 """The training objective that a strategy is made for, where it is not cross-entropy."""
 
 
 def label(
     scores: np.ndarray,
-    benchmarks: Sequence[str],
-    subjects: Sequence[str | None] | None = None,
+    benchmarks: Iterable[str],
+    subjects: Iterable[str | None] | None = None,
     learning: np.ndarray | None = None,
     labelling: Labelling | str = "query",
     *,
     costs: np.ndarray | None = None,
     self_index: int | None = None,
     names: Sequence[str] | None = None,
+    rows: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Targets and weights by a labelling strategy.
+    """Return targets and weights by a labelling strategy.
 
     Args:
         scores: `[N, C]` over the candidates, NaN where not measured.
@@ -311,9 +312,11 @@ def label(
         costs: `[N, C]` USD, NaN where not known.
         self_index: the column of self, if it is a candidate.
         names: of the candidates, for errors.
+        rows: `[N]` mask of the queries to label, R of them; the others only say who is best in a subject or on average.
+            Default: all.
 
     Returns:
-        targets `[N, C]` and weights `[N]`, float32. A query without any measurement has weight 0.
+        targets `[R, C]` and weights `[R]`, float32. A query without any measurement has weight 0.
 
     Raises:
         ExpertokenError: there is no such strategy or way to break ties, or costs are needed and not there.
@@ -326,20 +329,21 @@ def label(
     measured = ~np.isnan(scores).all(1)
     targets = np.zeros(scores.shape, dtype=np.float32)
     weights = np.zeros(len(scores), dtype=np.float32)
+    rows = np.ones(len(scores), dtype=bool) if rows is None else rows
     if not measured.any():
-        return targets, weights
+        return targets[rows], weights[rows]
     paid = costs
-    if labelling.cost_weight > 0:
+    if costs is not None and labelling.cost_weight > 0:
         paid = filled_costs(costs, learning, self_index=self_index, names=names)
     subjects = [None] * len(scores) if subjects is None else subjects
     pairs = np.array([f"{benchmark}\0{subject or ''}" for benchmark, subject in zip(benchmarks, subjects, strict=True)])
     data = Measured(
         utility(scores, paid, labelling.cost_weight)[measured],
         np.full(scores.shape, np.nan)[measured] if costs is None else costs[measured],
-        np.unique(np.asarray(benchmarks, dtype=str), return_inverse=True)[1][measured],
+        np.unique(np.asarray(list(benchmarks), dtype=str), return_inverse=True)[1][measured],
         np.unique(pairs, return_inverse=True)[1][measured],
         learning[measured],
         self_index,
     )
     targets[measured], weights[measured] = STRATEGIES[labelling.strategy](data, labelling)
-    return targets, weights * (targets.sum(1) > 0)
+    return targets[rows], (weights * (targets.sum(1) > 0))[rows]

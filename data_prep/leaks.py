@@ -3,12 +3,15 @@
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
 from ..modeling.errors import require_extra
+
+LEAKS = ("refuse", "drop", "keep")
+"""Ways to handle train queries that stand in the test side: `drop` takes them from train."""
 
 _SPACE = re.compile(r"\s+")
 _CJK = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # written without spaces: each character counts as a word
@@ -28,7 +31,7 @@ def normalise(text: str) -> str:
     return plain.strip(" .?:;\"'") or plain
 
 
-def find_leaks(train: Sequence[str], test: Sequence[str]) -> list[tuple[int, int]]:
+def find_leaks(train: Iterable[str], test: Iterable[str]) -> list[tuple[int, int]]:
     """Pairs (train index, test index) of queries that are equal after normalising, one pair a train query."""
     first: dict[str, int] = {}
     for index, text in enumerate(test):
@@ -95,7 +98,7 @@ def _jaccard(one: set[str], other: set[str]) -> float:
     return len(one & other) / len(one | other)
 
 
-def _sketches(datasketch, sides: list[set[str]], bar: tqdm):  # noqa: ANN001, ANN202
+def _sketches(datasketch: Any, sides: list[set[str]], bar: tqdm) -> Iterator[tuple[int, Any]]:
     """MinHash of each text that has enough shingles of its own, with its place."""
     for place, shingles in enumerate(sides):
         bar.update()

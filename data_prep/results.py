@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ..modeling.errors import ExpertokenError, did_you_mean
+from ..modeling.errors import ResultsError, did_you_mean
+from . import SPLITS
 
 if TYPE_CHECKING:
     from ..modeling.experts import ExpertPool
@@ -15,12 +16,6 @@ if TYPE_CHECKING:
 QUERY_COLUMNS = ("id", "prompt", "benchmark", "subject", "split")
 HoldOut = tuple[str, Sequence[str]]
 """What to test on that was never trained on: `("benchmark", names)` or `("subject", names)`."""
-
-SPLITS = ("train", "validation", "test")
-
-
-class ResultsError(ExpertokenError):
-    """Benchmark results that are not well formed; the message names file, row and field."""
 
 
 @dataclass
@@ -95,9 +90,8 @@ class BenchmarkResults:
                 )
         blank = self.queries["prompt"].isna() | (self.queries["prompt"].astype(str).str.strip() == "")
         if blank.any():
-            raise ResultsError(
-                f"query {self.queries['id'][blank.idxmax()]!r} has no prompt; every query needs its text"
-            )
+            identity = self.queries["id"].to_numpy()[int(blank.to_numpy().argmax())]
+            raise ResultsError(f"query {identity!r} has no prompt; every query needs its text")
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -152,11 +146,7 @@ class BenchmarkResults:
     @property
     def clean_scores(self) -> np.ndarray:
         """Scores `[N, M]` with NaN where the model is contaminated with the query's benchmark."""
-        scores = self.scores.copy()
-        for model, benchmark in self.contaminated:
-            if model in self.models:
-                scores[(self.queries["benchmark"] == benchmark).to_numpy(), self.models.index(model)] = np.nan
-        return scores
+        return blank_contaminated(self.scores, self.queries["benchmark"], self.models, self.contaminated)
 
     @classmethod
     def merge(cls, parts: Sequence["BenchmarkResults"]) -> "BenchmarkResults":
@@ -247,11 +237,22 @@ class BenchmarkResults:
         return table
 
 
+def blank_contaminated(
+    scores: np.ndarray, benchmarks: Iterable[str], models: Sequence[str], contaminated: Iterable[tuple[str, str]]
+) -> np.ndarray:
+    """Return scores `[N, M]` with NaN where a (model, benchmark) pair is contaminated."""
+    scores, names = scores.copy(), np.asarray(list(benchmarks), dtype=object)
+    for model, benchmark in contaminated:
+        if model in models:
+            scores[names == benchmark, models.index(model)] = np.nan
+    return scores
+
+
 def _draw(subjects: pd.Series, share: float, rng: np.random.Generator) -> np.ndarray:
     """Index labels of `share` of the queries, each subject in proportion.
 
-    Systematic sampling: queries in random order within each subject, subjects one after the other, and every so-manieth
-    is drawn. So small subjects get their share on the whole, where rounding each of them would give none.
+    Systematic sampling: queries in random order within each subject, subjects one after the other, and every n-th is
+    drawn. So small subjects get their share on the whole, where rounding each of them would give none.
     """
     order = pd.Series(rng.permutation(len(subjects)), index=subjects.index)
     line = pd.DataFrame({"subject": subjects.fillna(""), "order": order}).sort_values(["subject", "order"]).index

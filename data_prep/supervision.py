@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
@@ -12,27 +12,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..modeling.errors import ExpertokenError, did_you_mean, one_line
+from ..data_prep import SPLITS
+from ..modeling.errors import ExpertokenError, LeakError, ResultsError, did_you_mean, one_line
 from ..modeling.experts import SELF, Expert, ExpertPool
 from ..modeling.files import PRODUCTS, atomic_folder, check_product, recover_folder
 from .labels import Labelling, filled_costs, label, utility
-from .leaks import find_leaks, find_near_duplicates
-from .results import SPLITS, BenchmarkResults, HoldOut, ResultsError
+from .leaks import LEAKS, find_leaks, find_near_duplicates
+from .results import BenchmarkResults, HoldOut, blank_contaminated
 
 if TYPE_CHECKING:
+    import pandas as pd
     from datasets import Dataset, DatasetDict
 
+    from ..modeling.chat import Query
     from ..modeling.composite import Manifest
+    from ..modeling.meta import MetaLLM
 
 logger = logging.getLogger(__name__)
 
 INFO_FILE = PRODUCTS["supervision"]
 POOL_FILE = "experts.yaml"
-LEAKS = ("refuse", "drop", "keep")
-
-
-class LeakError(ExpertokenError):
-    """Test queries stand in the train side."""
 
 
 @dataclass
@@ -91,10 +90,31 @@ class Supervision:
         part = self.side(name).with_format("numpy")
         weight = self.info.labelling.get("cost_weight", 0.0)
         known = utility(self.scores(name), self._paid(name) if weight else None, weight)
-        benchmarks = np.asarray(self.side(name)["benchmark"], dtype=str)
-        for candidate, benchmark in self.info.labelling.get("contaminated", ()):
-            known[benchmarks == benchmark, self.info.candidates.index(candidate)] = np.nan
+        contaminated = self.info.labelling.get("contaminated", ())
+        known = blank_contaminated(known, self.benchmarks(name), self.info.candidates, contaminated)
         return np.asarray(part["target"], np.float32), known, np.asarray(part["weight"], np.float32)
+
+    def columns_of(self, names: Sequence[str]) -> list[int]:
+        """Return the columns of candidates in targets, scores and costs.
+
+        Raises:
+            ExpertokenError: the supervision has no scores of one of them.
+        """
+        if absent := [name for name in names if name not in self.info.candidates]:
+            raise ExpertokenError(
+                f"the supervision has no scores of {', '.join(absent)}; it has {', '.join(self.info.candidates)}"
+            )
+        return [self.info.candidates.index(name) for name in names]
+
+    def benchmarks(self, name: str) -> np.ndarray:
+        """Return the benchmark of each query of a side, `[N]`."""
+        return np.asarray(self.side(name)["benchmark"], dtype=str)
+
+    def queries(self, name: str, meta: "MetaLLM", *, quiet: bool = False) -> "list[Query]":
+        """Return the queries of a side as the meta LLM reads them."""
+        from ..modeling.states import encode_all
+
+        return encode_all(meta, self.side(name)["messages"], name, quiet=quiet)
 
     def _paid(self, name: str) -> np.ndarray:
         """Costs of a side without gaps, as the labels were made with them."""
@@ -167,6 +187,16 @@ class Supervision:
         return cls(data, ExpertPool.from_yaml(path / POOL_FILE), info)
 
 
+def keep_supervision(supervision: Supervision, composite: Path) -> Path:
+    """Save a supervision inside a composite's folder and return where.
+
+    Its folder is named after its contents, so that a composite that is there keeps the supervision it points to.
+    """
+    folder = composite / "supervision" / supervision.info.fingerprint
+    supervision.save(folder)
+    return folder.resolve()
+
+
 def supervision_of(manifest: "Manifest", folder: Path, data: Path | str | None = None) -> Supervision:
     """The supervision a composite was trained on.
 
@@ -214,7 +244,7 @@ def pool_of(results: BenchmarkResults, self_model: str | None = None) -> ExpertP
     experts = []
     for model in results.models:
         if model == self_model:
-            experts.append(Expert("self", backend="self", results=model))
+            experts.append(Expert(SELF, backend=SELF, results=model))
         else:
             name = "".join(c if c.isalnum() or c in "._-" else "-" for c in model.split("/")[-1]).lstrip("._-")
             experts.append(Expert(f"{name}-model" if name in ("", SELF) else name, model=model))
@@ -296,7 +326,8 @@ def build_supervision(
     )
     if not weights[side == "train"].any():
         raise ResultsError("every candidate scores alike on every train query; there is nothing to learn from")
-    data = _datasets(results, targets, weights)
+    messages = user_messages(results.queries["prompt"])
+    data = make_datasets(results.queries, messages, results.scores, results.costs, targets, weights)
     recorded = asdict(labelling) | {"validation": validation, "test": test, "seed": seed}
     recorded["hold_out"] = None if hold_out is None else [hold_out[0], list(hold_out[1])]
     recorded["contaminated"] = sorted(list(pair) for pair in results.contaminated)
@@ -313,8 +344,9 @@ def _handle_leaks(results: BenchmarkResults, leaks: str, near: str | None) -> tu
     side = results.queries["split"].to_numpy()
     prompts, ids = results.queries["prompt"].to_numpy(), results.queries["id"].to_numpy()
     learnt, tested = np.flatnonzero(side != "test"), np.flatnonzero(side == "test")
-    equal = [(i, j, 1.0) for i, j in find_leaks(prompts[learnt], prompts[tested])]
-    alike = [] if near == "ignore" else find_near_duplicates(prompts[learnt], prompts[tested])
+    texts = prompts[learnt].tolist(), prompts[tested].tolist()
+    equal = [(i, j, 1.0) for i, j in find_leaks(*texts)]
+    alike = [] if near == "ignore" else find_near_duplicates(*texts)
     kept = np.ones(len(results), dtype=bool)
     record = {}
     for name, pairs, handled, option in (
@@ -338,7 +370,20 @@ def _handle_leaks(results: BenchmarkResults, leaks: str, near: str | None) -> tu
     return (results if kept.all() else results.take(kept)), record
 
 
-def _datasets(results: BenchmarkResults, targets: np.ndarray, weights: np.ndarray) -> "DatasetDict":
+def user_messages(prompts: Iterable[str]) -> list[list[dict[str, Any]]]:
+    """Return each prompt as a conversation of one user message, in content parts."""
+    return [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in prompts]
+
+
+def make_datasets(
+    queries: "pd.DataFrame",
+    messages: Sequence[Any],
+    scores: np.ndarray,
+    costs: np.ndarray | None,
+    targets: np.ndarray,
+    weights: np.ndarray,
+) -> "DatasetDict":
+    """Return the sides of a supervision, by the column `split` of `queries`; see `Supervision` for the columns."""
     from datasets import Dataset, DatasetDict, Features, List, Value
 
     numbers = List(Value("float32"))
@@ -358,17 +403,17 @@ def _datasets(results: BenchmarkResults, targets: np.ndarray, weights: np.ndarra
     )
     sides = {}
     for name in SPLITS:
-        rows = np.flatnonzero(results.queries["split"].to_numpy() == name)
-        queries = results.queries.iloc[rows]
+        rows = np.flatnonzero(queries["split"].to_numpy() == name)
+        chosen = queries.iloc[rows]
         columns = {
-            "id": queries["id"].tolist(),
-            "messages": [[{"role": "user", "content": [{"type": "text", "text": p}]}] for p in queries["prompt"]],
-            "benchmark": queries["benchmark"].tolist(),
-            "subject": queries["subject"].tolist(),
+            "id": chosen["id"].tolist(),
+            "messages": [messages[int(row)] for row in rows],
+            "benchmark": chosen["benchmark"].tolist(),
+            "subject": chosen["subject"].tolist(),
             "target": list(targets[rows]),
             "weight": weights[rows],
-            "scores": list(results.scores[rows]),
-            "costs": [[]] * len(rows) if results.costs is None else list(results.costs[rows]),
+            "scores": list(scores[rows]),
+            "costs": [[]] * len(rows) if costs is None else list(costs[rows]),
         }
         sides[name] = Dataset.from_dict(columns, features=features)
     return DatasetDict(sides)

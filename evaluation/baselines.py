@@ -243,8 +243,9 @@ def encoder(
             train_sampling_strategy="group_by_length",
             use_cpu=not torch.accelerator.is_available(),
         )
-        learnt = examples("train", _filled(train.scores))
+        learnt: Any = examples("train", _filled(train.scores))
         trainer = Trainer(network, arguments, data_collator=collate, train_dataset=learnt)
         trainer.train()
-        logits = trainer.predict(examples("test", None)).predictions
+        asked: Any = examples("test", None)
+        logits = np.asarray(trainer.predict(asked).predictions)
     return 1 / (1 + np.exp(-logits))

@@ -6,9 +6,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -16,19 +17,19 @@ from tqdm.auto import tqdm
 from ..data_prep.supervision import Supervision, supervision_of
 from ..modeling.composite import Composite, load_composite, read_manifest
 from ..modeling.errors import ExpertokenError, did_you_mean
-from ..modeling.meta import library_versions
+from ..modeling.fingerprint import library_versions
 from . import baselines as learnt
 from . import metrics
-from .figures import add_calibration, add_pair, add_scores, add_trade_offs
-from .report import Report, Row
+from .report import CalibrationBin, Gain, Report, Result
+from .report_metrics import add_calibration, add_pair, add_scores, add_trade_offs
 from .robustness import robustness as measure_robustness
-from .sides import Policy, Split, expected_costs, read_split
+from .splits import RouterResult, Split, expected_costs, read_split
 
 logger = logging.getLogger(__name__)
 
 _PARTIAL_ORACLE = 0.5
 _FIGURES = 1000  # resamples of figures that are not means: each of them costs a curve
-_FOLD = 5  # where there is one side to learn from, every so-manieth query of it is validation
+_FOLD = 5  # where there is one side to learn from, every n-th query of it is validation
 
 
 def evaluate(
@@ -67,77 +68,135 @@ def evaluate(
     started = time.perf_counter()
     folder = None if isinstance(composite, Composite) else Path(composite)
     supervision = _supervision(folder, data)
-    supervision.side(split)  # a misspelt side or baseline is told before anything is loaded
+    supervision.side(split)  # a misspelt split or baseline is an error before anything is loaded
     if unknown := [name for name in baselines or () if name not in learnt.METHODS]:
         raise ExpertokenError(f"no baseline {unknown[0]!r}, {did_you_mean(unknown[0], learnt.METHODS)}")
     for model in filter(None, (embedder, encoder)):
         learnt.check_model(model)
-    if folder is not None:
-        composite = load_composite(folder, trust_remote_code=trust_remote_code)
+    if not isinstance(composite, Composite):
+        composite = load_composite(composite, trust_remote_code=trust_remote_code)
     if baselines is None:
         baselines = list(learnt.METHODS) if find_spec("sklearn") else []
     names = composite.pool.names
-    test = read_split(composite, supervision, split)
-    # Never the side that is scored: baselines would be learnt on the questions that they are asked.
-    sides = [side for side in ("train", "validation") if len(supervision.data[side]) and side != split]
-    if not sides:
-        raise ExpertokenError(f"nothing but the {split} side: baselines have nothing to be chosen on")
-    known = [read_split(composite, supervision, side, states=bool(baselines) and not embedder) for side in sides]
+    test, known = _splits(composite, supervision, split, states=bool(baselines) and not embedder)
     expected_cost = expected_costs(known, test)
     if test.costs is not None:
         test = replace(test, costs=np.where(np.isnan(test.costs), expected_cost, test.costs))
-    chosen = test.logits.argmax(1)
-    probabilities = np.exp(test.logits - test.logits.max(1, keepdims=True))
-    probabilities /= probabilities.sum(1, keepdims=True)
-    of_correctness = composite.manifest.training.get("objective") == "correctness"
-    expected = _chances(test.logits, with_self=composite.pool.has_self) if of_correctness else probabilities
-    policies = {"composite": test.choose(chosen, "composite", predicted=expected)}
-    policies |= {name: test.choose(np.full(len(chosen), index), "expert") for index, name in enumerate(names)}
-    policies |= _simple(names, known, test)
-    policies |= _learnt(baselines, embedder, (encoder, encoder_epochs), known, test)
-    policies["oracle"] = test.choose(metrics.oracle(test.scores, test.costs), "bound")
-    confidence = expected.max(1)
-    # What the probabilities were trained to be: the chance of being right, or the candidate's share of the label, which
-    # queries that all got right (or none) do not have.
-    judged = np.arange(len(chosen)) if of_correctness else np.flatnonzero(test.weights)
-    outcome = (policies["composite"].values if of_correctness else test.targets[np.arange(len(chosen)), chosen])[judged]
+    decided = _decided(composite, test)
+    chosen = decided.chosen
+    routers = {"composite": test.choose(chosen, "composite", predicted=decided.expected)}
+    routers |= {name: test.choose(np.full(len(chosen), index), "expert") for index, name in enumerate(names)}
+    routers |= _simple(names, known, test)
+    routers |= _learnt(baselines, embedder, (encoder, encoder_epochs), known, test)
+    routers["oracle"] = test.choose(metrics.oracle(test.scores, test.costs), "bound")
+    judged, confidence, outcome = _judged(decided, routers["composite"], test)
     report = Report(
-        rows=_rows(policies, test.benchmarks, resamples),
-        shares={name: float((chosen == index).mean()) for index, name in enumerate(names)},
-        queries={str(n): int(c) for n, c in zip(*np.unique(test.benchmarks, return_counts=True), strict=True)},
-        confusion=metrics.confusion(test.targets, chosen).tolist(),
-        reliability=metrics.calibration(confidence[judged], outcome) if len(judged) else [],
+        results=_results(routers, test.benchmarks, resamples),
+        share_of_queries={name: float((chosen == index).mean()) for index, name in enumerate(names)},
+        queries_by_benchmark={
+            str(n): int(c) for n, c in zip(*np.unique(test.benchmarks, return_counts=True), strict=True)
+        },
+        confusion_matrix=metrics.confusion(test.targets, chosen).tolist(),
+        calibration_bins=[CalibrationBin(*part) for part in metrics.calibration(confidence, outcome)],
     )
     counts = metrics.resample_counts(test.benchmarks, min(resamples, _FIGURES))
-    add_scores(report, policies, test, chosen, probabilities, counts)
+    add_scores(report, routers, test, chosen, decided.probabilities, counts)
     if len(judged):
-        add_calibration(report, confidence[judged], outcome, counts[:, judged])
-    add_pair(report, policies, known, test, counts)
+        add_calibration(report, confidence, outcome, counts[:, judged])
+    add_pair(report, routers, known, test, counts)
     if test.costs is not None:
-        add_trade_offs(report, policies, test, expected_cost, counts)
+        add_trade_offs(report, routers, test, expected_cost, counts)
     if robustness:
-        place = np.random.default_rng(0).permutation(len(chosen))[:robustness]
-        found = measure_robustness(
-            composite.meta, [test.prompts[i] for i in place], test.scores[place], with_self=composite.pool.has_self
-        )
-        report.robustness = [asdict(entry) for entry in found]
+        report.robustness = _robustness(composite, test, robustness)
     report.settings = {
         "split": split,
         "queries": len(chosen),
         "resamples": resamples,
         "baselines_on": embedder or "states of the meta LLM",
-        "confidence": "chance of being right" if of_correctness else "probability of the chosen candidate",
-        "outcome": "its mean score" if of_correctness else "its mean share of the label",
+        **decided.meaning,
         "without_known_cost": [n for n, cost in zip(names, expected_cost, strict=True) if np.isnan(cost)],
+        **_origin(composite, supervision),
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_memory_gib": round(_peak_gib(), 2),
+    }
+    return report
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """The composite's decisions on a split.
+
+    Attributes:
+        chosen: index of the candidate chosen, `[N]`.
+        probabilities: dispatch distribution, `[N, C]`.
+        expected: what the composite expects of each candidate, `[N, C]`: chances of being right under the objective
+            `correctness`, else the probabilities.
+        of_correctness: whether `expected` holds chances.
+    """
+
+    chosen: np.ndarray
+    probabilities: np.ndarray
+    expected: np.ndarray
+    of_correctness: bool
+
+    @property
+    def meaning(self) -> dict[str, str]:
+        """What confidence and outcome are, for the report."""
+        if self.of_correctness:
+            return {"confidence": "chance of being right", "outcome": "its mean score"}
+        return {"confidence": "probability of the chosen candidate", "outcome": "its mean share of the label"}
+
+
+def _decided(composite: Composite, test: Split) -> _Decided:
+    probabilities = np.exp(test.logits - test.logits.max(1, keepdims=True))
+    probabilities /= probabilities.sum(1, keepdims=True)
+    of_correctness = composite.manifest.training.get("objective") == "correctness"
+    expected = _chances(test.logits, with_self=composite.pool.has_self) if of_correctness else probabilities
+    return _Decided(test.logits.argmax(1), probabilities, expected, of_correctness)
+
+
+def _judged(decided: _Decided, ours: RouterResult, test: Split) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the queries on which confidence is judged, and the confidence and the outcome on each.
+
+    The outcome is what the probabilities were trained to be: whether the answer is right, or the candidate's share of
+    the label, which queries that all got right (or none) do not have.
+    """
+    chosen = decided.chosen
+    judged = np.arange(len(chosen)) if decided.of_correctness else np.flatnonzero(test.weights)
+    outcome = ours.values if decided.of_correctness else test.targets[np.arange(len(chosen)), chosen]
+    return judged, decided.expected.max(1)[judged], outcome[judged]
+
+
+def _splits(composite: Composite, supervision: Supervision, split: str, *, states: bool) -> tuple[Split, list[Split]]:
+    """Return the split to evaluate on, and those that baselines learn from, with or without states.
+
+    Raises:
+        ExpertokenError: there is nothing to learn from.
+    """
+    test = read_split(composite, supervision, split)
+    # Never the split that is scored: baselines would be learnt on the questions that they are asked.
+    others = [name for name in ("train", "validation") if len(supervision.data[name]) and name != split]
+    if not others:
+        raise ExpertokenError(f"nothing but the {split} side: baselines have nothing to be chosen on")
+    return test, [read_split(composite, supervision, name, states=states) for name in others]
+
+
+def _robustness(composite: Composite, test: Split, count: int) -> list[dict[str, Any]]:
+    place = np.random.default_rng(0).permutation(len(test.prompts))[:count]
+    prompts = [test.prompts[index] for index in place]
+    found = measure_robustness(composite.meta, prompts, test.scores[place], with_self=composite.pool.has_self)
+    return [asdict(entry) for entry in found]
+
+
+def _origin(composite: Composite, supervision: Supervision) -> dict[str, Any]:
+    """Return what was evaluated, for the report."""
+    return {
         "data_fingerprint": supervision.info.fingerprint,
         "base": composite.manifest.base,
         "training": composite.manifest.training,
         "labelling": supervision.info.labelling,
-        "seconds": round(time.perf_counter() - started, 1),
-        "peak_memory_gib": round(_peak_gib(), 2),
         "versions": library_versions() | _commit(),
     }
-    return report
 
 
 def _chances(logits: np.ndarray, *, with_self: bool) -> np.ndarray:
@@ -152,35 +211,39 @@ def _chances(logits: np.ndarray, *, with_self: bool) -> np.ndarray:
 def _supervision(folder: Path | None, data: Supervision | Path | str | None) -> Supervision:
     if isinstance(data, Supervision):
         return data
-    if folder is None and data is None:
+    if folder is not None:
+        return supervision_of(read_manifest(folder), folder, data)
+    if data is None:
         raise ExpertokenError("a composite in memory does not know its supervision; say which with `data`")
-    return supervision_of(read_manifest(folder), folder, data) if folder else Supervision.load(data)
+    return Supervision.load(data)
 
 
-def _rows(policies: dict[str, Policy], benchmarks: np.ndarray, resamples: int) -> list[Row]:
-    ours = policies["composite"].values
+def _results(routers: dict[str, RouterResult], benchmarks: np.ndarray, resamples: int) -> list[Result]:
+    ours = routers["composite"].values
     rows = []
-    for name, policy in policies.items():
-        row = Row(
+    for name, router in routers.items():
+        row = Result(
             name,
-            policy.kind,
-            metrics.mean_over_benchmarks(policy.values, benchmarks),
-            metrics.bootstrap_interval(policy.values, benchmarks, resamples=resamples),
-            metrics.benchmark_means(policy.values, benchmarks),
+            router.kind,
+            metrics.mean_over_benchmarks(router.values, benchmarks),
+            metrics.bootstrap_interval(router.values, benchmarks, resamples=resamples),
+            metrics.benchmark_means(router.values, benchmarks),
             # A mean over the queries whose cost happens to be known would be another router's.
-            None if policy.costs is None or np.isnan(policy.costs).any() else float(policy.costs.mean()),
-            setting=policy.setting,
+            None if router.costs is None or np.isnan(router.costs).any() else float(router.costs.mean()),
+            hyperparameter=router.setting,
         )
         if name != "composite":
-            difference = ours - policy.values
-            gain = metrics.mean_over_benchmarks(difference, benchmarks)
-            row.gain = (gain, *metrics.bootstrap_interval(difference, benchmarks, resamples=resamples))
-            row.p_value = metrics.paired_p_value(difference, benchmarks, resamples=resamples)
+            difference = ours - router.values
+            row.composite_gain = Gain(
+                metrics.mean_over_benchmarks(difference, benchmarks),
+                metrics.bootstrap_interval(difference, benchmarks, resamples=resamples),
+                metrics.paired_p_value(difference, benchmarks, resamples=resamples),
+            )
         rows.append(row)
     return rows
 
 
-def _simple(names: list[str], known: list[Split], test: Split) -> dict[str, Policy]:
+def _simple(names: list[str], known: list[Split], test: Split) -> dict[str, RouterResult]:
     """Best single and best per dataset (both chosen on train and validation), random, and half an oracle."""
     scores = np.concatenate([side.scores for side in known])
     benchmarks = np.concatenate([side.benchmarks for side in known])
@@ -194,14 +257,14 @@ def _simple(names: list[str], known: list[Split], test: Split) -> dict[str, Poli
     return {
         f"best single ({names[single]})": test.choose(np.full(len(test.raw), single), "baseline"),
         "best per dataset": test.choose(per_dataset, "baseline"),
-        "random": Policy("baseline", test.scores.mean(1), costs),
+        "random": RouterResult("baseline", test.scores.mean(1), costs),
         f"half oracle, r_o({_PARTIAL_ORACLE})": test.choose(half, "bound"),
     }
 
 
 def _learnt(
     names: Sequence[str], embedder: str | None, encoder: tuple[str | None, int], known: list[Split], test: Split
-) -> dict[str, Policy]:
+) -> dict[str, RouterResult]:
     """Routers from libraries, on the same states or on an embedder's."""
     if len(known) == 1:
         rows = np.arange(len(known[0].raw))

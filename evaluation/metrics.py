@@ -3,8 +3,12 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
+
+Names: TypeAlias = "Sequence[str] | np.ndarray[Any, Any]"
+"""Names of N queries' benchmarks, as a sequence or an array of text."""
 
 _DRAWS = 10_000_000  # numbers drawn at a time: 80 MB
 
@@ -47,19 +51,19 @@ RIGHT = 0.5
 """A score above it counts as solved."""
 
 
-def benchmark_means(values: np.ndarray, benchmarks: Sequence[str]) -> dict[str, float]:
+def benchmark_means(values: np.ndarray, benchmarks: Names) -> dict[str, float]:
     """Mean of per-query values `[N]` within each benchmark, sorted by name."""
     names = np.asarray(benchmarks, dtype=str)
     return {name: float(values[names == name].mean()) for name in np.unique(names)}
 
 
-def mean_over_benchmarks(values: np.ndarray, benchmarks: Sequence[str]) -> float:
+def mean_over_benchmarks(values: np.ndarray, benchmarks: Names) -> float:
     """Mean over benchmarks of the mean value, so that large ones do not drown small ones (AvgAcc, arXiv 2601.07206)."""
     return float(np.mean(list(benchmark_means(values, benchmarks).values())))
 
 
 def bootstrap_interval(
-    values: np.ndarray, benchmarks: Sequence[str], *, resamples: int = 5000, seed: int = 0, level: float = 0.95
+    values: np.ndarray, benchmarks: Names, *, resamples: int = 5000, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
     """Percentile interval of the mean over benchmarks of the mean value.
 
@@ -76,7 +80,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def paired_p_value(difference: np.ndarray, benchmarks: Sequence[str], *, resamples: int = 5000, seed: int = 0) -> float:
+def paired_p_value(difference: np.ndarray, benchmarks: Names, *, resamples: int = 5000, seed: int = 0) -> float:
     """Two-sided p-value that a mean difference is zero, by the same bootstrap.
 
     Twice the share of resampled means on the other side of zero (Efron and Tibshirani, An Introduction to the
@@ -87,7 +91,7 @@ def paired_p_value(difference: np.ndarray, benchmarks: Sequence[str], *, resampl
     return float(min(1.0, max(2 * share, 1 / resamples)))
 
 
-def _resampled(values: np.ndarray, benchmarks: Sequence[str], resamples: int, seed: int) -> np.ndarray:
+def _resampled(values: np.ndarray, benchmarks: Names, resamples: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     names = np.asarray(benchmarks, dtype=str)
     means = np.zeros(resamples)
@@ -104,7 +108,7 @@ def _resampled(values: np.ndarray, benchmarks: Sequence[str], resamples: int, se
     return means / len(groups)
 
 
-def resample_counts(benchmarks: Sequence[str], resamples: int, seed: int = 0) -> np.ndarray:
+def resample_counts(benchmarks: Names, resamples: int, seed: int = 0) -> np.ndarray:
     """How often each query is drawn in each resample, `[R, N]`; drawn with replacement within each benchmark."""
     names = np.asarray(benchmarks, dtype=str)
     rng = np.random.default_rng(seed)
@@ -115,7 +119,7 @@ def resample_counts(benchmarks: Sequence[str], resamples: int, seed: int = 0) ->
     return counts
 
 
-def benchmark_weights(counts: np.ndarray, benchmarks: Sequence[str]) -> np.ndarray:
+def benchmark_weights(counts: np.ndarray, benchmarks: Names) -> np.ndarray:
     """Weights `[R, N]` with which `weights @ values` is the mean over benchmarks of the mean value, per resample."""
     names, index, sizes = np.unique(np.asarray(benchmarks, dtype=str), return_inverse=True, return_counts=True)
     return counts / (sizes[index] * len(names))

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,10 +43,10 @@ def draw_report(report: Report, folder: Path | str) -> list[Path]:
     drawn = []
     for name, draw, there in (
         ("scores", draw_scores, True),
-        ("experts", draw_experts, len(report.queries) > 1),
+        ("experts", draw_experts, len(report.queries_by_benchmark) > 1),
         ("shares", draw_shares, True),
-        ("reliability", draw_reliability, bool(report.reliability)),
-        ("cost", draw_costs, bool(report.curves)),
+        ("reliability", draw_reliability, bool(report.calibration_bins)),
+        ("cost", draw_costs, bool(report.cost_quality_curves)),
     ):
         if there:
             drawn.append(_save(draw, report, Path(folder) / f"{name}.png"))
@@ -71,13 +71,13 @@ def draw_scores(report: Report) -> "Figure":
     """Mean scores with their intervals."""
     from matplotlib import pyplot
 
-    rows = [row for row in report.rows if row.kind != "expert"]
-    singles = sorted((row for row in report.rows if row.kind == "expert"), key=lambda row: row.mean)
+    rows = [row for row in report.results if row.kind != "expert"]
+    singles = sorted((row for row in report.results if row.kind == "expert"), key=lambda row: row.mean_score)
     rows = [*rows[::-1], *singles[-_MOST_LABELS:]]
-    rows.sort(key=lambda row: row.mean)
-    means = [100 * row.mean for row in rows]
-    low = [100 * (row.mean - row.interval[0]) for row in rows]
-    high = [100 * (row.interval[1] - row.mean) for row in rows]
+    rows.sort(key=lambda row: row.mean_score)
+    means = [100 * row.mean_score for row in rows]
+    low = [100 * (row.mean_score - row.mean_score_interval[0]) for row in rows]
+    high = [100 * (row.mean_score_interval[1] - row.mean_score) for row in rows]
     figure, axes = pyplot.subplots(figsize=(8, 0.32 * len(rows) + 1.2), layout="constrained")
     axes.barh(
         [row.name for row in rows],
@@ -86,14 +86,14 @@ def draw_scores(report: Report) -> "Figure":
         color=[_COLOURS[row.kind] for row in rows],
         error_kw={"elinewidth": 1, "ecolor": "#444444", "capsize": 2},
     )
-    axes.axvline(100 * report.composite.mean, color=_COLOURS["composite"], linewidth=1, linestyle=":")
+    axes.axvline(100 * report.composite.mean_score, color=_COLOURS["composite"], linewidth=1, linestyle=":")
     kinds = dict.fromkeys(row.kind for row in reversed(rows))
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=_COLOURS[kind]) for kind in kinds]
     axes.legend(handles, kinds, frameon=False, fontsize=8, loc="lower right")
     for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
         tick.set_fontweight("bold" if row.kind == "composite" else "normal")
     axes.set_xlabel(
-        f"mean score over {len(report.queries)} benchmarks, %\n"
+        f"mean score over {len(report.queries_by_benchmark)} benchmarks, %\n"
         "(95 % interval of each alone; the report's gains are paired, and surer)"
     )
     _plain(axes)
@@ -105,8 +105,8 @@ def draw_experts(report: Report) -> "Figure":
     from matplotlib import pyplot
 
     rows = [report.composite, *(row for row in report.shown() if row.kind == "expert")]
-    names = list(report.queries)[:_MOST_LABELS]
-    values = 100 * np.array([[row.benchmarks[name] for name in names] for row in rows])
+    names = list(report.queries_by_benchmark)[:_MOST_LABELS]
+    values = 100 * np.array([[row.score_by_benchmark[name] for name in names] for row in rows])
     figure, axes = pyplot.subplots(figsize=(0.75 * len(names) + 3.2, 0.36 * len(rows) + 1.6), layout="constrained")
     image = axes.imshow(values, cmap="YlGnBu", aspect="auto")
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
@@ -128,15 +128,19 @@ def draw_shares(report: Report) -> "Figure":
     """How many queries each candidate gets, beside how many labels it has."""
     from matplotlib import pyplot
 
-    names = sorted(report.shares, key=report.shares.__getitem__)[-_MOST_LABELS:]
+    names = sorted(report.share_of_queries, key=report.share_of_queries.__getitem__)[-_MOST_LABELS:]
     places = np.arange(len(names))
     figure, axes = pyplot.subplots(figsize=(7, 0.42 * len(names) + 1.2), layout="constrained")
     axes.barh(
-        places + 0.2, [100 * report.shares[name] for name in names], 0.4, label="chosen", color=_COLOURS["composite"]
+        places + 0.2,
+        [100 * report.share_of_queries[name] for name in names],
+        0.4,
+        label="chosen",
+        color=_COLOURS["composite"],
     )
-    if report.confusion:
-        labels = np.array(report.confusion).sum(1)
-        share = dict(zip(report.shares, 100 * labels / max(labels.sum(), 1e-9), strict=True))
+    if report.confusion_matrix:
+        labels = np.array(report.confusion_matrix).sum(1)
+        share = dict(zip(report.share_of_queries, 100 * labels / max(labels.sum(), 1e-9), strict=True))
         axes.barh(
             places - 0.2, [share[name] for name in names], 0.4, label="labelled as best", color=_COLOURS["baseline"]
         )
@@ -151,7 +155,8 @@ def draw_reliability(report: Report) -> "Figure":
     """Confidence of the dispatch against the score it got; the size says how many queries."""
     from matplotlib import pyplot
 
-    sure, right, count = (np.array(column, dtype=float) for column in zip(*report.reliability, strict=True))
+    bins = [(part.mean_confidence, part.mean_outcome, part.queries) for part in report.calibration_bins]
+    sure, right, count = np.array(bins, dtype=float).T
     figure, axes = pyplot.subplots(figsize=(4.6, 4.4), layout="constrained")
     axes.plot([0, 1], [0, 1], color=_COLOURS["bound"], linestyle="--", label="calibrated")
     axes.plot(sure, right, color=_COLOURS["composite"], linewidth=1)
@@ -179,32 +184,36 @@ def draw_costs(report: Report) -> "Figure":
 
     figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
     named = {row.name for row in report.shown()}
-    priced = [row for row in report.rows if row.kind == "expert" and row.cost is not None]
-    for row in priced:
-        quality = 100 * np.average(list(row.benchmarks.values()), weights=list(report.queries.values()))
-        axes.scatter(1000 * row.cost, quality, color=_COLOURS["expert"], zorder=3)
+    experts = [row for row in report.results if row.kind == "expert"]
+    priced = [(row, 1000 * row.usd_per_query) for row in experts if row.usd_per_query is not None]
+    for row, cost in priced:
+        quality = 100 * np.average(
+            list(row.score_by_benchmark.values()), weights=list(report.queries_by_benchmark.values())
+        )
+        axes.scatter(cost, quality, color=_COLOURS["expert"], zorder=3)
         if row.name in named:
-            axes.annotate(row.name, (1000 * row.cost, quality), fontsize=7, xytext=(4, -7), textcoords="offset points")
-    others = iter(pyplot.get_cmap("Dark2").colors)
-    for name, curve in report.curves.items():
+            axes.annotate(row.name, (cost, quality), fontsize=7, xytext=(4, -7), textcoords="offset points")
+    palette: Any = pyplot.get_cmap("Dark2")
+    others = iter(palette.colors)
+    for name, curve in report.cost_quality_curves.items():
         ours = name == "composite"
         colour = _COLOURS["composite"] if ours else "#999999" if name == "single models" else next(others, "#777777")
         # Between two vertices a router mixes them: a straight line in cost, which a logarithmic axis bends.
-        costs = _between(np.array(curve["costs"]))
+        costs = _between(np.array(curve["usd_per_query"]))
         axes.plot(
             1000 * costs,
-            100 * np.interp(costs, curve["costs"], curve["qualities"]),
+            100 * np.interp(costs, curve["usd_per_query"], curve["mean_score"]),
             color=colour,
             linewidth=2.5 if ours else 1.2,
             linestyle=":" if name == "single models" else "-",
             label=f"{name}, AIQ {report.metrics.get(f'AIQ, {name}', float('nan')):.3f}",
             zorder=2 if ours else 1,
         )
-    paid = [1000 * row.cost for row in priced if row.cost > 0]
+    paid = [cost for _, cost in priced if cost > 0]
     if paid:
         # Logarithmic but for a stretch at zero, so that what costs nothing has a place.
         axes.set_xscale("symlog", linthresh=min(paid) / 2, linscale=0.3)
-    axes.set_xlim(left=0 if any(row.cost == 0 for row in priced) or not paid else 0.7 * min(paid))
+    axes.set_xlim(left=0 if any(cost == 0 for _, cost in priced) or not paid else 0.7 * min(paid))
     axes.set_xlabel("USD per 1000 queries")
     axes.set_ylabel("mean score over queries, %")
     axes.legend(frameon=False, fontsize=8)

@@ -16,94 +16,123 @@ _BOUNDS = (_SURE / 2, 1 - _SURE / 2)
 _MOST_EXPERTS = 30  # lines that a table has room for
 
 
-@dataclass
-class Row:
-    """One line of the report.
+@dataclass(frozen=True)
+class Gain:
+    """Gain of the composite over another way to answer, paired on the same queries.
 
     Attributes:
-        name: of the router or the model.
-        kind: composite, expert, baseline, router (a learnt one) or bound (what nobody can do without the answers).
-        mean: over benchmarks.
-        interval: 95 %, bootstrap within benchmarks.
-        benchmarks: mean per benchmark.
-        cost: mean USD per query, None where not known.
-        gain: of the composite over this row, with its paired 95 % interval; None for the composite.
-        p_value: that the gain is zero, paired, two-sided.
-        setting: what a learnt router chose on validation.
+        difference: difference of the mean scores.
+        interval: 95 % interval of the difference, bootstrap within benchmarks.
+        p_value: two-sided p-value that the difference is zero.
+    """
+
+    difference: float
+    interval: tuple[float, float]
+    p_value: float
+
+
+@dataclass
+class Result:
+    """What one way to answer reached: a line of the report.
+
+    Attributes:
+        name: name of the router or the model.
+        kind: `composite`, `expert`, `baseline`, `router` (a learnt one) or `bound` (which needs the answers).
+        mean_score: mean over benchmarks of the mean score.
+        mean_score_interval: 95 % interval, bootstrap within benchmarks.
+        score_by_benchmark: mean score on each benchmark.
+        usd_per_query: mean cost, None where not known.
+        composite_gain: gain of the composite over this one; None for the composite.
+        hyperparameter: value that a learnt router chose on validation.
     """
 
     name: str
     kind: str
-    mean: float
-    interval: tuple[float, float]
-    benchmarks: dict[str, float]
-    cost: float | None = None
-    gain: tuple[float, float, float] | None = None
-    p_value: float | None = None
-    setting: Any = None
+    mean_score: float
+    mean_score_interval: tuple[float, float]
+    score_by_benchmark: dict[str, float]
+    usd_per_query: float | None = None
+    composite_gain: Gain | None = None
+    hyperparameter: Any = None
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """Queries whose confidence is similar.
+
+    Attributes:
+        mean_confidence: mean confidence of the composite.
+        mean_outcome: mean of the outcome that `settings` names.
+        queries: number of queries.
+    """
+
+    mean_confidence: float
+    mean_outcome: float
+    queries: int
 
 
 @dataclass
 class Report:
-    """What an evaluation found.
+    """What an evaluation found; its fields are those of `report.json`.
 
     Attributes:
-        rows: the composite first.
-        shares: share of queries per candidate.
-        queries: per benchmark.
-        metrics: the field's figures by name; NaN-free, what can't be had is left out.
-        intervals: of the figures that have one, 95 %, bootstrap within benchmarks.
-        told: sentences of the verdict about figures that are no mean score.
-        confusion: label (rows) against choice (columns), queries, in the order of `shares`.
-        reliability: per bin of confidence: mean confidence, mean score, queries.
-        curves: per router its hull of cost and quality.
-        robustness: per change of the text: decisions flipped, score lost.
-        settings: what was evaluated, on what, how long it took.
+        results: the composite first, then everything it is compared with.
+        share_of_queries: share of the queries that the composite sends to each candidate.
+        queries_by_benchmark: number of queries.
+        metrics: metrics of the field by name, without those that are not finite.
+        metric_intervals: 95 % intervals of the metrics that have one, bootstrap within benchmarks.
+        findings: sentences about metrics other than the mean score.
+        confusion_matrix: queries by label (rows) and choice (columns), in the order of `share_of_queries`.
+        calibration_bins: confidence and outcome.
+        cost_quality_curves: for each router the hull of its trade-off: `usd_per_query` and `mean_score`.
+        robustness: for each change of the text: share of decisions flipped, score lost, queries.
+        settings: what was evaluated, on what data, with which versions, and how long it took.
     """
 
-    rows: list[Row]
-    shares: dict[str, float]
-    queries: dict[str, int]
+    results: list[Result]
+    share_of_queries: dict[str, float]
+    queries_by_benchmark: dict[str, int]
     metrics: dict[str, float] = field(default_factory=dict)
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    told: list[str] = field(default_factory=list)
-    confusion: list[list[float]] = field(default_factory=list)
-    reliability: list[tuple[float, float, int]] = field(default_factory=list)
-    curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    metric_intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    findings: list[str] = field(default_factory=list)
+    confusion_matrix: list[list[float]] = field(default_factory=list)
+    calibration_bins: list[CalibrationBin] = field(default_factory=list)
+    cost_quality_curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     robustness: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def composite(self) -> Row:
-        """The composite's row."""
-        return self.rows[0]
+    def composite(self) -> Result:
+        """Result of the composite."""
+        return self.results[0]
 
-    def row(self, name: str) -> Row:
-        """A row by name."""
-        return next(row for row in self.rows if row.name == name)
+    def row(self, name: str) -> Result:
+        """Return a result by name."""
+        return next(row for row in self.results if row.name == name)
 
     def add(self, name: str, value: float, resampled: np.ndarray | None = None) -> None:
-        """A figure, with the interval that its resampled values give; one that is not finite is left out."""
+        """Add a metric, with the interval of its resampled values; one that is not finite is left out."""
         if not math.isfinite(value):
             return
         self.metrics[name] = float(value)
         draws = resampled[np.isfinite(resampled)] if resampled is not None else ()
         if len(draws):
-            self.intervals[name] = tuple(float(bound) for bound in np.quantile(draws, _BOUNDS))
+            low, high = np.quantile(draws, _BOUNDS)
+            self.metric_intervals[name] = (float(low), float(high))
 
-    def shown(self) -> list[Row]:
-        """The rows that tables show: of a large pool only the best experts; `report.json` has them all."""
-        experts = sorted((row for row in self.rows if row.kind == "expert"), key=lambda row: -row.mean)
+    def shown(self) -> list[Result]:
+        """Return the results that tables show: of a large pool only the best experts; `report.json` has them all."""
+        experts = sorted((row for row in self.results if row.kind == "expert"), key=lambda row: -row.mean_score)
         left_out = {row.name for row in experts[_MOST_EXPERTS:]}
-        return [row for row in self.rows if row.kind != "expert" or row.name not in left_out]
+        return [row for row in self.results if row.kind != "expert" or row.name not in left_out]
 
     def verdict(self) -> list[str]:
-        """Where the composite wins and where it does not, in sentences: best single, best per dataset, best router."""
-        rivals = [row for row in self.rows if row.name.startswith("best ")]
-        routers = [row for row in self.rows if row.kind == "router"]
+        """Return sentences on where the composite wins: over best single, best per dataset, best router."""
+        rivals = [row for row in self.results if row.name.startswith("best ")]
+        routers = [row for row in self.results if row.kind == "router"]
         if routers:
-            rivals.append(max(routers, key=lambda row: row.mean))
-        return [_sentence(row) for row in rivals] + self.told
+            rivals.append(max(routers, key=lambda row: row.mean_score))
+        return [_sentence(row) for row in rivals] + self.findings
 
     def save(self, path: Path | str) -> None:
         """Write `report.json`."""
@@ -118,7 +147,7 @@ class Report:
             aside.write_text(self.markdown([file.name for file in pictures]), "utf-8")
 
     def markdown(self, pictures: list[str] | None = None) -> str:
-        """The report as Markdown, with links to the pictures beside it."""
+        """Return the report as Markdown, with links to the pictures beside it."""
         lines = ["# Evaluation", "", *(f"- {sentence}" for sentence in self.verdict()), ""]
         lines += [f"![{name.removesuffix('.png')}]({name})" for name in pictures or ()] + [""]
         lines += self._scores() + self._metrics() + self._confusion() + self._robustness()
@@ -126,21 +155,34 @@ class Report:
         return "\n".join(lines)
 
     def _scores(self) -> list[str]:
-        priced = any(row.cost is not None for row in self.rows)
-        head = ["", "mean", "95 % interval", *self.queries, *(["USD per 1000"] if priced else []), "share", "gain", "p"]
+        priced = any(row.usd_per_query is not None for row in self.results)
+        head = [
+            "",
+            "mean",
+            "95 % interval",
+            *self.queries_by_benchmark,
+            *(["USD per 1000"] if priced else []),
+            "share",
+            "gain",
+            "p",
+        ]
         body = []
         for row in self.shown():
-            cells = [row.name, f"{100 * row.mean:.2f}", "{:.1f} to {:.1f}".format(*(100 * v for v in row.interval))]
-            cells += [f"{100 * row.benchmarks[name]:.1f}" for name in self.queries]
+            cells = [
+                row.name,
+                f"{100 * row.mean_score:.2f}",
+                "{:.1f} to {:.1f}".format(*(100 * v for v in row.mean_score_interval)),
+            ]
+            cells += [f"{100 * row.score_by_benchmark[name]:.1f}" for name in self.queries_by_benchmark]
             if priced:
-                cells.append("" if row.cost is None else f"{1000 * row.cost:.3f}")
-            share = self.shares.get(row.name)
+                cells.append("" if row.usd_per_query is None else f"{1000 * row.usd_per_query:.3f}")
+            share = self.share_of_queries.get(row.name)
             cells.append("" if share is None else f"{100 * share:.0f} %")
-            gain = row.gain
-            cells.append("" if gain is None else "{:+.2f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in gain)))
-            cells.append("" if row.p_value is None else _p(row.p_value).removeprefix("p = ").removeprefix("p "))
+            gain = row.composite_gain
+            cells.append("" if gain is None else _gain(gain, 2, 1))
+            cells.append("" if gain is None else _p(gain.p_value).removeprefix("p = ").removeprefix("p "))
             body.append(cells)
-        count = ", ".join(f"{name} {size}" for name, size in self.queries.items())
+        count = ", ".join(f"{name} {size}" for name, size in self.queries_by_benchmark.items())
         text = (
             f"Percent; queries: {count}. The mean is over benchmarks, each counting alike. Best single and best per "
             "dataset were chosen on train and validation; the half oracle knows the best candidate of every other "
@@ -152,37 +194,53 @@ class Report:
     def _metrics(self) -> list[str]:
         rows = []
         for name, value in self.metrics.items():
-            interval = self.intervals.get(name)
+            interval = self.metric_intervals.get(name)
             rows.append([name, f"{value:.4f}", "" if interval is None else "{:.4f} to {:.4f}".format(*interval)])
-        text = ["PerfGain and CostSave are of the curve's best point, chosen on these queries."] if self.curves else []
-        if absent := self.settings.get("without_known_cost") if self.curves else None:
+        text = (
+            ["PerfGain and CostSave are of the curve's best point, chosen on these queries."]
+            if self.cost_quality_curves
+            else []
+        )
+        if absent := self.settings.get("without_known_cost") if self.cost_quality_curves else None:
             text.append(f"Not in the curves of cost and quality, because no cost is known: {', '.join(absent)}.")
         head = ["metric", "value", "95 % interval"]
         told = [" ".join(text), ""] if text else []
         return ["## Metrics", "", *told, *_table(head, rows), ""] if rows else []
 
     def _confusion(self) -> list[str]:
-        if not self.confusion or len(self.shares) > _MOST_EXPERTS:
+        if not self.confusion_matrix or len(self.share_of_queries) > _MOST_EXPERTS:
             return []
-        names = list(self.shares)
-        rows = [[name, *(f"{v:.0f}" for v in row)] for name, row in zip(names, self.confusion, strict=True)]
+        names = list(self.share_of_queries)
+        rows = [[name, *(f"{v:.0f}" for v in row)] for name, row in zip(names, self.confusion_matrix, strict=True)]
         return ["## Labels (down) and choices (across), queries", "", *_table(["", *names], rows), ""]
 
     def _robustness(self) -> list[str]:
         rows = [
-            [entry["change"], f"{100 * entry['flipped']:.1f}", f"{100 * entry['lost']:+.1f}", str(entry["queries"])]
+            [
+                entry["change"],
+                f"{100 * entry['share_flipped']:.1f}",
+                f"{100 * entry['score_lost']:+.1f}",
+                str(entry["queries"]),
+            ]
             for entry in self.robustness
         ]
         head = ["change of the text", "decisions flipped, %", "score lost, points", "queries"]
         return ["## Robustness", "", *_table(head, rows), ""] if rows else []
 
 
-def _sentence(row: Row) -> str:
-    gain, low, high = (100 * value for value in row.gain)
-    told = f"{gain:+.2f} points ({low:+.2f} to {high:+.2f}, {_p(row.p_value)})"
-    if row.p_value >= _SURE:
-        return f"Not told apart from {row.name}: {told}."
-    return f"{'Better' if gain > 0 else 'WORSE'} than {row.name}: {told}."
+def _gain(gain: Gain, digits: int, interval_digits: int) -> str:
+    """Return a gain and its interval in points."""
+    low, high = (f"{100 * bound:+.{interval_digits}f}" for bound in gain.interval)
+    return f"{100 * gain.difference:+.{digits}f} ({low} to {high})"
+
+
+def _sentence(row: Result) -> str:
+    gain = row.composite_gain
+    assert gain is not None
+    points = _gain(gain, 2, 2).replace(" (", " points (").replace(")", f", {_p(gain.p_value)})")
+    if gain.p_value >= _SURE:
+        return f"Not told apart from {row.name}: {points}."
+    return f"{'Better' if gain.difference > 0 else 'WORSE'} than {row.name}: {points}."
 
 
 def _p(value: float) -> str:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..modeling.meta import MetaLLM, token_batches
+from ..modeling.batching import run_batches
+from ..modeling.meta import MetaLLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _OPTION = re.compile(r"^(\(?[A-H][.):])(.*)$", re.MULTILINE)
-_MAX_TOKENS = 4096
 _ATTACKED = 16  # questions that the adversarial suffix is found on
 _STEPS = 40  # of its search
 _WORDS = 10  # that it has
@@ -28,14 +28,14 @@ class Robustness:
 
     Attributes:
         change: its name.
-        flipped: share of decisions that changed.
-        lost: mean score lost by the changes (negative: gained).
+        share_flipped: share of decisions that changed.
+        score_lost: mean score lost by the changes (negative: gained).
         queries: on how many.
     """
 
     change: str
-    flipped: float
-    lost: float
+    share_flipped: float
+    score_lost: float
     queries: int
 
 
@@ -97,10 +97,16 @@ def robustness(
     """
 
     def logits(texts: Sequence[str]) -> np.ndarray:
-        encoded = [meta.encode(text) for text in texts]
+        queries = [meta.encode(text) for text in texts]
         found = np.empty((len(texts), len(meta.rows) + int(with_self)), dtype=np.float32)
-        for batch in token_batches([len(ids) for ids in encoded], _MAX_TOKENS):
-            found[batch] = meta.candidate_logits([encoded[i] for i in batch], with_self=with_self).float().numpy()
+        batches = run_batches(
+            [len(query) for query in queries],
+            lambda batch: meta.candidate_logits([queries[row] for row in batch], with_self=with_self),
+            label="robustness",
+            advice="a smaller meta LLM",
+        )
+        for batch, part in batches:
+            found[batch] = part.numpy()
         return found
 
     plain = logits(prompts).argmax(1)
@@ -146,9 +152,10 @@ def adversarial_suffix(
     count = tokenizer.vocab_size
 
     def word() -> str:
-        while not (found := tokenizer.decode([rng.randrange(count)], skip_special_tokens=True).strip()).isprintable():
-            pass
-        return found
+        while True:
+            found = str(tokenizer.decode([rng.randrange(count)], skip_special_tokens=True)).strip()
+            if found.isprintable():
+                return found
 
     def lead(words: Sequence[str]) -> float:
         values = logits([f"{text} {' '.join(words)}" for text in prompts])

@@ -9,7 +9,7 @@ import numpy as np
 from ..data_prep.supervision import Supervision, supervision_of
 from ..modeling.composite import Composite, load_composite
 from ..modeling.errors import ExpertokenError, require_extra
-from ..train.features import cached_features
+from ..modeling.states import states_of
 from .baselines import Side, knn, means_of
 
 _NEIGHBOURS = 5
@@ -76,13 +76,13 @@ def select(
     known = _known(loaded, supervision)
     if len(np.unique(known.benchmarks)) < 2:
         raise ExpertokenError("results of one benchmark only: a predictor's accuracy on a new task can't be estimated")
-    states = np.asarray(cached_features(loaded.meta, list(queries), label="task features").hidden)
+    states = np.asarray(states_of(loaded.meta, list(queries), label="task features").hidden)
     distances, accuracies = _observed(known)
     trust = _smooth(distances, accuracies, _distance(states, known.features))
     examples = known
     if labelled is not None:
         texts, scores = labelled
-        extra = np.asarray(cached_features(loaded.meta, list(texts), label="labelled features").hidden)
+        extra = np.asarray(states_of(loaded.meta, list(texts), label="labelled features").hidden)
         trust = _corrected(trust, knn(known, _NEIGHBOURS)(extra), scores)
         examples = known + Side(extra, scores, np.full(len(extra), "(task)"))
     predicted = knn(examples, _NEIGHBOURS)(states)
@@ -98,14 +98,13 @@ def select(
 
 def _known(loaded: Composite, supervision: Supervision) -> Side:
     """Train and validation sides, with candidates in the composite's order."""
-    columns = [supervision.info.candidates.index(name) for name in loaded.pool.names]
+    columns = supervision.columns_of(loaded.pool.names)
     sides = [name for name in ("train", "validation") if len(supervision.data[name])]
     features = [
-        np.asarray(cached_features(loaded.meta, supervision.side(name)["messages"], label=f"{name} features").hidden)
-        for name in sides
+        np.asarray(states_of(loaded.meta, supervision.side(name)["messages"], label=name).hidden) for name in sides
     ]
     scores = [supervision.scores(name)[:, columns] for name in sides]
-    benchmarks = [np.asarray(supervision.side(name)["benchmark"], dtype=str) for name in sides]
+    benchmarks = [supervision.benchmarks(name) for name in sides]
     return Side(np.concatenate(features), np.concatenate(scores), np.concatenate(benchmarks))
 
 

@@ -4,23 +4,25 @@ import asyncio
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
+from ..modeling.backend import Backend, Generation, Piece, stop_texts
 from ..modeling.chat import Message, as_messages, text_of
 from ..modeling.dispatch import Dispatch
 from ..modeling.errors import ExpertokenError, NoAnswerError, RequestRefusedError, one_line
-from ..modeling.experts import SELF, ExpertPool
-from .anywhere import HandOver
-from .backends import LOADERS, Backend, Generation, LocalModels, Piece
+from ..modeling.experts import ExpertPool
+from .backends.local import LOADERS
+from .backends.models import LocalModels
 from .breaker import Breaker
 from .decider import Decision
+from .handover import HandOver
 from .loop import BackgroundLoop
 from .observer import Answered, Observer, Spent
 from .policy import Policy
-from .reply import Reply, ReplyStream, Turn
+from .reply import Attempt, Failed, HandedOver, Reply, ReplyStream, Turn, Whole
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +100,16 @@ class AnsweringModel(ABC):
     def observe(self, observer: Observer) -> None:
         """Tell another observer from now on."""
         self.observer = observer
+
+    @overload
+    def route(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
+        self, conversations: str | Sequence[Message], *, policy: Policy | None = None
+    ) -> Dispatch: ...
+
+    @overload
+    def route(
+        self, conversations: Sequence[str | Sequence[Message]], *, policy: Policy | None = None
+    ) -> list[Dispatch]: ...
 
     def route(self, conversations: str | Sequence[Any], *, policy: Policy | None = None) -> Dispatch | list[Dispatch]:
         """Decide who would answer, without answering.
@@ -195,60 +207,86 @@ class AnsweringModel(ABC):
 
     async def _answer(
         self, messages: list[Message], decision: Decision, generation: Generation, stream: ReplyStream
-    ) -> AsyncIterator[Piece]:
-        """Ask the candidates in their order until an answer is whole; the next one goes on where one broke off."""
+    ) -> AsyncGenerator[Piece, None]:
+        """Ask the candidates in their order until an answer is whole; the next one continues where one broke off."""
         turn = Turn(stream, generation)
-        order = self._order(decision.dispatch.ranking)
-        chosen = decision.dispatch.expert
+        order, chosen = self._order(decision.dispatch.ranking), decision.dispatch.expert
         while (name := next(order, None)) is not None:
-            turn.begin(name)
-            try:
-                async with aclosing(self._ask(name, messages, turn.left(self.count), decision, turn)) as pieces:
-                    async for piece in pieces:
-                        for told in turn.take(piece):
-                            yield told
-                        if turn.stops.reached:
-                            break
-                reason, own_fault = "gave an empty answer", True
-            except HandOver as handed:
-                self._breakers[name].succeeded()
-                self._tell_spent(name, decision, turn)
-                self.observer.handed_over(handed.dispatch.expert)
-                stream.reply = replace(stream.reply, handed_over=handed.dispatch, handed_over_after=len(turn.text))
-                chosen = handed.dispatch.expert
-                # Self goes on where none of them can; who has failed in this turn is not asked again.
-                experts = [c for c in handed.dispatch.ranking if c != name and c not in stream.failures]
-                order = self._order([*experts, name])
-                continue
-            except Exception as error:  # whatever an expert fails with, the user has a next best one
-                reason, own_fault = one_line(error), not isinstance(error, RequestRefusedError)
-                # What fails behind the end of an answer takes nothing of it away.
-                failed = not turn.finished or turn.is_empty
-            except BaseException:  # the user went away; what was written until then was written
-                self._breakers[name].left()
-                self._tell_spent(name, decision, turn)
-                raise
-            else:
-                failed = turn.is_empty and self.pool[name].backend != SELF
-            if not failed:
-                self._breakers[name].succeeded()
-                last = turn.end()
-                self._tell_spent(name, decision, turn)
-                stream.reply = replace(stream.reply, seconds=turn.elapsed)
-                self.observer.answered(Answered(name, chosen, stream.reply.first, turn.elapsed))
-                yield last
+            attempt = Attempt(name)
+            async with aclosing(self._attempt(attempt, messages, decision, turn)) as pieces:
+                async for piece in pieces:
+                    yield piece
+            outcome = attempt.outcome
+            if isinstance(outcome, Whole):
+                yield self._finish(name, chosen, decision, turn)
                 return
-            turn.refused = turn.refused and not own_fault
-            self._breakers[name].failed() if own_fault else self._breakers[name].left()
-            self._tell_spent(name, decision, turn)
-            self.observer.failed(name, reason, begun=turn.begun, refused=not own_fault)
-            stream.reply = replace(stream.reply, failures=stream.failures | {name: reason})
-            logger.warning("expert %r failed, the next one is asked: %s", name, reason)
-            if turn.calls:  # half a tool call can't be gone on with
+            if isinstance(outcome, HandedOver):
+                chosen = outcome.dispatch.expert
+                order = self._hand_over(name, outcome.dispatch, decision, turn)
+                continue
+            self._fail(name, outcome, decision, turn)
+            if turn.calls:  # half a tool call can't be continued
                 break
-        if not turn.refused:  # a request that everybody refuses is none that an operator has to hear of
+        if not turn.refused:  # a request that everybody refuses is no fault of the server
             self.observer.lost()
         raise NoAnswerError(stream.failures, begun=turn.begun, refused=turn.refused)
+
+    async def _attempt(
+        self, attempt: Attempt, messages: list[Message], decision: Decision, turn: Turn
+    ) -> AsyncGenerator[Piece, None]:
+        """Yield what one candidate adds to the turn, and set the outcome of the attempt."""
+        name = attempt.name
+        turn.begin(name)
+        try:
+            async with aclosing(self._ask(name, messages, turn.left(self.count), decision, turn)) as pieces:
+                async for piece in pieces:
+                    for passed in turn.take(piece):
+                        yield passed
+                    if turn.stops.reached:
+                        break
+        except HandOver as handed:
+            attempt.outcome = HandedOver(handed.dispatch)
+        except Exception as error:  # whatever an expert fails with, the user has a next best one
+            # What fails behind the end of an answer takes nothing of it away.
+            if not turn.finished or turn.is_empty:
+                attempt.outcome = Failed(one_line(error), refused=isinstance(error, RequestRefusedError))
+        except BaseException:  # the user went away; what was written until then was written
+            self._breakers[name].left()
+            self._tell_spent(name, decision, turn)
+            raise
+        else:
+            if turn.is_empty and not self.pool[name].is_self:
+                attempt.outcome = Failed("gave an empty answer")
+
+    def _finish(self, name: str, chosen: str, decision: Decision, turn: Turn) -> Piece:
+        """Record a whole answer and return its last piece."""
+        self._breakers[name].succeeded()
+        last = turn.end()
+        self._tell_spent(name, decision, turn)
+        turn.stream.reply = replace(turn.stream.reply, seconds=turn.elapsed)
+        self.observer.answered(Answered(name, chosen, turn.stream.reply.first, turn.elapsed))
+        return last
+
+    def _hand_over(self, name: str, dispatch: Dispatch, decision: Decision, turn: Turn) -> Iterator[str]:
+        """Record that self called for an expert, and return the candidates to ask from here on."""
+        stream = turn.stream
+        self._breakers[name].succeeded()
+        self._tell_spent(name, decision, turn)
+        self.observer.handed_over(dispatch.expert)
+        stream.reply = replace(stream.reply, handed_over=dispatch, handed_over_after=len(turn.text))
+        # Self goes on where none of them can; a candidate that failed in this turn is not asked again.
+        experts = [one for one in dispatch.ranking if one != name and one not in stream.failures]
+        return self._order([*experts, name])
+
+    def _fail(self, name: str, failed: Failed, decision: Decision, turn: Turn) -> None:
+        """Record that a candidate could not answer, or could not finish."""
+        stream, breaker = turn.stream, self._breakers[name]
+        turn.refused = turn.refused and failed.refused
+        breaker.left() if failed.refused else breaker.failed()
+        self._tell_spent(name, decision, turn)
+        self.observer.failed(name, failed.reason, begun=turn.begun, refused=failed.refused)
+        stream.reply = replace(stream.reply, failures=stream.failures | {name: failed.reason})
+        logger.warning("expert %r failed, the next one is asked: %s", name, failed.reason)
 
     def _order(self, ranking: Sequence[str]) -> Iterator[str]:
         """The ranking, without those that failed too often of late; they come last, where nobody else is left."""
@@ -263,8 +301,8 @@ class AnsweringModel(ABC):
 
     async def _ask(
         self, name: str, messages: list[Message], generation: Generation, decision: Decision, turn: Turn
-    ) -> AsyncIterator[Piece]:
-        """One candidate's answer, or what it adds to an answer that was begun."""
+    ) -> AsyncGenerator[Piece, None]:
+        """Yield one candidate's answer, or its continuation of an answer that was begun."""
         backend = self._backends.get(name)
         if backend is None:  # an adapter's may have to wait for room
             backend = await asyncio.get_running_loop().run_in_executor(LOADERS, self.backend, name)
@@ -290,6 +328,6 @@ class AnsweringModel(ABC):
 
 def _generation(options: dict[str, Any]) -> Generation:
     try:
-        return Generation(**options)
+        return Generation(**options | {"stop": stop_texts(options.get("stop"))})
     except TypeError as error:
         raise ExpertokenError(f"unknown generation argument ({error})") from None

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from ..modeling.errors import ExpertokenError
-from .composite import CompositeModel
+from ..modeling.states import cached_states, encode_all, state_logits
+from .composite_model import CompositeModel
 from .policy import OUTPUT_TOKENS, Policy, request_cost
 
 _BEYOND = 1.001
@@ -61,20 +61,16 @@ def calibrate(
         raise ExpertokenError("calibrate: give either --share or --cost")
     base = Policy(default=default)
     base.candidates(composite.pool)  # a wrong name is told before anything is computed
-    ids = [composite.meta.encode(prompt) for prompt in prompts]
-    longest = max(map(len, ids))
-    if longest > composite.longest:
-        raise ExpertokenError(f"a prompt has {longest} tokens; at most {composite.longest} are read")
-    logits = torch.cat(
-        [
-            composite.meta.candidate_logits([one], with_self=composite.pool.has_self)
-            for one in tqdm(ids, desc="prompts", delay=2)
-        ]
-    )
-    lengths = np.array([len(one) for one in ids])
-    if cost is None:
+    meta = composite.meta
+    queries = encode_all(meta, prompts, "prompts")
+    lengths = np.array([len(query) for query in queries])
+    if lengths.max() > composite.longest:
+        raise ExpertokenError(f"a prompt has {lengths.max()} tokens; at most {composite.longest} are read")
+    states = cached_states(meta, queries, label="prompts")
+    logits = state_logits(meta.rows, states, meta.transform, with_self=composite.pool.has_self)
+    if share is not None:
         policy = _for_share(composite, base, logits, lengths, share)
-    else:
+    elif cost is not None:
         policy = _for_cost(composite, base, logits, lengths, cost)
     chosen = _choices(composite, policy, logits, lengths)
     fallback = policy.fallback(composite.pool)
@@ -132,13 +128,12 @@ def _for_cost(
     composite: CompositeModel, base: Policy, logits: torch.Tensor, lengths: np.ndarray, cost: float
 ) -> Policy:
     def spent(weight: float) -> float:
-        return _cost(composite, _choices(composite, replace(base, cost_weight=weight), logits, lengths), lengths)
+        return _spent(composite, _choices(composite, replace(base, cost_weight=weight), logits, lengths), lengths)
 
     if not any(expert.cost for expert in composite.pool.candidates):
         raise ExpertokenError("--cost: no candidate has a `cost` (USD per million tokens) in the pool")
-    if _cost(composite, composite.pool.names, np.ones(len(composite.pool.names))) is None:
-        for expert in composite.pool.candidates:
-            request_cost(expert, 1, 1)  # tells whose price is missing
+    for expert in composite.pool.candidates:
+        request_cost(expert, 1, 1)  # names the one whose price is missing
     if spent(0.0) <= cost:
         return base
     high = 1.0
@@ -155,16 +150,22 @@ def _for_cost(
     return replace(base, cost_weight=high * _BEYOND)
 
 
+def _spent(composite: CompositeModel, chosen: Sequence[str], lengths: np.ndarray) -> float:
+    """Return USD a request on average.
+
+    Raises:
+        ExpertokenError: a price is missing.
+    """
+    costs = [
+        request_cost(composite.pool[name], int(length), OUTPUT_TOKENS)
+        for name, length in zip(chosen, lengths, strict=True)
+    ]
+    return float(np.mean(costs))
+
+
 def _cost(composite: CompositeModel, chosen: Sequence[str], lengths: np.ndarray) -> float | None:
-    """USD a request, or None where a price is missing."""
+    """Return USD a request on average, or None where a price is missing."""
     try:
-        return float(
-            np.mean(
-                [
-                    request_cost(composite.pool[name], int(length), OUTPUT_TOKENS)
-                    for name, length in zip(chosen, lengths, strict=True)
-                ]
-            )
-        )
+        return _spent(composite, chosen, lengths)
     except ExpertokenError:
         return None

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..modeling.batching import run_batches
+from ..modeling.chat import Query
 from ..modeling.dispatch import Dispatch, candidate_logits, dispatch_forward
-from ..modeling.meta import MetaLLM, token_batches
+from ..modeling.meta import MetaLLM
 from .observer import Observer
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
-_MAX_TOKENS = 4096  # padded tokens of one forward pass
 _MOST_STARTS = 8  # caches that wait for self's turn: it gives one answer at a time
 
 
@@ -63,12 +64,12 @@ class Question:
     """A conversation to decide.
 
     Attributes:
-        ids: up to the dispatch position.
+        query: the conversation as the meta LLM reads it.
         choose: from the candidates' logits `[C]`.
         answer: whether self's answer may follow, so that the KV cache is kept for it.
     """
 
-    ids: Sequence[int]
+    query: Query
     choose: Callable[[torch.Tensor], Dispatch]
     answer: bool = False
 
@@ -108,16 +109,20 @@ class Decider:
         self._starts: weakref.WeakSet[OwnStart] = weakref.WeakSet()
 
     def decide(self, questions: Sequence[Question]) -> list[Decision]:
-        """Decide many at once, in this thread."""
-        found: list[Decision | None] = [None] * len(questions)
-        started = time.perf_counter()
-        for batch in token_batches([len(question.ids) for question in questions], _MAX_TOKENS):
-            decided = self._pass([questions[index] for index in batch], [started] * len(batch))
-            for index, outcome in zip(batch, decided, strict=True):
-                if isinstance(outcome, Exception):
-                    raise outcome
-                found[index] = outcome
-        return found
+        """Decide many at once, in this thread.
+
+        Raises:
+            Exception: what the first question that can't be decided failed with.
+        """
+        outcomes: dict[int, Decision | Exception] = {}
+        self._run(questions, [time.perf_counter()] * len(questions), outcomes.__setitem__)
+        decisions = []
+        for index in range(len(questions)):
+            outcome = outcomes[index]
+            if isinstance(outcome, Exception):
+                raise outcome
+            decisions.append(outcome)
+        return decisions
 
     async def adecide(self, question: Question) -> Decision:
         """Decide one, together with whatever else is waiting when the model is free.
@@ -153,24 +158,32 @@ class Decider:
     def _decide_waiting(self, waiting: list[_Waiting]) -> None:
         # A function of its own, so that an idle thread holds no decision and no cache.
         waiting = [one for one in waiting if not one.gone()]
-        for batch in token_batches([len(one.question.ids) for one in waiting], _MAX_TOKENS):
-            chosen = [waiting[index] for index in batch]
-            outcomes = self._pass([one.question for one in chosen], [one.since for one in chosen])
-            for one, outcome in zip(chosen, outcomes, strict=True):
-                one.tell(outcome)
+        questions, since = [one.question for one in waiting], [one.since for one in waiting]
+        self._run(questions, since, lambda index, outcome: waiting[index].tell(outcome))
+
+    def _run(
+        self,
+        questions: Sequence[Question],
+        started: Sequence[float],
+        tell: Callable[[int, "Decision | Exception"], None],
+    ) -> None:
+        """Decide in batches; `tell` gets each question's outcome, so that one failure fails no other question."""
+        batches = run_batches(
+            [len(question.query) for question in questions],
+            lambda batch: self._pass([questions[index] for index in batch], [started[index] for index in batch]),
+            label="decision",
+            advice="a smaller meta LLM",
+            on_error=tell,
+        )
+        for batch, outcomes in batches:
+            for index, outcome in zip(batch, outcomes, strict=True):
+                tell(index, outcome)
 
     @torch.inference_mode()
     def _pass(self, questions: Sequence[Question], started: Sequence[float]) -> list[Decision | Exception]:
-        """One forward pass. Whatever goes wrong is told to whom it belongs: the thread lives on."""
-        try:
-            logits, inputs, cache = self._forward(questions)
-            candidates = candidate_logits(logits, self.meta.vocab_size, with_self=self.self_name is not None).cpu()
-        except Exception as error:
-            if len(questions) == 1:
-                return [error]
-            # One that can't be decided must not take the others along; alone each needs less memory, too.
-            pairs = zip(questions, started, strict=True)
-            return [outcome for question, since in pairs for outcome in self._pass([question], [since])]
+        """Decide in one forward pass; a question whose policy fails gets the error."""
+        logits, inputs, cache = self._forward(questions)
+        candidates = candidate_logits(logits, self.meta.vocab_size, with_self=self.self_name is not None).cpu()
         found: list[Decision | Exception] = []
         for row, question in enumerate(questions):
             try:
@@ -180,7 +193,7 @@ class Decider:
                     own = self._own_start(logits, inputs, cache, row)
                 seconds = time.perf_counter() - started[row]
                 self.observer.decided(dispatch, seconds, len(questions))
-                found.append(Decision(dispatch, len(question.ids), seconds, own, question.choose))
+                found.append(Decision(dispatch, len(question.query), seconds, own, question.choose))
             except Exception as error:
                 found.append(error)
         return found
@@ -199,7 +212,7 @@ class Decider:
     def _forward(self, questions: Sequence[Question]) -> tuple[torch.Tensor, dict[str, Any], Any]:
         from transformers import DynamicCache
 
-        inputs = self.meta.pad([question.ids for question in questions])
+        inputs = self.meta.pad([question.query for question in questions])
         # Where LoRA was trained for dispatching, self is the model without it, and this cache is of no use to it.
         kept = self.self_name is not None and not self.meta.adapted and any(q.answer for q in questions)
         if not kept:
@@ -226,7 +239,8 @@ def _row_of(cache: "DynamicCache", row: int, count: int, device: torch.device) -
     single = copy.copy(cache)
     single.layers = [_copied(layer) for layer in cache.layers]
     # Not `batch_select_indices`, which linear attention does not have; this gives every layer new tensors.
-    single.reorder_cache(torch.tensor([row], device=device))
+    rows: Any = torch.tensor([row], device=device)
+    single.reorder_cache(rows)
     return single
 
 

@@ -7,7 +7,7 @@ file says where everything is:
     meta: {model: meta, base_url: "http://10.0.0.1:8000/v1", api_key_env: META_KEY, token_ids: {math: 151936},
       control_tokens: ["<|im_start|>", "<|im_end|>"]}
     experts:
-      - {name: math, backend: openai, model: math-7b, base_url: "http://10.0.0.2:8000/v1"}
+      - {name: math, backend: ..., model: math-7b, base_url: "http://10.0.0.2:8000/v1"}
       - {name: self, backend: self}
     policy: {threshold: 0.4}    # optional; keys as `policy.Policy` has them
 """
@@ -16,23 +16,22 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import anyio
 import torch
 import yaml
 
+from ..modeling.backend import Backend, Generation, Opening, Piece, Timeouts
 from ..modeling.chat import Message, apart, plain
 from ..modeling.dispatch import Dispatch
 from ..modeling.errors import ExpertFailedError, ExpertokenError, NoAnswerError, RequestRefusedError, one_line
-from ..modeling.experts import SELF, Expert, ExpertPool
+from ..modeling.experts import Expert, ExpertPool
 from .answering import AnsweringModel
-from .backends import Backend, Generation, Piece, Timeouts
-from .backends.endpoint import REQUESTS, EndpointBackend
+from .backends.endpoint import ENDPOINT, EndpointBackend
 from .breaker import Breaker
 from .decider import Decision
 from .loop import BackgroundLoop
@@ -74,19 +73,19 @@ class GatewayModel(AnsweringModel):
         observer: Observer | None = None,
         **unused: Any,
     ) -> None:
-        local = [expert.name for expert in pool if expert.backend != "openai"]
+        local = [expert.name for expert in pool if not expert.kind.remote]
         if local or any(unused.values()):
             given = local or [key for key, value in unused.items() if value]
             raise ExpertokenError(
                 f"a gateway holds no models: {', '.join(given)}; put local experts behind a server of their own "
-                "(`backend: openai`)"
+                f"(`backend: {ENDPOINT.name}`)"
             )
         super().__init__(pool, policy, observer)
         if not pool.has_self:
             logger.warning("without `self` in the pool nothing holds the experts' tokens above the ordinary ones")
         elif not token_ids:
             logger.warning("without `token_ids` self may write experts' tokens; `expertoken export` lists them")
-        self.top_logprobs, self._timeouts = top_logprobs, timeouts
+        self.top_logprobs, self._opening = top_logprobs, Opening(timeouts=timeouts or Timeouts())
         self._endpoint = EndpointBackend(meta, timeouts)
         self._breaker = Breaker()
         self._sane = partial(_sane, control=tuple(control_tokens))
@@ -122,10 +121,10 @@ class GatewayModel(AnsweringModel):
         control = meta.pop("control_tokens", None) or []
         if not isinstance(control, list) or not all(isinstance(token, str) and token for token in control):
             raise ExpertokenError(f"{path}, meta.control_tokens: expected texts, as `expertoken export` writes them")
-        endpoint = {"experts": [{"name": "meta", "backend": "openai", **meta}]}
-        endpoint = ExpertPool.parse(endpoint, f"{path}, meta").experts[0]
+        entry = {"name": "meta", "backend": ENDPOINT.name, **meta}
+        endpoint = ExpertPool.parse({"experts": [entry]}, f"{path}, meta").experts[0]
         pool = ExpertPool.parse(document, str(path), path.parent)
-        known = {"top_logprobs": count, "token_ids": ids, "control_tokens": control, "policy": policy}
+        known: dict[str, Any] = {"top_logprobs": count, "token_ids": ids, "control_tokens": control, "policy": policy}
         return cls(endpoint, pool, **known | options)
 
     @property
@@ -141,9 +140,11 @@ class GatewayModel(AnsweringModel):
     def backend(self, name: str) -> Backend:
         """The opened backend of a candidate; self is the meta LLM's endpoint."""
         expert = self.pool[name]
-        if expert.backend == SELF:
+        if expert.is_self:
             return self._self
-        return self._backends.setdefault(name, self._backends.get(name) or EndpointBackend(expert, self._timeouts))
+        if name not in self._backends:
+            self._backends.setdefault(name, expert.kind.open(expert, self._opening))
+        return self._backends[name]
 
     @property
     def opened(self) -> dict[str, Backend]:
@@ -214,31 +215,9 @@ class GatewayModel(AnsweringModel):
         return Decision(dispatch, self._about(messages), time.perf_counter() - started)
 
     async def _ask_meta(self, messages: Sequence[Message]) -> tuple[torch.Tensor, int]:
-        """Logits of the candidates `[C]` (their log-probabilities), and tokens that were read."""
-        import openai
-
-        expert, limit = self._endpoint.expert, self._endpoint.timeouts.first
-        create = self._endpoint.client().chat.completions.create
-        asked = {"model": expert.model, "messages": self._sane(messages), "max_tokens": 1, "temperature": 0.0}
-
-        async def ask() -> Any:
-            return await create(**asked, logprobs=True, top_logprobs=self.top_logprobs)
-
-        try:
-            with anyio.fail_after(limit):
-                answer = await self._endpoint.asking(ask)
-            top = answer.choices[0].logprobs.content[0].top_logprobs
-        except openai.APIStatusError as error:
-            kind = RequestRefusedError if error.status_code in REQUESTS else ExpertFailedError
-            raise kind(f"its endpoint answered {error.status_code}") from error
-        except TimeoutError as error:
-            raise ExpertFailedError(f"its endpoint gave nothing within {limit:g} s") from error
-        except (AttributeError, IndexError, TypeError) as error:
-            raise ExpertFailedError("its endpoint gives no log-probabilities") from error
-        except Exception as error:
-            raise ExpertFailedError(f"its endpoint could not be used ({type(error).__name__})") from error
-        known = {entry.token: entry.logprob for entry in top}
-        found = [known.get(expert.token, _NEVER) for expert in self.pool]
+        """Return the candidates' logits `[C]` (their log-probabilities) and the number of prompt tokens."""
+        first = await self._endpoint.first_token(self._sane(messages), self.top_logprobs)
+        found = [first.logprobs.get(expert.token, _NEVER) for expert in self.pool]
         if self.pool.has_self:
             ordinary = 1 - sum(math.exp(value) for value in found)
             found.append(math.log(max(ordinary, 1e-12)))
@@ -246,7 +225,7 @@ class GatewayModel(AnsweringModel):
             raise ExpertFailedError(
                 f"no expert's token is among its {self.top_logprobs} most probable ones; is it the exported checkpoint?"
             )
-        read = answer.usage.prompt_tokens if answer.usage else self._about(messages)
+        read = self._about(messages) if first.prompt_tokens is None else first.prompt_tokens
         return torch.tensor(found), read
 
 
@@ -264,7 +243,9 @@ class _Self(Backend):
     ) -> None:
         self._endpoint, self._bias, self._sane = endpoint, bias, sane
 
-    def stream(self, messages: Sequence[Message], generation: Generation, *, begun: str = "") -> AsyncIterator[Piece]:
+    def stream(
+        self, messages: Sequence[Message], generation: Generation, *, begun: str = ""
+    ) -> AsyncGenerator[Piece, None]:
         """As of the endpoint."""
         extra = dict(generation.extra)
         if self._bias:

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -33,31 +33,28 @@ class BackgroundLoop:
             raise
 
     @classmethod
-    def iterate(cls, source: AsyncIterator[T]) -> Iterator[T]:
+    def iterate(cls, source: AsyncGenerator[T, None]) -> Iterator[T]:
         """Iterate over an asynchronous iterator, one step at a time; closing closes it."""
 
-        async def step() -> tuple[bool, T | None]:
+        async def step() -> list[T]:
             try:
-                return True, await anext(source)
+                return [await anext(source)]
             except StopAsyncIteration:
-                return False, None
+                return []
 
         try:
-            while True:
-                more, value = cls.call(step())
-                if not more:
-                    return
-                yield value
+            while found := cls.call(step()):
+                yield found[0]
         finally:
             cls.close(source)
 
     @classmethod
-    def close(cls, source: AsyncIterator[Any]) -> None:
+    def close(cls, source: AsyncGenerator[Any, None]) -> None:
         """Close an asynchronous iterator."""
         cls.call(_close(source))
 
 
-async def _close(source: AsyncIterator[Any]) -> None:
+async def _close(source: AsyncGenerator[Any, None]) -> None:
     while True:
         try:
             await source.aclose()

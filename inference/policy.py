@@ -61,7 +61,9 @@ class Policy:
                 raise ExpertokenError(f"policy.{key}: unknown key, {did_you_mean(str(key), known)}")
             if not _CHECKS[key](value):
                 raise ExpertokenError(f"policy.{key}: expected {_EXPECTED[key]}, got {value!r}")
-        given = {key: tuple(value) if isinstance(value, list) else value for key, value in document.items()}
+        given: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in document.items()
+        }
         return replace(base, **given)
 
     def document(self) -> dict[str, Any]:
@@ -121,13 +123,13 @@ class Policy:
         if ranking[0] == plain.expert:
             return plain.reason
         first, free = ranking[0], plain.expert
-        told = [
+        parts = [
             f"only {', '.join(self.allow)} may answer" if self.allow is not None else "",
             f"{', '.join(self.deny)} may not answer" if self.deny else "",
             f"a USD weighs {self.cost_weight:g}" if self.cost_weight else "",
             f"the last expert gets {self.sticky:g}" if self.sticky else "",
         ]
-        told = "; ".join(part for part in told if part)
+        told = "; ".join(part for part in parts if part)
         return f"{first} has {shares[first]:.2f} where {told}; {free} would have been chosen without"
 
     def fallback(self, pool: ExpertPool) -> str | None:
@@ -142,8 +144,8 @@ class Policy:
                 has no default.
         """
         named = {"allow": self.allow or (), "deny": self.deny, "default": (self.default,) if self.default else ()}
-        for key, names in named.items():
-            for name in names:
+        for key, given in named.items():
+            for name in given:
                 if name not in pool.names:
                     raise ExpertokenError(f"policy.{key}: no candidate {name!r}, {did_you_mean(name, pool.names)}")
         if self.threshold is not None and self.fallback(pool) is None:
@@ -161,7 +163,7 @@ def request_cost(expert: Expert, prompt_tokens: int, output_tokens: int) -> floa
         ExpertokenError: it is an endpoint without a price.
     """
     price = expert.price(prompt_tokens, output_tokens)
-    if price is None and expert.backend == "openai":
+    if price is None and expert.kind.priced:
         raise ExpertokenError(f"expert {expert.name!r} has no `cost` in the pool, so costs can't be weighed")
     return price or 0.0
 

@@ -1,11 +1,11 @@
 """An answer: while it is being given, and as it was given."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+from ..modeling.backend import Generation, Piece
 from ..modeling.dispatch import Dispatch
-from .backends import Generation, Piece
 from .decider import Decision
 from .loop import BackgroundLoop
 from .stops import StopTexts
@@ -54,10 +54,11 @@ class ReplyStream:
         reply: what was answered so far.
     """
 
+    _pieces: AsyncGenerator[Piece, None]
+
     def __init__(self, decision: Decision) -> None:
         self.dispatch = decision.dispatch
         self.reply = Reply("", decision.dispatch.expert, decision.dispatch, decided=decision.seconds)
-        self._pieces: AsyncIterator[Piece] | None = None
 
     @property
     def expert(self) -> str:
@@ -72,12 +73,12 @@ class ReplyStream:
     def __iter__(self) -> Iterator[str]:
         return (piece.text for piece in BackgroundLoop.iterate(self._pieces) if piece.text)
 
-    async def __aiter__(self) -> AsyncIterator[str]:
+    async def __aiter__(self) -> AsyncGenerator[str, None]:
         async for piece in self.pieces():
             if piece.text:
                 yield piece.text
 
-    def pieces(self) -> AsyncIterator[Piece]:
+    def pieces(self) -> AsyncGenerator[Piece, None]:
         """The whole of the answer as it comes: text, tool calls, why it ended."""
         return self._pieces
 
@@ -88,6 +89,48 @@ class ReplyStream:
     async def aclose(self) -> None:
         """Stop generating."""
         await self._pieces.aclose()
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Outcome of an attempt: the answer is whole."""
+
+
+@dataclass(frozen=True)
+class HandedOver:
+    """Outcome of an attempt: self stopped in its answer for an expert to continue it.
+
+    Attributes:
+        dispatch: the decision for that expert.
+    """
+
+    dispatch: Dispatch
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Outcome of an attempt: no answer, or only a part of one.
+
+    Attributes:
+        reason: why, in one line.
+        refused: whether the request is at fault and not the candidate.
+    """
+
+    reason: str
+    refused: bool = False
+
+
+@dataclass
+class Attempt:
+    """One candidate's attempt at a turn.
+
+    Attributes:
+        name: name of the candidate.
+        outcome: how the attempt ended; final once its pieces are through.
+    """
+
+    name: str
+    outcome: Whole | HandedOver | Failed = field(default_factory=Whole)
 
 
 class Turn:

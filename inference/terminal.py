@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +33,7 @@ class TerminalChat:
         generation: arguments of `AnsweringModel.stream`.
     """
 
-    def __init__(self, composite: AnsweringModel, console: Console | None = None, **generation: float | None) -> None:
+    def __init__(self, composite: AnsweringModel, console: Console | None = None, **generation: Any) -> None:
         self.composite, self.generation = composite, generation
         self.console = console or Console(highlight=False)
         self.messages: list[dict[str, str]] = []

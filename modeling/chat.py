@@ -1,10 +1,14 @@
 """Conversations as token ids, safe against users who type control tokens."""
 
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
+
+import numpy as np
 
 from .errors import ExpertFailedError, ExpertokenError, one_line
 
@@ -17,6 +21,62 @@ Message = dict[str, Any]
 A part is `{"type": "text", "text": ...}`, as OpenAI's API has it; other types reach experts behind an endpoint as they
 are, while models that run here read text only.
 """
+
+Ids = np.ndarray[Any, np.dtype[np.int32]]
+"""Token ids `[T]`: Python's integers take nine times the memory."""
+
+
+class Media(Protocol):
+    """A part of a query that is no text, such as a picture."""
+
+    @property
+    def key(self) -> bytes:
+        """Hash of the content, by which caches know it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """A conversation as the meta LLM reads it, up to the position whose state decides.
+
+    Attributes:
+        ids: token ids `[T]`.
+        media: parts that are no text, in the order of their placeholders in `ids`.
+        cut: tokens of the conversation that were left out.
+    """
+
+    ids: Ids
+    media: tuple[Media, ...] = ()
+    cut: int = 0
+
+    @classmethod
+    def of(cls, ids: Sequence[int]) -> "Query":
+        """Return the query of these token ids."""
+        return cls(np.asarray(ids, dtype=np.int32))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.ids.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Query) and (self.key, self.cut) == (other.key, other.cut)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    @property
+    def key(self) -> bytes:
+        """Hash of all that the meta LLM reads, by which caches know the query."""
+        digest = hashlib.blake2b(self.ids.tobytes(), digest_size=16)
+        for part in self.media:
+            digest.update(part.key)
+        return digest.digest()
+
+    def followed_by(self, ids: Sequence[int] | Ids) -> "Query":
+        """Return the query whose state lies behind further tokens: the beginning of an answer."""
+        return replace(self, ids=np.concatenate([self.ids, np.asarray(ids, dtype=np.int32)]))
+
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -165,7 +225,7 @@ def encode_chat(
             f"the conversation has {characters} characters, and so more than {most} tokens; at most {most} are read"
         )
     try:
-        ids = tokenizer.apply_chat_template(
+        ids: Any = tokenizer.apply_chat_template(
             [*messages, {"role": "assistant", "content": begun}] if begun else messages,
             add_generation_prompt=not begun,
             continue_final_message=bool(begun),
@@ -185,6 +245,17 @@ def encode_chat(
             "do not belong together"
         )
     return ids
+
+
+def read_query(
+    tokenizer: "PreTrainedTokenizerBase",
+    conversation: str | Sequence[Message],
+    vocab_size: int,
+    *,
+    most: int | None = None,
+) -> Query:
+    """Return a conversation as the meta LLM reads it. Arguments and errors as in `encode_chat`."""
+    return Query.of(encode_chat(tokenizer, conversation, vocab_size, placeholders=True, most=most))
 
 
 _LONGEST: "WeakKeyDictionary[PreTrainedTokenizerBase, int]" = WeakKeyDictionary()

@@ -4,8 +4,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from os.path import relpath
 from pathlib import Path
@@ -16,18 +14,19 @@ import torch
 from .errors import ExpertokenError
 from .experts import ExpertPool
 from .files import PRODUCTS, atomic_file, atomic_folder, check_product, local_folder, recover_folder
-from .meta import MetaLLM, Source, as_device, describe_dtype, library_versions, load_tokenizer
+from .fingerprint import describe_dtype, library_versions
+from .loading import as_device, load_tokenizer
+from .meta import MetaLLM
+from .model_card import model_card
 from .sharding import full_shape
+from .source import Source
+from .verify import probe_logits, verify_reload
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 ROWS_FILE, POOL_FILE, MANIFEST_FILE = "expert_tokens.safetensors", "experts.yaml", PRODUCTS["composite"]
 ADAPTER_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-_RELOAD_SECONDS = 1500
-_PROBES = ("What is 2 + 2?", "Name a river.", "Who are you? Answer in one long sentence, please.")
-"""What a saved composite is asked, here and in a fresh process; any text does, these differ in length."""
 
 
 @dataclass
@@ -156,7 +155,7 @@ def save_composite(
         write_composite(composite, folder, trained)
         if verify and (why := _no_room(composite.meta)):
             logger.warning("%s is not checked in a fresh process: %s", path, why)
-        elif verify:
+        elif verify and trained.probes is not None:
             try:
                 verify_reload(composite, folder, trained.probes)
             except ExpertokenError as error:
@@ -203,10 +202,11 @@ def write_composite(composite: Composite, folder: Path, trained: Trained) -> Non
     (folder / MANIFEST_FILE).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
     meta.tokenizer.save_pretrained(folder)
     if trained.adapter is not None:
-        replace(meta.model.peft_config["default"], inference_mode=True).save_pretrained(folder)
+        adapted: Any = meta.model
+        replace(adapted.peft_config["default"], inference_mode=True).save_pretrained(folder)
         save_file(trained.adapter, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         _name_base(folder / ADAPTER_FILE, document["base"]["model"])
-    (folder / "README.md").write_text(_card(pool, manifest, meta.source.model), "utf-8")
+    (folder / "README.md").write_text(model_card(pool, manifest, meta.source.model), "utf-8")
 
 
 def _name_base(file: Path, base: str) -> None:
@@ -300,7 +300,7 @@ def load_composite(
     if dtype is None and (device.type != "cpu" or base.get("device") == "cpu"):
         dtype = base["dtype"]
     pool = ExpertPool.from_yaml(path / POOL_FILE)
-    asked = [f"{e.key_variable} to {e.base_url or 'OpenAI'}" for e in pool if e.key_variable]
+    asked = [f"{e.key_variable} to {e.kind.address(e)}" for e in pool if e.key_variable]
     if asked and path != Path(given) and not send_keys:
         raise ExpertokenError(
             f"{given}: would have keys of this machine sent to addresses that it names ({'; '.join(asked)}); say "
@@ -322,106 +322,3 @@ def load_composite(
         meta.load_adapter(path)
     meta.rows = rows
     return Composite(meta, pool, manifest)
-
-
-def probe_logits(composite: Composite) -> torch.Tensor:
-    """Candidate logits on fixed prompts, `[3, C]`: what a reload has to repeat."""
-    meta = composite.meta
-    # With Z, whether or not self is a candidate: it shows a changed base.
-    return torch.cat([meta.candidate_logits([meta.encode(text)], with_self=True) for text in _PROBES])
-
-
-def verify_reload(composite: Composite, folder: Path, expected: torch.Tensor) -> None:
-    """Load `folder` in a fresh process and compare its logits with those of `composite`.
-
-    Args:
-        composite: that was written.
-        folder: where to.
-        expected: its `probe_logits`.
-
-    Raises:
-        ExpertokenError: the process failed, or came to other logits.
-    """
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHER_VARIABLES)}
-    meta = composite.meta
-    dtype, trusted = describe_dtype(meta.model), str(int(meta.source.trust_remote_code))
-    arguments = [str(folder), str(meta.device), dtype, trusted]
-    if meta.device.type == "cuda":
-        torch.cuda.empty_cache()  # the child needs room for a second copy of the meta LLM
-    try:
-        child = subprocess.run(  # noqa: S603 - our own module, in our own interpreter
-            [sys.executable, "-m", "expertoken.modeling.reload", *arguments],
-            capture_output=True,
-            text=True,
-            env=environment,
-            check=False,
-            timeout=_RELOAD_SECONDS,  # less than other processes wait at a barrier
-        )
-    except subprocess.TimeoutExpired:
-        logger.warning("%s is not checked: a fresh process did not load it within %d s", folder, _RELOAD_SECONDS)
-        return
-    if child.returncode:
-        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ExpertokenError(f"{folder}: a fresh process can't load what was saved ({last}); nothing was replaced")
-    found = torch.tensor(json.loads(child.stdout.splitlines()[-1]))
-    # Same device and dtype: the two differ by the order of sums at most. A step of bfloat16 at Z's size is 0.25.
-    tolerance = 1e-3 if meta.head.weight.dtype == torch.float32 else 0.5
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4, atol=tolerance):
-        worst = "another shape" if found.shape != expected.shape else f"{(found - expected).abs().max():.3g}"
-        raise ExpertokenError(
-            f"{folder}: a fresh process comes to other logits than the trained model (difference {worst}); nothing was "
-            "replaced"
-        )
-
-
-_LAUNCHER_VARIABLES = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_",
-    "ACCELERATE_",
-    "TORCHELASTIC_",
-)
-"""Set by launchers; the child is a process of its own and must not wait for the others."""
-
-
-def _card(pool: ExpertPool, manifest: Manifest, model: str) -> str:
-    """The model card, generated from what the composite is."""
-    training = manifest.training
-    base = Path(model).name if Path(model).expanduser().exists() else model  # no path of one machine in a card
-    lines = [
-        "---",
-        "library_name: expertoken",
-        f"base_model: {base}",
-        "tags: [expertoken, routing]",
-        "---",
-        "",
-        "# A composite of experts",
-        "",
-        f"Meta LLM `{base}` with {len(pool)} expert tokens, trained with method "
-        f"`{training.get('method', '?')}` and objective `{training.get('objective', '?')}` on benchmark results.",
-        "",
-        "| token | answers with | good at |",
-        "|---|---|---|",
-    ]
-    for expert in pool:
-        model = Path(expert.model).name if Path(expert.model).exists() else expert.model
-        token = expert.token.replace("|", "\\|")  # a bar divides a table's cells, in code too
-        lines.append(f"| `{token}` | {expert.backend}: `{model}` | {expert.description} |")
-    if pool.self_expert:
-        lines.append("| (none) | the meta LLM itself | everything else |")
-    lines += [
-        "",
-        "```python",
-        "from expertoken import CompositeModel",
-        "",
-        'composite = CompositeModel.from_pretrained(".")',
-    ]
-    lines += ['print(composite.chat("Hello").text)', "```", ""]
-    data = {key: value for key, value in manifest.data.items() if key != "path"}  # no path of one machine in a card
-    for name, entries in (("Training and what it reached", training), ("Data", data), ("Versions", manifest.versions)):
-        lines += [f"## {name}", "", "| | |", "|---|---|"]
-        lines += [f"| {key} | `{json.dumps(value)}` |" for key, value in entries.items()]
-        lines.append("")
-    return "\n".join(lines)

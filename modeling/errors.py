@@ -10,6 +10,26 @@ class ExpertokenError(Exception):
     """Something the user can mend. The message is one line: what was expected, what came, what to do."""
 
 
+class ConfigError(ExpertokenError):
+    """A configuration with mistakes; the message lists all of them."""
+
+
+class PoolError(ExpertokenError):
+    """A pool that is not well formed; the message lists every mistake."""
+
+
+class LeakError(ExpertokenError):
+    """Test queries stand in the train side."""
+
+
+class ResultsError(ExpertokenError):
+    """Benchmark results that are not well formed; the message names file, row and field."""
+
+
+class OutOfMemoryError(ExpertokenError):
+    """Memory ran out; the message names settings that need less."""
+
+
 class ExpertFailedError(ExpertokenError):
     """An expert could not answer (refused, out of memory, missing key); the next best one takes the turn."""
 

@@ -1,32 +1,29 @@
-"""Experts and pools: who can answer, and how they are reached."""
+"""Experts and pools: the LLMs that can answer."""
 
 import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from os.path import relpath
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .errors import ExpertFailedError, ExpertokenError, did_you_mean
+from .errors import ExpertFailedError, PoolError, did_you_mean
 from .files import atomic_file
+from .kinds import ExpertKind, kind_of, kinds
 
-BACKENDS = ("openai", "transformers", "adapter", "self")
 SELF = "self"
-"""The name under which the meta LLM itself stands in distributions and reports."""
+"""Name of the meta LLM itself in distributions and reports, and of its kind in pools."""
 
 RESERVED = ("composite", "random", "oracle", "kNN", "linear", "MLP", "clusters", "factors", "encoder")
 """Names that reports use themselves."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 _PATH = re.compile(r"[./~]|[^/]*/[^/]*/")  # what cannot be a hub id, `owner/name`
-
-
-class PoolError(ExpertokenError):
-    """A pool that is not well formed; the message lists every mistake."""
+_COMMON = ("name", "backend", "description", "revision", "cost", "results")  # keys of every kind
+_SECRETS = ("api_key", "key", "token")
 
 
 @dataclass(frozen=True)
@@ -34,17 +31,18 @@ class Expert:
     """One LLM that can answer.
 
     Attributes:
-        name: how it is called, in reports and in the text form of its token, `<|expert:NAME|>`.
-        backend: `openai` (a compatible endpoint), `transformers` (a local model), `adapter` (a LoRA on a base), or
-            `self` (the meta LLM; at most one, and it has no token).
-        model: the model's id at the endpoint, its hub id or its folder; for `adapter` the adapter's. Not for `self`.
-        description: what it is good at: what people read, and where its token starts when method `lora` starts cold.
-        base: for `adapter`, the model the adapter sits on; the meta LLM's own base where absent.
+        name: name in reports and in the text form of its token, `<|expert:NAME|>`.
+        backend: kind of the expert, a key of `kinds.kinds()`: a model in this process, a LoRA adapter on one, an
+            endpoint, `self` (the meta LLM; at most one, without a token), or another package's.
+        model: id at the endpoint, hub id or folder; for `adapter` that of the adapter. Not for `self`.
+        description: what the expert is good at, for people; method `lora` starts its token there when it starts cold.
+        base: for `adapter`, the model below the adapter; the meta LLM's own base where absent.
         revision: git revision of `model` on the hub.
-        base_url: address of the endpoint, for `openai`.
+        base_url: address of an endpoint.
         api_key_env: NAME of the environment variable that holds the endpoint's key.
         cost: USD per million tokens, `{"input": ..., "output": ...}`.
-        results: how benchmark results call it, where that is neither `name` nor `model`.
+        results: name in benchmark results, where that is neither `name` nor `model`.
+        options: values of the fields that only its kind knows.
     """
 
     name: str
@@ -57,22 +55,43 @@ class Expert:
     api_key_env: str | None = None
     cost: dict[str, float] | None = None
     results: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any]) -> "Expert":
+        """Return the expert of a pool entry, which must be free of mistakes."""
+        known = {item.name for item in fields(cls)} - {"options"}
+        options = {key: value for key, value in entry.items() if key not in known}
+        return cls(**{key: value for key, value in entry.items() if key in known}, options=options)
+
+    def entry(self) -> dict[str, Any]:
+        """Return the pool entry of the expert: the inverse of `from_entry`."""
+        values = asdict(self)
+        options = values.pop("options")
+        return {key: value for key, value in values.items() if value not in (None, "")} | options
+
+    @property
+    def kind(self) -> ExpertKind:
+        """Descriptor of the expert's kind."""
+        return kind_of(self.backend)
+
+    @property
+    def is_self(self) -> bool:
+        """Whether this is the meta LLM itself."""
+        return self.backend == SELF
 
     @property
     def token(self) -> str:
-        """The expert token as text: in exports and in what people read, never in what the meta LLM reads."""
+        """Expert token as text: in exports and in what people read, never in what the meta LLM reads."""
         return f"<|expert:{self.name}|>"
 
     @property
     def key_variable(self) -> str | None:
-        """The environment variable whose value is sent to the endpoint, or None."""
-        if self.backend != "openai" or self.api_key_env:
-            return self.api_key_env
-        # OPENAI_API_KEY belongs to the client's default address; an endpoint elsewhere must not be sent it.
-        return None if self.base_url else "OPENAI_API_KEY"
+        """Name of the environment variable whose value is sent to the endpoint, or None."""
+        return self.kind.key(self)
 
     def api_key(self) -> str:
-        """The key of the endpoint, from the environment.
+        """Return the key of the endpoint from the environment, or `none` where it needs none.
 
         Raises:
             ExpertFailedError: the variable is not set.
@@ -108,48 +127,47 @@ class Expert:
         return [key for key in dict.fromkeys((self.results, self.name, self.model)) if key]
 
 
-def _mistakes(entry: Any, place: str) -> list[str]:  # noqa: C901 - one flat list of checks reads best in one place
-    """Everything that is wrong with one entry of `experts:`."""
+def _mistakes(entry: Any, place: str) -> list[str]:
+    """Return everything that is wrong with one entry of `experts:`."""
     if not isinstance(entry, dict):
         return [f"{place}: expected a mapping with at least `name`, got {type(entry).__name__}"]
-    known = [field.name for field in fields(Expert)]
-    found = []
-    for key in entry:
-        if key in ("api_key", "key", "token"):
-            found.append(
-                f"{place}.{key}: a key itself is refused; put it into an environment variable and give the variable's "
-                "name as `api_key_env`"
-            )
-        elif key not in known:
-            found.append(f"{place}.{key}: unknown key, {did_you_mean(str(key), known)}")
-        elif key != "cost" and entry[key] is not None and not isinstance(entry[key], str):
-            found.append(f"{place}.{key}: expected text, got {entry[key]!r}")
     name, backend = entry.get("name"), entry.get("backend", "transformers")
+    kind = kinds().get(backend) if isinstance(backend, str) else None
+    found = [mistake for key, value in entry.items() for mistake in _field_mistakes(str(key), value, kind, place)]
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         found.append(f"{place}.name: expected letters, digits, '.', '_' or '-', got {name!r}")
-    if backend not in BACKENDS:
-        found.append(f"{place}.backend: unknown backend {backend!r}, {did_you_mean(str(backend), BACKENDS)}")
-    if backend in ("openai", "transformers", "adapter") and not entry.get("model"):
-        found.append(f"{place}.model: needed for backend {backend!r}")
     if name in RESERVED:
         found.append(f"{place}.name: {name!r} is a line of its own in reports; choose another")
     if name == SELF and backend != SELF:
         found.append(f"{place}.name: {SELF!r} is the meta LLM itself; give it `backend: self` or another name")
-    if backend == SELF and entry.get("model"):
-        found.append(
-            f"{place}.model: not for backend 'self', which is always the meta LLM (`results` names its scores)"
-        )
-    for key, owner in (("base_url", "openai"), ("api_key_env", "openai"), ("base", "adapter")):
-        if entry.get(key) and backend in BACKENDS and backend != owner:
-            found.append(f"{place}.{key}: only for backend {owner!r}")
-    variable = entry.get("api_key_env")
-    if isinstance(variable, str) and not _VARIABLE.fullmatch(variable):
-        # The value is not repeated: it may well be the key itself.
-        found.append(f"{place}.api_key_env: expected the NAME of an environment variable, such as MATH_API_KEY")
-    url = entry.get("base_url")
-    if isinstance(url, str) and (not url.startswith(("http://", "https://")) or "@" in url or "?" in url):
-        found.append(f"{place}.base_url: expected http(s)://host[:port]/path without a user name, password or query")
+    if kind is None:
+        found.append(f"{place}.backend: unknown backend {backend!r}, {did_you_mean(str(backend), kinds())}")
+    else:
+        missing = [key for key in kind.required if not entry.get(key)]
+        found += [f"{place}.{key}: needed for backend {backend!r}" for key in missing]
+        found += kind.check(entry, place)
     return found + _cost_mistakes(entry.get("cost"), place)
+
+
+def _field_mistakes(key: str, value: Any, kind: ExpertKind | None, place: str) -> list[str]:
+    """Return what is wrong with one key of an entry, whatever the others are."""
+    if key in _SECRETS:
+        return [
+            f"{place}.{key}: a key itself is refused; put it into an environment variable and give the variable's "
+            "name as `api_key_env`"
+        ]
+    attributes = [item.name for item in fields(Expert) if item.name != "options"]
+    own = kind.fields if kind else ()
+    if key not in attributes and key not in own:
+        return [f"{place}.{key}: unknown key, {did_you_mean(key, [*attributes, *own])}"]
+    if value is None or key == "cost" or key not in attributes:
+        return []
+    if not isinstance(value, str):
+        return [f"{place}.{key}: expected text, got {value!r}"]
+    if value and kind and key not in (*_COMMON, *own):
+        owners = " or ".join(repr(name) for name, other in kinds().items() if key in other.fields)
+        return [f"{place}.{key}: only for backend {owners}"]
+    return []
 
 
 def _cost_mistakes(cost: Any, place: str) -> list[str]:
@@ -176,14 +194,14 @@ class ExpertPool:
 
     def __init__(self, experts: Iterable[Expert]) -> None:
         entries = list(experts)
-        selves = [expert for expert in entries if expert.backend == SELF]
-        self.experts = [expert for expert in entries if expert.backend != SELF]
+        selves = [expert for expert in entries if expert.is_self]
+        self.experts = [expert for expert in entries if not expert.is_self]
         self.self_expert = selves[0] if selves else None
         names = [expert.name for expert in entries]
         mistakes = [
             mistake
             for index, expert in enumerate(entries)
-            for mistake in _mistakes(asdict(expert), f"experts[{index}]")
+            for mistake in _mistakes(expert.entry(), f"experts[{index}]")
         ]
         mistakes += [f"the name {name!r} appears twice" for name in sorted({n for n in names if names.count(n) > 1})]
         if len(selves) > 1:
@@ -232,7 +250,7 @@ class ExpertPool:
             PoolError: there is no such expert, or it is self, which has no row.
         """
         expert = self[name]
-        if expert.backend == SELF:
+        if expert.is_self:
             raise PoolError(f"{name!r} is the meta LLM itself and has no token")
         return self.experts.index(expert)
 
@@ -246,12 +264,11 @@ class ExpertPool:
         return ExpertPool([expert for expert in self.candidates if expert.name != name])
 
     def missing(self) -> list[str]:
-        """Local models that are not on this machine: no mistake where they will answer on another one."""
-        local = [expert for expert in self.experts if expert.backend in ("transformers", "adapter")]
+        """Return a sentence for each local model that is not on this machine; another machine may have it."""
         return [
             f"expert {expert.name!r}: there is nothing at {path} on this machine"
-            for expert in local
-            for path in (expert.model, expert.base)
+            for expert in self.experts
+            for path in (expert.entry().get(key) for key in expert.kind.paths)
             if path and _PATH.match(path) and not Path(path).exists()
         ]
 
@@ -277,11 +294,15 @@ class ExpertPool:
         if mistakes:
             raise PoolError(f"{source}: " + "; ".join(mistakes))
         entries = [{**entry, **_absolute(entry, folder)} for entry in document["experts"]]
-        mistakes = [m for index, entry in enumerate(entries) for m in _kind_mistakes(entry, f"experts[{index}]")]
+        mistakes = [
+            mistake
+            for index, entry in enumerate(entries)
+            for mistake in kind_of(_backend(entry)).check_files(entry, f"experts[{index}]")
+        ]
         if mistakes:
             raise PoolError(f"{source}: " + "; ".join(mistakes))
         try:
-            return cls(Expert(**entry) for entry in entries)
+            return cls(Expert.from_entry(entry) for entry in entries)
         except PoolError as error:
             raise PoolError(f"{source}: {error}") from None
 
@@ -313,33 +334,22 @@ class ExpertPool:
         folder = Path(path).parent.resolve()
         entries = []
         for expert in self.candidates:
-            entry = {key: value for key, value in asdict(expert).items() if value not in (None, "")}
-            for key in ("model", "base"):
-                if key in entry and expert.backend != "openai" and Path(entry[key]).exists():
+            entry = expert.entry()
+            for key in expert.kind.paths:
+                if key in entry and Path(entry[key]).exists():
                     entry[key] = relpath(Path(entry[key]).resolve(), folder)
             entries.append(entry)
         with atomic_file(path) as aside:
             aside.write_text(yaml.safe_dump({"experts": entries}, sort_keys=False, allow_unicode=True), "utf-8")
 
 
-def is_adapter(model: str) -> bool:
-    """Whether a local folder holds a LoRA adapter."""
-    return (Path(model) / "adapter_config.json").exists()
+def _backend(entry: Mapping[str, Any]) -> str:
+    return entry.get("backend", "transformers")
 
 
-def _kind_mistakes(entry: dict, place: str) -> list[str]:
-    """A local folder under a backend that cannot read it."""
-    backend, model = entry.get("backend", "transformers"), entry.get("model", "")
-    if backend == "transformers" and is_adapter(model):
-        return [f"{place}.backend: {model} is a LoRA adapter; expected `backend: adapter`"]
-    if backend == "adapter" and (Path(model) / "config.json").exists() and not is_adapter(model):
-        return [f"{place}.backend: {model} is a whole model, not an adapter; expected `backend: transformers`"]
-    return []
-
-
-def _absolute(entry: dict, folder: Path | None) -> dict[str, str]:
-    """Model paths of one entry that exist under `folder`, made absolute; hub ids are left alone."""
-    if folder is None or entry.get("backend") == "openai":
+def _absolute(entry: Mapping[str, Any], folder: Path | None) -> dict[str, str]:
+    """Return the local paths of one entry that exist under `folder`, made absolute; hub ids stay as they are."""
+    if folder is None:
         return {}
-    found = {key: folder / entry[key] for key in ("model", "base") if entry.get(key)}
+    found = {key: folder / entry[key] for key in kind_of(_backend(entry)).paths if entry.get(key)}
     return {key: str(path.resolve()) for key, path in found.items() if path.exists()}

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -18,7 +18,11 @@ from .composite import POOL_FILE, load_composite
 from .dispatch import dispatch_distribution, dispatch_forward
 from .errors import ExpertokenError
 from .files import atomic_folder, check_product
-from .meta import MetaLLM, Source, load_causal_lm
+from .head import output_head
+from .kinds import recognised
+from .loading import load_causal_lm
+from .meta import MetaLLM
+from .source import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -114,9 +118,11 @@ def _write_gateway(folder: Path, name: str, ids: dict[str, int], control: list[s
     }
     pool = yaml.safe_load((folder / POOL_FILE).read_text("utf-8"))
     document = yaml.safe_dump({"meta": meta} | pool, sort_keys=False, allow_unicode=True)
+    url = {"base_url": meta["base_url"]}
     head = (
-        "# Copy it, put experts that are no endpoints behind servers (`backend: openai`, `base_url`), and say where\n"
-        "# all of them are; `expertoken serve` of the copy needs no models of its own.\n"
+        "# Copy this file, put experts that are no endpoints behind servers "
+        f"(`backend: {recognised(url)}`, `base_url`), and\n"
+        "# fill in all addresses. `expertoken serve` of the copy needs no models of its own.\n"
     )
     (folder / GATEWAY_FILE).write_text(head + document, "utf-8")
 
@@ -136,10 +142,10 @@ def _fill(meta: MetaLLM, logits: torch.Tensor, count: int) -> None:
 
 def _merged(meta: MetaLLM) -> "PreTrainedModel":
     """The meta LLM's model with LoRA in its weights and its own head. `meta` is of no use after it."""
-    model = meta.model
+    model: Any = meta.model
     if meta.adapted:
         model = model.merge_and_unload()
-    head = model.get_output_embeddings()
+    head = output_head(model)
     plain = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
     plain.weight, plain.bias = head.weight, head.bias
     model.set_output_embeddings(plain)
@@ -151,16 +157,18 @@ def _place(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", tokens: list[str], rows: torch.Tensor
 ) -> list[int]:
     """Put tokens into the tokenizer and rows into the head; gives their ids."""
-    size = model.get_output_embeddings().weight.shape[0]
+    size = output_head(model).weight.shape[0]
     known = set(tokenizer.get_vocab())
     taken = [token for token in tokens if token in known]
     if taken:
         raise ExpertokenError(f"the tokenizer knows {', '.join(taken)} already; rename the expert")
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
-    places = tokenizer.convert_tokens_to_ids(tokens)
+    found: Any = tokenizer.convert_tokens_to_ids(tokens)
+    places: list[int] = found
     if max(places) >= size:
         model.resize_token_embeddings(max(places) + 1, mean_resizing=False)
-    head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
+    head = output_head(model)
+    inputs: Any = model.get_input_embeddings()
     where = torch.tensor(places, device=head.weight.device)
     if inputs.weight is not head.weight:
         # Never read by a composite; a server whose user types such a token reads something harmless.
@@ -180,10 +188,10 @@ def _compare(folder: Path, places: list[int], prompts: Sequence[str], expected: 
         ExpertokenError: it comes to other decisions.
     """
     source = Source(str(folder), trust_remote_code=meta.source.trust_remote_code)
-    dtype = meta.plain.get_output_embeddings().weight.dtype
+    dtype = output_head(meta.plain).weight.dtype
     model, tokenizer = load_causal_lm(source, device=meta.device, dtype=dtype)
     tolerance = _TOLERANCE.get(dtype, max(_TOLERANCE.values()))
-    size = model.get_output_embeddings().weight.shape[0]
+    size = output_head(model).weight.shape[0]
     order = [*sorted(set(range(size)) - set(places)), *places]
     for prompt, wanted in zip(prompts, expected, strict=True):
         batch = torch.tensor([encode_chat(tokenizer, prompt, size)], device=meta.device)

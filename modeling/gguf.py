@@ -4,6 +4,7 @@ import functools
 import hashlib
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -38,7 +39,7 @@ def converted(path: Path) -> Path:
 
 
 def _convert(path: Path, folder: Path) -> None:
-    gguf = require_extra("gguf", "gguf")
+    gguf: Any = require_extra("gguf", "gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     logger.info("converting %s (once; kept in %s)", path, folder)

@@ -1,11 +1,16 @@
 """The output head with expert rows beside the vocabulary's."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .errors import ExpertokenError
-from .sharding import full_shape, gathered
+from .sharding import full_shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class ExpertHead(nn.Linear):
@@ -46,13 +51,19 @@ class ExpertHead(nn.Linear):
         return torch.cat([vocabulary.float(), experts], dim=-1)
 
 
-def install_head(model: nn.Module, num_experts: int) -> ExpertHead:
+def output_head(model: "PreTrainedModel") -> nn.Linear:
+    """Return the output head of a causal LM, typed: transformers promises a module only."""
+    head: Any = model.get_output_embeddings()
+    return head
+
+
+def install_head(model: "PreTrainedModel", num_experts: int) -> ExpertHead:
     """Put an `ExpertHead` where the model's output head is, and return it.
 
     Raises:
         ExpertokenError: the model's head is not an `nn.Linear` (a quantised head, or no language model).
     """
-    head = model.get_output_embeddings()
+    head = output_head(model)
     if not isinstance(head, nn.Linear) or len(full_shape(head.weight)) != 2:
         kind = type(head).__name__
         raise ExpertokenError(
@@ -62,20 +73,3 @@ def install_head(model: nn.Module, num_experts: int) -> ExpertHead:
     expert_head = ExpertHead(head, num_experts)
     model.set_output_embeddings(expert_head)
     return expert_head
-
-
-def initial_row(model: nn.Module, description_ids: list[int]) -> torch.Tensor:
-    """Where a new expert's row starts: the mean head row of its description's tokens, or of the whole vocabulary.
-
-    Args:
-        model: the meta LLM.
-        description_ids: token ids of the description; may be empty.
-
-    Returns:
-        `[d]`, float32.
-    """
-    weight = model.get_output_embeddings().weight
-    with gathered([weight]):
-        values = weight.detach()
-        rows = values[torch.tensor(sorted(set(description_ids)), device=values.device)] if description_ids else values
-        return rows.float().mean(0)

@@ -25,9 +25,10 @@ def push(composite: Composite, repo: str, *, private: bool = True, message: str 
     """
     from huggingface_hub import HfApi
 
-    local = [expert for expert in composite.pool if expert.backend in ("transformers", "adapter")]
     models = [("the meta LLM's base", composite.meta.source.model)]
-    models += [(f"expert {expert.name!r}", model) for expert in local for model in (expert.model, expert.base) if model]
+    for expert in composite.pool:
+        paths = (expert.entry().get(key) for key in expert.kind.paths)
+        models += [(f"expert {expert.name!r}", path) for path in paths if path]
     for what, model in models:
         if Path(model).expanduser().exists():
             raise ExpertokenError(

@@ -1,233 +1,26 @@
 """The meta LLM: a causal LM, its tokenizer, and the head that holds the expert tokens."""
 
-import copy
-import hashlib
-import logging
-import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from .chat import Message, encode_chat
+from .chat import Message, Query, read_query
 from .dispatch import candidate_logits, dispatch_forward
-from .errors import ExpertokenError, is_out_of_memory, one_line, require_extra
-from .gguf import converted
-from .head import ExpertHead, initial_row, install_head
+from .errors import ExpertokenError, one_line
+from .fingerprint import fingerprint
+from .head import ExpertHead, install_head, output_head
+from .initialization import initial_row
+from .loading import load_causal_lm, share_weights
 from .logits import LogitTransform
-from .sharding import full_shape, gathered, overwrite, whole
+from .sharding import full_shape, overwrite, whole
+from .source import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from: hub id, folder or GGUF file, and the hub revision."""
-
-    model: str
-    revision: str | None = None
-    trust_remote_code: bool = False
-
-
-def default_device() -> torch.device:
-    """The first accelerator, or the CPU."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator or torch.device("cpu")
-
-
-def as_device(device: torch.device | str | None) -> torch.device:
-    """A device by its name, or the default one.
-
-    Raises:
-        ExpertokenError: there is no such device on this machine.
-    """
-    if device is None:
-        return default_device()
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ExpertokenError(
-            f"device {str(device)!r} can't be used here ({one_line(error)}); without it {default_device()} is taken"
-        ) from error
-
-
-def as_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
-    """A type of weights by its name; `auto` stays.
-
-    Raises:
-        ExpertokenError: there is no such type.
-    """
-    found = dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
-    if found != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ExpertokenError(f"dtype {dtype!r}: expected float32, bfloat16, float16 or auto")
-    return found
-
-
-LOADING = threading.RLock()
-"""Held while transformers or PEFT load weights: they change classes of torch meanwhile, for all threads, and two at a
-time leave weights without data."""
-
-QUANTIZATIONS = ("nf4", "int8")
-
-
-def load_causal_lm(
-    source: Source,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    quantization: str | None = None,
-    attention: str | None = None,
-) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """Load a causal LM and its tokenizer from a hub id, a local folder or a GGUF file, in evaluation mode.
-
-    Args:
-        source: the model.
-        device: where to; the first accelerator, or the CPU, where not given.
-        dtype: of the weights. Where not given: float32 on a CPU (bfloat16 is many times slower there), else the dtype
-            the model was saved in.
-        quantization: of the linear layers by bitsandbytes: `nf4` (4 bits, double quantisation) or `int8`; the head
-            stays as it is.
-        attention: implementation; transformers' choice where not given.
-
-    Raises:
-        ExpertokenError: the model can't be loaded; the message says why.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    device = as_device(device)
-    dtype = as_dtype(dtype or (torch.float32 if device.type == "cpu" else "auto"))
-    path = Path(source.model).expanduser()
-    if path.suffix == ".gguf":
-        path = converted(path)
-    elif not path.exists() and source.model.startswith((".", "/", "~")):
-        raise ExpertokenError(f"{source.model}: no such folder; expected a hub id, a model folder or a GGUF file")
-    where = str(path) if path.exists() else source.model
-    options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
-    loading = {} if attention is None else {"attn_implementation": attention}
-    if quantization:
-        loading |= {"quantization_config": _quantized(quantization, device, dtype), "device_map": {"": device}}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        with LOADING:
-            model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options, **loading)
-        model = _unpacked(model) if quantization else model.to(device)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError) as error:
-        if is_out_of_memory(error):
-            raise ExpertokenError(
-                f"{source.model}: does not fit into the memory of {device}; try --dtype bfloat16, 4 bits (method "
-                "qlora) or a smaller model"
-            ) from error
-        raise ExpertokenError(f"{source.model}: can't be loaded as a causal LM ({one_line(error)})") from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise ExpertokenError(
-            f"{source.model}: a weights file is damaged ({one_line(error)}); fetch it again"
-        ) from error
-    return model.eval(), tokenizer
-
-
-def _quantized(name: str, device: torch.device, dtype: torch.dtype | str) -> Any:
-    """The configuration of a quantisation.
-
-    Raises:
-        ExpertokenError: it is not known here.
-        ImportError: bitsandbytes is not installed.
-    """
-    from transformers import BitsAndBytesConfig
-
-    if name not in QUANTIZATIONS:
-        raise ExpertokenError(f"quantization: expected {' or '.join(QUANTIZATIONS)}, got {name!r}")
-    require_extra("bitsandbytes", "train")
-    if name == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    compute = dtype if isinstance(dtype, torch.dtype) else torch.float32 if device.type == "cpu" else torch.bfloat16
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
-    )
-
-
-def _unpacked(model: nn.Module) -> nn.Module:
-    """Keep bitsandbytes from repacking weights on CPUs with AVX-512 at their first use.
-
-    It does so in place, in evaluation mode only, for bfloat16 whatever dtype was asked for: the fingerprint, the
-    decision and the training step after it would depend on the processor.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return model
-
-
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """The chat tokenizer that is kept in a folder.
-
-    Raises:
-        ExpertokenError: there is none, or it is damaged.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a damaged tokenizer.json is a bare Exception of the Rust library
-        raise ExpertokenError(f"{folder}: its tokenizer can't be loaded ({one_line(error)})") from error
-
-
-def end_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    """Ids that end an answer."""
-    known = model.generation_config.eos_token_id
-    return {*([known] if isinstance(known, int) else known or ()), tokenizer.eos_token_id} - {None}
-
-
-def share_weights(model: nn.Module) -> nn.Module:
-    """A second model over the very same tensors: it can get a head or adapters of its own at the cost of a megabyte."""
-    shared = [*model.parameters(), *model.buffers()]
-    shared += [tensor.quant_state for tensor in shared if getattr(tensor, "quant_state", None) is not None]
-    return copy.deepcopy(model, memo={id(thing): thing for thing in shared})
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash that tells models apart by content: every parameter's name, shape and 64 spread-out values.
-
-    Values are compared in bfloat16, so that a model keeps its fingerprint when it is loaded wider than it was saved.
-    Expert rows don't count: they are what changes while the model stays.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if name.endswith("expert_rows"):
-            continue
-        digest.update(f"{name}{tuple(full_shape(parameter))}".encode())
-        with gathered([parameter]):
-            flat = parameter.detach().flatten()
-            count = min(64, flat.numel())
-            places = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long().to(flat.device)
-            digest.update(flat[places].to(torch.bfloat16).view(torch.uint8).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def positions(model: "PreTrainedModel") -> int:
-    """Tokens that a model was made for, prompt and answer together; very many where it does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
-
-
-def token_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Group sequences of like length, longest first, so that a padded batch holds at most `max_tokens`.
-
-    Longest first: what does not fit into memory fails at once and not after an hour. One sequence longer than
-    `max_tokens` makes a batch of its own.
-    """
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    start = 0
-    while start < len(order):
-        size = max(1, max_tokens // lengths[order[start]])
-        yield order[start : start + size]
-        start += size
 
 
 class MetaLLM:
@@ -258,10 +51,10 @@ class MetaLLM:
         self.plain = model
         self.quantization = quantization
         self.base_fingerprint = fingerprint(model)
-        self.model = share_weights(model)
+        self.model: PreTrainedModel = share_weights(model)
         self.tokenizer = tokenizer
         self.source = source
-        self.vocab_size = full_shape(model.get_output_embeddings().weight)[0]
+        self.vocab_size = full_shape(output_head(model).weight)[0]
         self.transform = LogitTransform.of(model.config)
         install_head(self.model, num_experts)
 
@@ -291,7 +84,8 @@ class MetaLLM:
     @property
     def head(self) -> ExpertHead:
         """The head with the expert rows."""
-        return self.model.get_output_embeddings()
+        head: Any = self.model.get_output_embeddings()
+        return head
 
     @property
     def device(self) -> torch.device:
@@ -329,30 +123,35 @@ class MetaLLM:
             overwrite(parameter, state[name])
 
     def initial_row(self, description: str) -> torch.Tensor:
-        """Where an expert's row starts, `[d]`; see `head.initial_row`."""
+        """Return the first value of an expert's row, `[d]`; see `initialization.initial_row`."""
         return initial_row(self.plain, self.tokenizer(description, add_special_tokens=False).input_ids)
 
-    def encode(self, conversation: str | Sequence[Message], most: int | None = None) -> list[int]:
-        """Ids up to the dispatch position; see `chat.encode_chat`."""
-        return encode_chat(self.tokenizer, conversation, self.vocab_size, placeholders=True, most=most)
+    def encode(self, conversation: str | Sequence[Message], most: int | None = None) -> Query:
+        """Return a conversation as a query that ends at the dispatch position; see `chat.read_query`."""
+        return read_query(self.tokenizer, conversation, self.vocab_size, most=most)
 
-    def pad(
-        self, sequences: Sequence[Sequence[int]], device: torch.device | str | None = None
-    ) -> dict[str, torch.Tensor]:
-        """A left-padded batch: `input_ids` and `attention_mask`, `[N, T]` each, on the model's device or another.
+    def pad(self, queries: Sequence[Query], device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
+        """Return a left-padded batch: `input_ids` and `attention_mask`, `[N, T]` each.
 
         Left, so that all dispatch positions fall into one column and one row of logits per query is computed.
+
+        Args:
+            queries: N queries.
+            device: device of the batch; the model's where None.
         """
-        longest = max(map(len, sequences))
+        longest = max(map(len, queries))
         # Which id pads does not matter: it is masked. 0 exists in every vocabulary, a pad token does not.
-        ids = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in sequences])
-        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in sequences])
+        ids = np.zeros((len(queries), longest), dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, query in enumerate(queries):
+            ids[row, longest - len(query) :] = query.ids
+            mask[row, longest - len(query) :] = 1
         device = device or self.device
-        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        return {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(mask).to(device)}
 
     @torch.inference_mode()
-    def states(self, sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a decision depends on besides the rows: h `[N, d]` and Z `[N]`, float32 on the CPU.
+    def states(self, queries: Sequence[Query]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what a decision depends on besides the rows: h `[N, d]` and Z `[N]`, float32 on the CPU.
 
         Raises:
             ExpertokenError: the model does something to its logits that `LogitTransform` does not know.
@@ -361,7 +160,7 @@ class MetaLLM:
         # The batch is padded on the left, so the head sees one position per row: `[N, 1, d]`.
         hook = self.head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0][:, 0]))
         try:
-            logits, _ = dispatch_forward(self.model, **self.pad(sequences))
+            logits, _ = dispatch_forward(self.model, **self.pad(queries))
         finally:
             hook.remove()
         hidden = captured[0]
@@ -382,9 +181,9 @@ class MetaLLM:
             )
 
     @torch.inference_mode()
-    def candidate_logits(self, sequences: Sequence[Sequence[int]], *, with_self: bool) -> torch.Tensor:
-        """Logits over the candidates for a batch of encoded conversations, `[N, C]` float32 on the CPU."""
-        logits, _ = dispatch_forward(self.model, **self.pad(sequences))
+    def candidate_logits(self, queries: Sequence[Query], *, with_self: bool) -> torch.Tensor:
+        """Return logits over the candidates, `[N, C]` float32 on the CPU."""
+        logits, _ = dispatch_forward(self.model, **self.pad(queries))
         return candidate_logits(logits, self.vocab_size, with_self=with_self).cpu()
 
     def load_adapter(self, folder: Path) -> None:
@@ -396,26 +195,9 @@ class MetaLLM:
         from peft import PeftModel
 
         try:
-            self.model = PeftModel.from_pretrained(self.model, folder).eval()
+            adapted: Any = PeftModel.from_pretrained(self.model, folder).eval()
+            self.model = adapted
         except Exception as error:  # PEFT raises ValueError, RuntimeError, KeyError, SafetensorError, ... alike
             raise ExpertokenError(
                 f"{folder}: the adapter does not fit {self.source.model} ({one_line(error)})"
             ) from error
-
-
-def describe_dtype(model: nn.Module) -> str:
-    """The dtype of a model's head, as composites record it."""
-    return str(model.get_output_embeddings().weight.dtype).removeprefix("torch.")
-
-
-def library_versions() -> dict[str, Any]:
-    """Versions that a result depends on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("expertoken", "torch", "transformers", "peft", "accelerate", "datasets"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

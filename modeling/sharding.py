@@ -5,9 +5,15 @@ Everything here but `full_shape` is collective: every process has to call it, in
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+    from torch.distributed.tensor import DTensor
 
 
 def full_shape(tensor: torch.Tensor) -> torch.Size:
@@ -40,14 +46,19 @@ def gathered(tensors: Iterable[torch.Tensor], *, write: bool = False) -> Iterato
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of the whole on the CPU."""
-    if hasattr(tensor, "full_tensor"):  # FSDP2's DTensor
-        return tensor.detach().full_tensor().cpu().clone()
+    if _is_distributed(tensor):
+        return tensor.full_tensor().detach().cpu().clone()
     if _has_master(tensor):
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(tensor).detach().cpu().clone()
     with gathered([tensor]):
         return tensor.detach().cpu().clone()
+
+
+def _is_distributed(tensor: torch.Tensor) -> "TypeGuard[DTensor]":
+    """Return whether FSDP2 has split a tensor."""
+    return hasattr(tensor, "full_tensor")
 
 
 def _has_master(tensor: torch.Tensor) -> bool:
@@ -62,7 +73,7 @@ def overwrite(tensor: torch.Tensor, values: torch.Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param
 
         safe_set_full_fp32_param(tensor, values.to(tensor.device, torch.float32))
-    if hasattr(tensor, "full_tensor"):
+    if _is_distributed(tensor):
         from torch.distributed.tensor import distribute_tensor
 
         values = distribute_tensor(values.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)

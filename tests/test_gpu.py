@@ -5,11 +5,12 @@ import torch
 
 from expertoken.data_prep.supervision import build_supervision
 from expertoken.modeling.composite import load_composite
-from expertoken.modeling.meta import MetaLLM, Source
+from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.source import Source
+from expertoken.modeling.states import states_of
 from expertoken.tests.tiny import ARCHITECTURES, tiny_folder
 from expertoken.tests.train.launching import SGD, assert_same, launch
 from expertoken.train.config import parse_arguments
-from expertoken.train.features import cached_features
 from expertoken.train.run import train
 
 pytestmark = pytest.mark.gpu
@@ -29,11 +30,11 @@ def test_bfloat16_states_pass_the_check_of_the_transform_and_are_cached_apart(tm
     base = tiny_folder(tmp_path / "base", "gemma2-softcap")
     for dtype in (torch.float32, torch.bfloat16):
         meta = MetaLLM.from_pretrained(Source(str(base)), 1, device="cuda", dtype=dtype)
-        assert cached_features(meta, ["hello", "there"]).computed == 2
+        assert states_of(meta, ["hello", "there"]).computed == 2
 
 
 def arguments_of(base, supervision, folder, *more):
-    return ["--meta", str(base), "--data", str(supervision), "--output_dir", str(folder), "--report_to", "none",
+    return ["--meta", str(base), "--data", str(supervision), "--out", str(folder), "--report_to", "none",
             "--max_steps", "4", "--save_steps", "4", *more]  # fmt: skip
 
 

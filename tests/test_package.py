@@ -1,7 +1,10 @@
+import ast
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -58,13 +61,11 @@ def test_the_wheel_holds_the_package_only(tmp_path):
         assert f"expertoken/{data.relative_to(ROOT).as_posix()}" in names
 
 
-FLOORS = {"modeling": 1, "data_prep": 2, "train": 3, "inference": 3, "evaluation": 4, "cli": 5}
+FLOORS = {"modeling": 1, "data_prep": 2, "train": 3, "inference": 3, "evaluation": 3, "cli": 4}
 
 
 @pytest.mark.parametrize("folder", FLOORS)
 def test_dependencies_point_down_the_floors(folder):
-    import ast
-
     for file in (ROOT / folder).rglob("*.py"):
         depth = len(file.relative_to(ROOT).parts) - 1
         for node in ast.walk(ast.parse(file.read_text())):
@@ -80,3 +81,44 @@ def test_an_extra_that_is_missing_names_itself():
 
     with pytest.raises(ImportError, match=r"pip install 'expertoken\[train\]'"):
         require_extra("no_such_module_here", "train")
+
+
+FOLDERS = ("modeling", "data_prep", "train", "evaluation", "inference", "benchmarks", "examples")
+
+
+def modules():
+    return [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py") if not file.name.startswith("__")]
+
+
+def test_a_name_of_a_module_stands_once():
+    """But for the command's verbs, which are named after what they run."""
+    names = Counter(file.name for file in modules())
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_a_name_of_a_public_class_stands_once():
+    files = [file for file in modules() if file.relative_to(ROOT).parts[0] not in ("benchmarks", "examples")]
+    classes = Counter(
+        node.name
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, count in classes.items() if count > 1] == []
+
+
+def test_one_module_spells_the_kind_of_endpoints():
+    files = [file for folder in (*FOLDERS[:5], "cli") for file in (ROOT / folder).rglob("*.py")]
+    spelt = [file.relative_to(ROOT).as_posix() for file in files if re.search(r"\bopenai\b", file.read_text())]
+    assert spelt == ["inference/backends/endpoint.py"]
+
+
+def test_no_file_is_longer_than_500_lines_and_few_functions_than_30():
+    lengths = []
+    for file in [*modules(), *(ROOT / "cli").glob("*.py")]:
+        text = file.read_text()
+        assert len(text.splitlines()) <= 500, file
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lengths.append(node.end_lineno - node.lineno + 1)
+    assert sorted(lengths)[int(0.9 * len(lengths))] <= 30

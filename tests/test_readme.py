@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import expertoken
 from expertoken.cli import app
-from expertoken.data_prep.readers import read_results
+from expertoken.data_prep.reading import read_results
 from expertoken.data_prep.supervision import build_supervision, select_candidates
 from expertoken.modeling.composite import load_composite
 from expertoken.modeling.experts import ExpertPool
@@ -31,6 +31,32 @@ def test_the_python_of_the_readme_runs(tmp_path, base_folder, results, pool, mon
     assert 15 <= len([line for line in code.splitlines() if line.strip()]) <= 25
     exec(compile(code, "README.md", "exec"), {})
     assert "oracle" in capsys.readouterr().out
+
+
+def test_the_python_of_the_manual_goes_from_a_table_to_a_plugged_in_expert(tmp_path, base_folder, monkeypatch, capsys):
+    """In at most 20 lines, by names of the root alone; with models that are here."""
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    assert set(re.findall(r"^(?:from|import) (\S+)", code, re.MULTILINE)) == {"expertoken"}
+    assert "TrainingArguments" not in code
+    code = re.sub(r'"(your-organisation|Qwen)/[^"]+"', repr(str(base_folder)), code)
+    [table] = re.findall(r"```csv\n(.*?)```", README, re.DOTALL)
+    header, *rows = table.strip().splitlines()
+    header = header.replace("math-7b", "math").replace("law-8b", "law")
+    many = [f"{number}. {row}" for number in range(20) for row in rows]
+    (tmp_path / "results.csv").write_text("\n".join([header, *many]) + "\n")
+    (tmp_path / "sql.csv").write_text("query,sql\n" + "".join(f"Write SQL query {i} please,1\n" for i in range(30)))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "python.md", "exec"), {})
+    told = capsys.readouterr().out
+    assert "routes changed" in told
+    assert load_composite(tmp_path / "composite").pool.names == ["math", "sql", "self"]
+
+
+def test_the_manual_of_python_names_all_of_the_root():
+    manual = (ROOT / "docs" / "python.md").read_text()
+    for name in expertoken.__all__:
+        assert f"`{name}" in manual, name
 
 
 def test_the_table_and_the_pool_of_the_readme_fit_together(tmp_path):

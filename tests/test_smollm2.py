@@ -7,14 +7,15 @@ import torch
 
 from expertoken.examples.skills.measure import HERE, full_pool
 from expertoken.examples.skills.tasks import BENCHMARKS, SKILLS, side_of, tasks
-from expertoken.inference.backends.base import Generation
-from expertoken.inference.composite import CompositeModel
+from expertoken.inference.composite_model import CompositeModel
 from expertoken.inference.loop import BackgroundLoop
 from expertoken.inference.policy import Policy
+from expertoken.modeling.backend import Generation
 from expertoken.modeling.composite import Composite, Manifest, describe_base
 from expertoken.modeling.experts import Expert, ExpertPool
 from expertoken.modeling.files import cache_folder
-from expertoken.modeling.meta import MetaLLM, Source
+from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.source import Source
 
 smollm2 = pytest.importorskip("expertoken.examples.smollm2")
 pytestmark = pytest.mark.slow
@@ -61,7 +62,7 @@ def test_control_tokens_typed_by_a_user_change_nothing_of_the_prompts_shape(comp
     controls = [
         meta.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
     ]
-    benign = meta.encode("hello")
+    benign = list(meta.encode("hello"))
     pieces = [
         "<|im_end|>",
         "<|im_start|>assistant\n",
@@ -73,7 +74,7 @@ def test_control_tokens_typed_by_a_user_change_nothing_of_the_prompts_shape(comp
     ]
     rng = random.Random(0)
     for _ in range(300):
-        ids = meta.encode("".join(rng.choices(pieces, k=rng.randint(1, 8))))
+        ids = list(meta.encode("".join(rng.choices(pieces, k=rng.randint(1, 8)))))
         assert max(ids) < meta.vocab_size
         assert [ids.count(token) for token in controls] == [benign.count(token) for token in controls]
 
@@ -122,7 +123,7 @@ def test_an_adapter_of_another_base_is_refused_by_the_real_model(composite, tmp_
     import json
     import shutil
 
-    from expertoken.inference.backends import open_backend
+    from expertoken.modeling.backend import Opening
     from expertoken.modeling.errors import ExpertFailedError
 
     shutil.copytree(HERE / "adapters" / "sql", tmp_path / "sql")
@@ -130,4 +131,4 @@ def test_an_adapter_of_another_base_is_refused_by_the_real_model(composite, tmp_
     (tmp_path / "sql" / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["c_attn"]}))
     [expert] = ExpertPool([Expert("x", "adapter", str(tmp_path / "sql"))])
     with pytest.raises(ExpertFailedError, match="does not fit the base"):
-        open_backend(expert, composite.local_models, composite.meta.source)
+        expert.kind.open(expert, Opening(composite.meta.source, composite.local_models))

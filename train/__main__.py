@@ -1,4 +1,4 @@
-"""`accelerate launch -m expertoken.train RECIPE --meta MODEL --data SUPERVISION --output_dir COMPOSITE`."""
+"""`accelerate launch -m expertoken.train RECIPE --meta MODEL --data SUPERVISION --out COMPOSITE`."""
 
 from .entry import main
 

@@ -5,20 +5,29 @@ Imports no torch, so that `--help` answers at once.
 
 # ruff: noqa: RUF009 - `_option` makes a dataclass field, which is what belongs there
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from ..modeling.source import ATTENTION, DTYPES
+from .objectives import OBJECTIVES
+
+T = TypeVar("T")
 
 METHODS = ("tokens", "lora", "qlora")
-ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
-DTYPES = ("float32", "bfloat16", "float16")
 L2 = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-"""Strengths that are tried where none are given."""
-OBJECTIVE_NAMES = ("cross_entropy", "correctness", "expected_score", "contrastive")
+"""L2 strengths to try where none are given."""
 
 
-def _option(default: object, text: str) -> object:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+def _option(default: T, text: str, choices: Iterable[str] | None = None) -> T:
+    """Return a dataclass field with its help and, for the parser, its choices. Typed as the value it will hold."""
+    metadata: dict[str, Any] = {"help": text} | ({} if choices is None else {"choices": list(choices)})
+    made: Any = (
+        field(default_factory=lambda: list(default), metadata=metadata)
+        if isinstance(default, list)
+        else field(default=default, metadata=metadata)
+    )
+    return made
 
 
 @dataclass
@@ -27,24 +36,28 @@ class ExpertokenArguments:
 
     meta: str = field(metadata={"help": "The meta LLM: hub id, local folder or GGUF file."})
     data: str = field(metadata={"help": "Supervision folder, made by `expertoken prepare`."})
+    out: str | None = _option(None, "Composite folder to write; needed.")
     method: str = _option(
         "tokens",
         "tokens: only the expert rows are trained, on states computed once. lora: LoRA on the backbone and the rows. "
-        "qlora: the same on a backbone in 4 bits (NF4, double quantisation; the head stays as it is).",
+        "qlora: the same on a backbone in 4 bits (NF4, double quantization; the head stays as it is).",
+        METHODS,
     )
     objective: str | None = _option(
         None,
         "cross_entropy: to the label's distribution, one-hot or soft. correctness: one binary problem per expert. "
         "expected_score: the score of a choice drawn from the dispatch distribution. contrastive: the best candidates "
         "of a query against its worst (RouterDC). Default: what the labels were made for.",
+        OBJECTIVES,
     )
     revision: str | None = _option(None, "Git revision of a hub model.")
     dtype: str | None = _option(
         None,
-        "Weights of the meta LLM: float32, bfloat16, float16 or auto (as saved). Default: float32 on CPU, else auto.",
+        "Type of the meta LLM's weights; auto is the saved type. Default: float32 on a CPU, else auto.",
+        DTYPES,
     )
     attn_implementation: str | None = _option(
-        None, "Attention: sdpa, eager, flash_attention_2, ... Default: what transformers takes for the model."
+        None, "Implementation of attention. Default: what transformers chooses for the model.", ATTENTION
     )
     trust_remote_code: bool = _option(False, "Allow the meta LLM's repository to run its own code here.")
     max_tokens: int = _option(4096, "tokens: padded tokens of one batch of the forward pass.")
@@ -70,7 +83,7 @@ class ExpertokenArguments:
     )
     resume: str = _option(
         "auto",
-        "lora, qlora: auto continues the last complete checkpoint of the same run in output_dir; never starts anew; or "
+        "lora, qlora: auto continues the last complete checkpoint of the same run in --out; never starts anew; or "
         "the path of a checkpoint.",
     )
     verify: bool = _option(

@@ -4,13 +4,14 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..modeling.errors import did_you_mean, one_line, require_extra
-from .arguments import ATTENTION, DTYPES, METHODS, OBJECTIVE_NAMES, ExpertokenArguments
+from ..modeling.errors import ConfigError, did_you_mean, one_line, require_extra
+from .arguments import ExpertokenArguments
 from .launch import BESIDE, shipped
-from .shipped import ConfigError, names, read
+from .presets import names, read
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser, TrainingArguments
@@ -19,7 +20,7 @@ RECIPES = Path(__file__).parent.parent / "configs" / "train"
 DEEPSPEED = RECIPES.parent / "deepspeed"
 
 _USAGE = (
-    "expertoken train [RECIPE] --meta MODEL --data SUPERVISION --output_dir COMPOSITE [--key value ...]\n"
+    "expertoken train [RECIPE] --meta MODEL --data SUPERVISION --out COMPOSITE [--key value ...]\n"
     "       expertoken train ... --accelerate_config NAME [--num_processes N ...]\n"
     "       accelerate launch -m expertoken.train ..."
 )
@@ -34,7 +35,7 @@ _EPILOG = (
 _OURS = dict.fromkeys(
     ("eval_strategy", "eval_steps", "metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
     "not to be set: method lora evaluates each checkpoint and keeps the best by score (save_steps says how often)",
-)
+) | {"output_dir": "spelt --out, as in the other commands"}
 
 
 def make_parser(*, everything: bool) -> "HfArgumentParser":
@@ -43,7 +44,7 @@ def make_parser(*, everything: bool) -> "HfArgumentParser":
         require_extra("accelerate", "train")
     from transformers.hf_argparser import HfArgumentParser
 
-    kinds: list[type] = [ExpertokenArguments]
+    kinds: list[Any] = [ExpertokenArguments]
     if everything:
         from transformers import TrainingArguments
 
@@ -60,6 +61,8 @@ def make_parser(*, everything: bool) -> "HfArgumentParser":
         allow_abbrev=False,
     )
     for action in parser._actions:
+        if action.dest == "output_dir":
+            action.help = argparse.SUPPRESS  # it is `--out` here
         if any(flag.startswith("--no_") for flag in action.option_strings):
             action.help = f"The opposite of --{action.dest}."
     return parser
@@ -102,7 +105,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ExpertokenArguments, "Training
     for key in sorted(given - flags):
         told = "goes with --accelerate_config" if key in beside else f"unknown argument, {did_you_mean(key, flags)}"
         mistakes.append(f"--{key}: {told}")
-    for key in ("meta", "data", "output_dir"):
+    for key in ("meta", "data", "out"):
         if key not in recipe and key not in given:
             mistakes.append(f"--{key}: missing")
         actions[key].required = False
@@ -114,22 +117,59 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ExpertokenArguments, "Training
                 defaults[key] = _typed(value, actions[key])
             except (TypeError, ValueError):
                 mistakes.append(f"{key}: expected {getattr(actions[key].type, '__name__', 'a value')}, got {value!r}")
-    mistakes += _choices({**recipe, **_values(argv)})
+    mistakes += _choices({**recipe, **_values(argv)}, actions)
     if mistakes:
         raise ConfigError("training arguments: " + "; ".join(mistakes))
     parser.set_defaults(**defaults)
     try:
         argv = _with_deepspeed_file(_cpu_by_default(argv, recipe), recipe)
+        argv += ["--output_dir", str(_values(argv).get("out", recipe.get("out")))]  # the Trainer's name for it
         ours, theirs = parser.parse_args_into_dataclasses(argv)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training arguments: {one_line(error)}") from None
     return ours, theirs
 
 
+def make_arguments(
+    meta: str, data: str, out: str, options: dict[str, Any]
+) -> tuple[ExpertokenArguments, "TrainingArguments"]:
+    """Return the arguments of a run that Python code asks for.
+
+    Args:
+        meta: the meta LLM.
+        data: supervision folder.
+        out: composite folder to write.
+        options: fields of `ExpertokenArguments` and of `transformers.TrainingArguments`.
+
+    Raises:
+        ConfigError: with every unknown key and unknown value at once.
+        ImportError: the extra `train` is not installed.
+    """
+    require_extra("accelerate", "train")
+    import torch
+    from transformers import TrainingArguments
+
+    actions = {action.dest: action for action in make_parser(everything=True)._actions}
+    mistakes = [f"{key}: unknown argument, {did_you_mean(key, actions)}" for key in options if key not in actions]
+    mistakes += [f"{key}: {_OURS[key]}" for key in options if key in _OURS]
+    mistakes += _choices(options, actions)
+    if mistakes:
+        raise ConfigError("training arguments: " + "; ".join(mistakes))
+    names = {item.name for item in fields(ExpertokenArguments)}
+    ours = {key: value for key, value in options.items() if key in names}
+    theirs: dict[str, Any] = {"use_cpu": not torch.accelerator.is_available(), "report_to": "none"}
+    theirs |= {key: value for key, value in options.items() if key not in names}
+    try:
+        return ExpertokenArguments(meta, data, out, **ours), TrainingArguments(output_dir=out, **theirs)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"training arguments: {one_line(error)}") from None
+
+
 def _typed(value: Any, action: argparse.Action) -> Any:
     """A YAML value as argparse would read it: YAML takes `1e-4` for text, argparse converts text but not lists."""
+    convert: Any = action.type
     if action.nargs in ("+", "*"):
-        return [action.type(item) if action.type else item for item in (value if isinstance(value, list) else [value])]
+        return [convert(item) if convert else item for item in (value if isinstance(value, list) else [value])]
     return str(value) if isinstance(value, float) else value
 
 
@@ -155,17 +195,13 @@ def _values(argv: Sequence[str]) -> dict[str, str]:
     return values
 
 
-def _choices(values: dict[str, Any]) -> list[str]:
-    allowed = {
-        "method": METHODS,
-        "objective": OBJECTIVE_NAMES,
-        "dtype": DTYPES,
-        "attn_implementation": ATTENTION,
-    }
+def _choices(values: dict[str, Any], actions: dict[str, argparse.Action]) -> list[str]:
+    """Return what is wrong with the values of our own options that have choices."""
+    allowed = {item.name: actions[item.name].choices for item in fields(ExpertokenArguments)}
     return [
         f"{key}: unknown value {values[key]!r}, {did_you_mean(str(values[key]), known)}"
         for key, known in allowed.items()
-        if values.get(key) is not None and values[key] not in known
+        if known is not None and values.get(key) is not None and values[key] not in known
     ]
 
 

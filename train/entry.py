@@ -13,10 +13,9 @@ from .config import parse_arguments
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, train, and leave with an exit status."""
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("expertoken").setLevel(level)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for noisy in ("httpx", "datasets", "deepspeed", "DeepSpeed"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional kernel aloud, at every start
     try:
         options, arguments = parse_arguments(sys.argv[1:] if argv is None else argv)

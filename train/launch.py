@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..modeling.errors import ExpertokenError, require_extra
-from .shipped import names, read
+from .presets import names, read
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "accelerate"
 _FLAG = "--accelerate_config"
@@ -102,7 +102,8 @@ def _take(argv: Sequence[str], wanted: Sequence[str]) -> tuple[dict[str, str], l
         if key.removeprefix("--") not in wanted or not key.startswith("--"):
             rest.append(item)
             continue
-        if not equals and (value := next(items, None)) is None:
+        following = value if equals else next(items, None)
+        if following is None:
             raise ExpertokenError(f"{item}: expected a value behind it")
-        values[key.removeprefix("--")] = value
+        values[key.removeprefix("--")] = following
     return values, rest

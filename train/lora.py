@@ -4,11 +4,8 @@ Loss and logits exist at the dispatch position only; the rows keep no weight dec
 gradient), and a checkpoint holds the plain PEFT adapter with the rows beside it.
 """
 
-import json
 import logging
-import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +15,22 @@ from transformers import EvalPrediction, Trainer, TrainerState, TrainingArgument
 from transformers.trainer_utils import IntervalStrategy
 
 from ..data_prep.supervision import Supervision
-from ..modeling.composite import ADAPTER_WEIGHTS, ROWS_FILE, Composite, Trained, read_rows, write_composite
+from ..modeling.chat import Query
+from ..modeling.composite import Composite, Trained
 from ..modeling.dispatch import candidate_logits, dispatch_forward
+from ..modeling.distributed import Team, barrier
 from ..modeling.errors import ExpertokenError, is_out_of_memory, one_line
-from ..modeling.files import atomic_file, sync_folder
+from ..modeling.files import sync_folder
 from ..modeling.meta import MetaLLM
-from ..modeling.objectives import OBJECTIVES
-from ..modeling.sharding import overwrite
-from .anywhere import Positions
 from .arguments import ExpertokenArguments
-from .processes import Team, barrier
+from .checkpoints import best_checkpoint, find_checkpoint, read_checkpoint, record_run, write_checkpoint
+from .objectives import OBJECTIVES, Objective
+from .positions import Positions
 from .tokens import mean_score
 
 logger = logging.getLogger(__name__)
 
 _TORCH_ARCHIVE = ("PytorchStreamWriter", "inline_container")
-_RUN_FILE = Path("runs") / "run.json"
 _FIELDS = ("target", "scores", "weight", "benchmark")
 _NAMED = 5  # queries that an error names
 
@@ -54,17 +51,20 @@ class DispatchTrainer(Trainer):
         self, composite: Composite, objective: str, *, rows_learning_rate: float | None, **options: Any
     ) -> None:
         self.composite, self.meta, self.with_self = composite, composite.meta, composite.pool.has_self
-        self.objective, self.rows_learning_rate = OBJECTIVES[objective], rows_learning_rate
+        self.objective: Objective = OBJECTIVES[objective]
+        self.rows_learning_rate = rows_learning_rate
         super().__init__(model=self.meta.model, data_collator=self._collate, **options)
         self.label_names = list(_FIELDS)
 
     def _collate(self, examples: Sequence[dict]) -> dict[str, torch.Tensor]:
         # On the CPU: data loader workers must not touch the accelerator, and the Trainer moves batches itself.
-        batch = self.meta.pad([e["input_ids"] for e in examples], "cpu")
+        batch = self.meta.pad([Query(example["input_ids"]) for example in examples], "cpu")
         batch |= {key: torch.tensor(np.array([e[key] for e in examples]), dtype=torch.float32) for key in _FIELDS}
         return batch | {"row": torch.tensor([e["row"] for e in examples])}
 
-    def compute_loss(self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *_: Any, **__: Any
+    ) -> Any:
         """The objective at the dispatch positions; with `return_outputs` also the candidates' logits `[N, C]`."""
         logits, _output = dispatch_forward(model, inputs["input_ids"], inputs["attention_mask"])
         candidates = candidate_logits(logits, self.meta.vocab_size, with_self=self.with_self)
@@ -80,7 +80,7 @@ class DispatchTrainer(Trainer):
     def _tell_not_finite(
         self, loss: torch.Tensor, candidates: torch.Tensor, rows: torch.Tensor, training: bool
     ) -> None:
-        dataset = self.train_dataset if training else self.eval_dataset
+        dataset: Any = self.train_dataset if training else self.eval_dataset
         at_fault = ~candidates.isfinite().all(-1)
         named = rows[at_fault] if at_fault.any() else rows
         queries = ", ".join(repr(dataset.query(int(row))) for row in named[:_NAMED])
@@ -100,8 +100,10 @@ class DispatchTrainer(Trainer):
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
         """The configured optimizer over two groups: adapters, and rows without weight decay."""
         if self.optimizer is None:
-            rows, adapters = [], []
-            for name, parameter in self.model.named_parameters():
+            rows: list[torch.nn.Parameter] = []
+            adapters: list[torch.nn.Parameter] = []
+            model: Any = self.model
+            for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
                     (rows if name.endswith("expert_rows") else adapters).append(parameter)
             rate = self.rows_learning_rate or self.args.learning_rate
@@ -109,19 +111,16 @@ class DispatchTrainer(Trainer):
                 {"params": adapters, "weight_decay": self.args.weight_decay},
                 {"params": rows, "weight_decay": 0.0, "lr": rate},
             ]
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = kind(groups, **options)
         return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a composite of what is trained now. The Trainer's own would gather the whole model under ZeRO-3."""
+        """Write a composite of the present weights. The Trainer's own method would gather all of it under ZeRO-3."""
         trained = Trained.of(self.composite, probe=False)  # on every process
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            training = self.composite.manifest.training | {"steps": self.state.global_step}
-            manifest = replace(self.composite.manifest, training=training)
-            write_composite(replace(self.composite, manifest=manifest), folder, trained)
+            folder = Path(output_dir or str(self.args.output_dir))
+            write_checkpoint(folder, self.composite, trained, self.state.global_step)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The last of a checkpoint before `trainer_state.json`, which says that it is whole: so all is on disk here."""
@@ -134,50 +133,42 @@ class DispatchTrainer(Trainer):
         self._restore(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        last = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        best = _best(self.state, last)
+        last = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        best = best_checkpoint(self.state, last)
         logger.info("best checkpoint: %s (score %s)", best, self.state.best_metric)
         self._restore(best)
 
     def _restore(self, folder: Path) -> None:
         """Put a checkpoint's adapter and rows into the model, in place, so that the optimizer keeps its parameters."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        file = folder / ADAPTER_WEIGHTS
-        try:
-            self.meta.set_adapter_state(load_file(file))
-        except (OSError, SafetensorError, ExpertokenError) as error:
-            raise ExpertokenError(
-                f"{file}: missing, damaged or of another model ({one_line(error)}); remove {folder.name}, and the "
-                "run goes on from the checkpoint before it"
-            ) from error
-        names = [expert.name for expert in self.composite.pool]
-        overwrite(self.meta.head.expert_rows, read_rows(folder / ROWS_FILE, names, self.meta.head.in_features))
+        read_checkpoint(folder, self.composite)
 
 
 class Examples(torch.utils.data.Dataset):
-    """A supervision side as examples, read from disk and encoded when they are asked for.
-
-    So a side needs memory for its targets and scores only, and none for texts and ids.
+    """A side of a supervision as examples.
 
     Args:
-        meta: the meta LLM, for its encoding.
-        supervision: what is learnt from.
-        name: of the side.
+        supervision: the supervision.
+        name: name of the side.
+        queries: its queries.
+        positions: positions at which they are decided; their starts where None.
         learn: leave out queries of weight 0, which teach nothing, and scale the other weights to mean 1.
-        positions: where they are decided; at their starts where not given.
     """
 
     def __init__(
-        self, meta: MetaLLM, supervision: Supervision, name: str, *, learn: bool, positions: Positions | None = None
+        self,
+        supervision: Supervision,
+        name: str,
+        queries: Sequence[Query],
+        positions: Positions | None = None,
+        *,
+        learn: bool,
     ) -> None:
-        self._meta, self._side = meta, supervision.side(name)
+        positions = positions or Positions.starts(len(queries))
+        self._side, self._queries, self._positions = supervision.side(name), queries, positions
         columns = dict(zip(("target", "scores", "weight"), supervision.arrays(name), strict=True))
         # A number per benchmark travels with each query: the Trainer may evaluate in an order of its own.
-        columns["benchmark"] = np.unique(np.asarray(self._side["benchmark"], dtype=str), return_inverse=True)[1]
-        self._positions = positions or Positions.starts(len(self._side))
-        self._weights = columns.pop("weight")[self._positions.query] * self._positions.share
+        columns["benchmark"] = np.unique(supervision.benchmarks(name), return_inverse=True)[1]
+        self._weights = columns.pop("weight")[positions.query] * positions.share
         self._kept = np.arange(len(self._weights))
         if learn:
             self._kept = np.flatnonzero(self._weights)
@@ -190,12 +181,12 @@ class Examples(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         place = int(self._kept[index])
         row = int(self._positions.query[place])
-        ids = [*self._meta.encode(self._side[row]["messages"]), *self._positions.prefixes[place].tolist()]
+        ids = self._queries[row].followed_by(self._positions.prefixes[place]).ids
         columns = {key: column[row] for key, column in self._columns.items()}
         return {"input_ids": ids, "row": row, "weight": self._weights[place], **columns}
 
     def query(self, row: int) -> str:
-        """The id of a query, as errors name it."""
+        """Return the id of a query, for errors."""
         return self._side[row]["id"]
 
 
@@ -212,91 +203,11 @@ def wrap_with_lora(meta: MetaLLM, options: ExpertokenArguments) -> None:
         task_type="CAUSAL_LM",
     )
     try:
-        meta.model = get_peft_model(meta.model, config)
+        adapted: Any = get_peft_model(meta.model, config)
     except ValueError as error:
         raise ExpertokenError(f"--lora_target_modules {' '.join(targets)}: {one_line(error)}") from None
+    meta.model = adapted
     meta.head.expert_rows.requires_grad_(True)
-
-
-def _numbered(folder: Path) -> list[Path]:
-    """The Trainer's checkpoints; a folder that somebody named checkpoint-good is nobody's to delete."""
-    return [entry for entry in folder.glob("checkpoint-*") if entry.name.removeprefix("checkpoint-").isdigit()]
-
-
-def _step(checkpoint: Path) -> int:
-    number = checkpoint.name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else 0
-
-
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole: `trainer_state.json`, written last, can be read, and so can the weights."""
-    from safetensors import SafetensorError, safe_open
-
-    for entry in sorted(_numbered(folder), key=_step, reverse=True):
-        try:
-            json.loads((entry / "trainer_state.json").read_text())
-            for name in (ADAPTER_WEIGHTS, ROWS_FILE):
-                with safe_open(entry / name, "pt"):
-                    pass
-        except (OSError, ValueError, SafetensorError) as error:
-            logger.warning("%s is passed over: %s", entry, one_line(error))
-            continue
-        return entry
-    return None
-
-
-def find_checkpoint(resume: str, output_dir: Path, run: dict[str, Any]) -> Path | None:
-    """Which checkpoint to go on from, as `--resume` says; `run` identifies this run.
-
-    Raises:
-        ExpertokenError: with `auto`, the checkpoints in `output_dir` belong to another run.
-    """
-    record = output_dir / _RUN_FILE
-    if resume == "auto":
-        checkpoint = last_complete_checkpoint(output_dir)
-        known = json.loads(record.read_text()) if checkpoint and record.exists() else run
-        other = [key for key in run | known if known.get(key) != run.get(key)]
-        if other:
-            told = ", ".join(f"{key} {known.get(key)!r} then, {run.get(key)!r} now" for key in other[:_NAMED])
-            raise ExpertokenError(
-                f"{output_dir}: holds checkpoints of a run with other arguments or data ({told}); choose another "
-                "--output_dir, or say --resume never to start anew there"
-            )
-    elif resume == "never":
-        checkpoint = None
-    else:
-        checkpoint = Path(resume)
-        if not (checkpoint / "trainer_state.json").exists():
-            raise ExpertokenError(f"--resume {resume}: no complete checkpoint there; expected auto, never or its path")
-        later = [entry.name for entry in _numbered(output_dir) if _step(entry) > _step(checkpoint)]
-        if later and record.exists() and json.loads(record.read_text()) != run:
-            # They would be taken for this run's when it is resumed again.
-            raise ExpertokenError(
-                f"{output_dir}: holds later checkpoints of a run with other arguments ({', '.join(sorted(later))}); "
-                "choose another --output_dir, or remove them"
-            )
-    return checkpoint
-
-
-def _best(state: TrainerState, checkpoint: Path) -> Path:
-    """The best checkpoint of a finished run, in the folder that its last one is in now."""
-    recorded = Path(state.best_model_checkpoint or checkpoint)
-    best = next((folder for folder in (checkpoint.parent / recorded.name, recorded) if folder.exists()), None)
-    if best is None:
-        logger.warning("the best checkpoint, %s, is not there any more; the last one is taken", recorded.name)
-    return best or checkpoint
-
-
-def record_run(resume: str, output_dir: Path, run: dict[str, Any]) -> None:
-    """Note which run the checkpoints belong to; with `--resume never` those of an earlier run go.
-
-    Otherwise an interrupted new run would be continued from the old one's checkpoint, which has the higher number.
-    """
-    if resume == "never":
-        for entry in _numbered(output_dir):
-            shutil.rmtree(entry)
-    with atomic_file(output_dir / _RUN_FILE) as aside:
-        aside.write_text(json.dumps(run, indent=2) + "\n")
 
 
 def _out_of_memory(trainer: DispatchTrainer) -> str:
@@ -313,10 +224,10 @@ def _out_of_memory(trainer: DispatchTrainer) -> str:
         advice.append("--gradient_checkpointing true")
     if arguments.device.type != "cpu" and not (arguments.bf16 or arguments.fp16):
         advice.append("--bf16 true")
-    advice = [*advice, "with another --output_dir --accelerate_config zero3 or --method qlora"]
+    advice = [*advice, "with another --out --accelerate_config zero3 or --method qlora"]
     return (
         f"out of memory at step {trainer.state.global_step}, {size} queries a batch; try {', or '.join(advice)}. "
-        "Checkpoints before it are whole, and with the same --output_dir the run goes on from there"
+        "Checkpoints before it are whole, and with the same --out the run goes on from there"
     )
 
 
@@ -334,12 +245,12 @@ def train_lora(
     Returns:
         what the manifest records: steps, best score, seconds.
     """
-    meta = composite.meta
+    meta, output = composite.meta, Path(str(arguments.output_dir))
     set_seed(arguments.seed)  # the Trainer does so too, but after the adapters have drawn their start
     wrap_with_lora(meta, options)
 
     def score(prediction: EvalPrediction) -> dict[str, float]:
-        chosen, found = prediction.predictions.argmax(-1), prediction.label_ids
+        chosen, found = np.asarray(prediction.predictions).argmax(-1), np.asarray(prediction.label_ids)
         return {"score": mean_score(chosen, found[:, :-1], found[:, -1])}
 
     arguments.remove_unused_columns = False
@@ -357,7 +268,7 @@ def train_lora(
     arguments.ddp_find_unused_parameters = False
     trainer = DispatchTrainer(
         composite,
-        options.objective,
+        str(options.objective),
         rows_learning_rate=options.rows_learning_rate,
         args=arguments,
         train_dataset=train,
@@ -366,18 +277,18 @@ def train_lora(
     )
     team = Team(arguments.process_index, arguments.world_size)
     # The first process looks for all: on other machines the folder may be seen later, or not at all.
-    checkpoint = team.agree(lambda: find_checkpoint(options.resume, Path(arguments.output_dir), run))
+    checkpoint = team.agree(lambda: find_checkpoint(options.resume, output, run))
     if arguments.process_index == 0:
-        record_run(options.resume, Path(arguments.output_dir), run)
+        record_run(options.resume, output, run)
     barrier()
     if checkpoint:
         logger.info("continuing %s", checkpoint)
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
     # By `auto` it is this very run; from a checkpoint that was named, somebody may want to go further.
-    if state and options.resume == "auto" and state.global_step >= state.max_steps:
+    if checkpoint and state and options.resume == "auto" and state.global_step >= state.max_steps:
         # Killed behind its last step. The Trainer would make one more before it notices that it is through.
         trainer.state = state
-        trainer._restore(_best(state, checkpoint))
+        trainer._restore(best_checkpoint(state, checkpoint))
         meta.model.eval()
         return {"steps": state.global_step, "validation_score": state.best_metric, "seconds": 0.0, "engine": False}
     try:

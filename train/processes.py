@@ -2,16 +2,16 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock, Timeout
 
-from ..modeling.errors import ExpertokenError, one_line
+from ..modeling.distributed import Team, barrier
+from ..modeling.errors import ExpertokenError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -47,9 +47,10 @@ def check_offload(arguments: "TrainingArguments") -> None:
     """
     plugin = arguments.deepspeed_plugin
     offloaded = plugin and plugin.deepspeed_config.get("zero_optimization", {}).get("offload_optimizer", {})
-    if offloaded and offloaded.get("device", "none") != "none" and str(arguments.optim.value) not in _ADAM:
+    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+    if offloaded and offloaded.get("device", "none") != "none" and optimizer not in _ADAM:
         raise ExpertokenError(
-            f"--optim {arguments.optim.value}: with optimizer states on the CPU DeepSpeed's own Adam runs, whatever is "
+            f"--optim {optimizer}: with optimizer states on the CPU DeepSpeed's own Adam runs, whatever is "
             "asked for; take adamw_torch, or a configuration without offload"
         )
 
@@ -86,45 +87,6 @@ def loading(arguments: "TrainingArguments") -> Iterator[None]:
         plugin.dschf = integration.HfDeepSpeedConfig(config)  # registers itself; transformers keeps a weak reference
 
 
-@dataclass(frozen=True)
-class Team:
-    """The processes that share a piece of work.
-
-    Attributes:
-        rank: of this one.
-        world: how many there are.
-    """
-
-    rank: int = 0
-    world: int = 1
-
-    def barrier(self) -> None:
-        """Wait for the others."""
-        if self.world > 1:
-            barrier()
-
-    def agree(self, look: Callable[[], Any]) -> Any:
-        """What the first process finds, on all: in a folder that others use too each may see something else.
-
-        Raises:
-            ExpertokenError: on all, what it raised on the first, so that the others do not wait for it in vain.
-        """
-        if self.world == 1:
-            return look()
-        shared = [None]
-        if self.rank == 0:
-            try:
-                shared = [look()]
-            except ExpertokenError as error:
-                shared = [error]
-            except Exception as error:  # the others wait for a word, whatever it is
-                shared = [ExpertokenError(f"the first process failed: {one_line(error)}")]
-        torch.distributed.broadcast_object_list(shared, src=0)
-        if isinstance(shared[0], ExpertokenError):
-            raise shared[0]
-        return shared[0]
-
-
 @contextmanager
 def exclusive(folder: Path, team: Team) -> Iterator[None]:
     """Keep every other run out of a folder. The system ends the hold with the process, however that ends.
@@ -156,12 +118,6 @@ def exclusive(folder: Path, team: Team) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def barrier() -> None:
-    """Wait for the other processes, if there are any."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 def leave() -> None:

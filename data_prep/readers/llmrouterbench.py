@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..results import BenchmarkResults, ResultsError
-from .files import number, read_json, results_of
+from ...modeling.errors import ResultsError
+from ..results import BenchmarkResults
+from .text import number, read_json, results_of
 
 _STAMP = re.compile(r"_(\d{8}_\d{6})$")
 _TOP_LEVEL = re.compile(r'\s*\{\s*"(dataset_name|split|model_name|demo|records)"\s*:(?!.*"configs"\s*:)', re.DOTALL)
@@ -35,7 +36,8 @@ def read(path: Path) -> BenchmarkResults:
                 raise ResultsError(f"{file}: field {name!r} is missing; expected {', '.join(_FIELDS)}")
         if document.get("demo"):
             continue
-        key = tuple(str(document[name]) for name in _FIELDS[:3])
+        dataset, split, model = (str(document[name]) for name in _FIELDS[:3])
+        key = dataset, split, model
         stamp = _STAMP.search(file.stem)
         if key not in newest or (stamp[1] if stamp else "") >= newest[key][0]:
             newest[key] = (stamp[1] if stamp else "", file, document["records"])

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..results import BenchmarkResults, ResultsError
-from .files import number, parse_json, read_json, read_text, results_of
+from ...modeling.errors import ResultsError
+from ..results import BenchmarkResults
+from .text import number, parse_json, read_json, read_text, results_of
 
 _STAMP = r"\d{4}-\d{2}-\d{2}T[\d\-.:]+"
 _SAMPLES = re.compile(rf"samples_(?P<task>.+)_(?P<stamp>{_STAMP})\.jsonl")
@@ -156,7 +157,7 @@ def _options(document: dict[str, Any]) -> list[str]:
 
 def _prompt(sample: dict[str, Any], place: str) -> str:
     """The question as the model was asked it, or the whole prompt where the document does not tell it apart."""
-    arguments = sample.get("arguments")
+    arguments: Any = sample.get("arguments")
     if isinstance(arguments, dict):
         arguments = [list(entry.values()) if isinstance(entry, dict) else entry for entry in arguments.values()]
     try:

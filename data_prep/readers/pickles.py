@@ -5,8 +5,7 @@ import pickletools
 from pathlib import Path
 from typing import Any
 
-from ...modeling.errors import one_line
-from ..results import ResultsError
+from ...modeling.errors import ResultsError, one_line
 
 # Exact names, not whole modules: numpy and pandas both have functions that evaluate text. Arrow's are left out: what
 # they restore are raw buffers that nobody checks.

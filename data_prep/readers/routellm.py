@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..results import BenchmarkResults, ResultsError
-from .files import files_of, header_of, results_of
+from ...modeling.errors import ResultsError
+from ..results import BenchmarkResults
 from .table import load_table, numbers
+from .text import files_of, header_of, results_of
 
 
 def recognises(file: Path, head: str) -> bool:

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..results import BenchmarkResults, ResultsError
-from .files import files_of, results_of, side_of
+from ...modeling.errors import ResultsError
+from ..results import BenchmarkResults
 from .pickles import holds_mapping, read_pickle
 from .table import load_table, numbers
+from .text import files_of, results_of, side_of
 
 _COST = "|total_cost"
 _ORDINARY = ("sample_id", "prompt", "eval_name", "oracle_model_to_route_to")

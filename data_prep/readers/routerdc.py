@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..results import BenchmarkResults, ResultsError
-from .files import benchmark_of, files_of, number, read_json, results_of, side_of
+from ...modeling.errors import ResultsError
+from ..results import BenchmarkResults
+from .text import benchmark_of, files_of, number, read_json, results_of, side_of
 
 
 def recognises(file: Path, head: str) -> bool:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ...modeling.errors import did_you_mean
-from ..results import BenchmarkResults, ResultsError
-from .files import files_of, results_of
+from ...modeling.errors import ResultsError, did_you_mean
+from ..results import BenchmarkResults
 from .pickles import holds_mapping, read_pickle
+from .text import files_of, results_of
 
 logger = logging.getLogger(__name__)
 

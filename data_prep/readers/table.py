@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ...modeling.errors import did_you_mean, one_line
-from ..results import BenchmarkResults, ResultsError
-from .files import files_of, results_of
+from ...modeling.errors import ResultsError, did_you_mean, one_line
+from ..results import BenchmarkResults
+from .text import files_of, results_of
 
 SUFFIXES = (".csv", ".parquet", ".jsonl")
 
@@ -198,7 +198,7 @@ def _long(frame: pd.DataFrame, queries: pd.DataFrame, source: str, columns: Colu
         return values
 
     first = queries.drop_duplicates("id")
-    flagged = frozenset()
+    flagged: frozenset[tuple[str, str]] = frozenset()
     if columns.contaminated in frame:
         marked = numbers(frame[columns.contaminated], source, columns.contaminated) > 0
         flagged = frozenset(zip(names[marked], queries["benchmark"][marked], strict=True))
@@ -218,7 +218,7 @@ def _wide(
 ) -> BenchmarkResults:
     if models is None:
         models = [
-            name
+            str(name)
             for name in frame
             if name not in taken and not str(name).startswith("Unnamed") and _is_score(frame[name])
         ]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from expertoken.inference.composite import CompositeModel
+from expertoken.inference.composite_model import CompositeModel
 
 from ..smollm2 import smollm2
 from .measure import HERE, measure
@@ -83,17 +83,21 @@ def transcript(folder: Path) -> None:
 def verdict(folder: Path) -> bool:
     """Whether the composite's interval lies above every single candidate's."""
     report = json.loads((folder / "report" / "report.json").read_text())
-    ours, *others = report["rows"]
-    best = max((row for row in others if row["kind"] == "expert"), key=lambda row: row["interval"][1])
-    above = ours["interval"][0] > best["interval"][1]
+    ours, *others = report["results"]
+    best = max((row for row in others if row["kind"] == "expert"), key=lambda row: row["mean_score_interval"][1])
+    above = ours["mean_score_interval"][0] > best["mean_score_interval"][1]
     console.print(
-        f"composite {100 * ours['mean']:.1f} % [{100 * ours['interval'][0]:.1f}, {100 * ours['interval'][1]:.1f}] "
-        f"{'above' if above else 'NOT above'} the best single model, {best['name']} {100 * best['mean']:.1f} % "
-        f"[{100 * best['interval'][0]:.1f}, {100 * best['interval'][1]:.1f}]",
+        f"composite {_percent(ours)} {'above' if above else 'NOT above'} the best single model, {best['name']} "
+        f"{_percent(best)}",
         style="bold green" if above else "bold red",
         markup=False,
     )
     return above
+
+
+def _percent(row: dict) -> str:
+    low, high = row["mean_score_interval"]
+    return f"{100 * row['mean_score']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def main() -> None:
@@ -110,7 +114,7 @@ def main() -> None:
     launch = ("accelerate", "launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no")
     run(
         *(*launch, "--dynamo_backend", "no", "-m", "expertoken.train", "tokens"),
-        *("--meta", smollm2(), "--data", OUT / "supervision", "--output_dir", composite),
+        *("--meta", smollm2(), "--data", OUT / "supervision", "--out", composite),
     )
     step(4, "evaluation on held-out tasks")
     run("expertoken", "evaluate", composite, "--data", OUT / "supervision", "--baselines", "none")

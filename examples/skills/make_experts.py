@@ -10,10 +10,18 @@ import math
 import time
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from .tasks import SKILLS, Task, tasks
 
@@ -27,7 +35,9 @@ _EXAMPLES = {"arithmetic": 2400, "units": 1600, "sql": 800, "json": 800, "dates"
 class AnswerTrainer(Trainer):
     """A `Trainer` whose loss reads the answers only: logits are computed at no other position."""
 
-    def compute_loss(self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, **_: object) -> object:
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, *_: Any, **__: Any
+    ) -> Any:
         """Cross-entropy of the answer tokens; prompts are padded on the left, so that answers end together."""
         labels = inputs.pop("labels")
         span = int((labels != -100).any(0).sum())
@@ -36,10 +46,10 @@ class AnswerTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def encode(tokenizer: AutoTokenizer, task: Task) -> dict[str, list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, list[int]]:
     """Prompt and answer as ids; labels at the answer and its closing token only."""
     chat = [{"role": "user", "content": task.prompt}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    prompt: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     answer = [*tokenizer(task.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 
@@ -61,8 +71,8 @@ def train_expert(skill: str, base: str, out: Path, *, rank: int, learning_rate: 
     """Train one adapter and write it, in half precision, under `out`."""
     set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    layers = list(range(_FIRST_LORA_LAYER, model.config.num_hidden_layers))
+    base_model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    layers = list(range(_FIRST_LORA_LAYER, base_model.config.num_hidden_layers))
     config = LoraConfig(
         r=rank, lora_alpha=4 * rank, target_modules=_LINEAR, layers_to_transform=layers, task_type="CAUSAL_LM"
     )
@@ -82,7 +92,7 @@ def train_expert(skill: str, base: str, out: Path, *, rank: int, learning_rate: 
         use_cpu=not torch.cuda.is_available(),
         remove_unused_columns=False,
     )
-    model = get_peft_model(model, config)
+    model: Any = get_peft_model(base_model, config)
     trainer = AnswerTrainer(
         model=model,
         args=arguments,
@@ -104,7 +114,7 @@ def save(model: PeftModel, folder: Path) -> None:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.half()
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's card is an empty form; examples/skills/README.md says it
 
 

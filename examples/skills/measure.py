@@ -14,10 +14,11 @@ from pathlib import Path
 
 from rich.progress import track
 
-from expertoken.inference.backends import Generation, LocalModels, open_backend
+from expertoken.inference.backends.models import LocalModels
+from expertoken.modeling.backend import Generation, Opening
 from expertoken.modeling.experts import Expert, ExpertPool
 from expertoken.modeling.files import atomic_file
-from expertoken.modeling.meta import Source
+from expertoken.modeling.source import Source
 
 from ..smollm2 import smollm2
 from .tasks import BENCHMARKS, SKILLS, tasks
@@ -70,7 +71,7 @@ def measure(out: Path) -> dict[str, Path]:
     files = {expert.name: out / f"{expert.name}-{_key(expert, asked)}.jsonl" for expert in pool.candidates}
     missing = [expert for expert in pool.candidates if not files[expert.name].exists()]
     for expert in track(missing, description="answering", disable=not missing):
-        backend = open_backend(expert, models, base)
+        backend = expert.kind.open(expert, Opening(base, models))
         conversations = [[{"role": "user", "content": row["query"]}] for row in asked]
         answers = backend.complete(conversations, Generation(max_new_tokens=_LONGEST_ANSWER), batch_size=64)
         with atomic_file(files[expert.name]) as aside, aside.open("w") as file:

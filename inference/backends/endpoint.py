@@ -2,8 +2,9 @@
 
 import asyncio
 import math
+import re
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from ...modeling.backend import Backend, Generation, Opening, Piece, Timeouts
 from ...modeling.chat import Message
 from ...modeling.errors import ExpertFailedError, RequestRefusedError
 from ...modeling.experts import Expert
-from .base import Backend, Generation, Piece
+from ...modeling.kinds import ExpertKind
 
 if TYPE_CHECKING:
+    from typing import TypeGuard
+
     from openai import AsyncOpenAI
     from tenacity import AsyncRetrying
 
@@ -31,24 +35,6 @@ _OPENAI = "//api.openai.com"
 _GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
 
 
-@dataclass(frozen=True)
-class Timeouts:
-    """How long an endpoint is waited for, in seconds.
-
-    Attributes:
-        connect: for a connection.
-        first: for the first piece of an answer, retries included.
-        idle: between two pieces.
-        retries: of a request that was refused for now (429, 5xx) or did not come through, with growing pauses, before
-            the next best expert is asked.
-    """
-
-    connect: float = 5.0
-    first: float = 60.0
-    idle: float = 30.0
-    retries: int = 1
-
-
 class EndpointBackend(Backend):
     """A model behind an HTTP address.
 
@@ -57,7 +43,7 @@ class EndpointBackend(Backend):
         timeouts: how long it is waited for.
 
     Attributes:
-        retries: how often it was asked once more.
+        retries: requests made once more.
 
     Raises:
         ExpertFailedError: the environment variable that should hold the key is not set.
@@ -68,7 +54,7 @@ class EndpointBackend(Backend):
 
         self.expert = expert
         self.timeouts = timeouts or Timeouts()
-        self.retries = 0
+        self.retries: int = 0
         self._key = expert.api_key()
         # A client's connections belong to one event loop.
         self._clients: dict[asyncio.AbstractEventLoop, AsyncOpenAI] = {}
@@ -108,6 +94,42 @@ class EndpointBackend(Backend):
         again = retry_if_exception(_passes)
         return AsyncRetrying(retry=again, wait=pause, stop=attempts, before_sleep=count, reraise=True)
 
+    async def first_token(self, messages: Sequence[Message], candidates: int) -> "FirstToken":
+        """Return the most probable first tokens of an answer.
+
+        Args:
+            messages: the conversation.
+            candidates: number of tokens to ask for.
+
+        Raises:
+            RequestRefusedError: the endpoint refuses the conversation.
+            ExpertFailedError: the endpoint can't be used, or gives no log-probabilities.
+        """
+        import openai
+
+        limit = self.timeouts.first
+        create: Any = self.client().chat.completions.create
+        request = {"model": self.expert.model, "messages": list(messages), "max_tokens": 1, "temperature": 0.0}
+
+        async def ask() -> Any:
+            return await create(**request, logprobs=True, top_logprobs=candidates)
+
+        try:
+            with anyio.fail_after(limit):
+                answer: Any = await self.asking(ask)
+            top = answer.choices[0].logprobs.content[0].top_logprobs
+            found = {entry.token: entry.logprob for entry in top}
+        except openai.APIStatusError as error:
+            kind = RequestRefusedError if error.status_code in REQUESTS else ExpertFailedError
+            raise kind(f"its endpoint answered {error.status_code}") from error
+        except TimeoutError as error:
+            raise ExpertFailedError(f"its endpoint gave nothing within {limit:g} s") from error
+        except (AttributeError, IndexError, TypeError) as error:
+            raise ExpertFailedError("its endpoint gives no log-probabilities") from error
+        except Exception as error:
+            raise ExpertFailedError(f"its endpoint could not be used ({type(error).__name__})") from error
+        return FirstToken(found, answer.usage.prompt_tokens if answer.usage else None)
+
     def _options(self, generation: Generation) -> dict[str, Any]:
         # OpenAI's own newer models refuse the older name; other servers know the older one.
         own = _OPENAI in (self.expert.base_url or _OPENAI)
@@ -124,7 +146,7 @@ class EndpointBackend(Backend):
 
     async def stream(
         self, messages: Sequence[Message], generation: Generation, *, begun: str = ""
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece, None]:
         """The answer in pieces. An answer that was begun goes along as the assistant's last message.
 
         Servers go on behind it where they know `continue_final_message` (vLLM) or do so by themselves; of one that
@@ -139,7 +161,7 @@ class EndpointBackend(Backend):
         told = finished = False
         written, most = 0, _CHARACTERS * generation.max_new_tokens
         repetition, numbering, unicode = Repetition(begun), Numbering(), _Unicode()
-        chunks = None
+        chunks: Any = None
         try:
             with anyio.fail_after(self.timeouts.first):
                 chunks = await self.asking(self._begin, given, self._options(generation), going_on=bool(begun))
@@ -152,7 +174,7 @@ class EndpointBackend(Backend):
                     break
                 piece, thought = _piece(chunk, unicode)
                 # Some models think for minutes before their first word, and stream that: they are alive.
-                told = told or piece.tells or thought > 0
+                told = told or piece.visible or thought > 0
                 written += 1 + thought + _characters(piece)
                 if written > most and piece.finish is None:
                     piece = replace(piece, finish="length")
@@ -197,6 +219,19 @@ class EndpointBackend(Backend):
             raise RequestRefusedError("the request holds something that JSON or Unicode does not know") from error
 
 
+@dataclass(frozen=True)
+class FirstToken:
+    """The most probable first tokens of an answer.
+
+    Attributes:
+        logprobs: log-probability by the token's text.
+        prompt_tokens: tokens of the conversation, where the endpoint counts them.
+    """
+
+    logprobs: dict[str, float]
+    prompt_tokens: int | None
+
+
 def _piece(chunk: Any, unicode: "_Unicode") -> tuple[Piece, int]:
     """What a chunk brings, and how many characters of the model's thinking.
 
@@ -207,8 +242,8 @@ def _piece(chunk: Any, unicode: "_Unicode") -> tuple[Piece, int]:
     """
     try:
         counts = chunk.get("usage") or {}
-        usage = (counts.get("prompt_tokens"), counts.get("completion_tokens"))
-        usage = usage if all(isinstance(count, int) and 0 <= count < _MOST for count in usage) else None
+        read, written = counts.get("prompt_tokens"), counts.get("completion_tokens")
+        usage = (read, written) if _is_count(read) and _is_count(written) else None
         choices = chunk.get("choices")
         if choices is None and usage is None:
             raise ExpertFailedError(_NO_ANSWER)
@@ -227,6 +262,10 @@ def _piece(chunk: Any, unicode: "_Unicode") -> tuple[Piece, int]:
     except (AttributeError, TypeError, ValueError, LookupError) as error:
         raise ExpertFailedError(_NO_ANSWER) from error
     return piece, thought
+
+
+def _is_count(value: Any) -> "TypeGuard[int]":
+    return isinstance(value, int) and 0 <= value < _MOST
 
 
 def _characters(piece: Piece) -> int:
@@ -343,3 +382,44 @@ class Repetition:
         else:
             text, self._rest = self._held, ""
         return text
+
+
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
+
+
+def _open(expert: Expert, opening: Opening) -> EndpointBackend:
+    return EndpointBackend(expert, opening.timeouts)
+
+
+def _key(expert: Expert) -> str | None:
+    # The client's own variable belongs to its default address; an endpoint elsewhere must not receive that key.
+    return expert.api_key_env or (None if expert.base_url else "OPENAI_API_KEY")
+
+
+def _address(expert: Expert) -> str:
+    return expert.base_url or "OpenAI"
+
+
+def _check(entry: Mapping[str, Any], place: str) -> list[str]:
+    found = []
+    variable, url = entry.get("api_key_env"), entry.get("base_url")
+    if isinstance(variable, str) and not _VARIABLE.fullmatch(variable):
+        # Without the value, which may well be the key itself.
+        found.append(f"{place}.api_key_env: expected the NAME of an environment variable, such as MATH_API_KEY")
+    if isinstance(url, str) and (not url.startswith(("http://", "https://")) or "@" in url or "?" in url):
+        found.append(f"{place}.base_url: expected http(s)://host[:port]/path without a user name, password or query")
+    return found
+
+
+ENDPOINT = ExpertKind(
+    "openai",
+    _open,
+    fields=("model", "base_url", "api_key_env"),
+    remote=True,
+    priced=True,
+    key=_key,
+    address=_address,
+    check=_check,
+    recognises=lambda entry: bool(entry.get("base_url")),
+)
+KINDS = (ENDPOINT,)

@@ -2,20 +2,22 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import torch
 
+from ...modeling.backend import Backend, Generation, Piece
 from ...modeling.chat import Message, encode_chat
 from ...modeling.errors import ExpertFailedError, ExpertokenError, RequestRefusedError, one_line
-from ...modeling.meta import Source, end_ids, positions
-from .base import Backend, Generation, Piece
+from ...modeling.loading import context_length, end_ids
+from ...modeling.source import Source
 from .models import LocalModels, Resident
 
 if TYPE_CHECKING:
@@ -72,8 +74,9 @@ def first_token(
     Returns:
         the token `[1, 1]`, and where it was drawn with a seed the random numbers' state after it.
     """
-    config, _ = model._prepare_generation_config(None, **generation_options(generation))
-    processors = model._get_logits_processor(config, input_ids_seq_length=input_ids.shape[1], device=input_ids.device)
+    private: Any = model
+    config, _ = private._prepare_generation_config(None, **generation_options(generation))
+    processors = private._get_logits_processor(config, input_ids_seq_length=input_ids.shape[1], device=input_ids.device)
     scores = processors(input_ids, logits.float())
     if not config.do_sample:
         return scores.argmax(-1, keepdim=True), None
@@ -94,7 +97,7 @@ async def stream_generate(
     state: torch.Tensor | None = None,
     ready: Callable[[threading.Event], AbstractContextManager] | None = None,
     watch: Any = None,
-) -> AsyncIterator[Piece]:
+) -> AsyncGenerator[Piece, None]:
     """Run `model.generate` in a thread and yield its text as it comes; closing the iterator stops the thread.
 
     Args:
@@ -138,18 +141,18 @@ async def stream_generate(
         streamer.put(first.cpu())
         streamer.next_tokens_are_prompt = True
 
-    def run(model: "PreTrainedModel", options: dict[str, Any]) -> None:
+    def run(generating: Any, options: dict[str, Any]) -> None:
         try:
-            seeded = _seeded(generation, state, model.device)
+            seeded = _seeded(generation, state, generating.device)
             with ready(stopped) if ready else nullcontext(), seeded, watch or nullcontext(), torch.inference_mode():
                 if stopped.is_set():
                     return
-                model.generate(**options, streamer=streamer, stopping_criteria=StoppingCriteriaList([Stop()]))
+                generating.generate(**options, streamer=streamer, stopping_criteria=StoppingCriteriaList([Stop()]))
         except BaseException as error:
             error.__traceback__ = None  # its frames hold the model
             failure.append(error)
         finally:
-            del model, options
+            del generating, options
             # The signal also where `generate` never came to it.
             with suppress(RuntimeError):  # the loop is closed: nobody reads any more
                 loop.call_soon_threadsafe(streamer.text_queue.put_nowait, streamer.stop_signal)
@@ -179,7 +182,7 @@ class _GivenUpError(Exception):
 
 
 @contextmanager
-def turn_of(lock: AbstractContextManager, stopped: threading.Event | None = None) -> Iterator[None]:
+def turn_of(lock: RLock, stopped: threading.Event | None = None) -> Iterator[None]:
     """A model's turn: it gives one answer at a time. Whoever is not waited for any more does not wait either."""
     while not lock.acquire(timeout=0.1):
         if stopped is not None and stopped.is_set():
@@ -211,6 +214,8 @@ class LocalBackend(Backend):
         adapter: folder and revision of a LoRA adapter on it.
     """
 
+    batches = scores_texts = True
+
     def __init__(self, models: LocalModels, source: Source, adapter: tuple[str, str | None] | None = None) -> None:
         self.models, self.source, self._adapter = models, source, adapter
 
@@ -223,6 +228,10 @@ class LocalBackend(Backend):
                 resident.adapted.set_adapter(slot, inference_mode=True)
             yield
 
+    def hold(self) -> AbstractContextManager[Resident]:
+        """Keep the model in memory within the block."""
+        return self.models.lease(self.source)
+
     def _model(self, resident: Resident) -> "PreTrainedModel":
         """The model that answers; an adapter may have to be loaded, which waits for who generates."""
         if self._adapter is None:
@@ -231,9 +240,9 @@ class LocalBackend(Backend):
         return resident.adapted
 
     def _encode(self, resident: Resident, messages: Sequence[Message], begun: str = "") -> list[int]:
-        rows = resident.model.get_input_embeddings().weight.shape[0]
+        rows = int(resident.model.get_input_embeddings().weight.shape[0])
         try:
-            return encode_chat(resident.tokenizer, messages, rows, begun=begun, most=positions(resident.model) - 1)
+            return encode_chat(resident.tokenizer, messages, rows, begun=begun, most=context_length(resident.model) - 1)
         except ExpertFailedError:
             raise
         except ExpertokenError as error:  # too long, or nothing that its template takes: no fault of the model
@@ -241,7 +250,7 @@ class LocalBackend(Backend):
 
     async def stream(
         self, messages: Sequence[Message], generation: Generation, *, begun: str = ""
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece, None]:
         """The answer in pieces."""
         resident = self.models.acquire_now(self.source) or await self._acquired()
         lease = ExitStack()
@@ -258,7 +267,7 @@ class LocalBackend(Backend):
                 model,
                 resident.tokenizer,
                 inputs,
-                within(generation, positions(model) - len(ids)),
+                within(generation, context_length(model) - len(ids)),
                 # The lease ends with the generation, not with the reading: who reads slowly holds no model.
                 ready=lambda stopped: _both(lease, self._turn(resident, stopped)),
             )
@@ -285,14 +294,14 @@ class LocalBackend(Backend):
     @torch.inference_mode()
     def log_likelihood(self, messages: Sequence[Message], continuation: str) -> tuple[float, bool]:
         """Log-probability of an answer that begins with `continuation`, and whether it is the greedy one."""
-        with self.models.lease(self.source) as resident, self._turn(resident):
+        with self.hold() as resident, self._turn(resident):
             model = self._model(resident)
             ids = self._encode(resident, messages)
             # Generation prompts end where an answer begins; benchmarks put the blank before it into the continuation.
             wanted = resident.tokenizer(continuation.lstrip(), add_special_tokens=False).input_ids
-            if len(ids) + len(wanted) > positions(model):
+            if len(ids) + len(wanted) > context_length(model):
                 raise RequestRefusedError(
-                    f"{len(ids) + len(wanted)} tokens; the model has positions for {positions(model)}"
+                    f"{len(ids) + len(wanted)} tokens; the model has positions for {context_length(model)}"
                 )
             given = torch.tensor([ids + wanted], device=model.device)
             logits = model(given, logits_to_keep=len(wanted) + 1).logits[0, :-1].float().log_softmax(-1)
@@ -304,25 +313,26 @@ class LocalBackend(Backend):
         self,
         conversations: Sequence[Sequence[Message]],
         generation: Generation,
+        *,
+        held: Resident | None = None,
         batch_size: int = 32,
-        resident: Resident | None = None,
     ) -> list[Piece]:
-        """Answers of many conversations, each in one piece, in left-padded batches of like length.
+        """Return an answer to each conversation, in one piece each, from left-padded batches of similar length.
 
         Args:
-            conversations: to answer.
-            generation: how.
-            batch_size: of them at a time.
-            resident: the model, where the caller has a lease of it.
+            conversations: the conversations.
+            generation: options of the generation.
+            held: the model, where the caller is inside a block of `hold`.
+            batch_size: conversations of one batch.
         """
-        with nullcontext(resident) if resident else self.models.lease(self.source) as held:
-            model = self._model(held)
-            encoded = [self._encode(held, messages) for messages in conversations]
+        with nullcontext(held) if held else self.hold() as resident:
+            model = self._model(resident)
+            encoded = [self._encode(resident, messages) for messages in conversations]
             answers = [Piece()] * len(encoded)
-            room = positions(model) - generation.max_new_tokens
-            with self._turn(held):
+            room = context_length(model) - generation.max_new_tokens
+            with self._turn(resident):
                 for chosen in _batches(list(map(len, encoded)), batch_size, room):
-                    found = _generate_batch(model, held.tokenizer, [encoded[i] for i in chosen], generation)
+                    found = _generate_batch(model, resident.tokenizer, [encoded[i] for i in chosen], generation)
                     for index, answer in zip(chosen, found, strict=True):
                         answers[index] = answer
         return answers
@@ -346,19 +356,20 @@ def _generate_batch(
     pad = tokenizer.pad_token_id or 0
     ids = torch.tensor([[pad] * (longest - len(s)) + s for s in sequences], device=model.device)
     mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences], device=model.device)
-    options = generation_options(within(generation, positions(model) - longest))
+    options = generation_options(within(generation, context_length(model) - longest))
     stopped: dict[int, int] = {}
     if generation.stop:
         stop = partial(_stop, tokenizer, generation.stop, longest, stopped)
         options["stopping_criteria"] = StoppingCriteriaList([stop])
+    generating: Any = model
     with _seeded(generation):
-        output = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **options)
+        output = generating.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **options)
     answers = []
     for place, (sequence, row) in enumerate(zip(sequences, output[:, longest:].tolist(), strict=True)):
         # What comes behind the end is padding, and may be an ordinary token where the tokenizer has none for it.
         end = next((count for count, token in enumerate(row, start=1) if token in ends), None)
         end = min(filter(None, (end, stopped.get(place))), default=None)
-        text = tokenizer.decode(row[:end], skip_special_tokens=True)
+        text = str(tokenizer.decode(row[:end], skip_special_tokens=True))
         usage = (len(sequence), len(row[:end]))
         answers.append(Piece(text, finish="length" if end is None else "stop", usage=usage))
     return answers
@@ -380,7 +391,7 @@ def _stop(
     tail = 8 + 4 * max(map(len, stops))  # a character is four tokens at most
     for place, row in enumerate(input_ids[:, start:].tolist()):
         if place not in stopped:
-            text = tokenizer.decode(row[-tail:], skip_special_tokens=True)
+            text = str(tokenizer.decode(row[-tail:], skip_special_tokens=True))
             if any(stop in text for stop in stops):
                 stopped[place] = len(row)
     return torch.tensor([place in stopped for place in range(len(input_ids))], device=input_ids.device)

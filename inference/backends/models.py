@@ -6,15 +6,17 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...modeling.errors import ExpertFailedError, ExpertokenError, did_you_mean, one_line
-from ...modeling.meta import LOADING, QUANTIZATIONS, Source, as_dtype, load_causal_lm, share_weights
+from ...modeling.loading import LOADING, as_dtype, load_causal_lm, share_weights
+from ...modeling.source import QUANTIZATIONS, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,14 +44,14 @@ class Resident:
         slots: the adapters, by folder and revision.
     """
 
-    model: "PreTrainedModel"
+    model: Any
     tokenizer: "PreTrainedTokenizerBase"
     size: int
     pinned: bool = False
     users: int = 0
     loaded: float = field(default_factory=time.monotonic)
     used: float = field(default_factory=time.monotonic)
-    turn: AbstractContextManager = field(default_factory=threading.RLock)
+    turn: RLock = field(default_factory=RLock)
     adapted: Any = None
     slots: dict[tuple[str, str | None], str] = field(default_factory=dict)
 
@@ -87,7 +89,7 @@ class LocalModels:
         self.device, self.dtype = device, None if dtype is None else as_dtype(dtype)
         self.budget, self.quantization = budget, quantization
         self.loads = 0
-        self._pinned = {_resolved(source) for source in pinned}
+        self._pinned = {source.resolved() for source in pinned}
         self._residents: dict[Source, Resident] = {}
         self._sizes: dict[Source, int] = {}
         self._waiting: dict[Source, float] = {}
@@ -97,7 +99,7 @@ class LocalModels:
 
     def add(self, source: Source, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
         """Make a loaded model known, so that nobody loads it again. It stays, and takes nothing of the budget."""
-        self._residents[_resolved(source)] = Resident(model, tokenizer, 0, pinned=True)
+        self._residents[source.resolved()] = Resident(model, tokenizer, 0, pinned=True)
 
     @property
     def resident(self) -> list[Source]:
@@ -108,7 +110,7 @@ class LocalModels:
     def holds(self, source: Source) -> bool:
         """Whether a model is in memory."""
         with self._changed:
-            return _resolved(source) in self._residents
+            return source.resolved() in self._residents
 
     @property
     def taken(self) -> int:
@@ -135,7 +137,7 @@ class LocalModels:
         Raises:
             ExpertFailedError: it can't be loaded, is larger than the budget, no room came free, or it was given up.
         """
-        source = _resolved(source)
+        source = source.resolved()
         began = waits = time.monotonic()
         while True:
             with self._changed:
@@ -162,13 +164,13 @@ class LocalModels:
         if not self._changed.acquire(blocking=False):
             return None
         try:
-            return self._enter(_resolved(source), time.monotonic())
+            return self._enter(source.resolved(), time.monotonic())
         finally:
             self._changed.release()
 
     def prefetch(self, source: Source) -> None:
         """Load a model that will be wanted soon, where there is room for it beside those that are used and wanted."""
-        source = _resolved(source)
+        source = source.resolved()
         with suppress(ExpertFailedError):  # told to who acquires it
             with self._changed:
                 used = sum(r.size for r in self._residents.values() if r.pinned or r.users)
@@ -249,6 +251,8 @@ class LocalModels:
         return self._drop_free(needed)
 
     def _check_fits(self, source: Source, needed: int) -> None:
+        if self.budget is None:
+            return
         fixed = sum(held.size for key, held in self._residents.items() if held.pinned and key != source)
         if needed > self.budget - fixed:
             self._waiting.pop(source, None)
@@ -259,7 +263,7 @@ class LocalModels:
 
     def _drop_free(self, needed: int) -> bool:
         """Let models go until there is room for so many bytes more; whether there is."""
-        while self.taken + needed > self.budget:
+        while self.budget is not None and self.taken + needed > self.budget:
             free = [k for k, held in self._residents.items() if not held.pinned and not held.users]
             if not free:
                 return False
@@ -367,13 +371,3 @@ def _load_into(adapted: Any, folder: str, slot: str, revision: str | None) -> No
         if slot in adapted.peft_config:  # PEFT puts the layers in before it reads the weights
             adapted.delete_adapter(slot)
         raise
-
-
-def same_model(one: str, other: str) -> bool:
-    """Whether two names (hub ids, or paths in any spelling) are of one model."""
-    return _resolved(Source(one)) == _resolved(Source(other))
-
-
-def _resolved(source: Source) -> Source:
-    path = Path(source.model).expanduser()
-    return Source(str(path.resolve()), source.revision, source.trust_remote_code) if path.exists() else source

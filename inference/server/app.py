@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 from contextlib import aclosing
 from dataclasses import replace
 from http import HTTPStatus
@@ -20,14 +20,14 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
+from ...modeling.backend import Piece
 from ...modeling.chat import Message, as_messages
 from ...modeling.errors import ExpertokenError, NoAnswerError, one_line
 from ..answering import AnsweringModel
-from ..backends import Piece
 from ..policy import Policy
 from .completions import Completion, merged, public
 from .guard import Guard, error_body
-from .metrics import Metrics
+from .prometheus import Metrics
 from .schema import ChatRequest
 from .settings import Settings
 from .tracing import Tracing
@@ -69,7 +69,7 @@ class Service:
         self.draining = False
         self._answerers: dict[bytes, str] = {}
         for expert in composite.pool.experts:
-            if expert.backend == "openai":  # costs nothing to hold; local ones are loaded when they are called
+            if expert.kind.remote:  # costs nothing to hold; local ones are loaded when they are called
                 _open(composite, expert.name)
 
     @property
@@ -302,14 +302,14 @@ async def _streamed(service: Service, completion: Completion, started: float, ht
         if not begun:
             await _ended(coming, pieces)
 
-    async def all_pieces() -> AsyncIterator[tuple[int, Piece]]:
+    async def all_pieces() -> AsyncGenerator[tuple[int, Piece], None]:
         yield await coming
         async for piece in pieces:
             yield piece
 
     status = _GONE
 
-    async def events() -> AsyncGenerator[str]:
+    async def events() -> AsyncGenerator[str, None]:
         nonlocal status
         async with aclosing(completion.events(all_pieces())) as told:
             async for event in told:
@@ -333,8 +333,9 @@ class _Events(StreamingResponse):
     While none comes (a model thinks, or is loaded to go on), comments keep proxies from closing the line.
     """
 
-    def __init__(self, events: AsyncGenerator[str], end: Callable[[], Awaitable[None]], service: Service) -> None:
+    def __init__(self, events: AsyncGenerator[str, None], end: Callable[[], Awaitable[None]], service: Service) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        self._events = events
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._end, self._service = end, service
 
@@ -368,7 +369,7 @@ class _Events(StreamingResponse):
             if commenting is not None:
                 commenting.cancel()
             with anyio.CancelScope(shield=True):
-                await self.body_iterator.aclose()
+                await self._events.aclose()
                 await self._end()
 
 

@@ -4,13 +4,13 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...modeling.backend import Piece
 from ...modeling.errors import ExpertokenError, NoAnswerError
-from ..backends import Piece
 from ..reply import Reply, ReplyStream
 from .guard import error_body
 from .schema import ChatRequest
@@ -79,14 +79,14 @@ class Completion:
             else body
         )
 
-    async def events(self, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:
+    async def events(self, pieces: AsyncGenerator[tuple[int, Piece], None]) -> AsyncGenerator[str, None]:
         """The response as server-sent events, from pieces as `merged` gives them."""
         head = json.dumps(self._head("chat.completion.chunk"))[:-1]
         begun: set[int] = set()
         try:
             async with aclosing(pieces):
                 async for index, piece in pieces:
-                    delta: dict[str, Any] = {} if piece.finish and not piece.tells else {"content": piece.text}
+                    delta: dict[str, Any] = {} if piece.finish and not piece.visible else {"content": piece.text}
                     if piece.tool_calls:
                         delta = {"tool_calls": piece.tool_calls} | ({"content": piece.text} if piece.text else {})
                     edge = index not in begun or piece.finish
@@ -96,7 +96,7 @@ class Completion:
                     choice = {"index": index, "delta": delta, "finish_reason": piece.finish}
                     if piece.logprobs:
                         choice["logprobs"] = piece.logprobs
-                    more = {"choices": [choice]}
+                    more: dict[str, Any] = {"choices": [choice]}
                     if self.request.expertoken.show and edge:  # a thousand probabilities with every word are too much
                         more["expertoken"] = self.shown(self.streams[index].reply)
                     yield f"data: {head}, {json.dumps(more)[1:]}\n\n"
@@ -117,7 +117,7 @@ def _handed_over(reply: Reply) -> dict[str, Any] | None:
     return {"expert": called, "after_characters": reply.handed_over_after, "probabilities": shares}
 
 
-async def merged(streams: Sequence[ReplyStream]) -> AsyncIterator[tuple[int, Piece]]:
+async def merged(streams: Sequence[ReplyStream]) -> AsyncGenerator[tuple[int, Piece], None]:
     """The pieces of several answers as they come, each with its answer's number."""
     if len(streams) == 1:
         async with aclosing(streams[0].pieces()) as pieces:
@@ -139,13 +139,13 @@ async def merged(streams: Sequence[ReplyStream]) -> AsyncIterator[tuple[int, Pie
     try:
         running = len(pumps)
         while running:
-            index, piece = await ready.get()
-            if isinstance(piece, Exception):
-                raise piece
-            if piece is None:
+            index, received = await ready.get()
+            if isinstance(received, Exception):
+                raise received
+            if received is None:
                 running -= 1
             else:
-                yield index, piece
+                yield index, received
     finally:
         for task in pumps:
             task.cancel()

@@ -15,7 +15,7 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
-from .metrics import Metrics
+from .prometheus import Metrics
 from .settings import Settings, is_elsewhere, is_loopback
 
 Scope = MutableMapping[str, Any]
@@ -76,7 +76,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         who = key if self.settings.api_keys else (scope.get("client") or ("",))[0]
-        await self._answer(scope, receive, send, headers, who)
+        await self._answer(scope, receive, send, headers, who or "")
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], who: str) -> None:
         """A request for an answer, within its limits."""

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from ..backends import Generation
+from ...modeling.backend import Generation, stop_texts
 
 _PASSED = (
     "frequency_penalty", "logit_bias", "logprobs", "parallel_tool_calls", "presence_penalty", "reasoning_effort",
@@ -36,9 +36,9 @@ class Extension(_Body):
 
     model_config = ConfigDict(extra="forbid")
 
-    show: bool = Field(False, description="tell who answered, probabilities, failures, cost and seconds")
+    show: bool = Field(default=False, description="tell who answered, probabilities, failures, cost and seconds")
     policy: dict[str, Any] | None = Field(
-        None, description="what of the composite's policy is another for this request"
+        default=None, description="what of the composite's policy is another for this request"
     )
 
 
@@ -84,6 +84,6 @@ class ChatRequest(_Body):
             temperature=self.temperature,
             top_p=self.top_p,
             seed=None if self.seed is None else (self.seed + number) % 2**63,
-            stop=self.stop,
+            stop=stop_texts(self.stop),
             extra=extra,
         )

@@ -1,16 +1,22 @@
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
+from typer.models import OptionInfo
 
+from expertoken.cli import app
+from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
 from expertoken.tests.inference.conftest import composite_of
+from expertoken.train.config import make_parser, parse_arguments
 
 VERBS = [[], ["prepare"], ["train"], ["label"], ["evaluate"], ["select"], ["chat"], ["expert"], ["expert", "add"],
          ["expert", "list"], ["expert", "remove"], ["serve"], ["generate"], ["calibrate"], ["export"]]  # fmt: skip
@@ -44,6 +50,59 @@ def test_help_takes_under_two_seconds(verb):
         if best < 2:
             return
     assert best < 2
+
+
+def options(typer_app):
+    """Every option of a command line, by the names of its function and parameter."""
+    for command in typer_app.registered_commands:
+        for name, hint in get_type_hints(command.callback, include_extras=True).items():
+            for information in getattr(hint, "__metadata__", ()):
+                if isinstance(information, OptionInfo):
+                    yield f"{command.callback.__name__} {name}", information
+    for group in typer_app.registered_groups:
+        yield from options(group.typer_instance)
+
+
+def listed(option):
+    """The values that an option's help lists."""
+    found = re.match(r"\[([^\]]+)\]", option.metavar or "")
+    return found[1].split("|") if found else []
+
+
+OPTIONS = dict(options(app))
+CHOICES = [(name, value) for name, option in OPTIONS.items() for value in listed(option)]
+
+
+@pytest.mark.parametrize(("name", "value"), CHOICES)
+def test_every_value_that_a_help_text_lists_is_taken(name, value):
+    parse = OPTIONS[name].parser
+    assert parse(value) == value
+    with pytest.raises(ExpertokenError, match="unknown 'no-such-value', (did you mean|available)"):
+        parse("no-such-value")
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(name for name, _ in CHOICES))
+def test_a_help_text_explains_no_value_that_is_none(name):
+    option = OPTIONS[name]
+    explained = re.findall(r"(?:^|\. |; )([a-z_0-9]+):", option.help or "")
+    assert set(explained) <= set(listed(option))
+
+
+def training_choices():
+    parser = make_parser(everything=False)
+    return [(action.dest, value) for action in parser._actions for value in action.choices or ()]
+
+
+@pytest.mark.parametrize(("name", "value"), training_choices())
+def test_every_value_that_the_help_of_train_lists_is_taken(name, value):
+    options, _ = parse_arguments(["--meta", "m", "--data", "d", "--out", "o", f"--{name}", value])
+    assert getattr(options, name) == value
+
+
+def test_options_with_choices_are_those_of_the_registries():
+    shown = {name.split()[-1] for name, _ in CHOICES}
+    assert {"format", "label", "ties", "leaks", "split", "engine", "baselines", "dtype", "backend"} <= shown
+    assert {name for name, _ in training_choices()} >= {"method", "objective", "dtype", "attn_implementation"}
 
 
 @pytest.mark.slow
@@ -104,8 +163,8 @@ def one_line(result):
         (["chat", "none"], "none: no composite folder"),
         (["expert", "list", "none"], "none: no composite folder"),
         (["expert", "remove", "none", "--name", "x"], "none: no composite folder"),
-        (["train", "tokens", "--meta", "m"], "--data: missing; --output_dir: missing"),
-        (["train", "--meta", "m", "--data", "none", "--output_dir", "o"], "none: there is no supervision folder"),
+        (["train", "tokens", "--meta", "m"], "--data: missing; --out: missing"),
+        (["train", "--meta", "m", "--data", "none", "--out", "o"], "none: there is no supervision folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -138,7 +197,7 @@ def test_the_whole_path_from_the_command_line(tmp_path, base_folder):
         return result.stdout
 
     assert "train 66, validation 6, test 18" in done("prepare", "results.csv", "--pool", "pool.yaml", "--out", "s")
-    done("train", "tokens", "--meta", base_folder, "--data", "s", "--output_dir", "c")
+    done("train", "tokens", "--meta", base_folder, "--data", "s", "--out", "c")
     assert list((tmp_path / "c" / "runs").glob("events*"))
     assert "composite" in done("evaluate", "c", "--data", "s")
     rows_before = (tmp_path / "c" / "expert_tokens.safetensors").read_bytes()

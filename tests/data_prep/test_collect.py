@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from expertoken.data_prep.collect import Evaluation, collect
-from expertoken.data_prep.readers import read_results
+from expertoken.data_prep.reading import read_results
 from expertoken.data_prep.supervision import select_candidates
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert, ExpertPool
@@ -122,11 +122,13 @@ def endpoint(monkeypatch):
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             seen.append((self.path, self.headers["authorization"], body))
             number = int(body["messages"][-1]["content"].split()[2])
-            choice = {"index": 0, "message": {"role": "assistant", "content": str(number + 1)}}
+            choice = {"index": 0, "delta": {"role": "assistant", "content": str(number + 1)}, "finish_reason": "stop"}
             usage = {"prompt_tokens": 100 + number, "completion_tokens": 10}
-            answer = json.dumps({"choices": [choice], "usage": usage}).encode()
+            chunks = [{"choices": [choice]}, {"choices": [], "usage": usage}]
+            answer = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+            answer = answer.encode()
             self.send_response(200)
-            self.send_header("content-type", "application/json")
+            self.send_header("content-type", "text/event-stream")
             self.send_header("content-length", str(len(answer)))
             self.end_headers()
             self.wfile.write(answer)

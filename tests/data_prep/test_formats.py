@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 from expertoken.data_prep import readers
-from expertoken.data_prep.readers import detect, read_results
 from expertoken.data_prep.readers.lm_eval import question_of
-from expertoken.data_prep.results import ResultsError
+from expertoken.data_prep.reading import detect, read_results
+from expertoken.modeling.errors import ResultsError
 
 DATA = Path(os.environ.get("EXPERTOKEN_DATA", "data"))
 MODELS = ["org/a", "b"]

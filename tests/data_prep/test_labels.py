@@ -86,7 +86,7 @@ def test_soft_labels_are_distributions_over_the_measured():
 
 def test_correctness_and_expected_score_count_every_measured_query():
     scores = np.array([[1, 0], [0, 0], [1, 1], [nan, nan]])
-    for strategy in ("correctness", "expected-score"):
+    for strategy in ("correctness", "expected_score"):
         assert label(scores, ["g"] * 4, labelling=strategy)[1].tolist() == [1, 1, 1, 0]
 
 
@@ -148,5 +148,5 @@ def test_targets_are_distributions_over_measured_candidates(strategy, scores, se
     assert np.isfinite(targets).all()
     assert ((weights >= 0) & (weights <= 1)).all()
     np.testing.assert_allclose(targets.sum(1)[weights > 0], 1, rtol=1e-5)
-    if strategy in ("query", "soft", "correctness", "expected-score"):
+    if strategy in ("query", "soft", "correctness", "expected_score"):
         assert (targets[np.isnan(scores)] == 0).all()

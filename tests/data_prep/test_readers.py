@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from expertoken.data_prep.readers import parse_options, read_results
-from expertoken.data_prep.results import ResultsError
+from expertoken.data_prep.reading import parse_options, read_results
+from expertoken.modeling.errors import ResultsError
 
 LONG = "query,model,score,benchmark,split\nq one,a,1,b,train\nq one,c,0,b,train\nq two,a,true,b,test\n"
 WIDE = "query,benchmark,a,c\nq one,b,1,0\nq two,b,0.5,\n"

@@ -2,7 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from expertoken.data_prep.results import BenchmarkResults, ResultsError
+from expertoken.data_prep.results import BenchmarkResults
+from expertoken.modeling.errors import ResultsError
 
 
 def make(ids, models, scores, **columns):

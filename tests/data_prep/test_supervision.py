@@ -7,9 +7,9 @@ import pytest
 
 from expertoken.data_prep.labels import Labelling
 from expertoken.data_prep.leaks import find_leaks, find_near_duplicates
-from expertoken.data_prep.results import BenchmarkResults, ResultsError
-from expertoken.data_prep.supervision import LeakError, Supervision, build_supervision, pool_of
-from expertoken.modeling.errors import ExpertokenError
+from expertoken.data_prep.results import BenchmarkResults
+from expertoken.data_prep.supervision import Supervision, build_supervision, pool_of
+from expertoken.modeling.errors import ExpertokenError, LeakError, ResultsError
 from expertoken.modeling.experts import Expert, ExpertPool
 
 nan = float("nan")

@@ -12,7 +12,7 @@ from expertoken.evaluation.baselines import METHODS, embed
 from expertoken.evaluation.evaluate import evaluate
 from expertoken.evaluation.metrics import benchmark_means
 from expertoken.evaluation.plots import draw_report
-from expertoken.evaluation.report import Report, Row
+from expertoken.evaluation.report import Report, Result
 from expertoken.evaluation.robustness import adversarial_suffix
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import RESERVED, ExpertPool
@@ -23,21 +23,21 @@ from expertoken.train.run import train
 
 def test_the_report_holds_the_composite_its_experts_and_the_bounds(composite_folder, tmp_path):
     report = evaluate(composite_folder)
-    names = [row.name for row in report.rows]
+    names = [row.name for row in report.results]
     assert names[0] == "composite"
     assert set(names) >= {"math", "law", "self", "best per dataset", "random", "oracle"}
-    assert report.row("oracle").mean == 1
-    assert report.row("math").mean == pytest.approx(1 / 3)
-    assert report.composite.mean > 0.9
-    assert sum(report.shares.values()) == pytest.approx(1)
+    assert report.row("oracle").mean_score == 1
+    assert report.row("math").mean_score == pytest.approx(1 / 3)
+    assert report.composite.mean_score > 0.9
+    assert sum(report.share_of_queries.values()) == pytest.approx(1)
     report.save(tmp_path / "report.json")
-    assert json.loads((tmp_path / "report.json").read_text())["rows"][0]["name"] == "composite"
+    assert json.loads((tmp_path / "report.json").read_text())["results"][0]["name"] == "composite"
 
 
 def test_the_composites_mean_is_that_of_the_candidates_it_chose(composite_folder):
     report = evaluate(composite_folder)
     supervision = Supervision.load(composite_folder.parent / "supervision")
-    from expertoken.inference.composite import CompositeModel
+    from expertoken.inference.composite_model import CompositeModel
 
     composite = CompositeModel.from_pretrained(composite_folder, device="cpu")
     test = supervision.data["test"]
@@ -46,12 +46,12 @@ def test_the_composites_mean_is_that_of_the_candidates_it_chose(composite_folder
         chosen = composite.route(row["messages"]).expert
         got.append(row["scores"][supervision.info.candidates.index(chosen)])
     expected = benchmark_means(np.array(got), test["benchmark"])
-    assert report.composite.benchmarks == pytest.approx(expected)
+    assert report.composite.score_by_benchmark == pytest.approx(expected)
 
 
 def test_a_gain_is_paired_and_its_interval_holds_the_gain(composite_folder):
-    for row in evaluate(composite_folder).rows[1:]:
-        gain, low, high = row.gain
+    for row in evaluate(composite_folder).results[1:]:
+        gain, (low, high) = row.composite_gain.difference, row.composite_gain.interval
         assert low <= gain <= high
 
 
@@ -91,8 +91,8 @@ def test_a_candidate_without_a_known_cost_is_told_and_left_out_of_the_curves(com
     report = evaluate(composite_folder, data, baselines=["kNN"])
     assert report.settings["without_known_cost"] == ["self"]
     assert "AIQ, composite" in report.metrics
-    assert report.composite.cost is None  # it chose self at times; what the others cost is not what it costs
-    assert report.row("math").cost == pytest.approx(0.01)
+    assert report.composite.usd_per_query is None  # it chose self at times; what the others cost is not what it costs
+    assert report.row("math").usd_per_query == pytest.approx(0.01)
     assert "no cost is known: self" in report.markdown()
 
 
@@ -112,7 +112,7 @@ def test_a_small_table_has_every_baseline(tmp_path, base_folder):
     build_supervision(BenchmarkResults(queries.assign(split=None), ["a", "b"], scores)).save(tmp_path / "s")
     options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), verify=False)
     folder = train(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
-    assert {row.name for row in evaluate(folder).rows} > set(METHODS)
+    assert {row.name for row in evaluate(folder).results} > set(METHODS)
 
 
 def test_learnt_routers_stand_beside_the_composite_and_solve_what_is_easy(priced_report):
@@ -120,25 +120,25 @@ def test_learnt_routers_stand_beside_the_composite_and_solve_what_is_easy(priced
     for name in ("kNN", "linear", "clusters"):
         row = priced_report.row(name)
         assert row.kind == "router"
-        assert row.mean > 0.9
-        assert row.setting is not None
-        assert row.cost > 0
+        assert row.mean_score > 0.9
+        assert row.hyperparameter is not None
+        assert row.usd_per_query > 0
 
 
 def test_every_figure_of_the_field_is_there_and_holds_together(priced_report):
     found = priced_report.metrics
-    mean, random = priced_report.composite.mean, priced_report.row("random").mean
+    mean, random = priced_report.composite.mean_score, priced_report.row("random").mean_score
     assert found["mean score (RouterEval mu, AvgAcc)"] == pytest.approx(mean)
     assert found["relative gain over random (Gain@R)"] == pytest.approx(mean / random - 1)
     assert 0 <= found["entropy of the predictions, bits (E_p)"] <= np.log2(3)
     assert found["recall where 1 candidate can"] == found["dispatch accuracy, where somebody can"]
     assert found["AIQ, composite"] > found["AIQ, single models"]
-    for name, (low, high) in priced_report.intervals.items():
+    for name, (low, high) in priced_report.metric_intervals.items():
         assert low - 1e-6 <= found[name] <= high + 1e-6, name
-    assert {"AIQ, composite", "AIQ, kNN", "calibration error (ECE)"} <= set(priced_report.intervals)
-    assert any(name.startswith("AIQ, composite less ") for name in priced_report.intervals)
+    assert {"AIQ, composite", "AIQ, kNN", "calibration error (ECE)"} <= set(priced_report.metric_intervals)
+    assert any(name.startswith("AIQ, composite less ") for name in priced_report.metric_intervals)
     assert found["CostSave, composite"] > 0
-    assert np.sum(priced_report.confusion) == pytest.approx(priced_report.settings["queries"])
+    assert np.sum(priced_report.confusion_matrix) == pytest.approx(priced_report.settings["queries"])
     assert [entry["change"] for entry in priced_report.robustness][:2] == ["lower case", "upper case"]
     attack = priced_report.robustness[-1]
     assert (attack["change"], attack["queries"]) == ("adversarial suffix", 5)  # not measured on what it was found on
@@ -148,7 +148,7 @@ def test_the_verdict_says_so_where_the_composite_does_not_win(composite_folder, 
     """On queries that the composite sends elsewhere than where their (shuffled) scores lie."""
     wrong = replace(results, scores=np.roll(results.scores, 1, axis=1))
     report = evaluate(composite_folder, build_supervision(wrong, pool), baselines=["kNN"])
-    assert report.composite.mean < 0.5
+    assert report.composite.mean_score < 0.5
     assert any(sentence.startswith("WORSE than kNN") for sentence in report.verdict())
 
 
@@ -212,7 +212,7 @@ def test_baselines_can_have_an_embedders_features(composite_folder, tmp_path):
     SentenceTransformer(modules=[words, Pooling(32)], device="cpu").save(str(tmp_path / "embedder"))
     report = evaluate(composite_folder, baselines=["linear"], embedder=str(tmp_path / "embedder"))
     assert report.settings["baselines_on"] == str(tmp_path / "embedder")
-    assert report.row("linear").mean > report.row("random").mean
+    assert report.row("linear").mean_score > report.row("random").mean_score
     assert embed(str(tmp_path / "embedder"), ["one", "two"]).shape == (2, 32)
 
 
@@ -229,9 +229,10 @@ def test_changes_of_the_text_keep_what_they_should():
 
 
 def test_of_a_large_pool_the_tables_show_the_best_experts_only():
-    rows = [Row("composite", "composite", 0.9, (0.8, 1.0), {"b": 0.9})]
-    rows += [Row(f"e{i}", "expert", i / 100, (0.0, 1.0), {"b": i / 100}) for i in range(100)]
-    report = Report(rows, shares={row.name: 0.01 for row in rows[1:]}, queries={"b": 5}, confusion=[[0.0] * 100] * 100)
+    rows = [Result("composite", "composite", 0.9, (0.8, 1.0), {"b": 0.9})]
+    rows += [Result(f"e{i}", "expert", i / 100, (0.0, 1.0), {"b": i / 100}) for i in range(100)]
+    shares, confusion = {row.name: 0.01 for row in rows[1:]}, [[0.0] * 100] * 100
+    report = Report(rows, shares, {"b": 5}, confusion_matrix=confusion)
     assert [row.name for row in report.shown()] == ["composite", *(f"e{i}" for i in range(70, 100))]
     assert len(report.markdown().splitlines()) < 80
 
@@ -256,7 +257,7 @@ def test_queries_nobody_was_measured_on_are_left_out(composite_folder, results, 
     gaps.data["test"] = blank.cast(side.features)
     report = evaluate(composite_folder, gaps)
     assert report.settings["queries"] == len(side) - 4
-    assert report.row("oracle").mean == 1
+    assert report.row("oracle").mean_score == 1
 
 
 def test_a_supervision_that_was_replaced_is_refused_unless_named(composite_folder, results, pool):
@@ -264,7 +265,7 @@ def test_a_supervision_that_was_replaced_is_refused_unless_named(composite_folde
     build_supervision(results, pool, seed=9).save(other)
     with pytest.raises(ExpertokenError, match="another supervision stands there than the composite"):
         evaluate(composite_folder, baselines=[])
-    assert evaluate(composite_folder, other, baselines=[]).composite.mean > 0
+    assert evaluate(composite_folder, other, baselines=[]).composite.mean_score > 0
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from expertoken.inference.composite import CompositeModel
+from expertoken.inference.composite_model import CompositeModel
 from expertoken.modeling.composite import Composite, Manifest, describe_base
 from expertoken.modeling.experts import Expert, ExpertPool
-from expertoken.modeling.meta import MetaLLM, Source
+from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.source import Source
 from expertoken.tests.inference.mock_expert import FAULTS
 
 PROMPTS = ("hello", "hello there", *(f"hello one do: {fault}" for fault in FAULTS))

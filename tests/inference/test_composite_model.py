@@ -8,18 +8,20 @@ import pytest
 import torch
 
 from expertoken.inference import decider
-from expertoken.inference.backends import LocalBackend, LocalModels, open_backend
-from expertoken.inference.backends.base import Backend, Generation, Piece
+from expertoken.inference.backends.local import LocalBackend
+from expertoken.inference.backends.models import LocalModels
 from expertoken.inference.breaker import Breaker
-from expertoken.inference.composite import CompositeModel
+from expertoken.inference.composite_model import CompositeModel
 from expertoken.inference.loop import BackgroundLoop
 from expertoken.inference.observer import Observer
 from expertoken.inference.policy import Policy
-from expertoken.modeling.chat import as_messages
+from expertoken.modeling.backend import Backend, Generation, Opening, Piece
+from expertoken.modeling.chat import Query, as_messages
 from expertoken.modeling.composite import Composite, Manifest, describe_base
 from expertoken.modeling.errors import ExpertFailedError, ExpertokenError, NoAnswerError
 from expertoken.modeling.experts import Expert, ExpertPool
-from expertoken.modeling.meta import MetaLLM, Source
+from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.source import Source
 from expertoken.tests.inference.conftest import composite_of
 from expertoken.tests.tiny import tiny_folder
 
@@ -223,7 +225,7 @@ def test_adapters_share_the_metas_base_and_change_nothing_of_it(make, meta, base
     composite = make(winner=0, experts=pool)
     before = composite.route("hello").probabilities
     messages = [{"role": "user", "content": "hello there"}]
-    ids = torch.tensor([meta.encode(messages)])
+    ids = torch.tensor([list(meta.encode(messages))])
     for name in ("one", "two.b", "one"):
         text = answer_of(composite.backend(name), messages, Generation(6))
         out = solo[name].generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
@@ -248,7 +250,7 @@ def test_an_adapter_that_does_not_fit_is_one_clear_line(make, meta, base_folder,
     expert = Expert("x", "adapter", str(folder))
     models = LocalModels()
     with pytest.raises(ExpertFailedError) as error:
-        open_backend(expert, models, Source(str(base_folder)))
+        expert.kind.open(expert, Opening(Source(str(base_folder)), models))
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -521,9 +523,9 @@ def test_trained_for_anywhere_self_hands_over_where_the_meta_llm_calls_for_an_ex
         lean_towards(meta, None)
     composite.policy = Policy(deny=("law",))
     alone = composite.chat(CHAT, max_new_tokens=12).text
-    prompt = meta.encode(CHAT)
+    prompt = list(meta.encode(CHAT))
     answer = meta.plain.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
-    states, mass = zip(*(meta.states([prompt + answer[:count]]) for count in range(12)), strict=True)
+    states, mass = zip(*(meta.states([Query.of(prompt + answer[:count])]) for count in range(12)), strict=True)
     # A row that wins at the sixth position and nowhere before.
     wanted = torch.tensor([-15.0] * 6 + [15.0] + [-15.0] * 5)
     hidden = torch.cat(states)
@@ -551,9 +553,9 @@ def handing_over(make):
     composite = make(winner=None)
     meta = composite.meta
     composite.anywhere, composite.policy = True, Policy(deny=("law",))
-    prompt = meta.encode(CHAT)
+    prompt = list(meta.encode(CHAT))
     answer = meta.plain.generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False)[0, len(prompt) :].tolist()
-    states, mass = zip(*(meta.states([prompt + answer[:count]]) for count in range(2)), strict=True)
+    states, mass = zip(*(meta.states([Query.of(prompt + answer[:count])]) for count in range(2)), strict=True)
     wanted = torch.tensor([-15.0, 15.0])
     row = torch.linalg.lstsq(torch.cat(states), (torch.cat(mass) + wanted)[:, None]).solution[:, 0]
     meta.rows = torch.stack([row, torch.zeros_like(row)])
@@ -665,7 +667,7 @@ def test_a_decision_that_fails_takes_no_other_along(make):
 
     def fails_with_the_long_one(questions):
         time.sleep(0.1)
-        if any(len(question.ids) > 60 for question in questions):
+        if any(len(question.query) > 60 for question in questions):
             raise IndexError("index out of range")
         return forward(questions)
 

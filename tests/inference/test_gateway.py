@@ -11,9 +11,9 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from expertoken.inference.batch import generate_file
+from expertoken.inference.factory import open_model
 from expertoken.inference.gateway import GatewayModel
-from expertoken.inference.offline import generate_file
-from expertoken.inference.opening import open_model
 from expertoken.inference.policy import Policy
 from expertoken.inference.server import Settings, create_app
 from expertoken.modeling.errors import ExpertokenError

@@ -7,14 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from expertoken.inference import offline
-from expertoken.inference.backends import Generation, LocalBackend, LocalModels
+from expertoken.inference import batch
 from expertoken.inference.backends import models as module
+from expertoken.inference.backends.local import LocalBackend
+from expertoken.inference.backends.models import LocalModels
 from expertoken.inference.loop import BackgroundLoop
 from expertoken.inference.policy import Policy
+from expertoken.modeling.backend import Generation
 from expertoken.modeling.errors import ExpertFailedError, ExpertokenError
 from expertoken.modeling.experts import Expert
-from expertoken.modeling.meta import Source
+from expertoken.modeling.source import Source
 from expertoken.tests.inference.conftest import composite_of
 from expertoken.tests.tiny import tiny_folder
 
@@ -376,15 +378,15 @@ def test_while_one_expert_answers_its_part_of_a_file_the_next_one_is_loaded(base
     assert {dispatch.expert for dispatch in composite.route(prompts)} == set(names)
     complete, ahead = LocalBackend.complete, []
 
-    def slow(backend, *arguments):
+    def slow(backend, *arguments, **options):
         following = names.index(next(e.name for e in experts if e.model == backend.source.model)) + 1
         ahead.append(following == 3 or until(lambda: sources[1 + following] in composite.local_models.resident))
-        return complete(backend, *arguments)
+        return complete(backend, *arguments, **options)
 
     monkeypatch.setattr(LocalBackend, "complete", slow)
-    monkeypatch.setattr(offline, "_BATCH", 4)
+    monkeypatch.setattr(batch, "_BATCH", 4)
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    answers = offline.answer_all(composite, chats, Generation(2))
+    answers = batch.answer_all(composite, chats, Generation(2))
     assert all(answer["expert"] == answer["chosen"] for answer in answers)
     assert len(ahead) > 3
     assert all(ahead)

@@ -14,9 +14,10 @@ from schemathesis.generation import GenerationMode
 
 from expertoken.inference.gateway import _sane
 from expertoken.inference.server import Settings, create_app
-from expertoken.modeling.chat import encode_chat
+from expertoken.modeling.chat import Query, encode_chat
 from expertoken.modeling.experts import Expert
-from expertoken.modeling.meta import MetaLLM, Source
+from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.source import Source
 from expertoken.tests.inference.conftest import composite_of, served
 from expertoken.tests.tiny import TEMPLATES, tiny_folder
 
@@ -65,7 +66,7 @@ def test_no_text_in_any_role_and_template_becomes_an_expert_token_or_a_control_t
             ids = encode_chat(meta.tokenizer, harmless, meta.vocab_size, begun="hello" if key else "")
             plain[key] = [token for token in ids if token in control]
         ids = encode_chat(meta.tokenizer, chat, meta.vocab_size, begun=begun)
-        asked.append(ids)
+        asked.append(Query.of(ids))
         assert [token for token in ids if token in control] == plain[key], (chat, begun)
 
     short = [ids for ids in asked if len(ids) < 512]

@@ -15,10 +15,10 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
-from expertoken.inference.backends import Timeouts
 from expertoken.inference.server import Settings, create_app, guard
 from expertoken.inference.server import app as server
 from expertoken.inference.server.schema import ChatRequest
+from expertoken.modeling.backend import Timeouts
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
 from expertoken.tests.inference.conftest import composite_of, mock_expert, served

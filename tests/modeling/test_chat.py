@@ -1,8 +1,11 @@
+import hashlib
+
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from expertoken.modeling.chat import as_messages, encode_chat
+from expertoken.modeling.chat import Query, as_messages, encode_chat
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.tests.tiny import TEMPLATES, tiny_tokenizer
 
@@ -79,3 +82,34 @@ def test_a_tokenizer_without_a_template_is_refused(monkeypatch):
 def test_a_conversation_that_is_not_well_formed_is_refused(bad):
     with pytest.raises(ExpertokenError):
         as_messages(bad)
+
+
+class Picture:
+    def __init__(self, key):
+        self.key = key
+
+
+def test_a_query_is_known_by_all_that_the_meta_llm_reads():
+    one, same, other = Query.of([1, 2, 3]), Query.of([1, 2, 3]), Query.of([1, 2, 4])
+    assert one == same != other
+    assert one.key == same.key != other.key
+    assert len({one, same, other}) == 2
+    seen = [Query(one.ids, (Picture(content),)) for content in (b"cat", b"dog")]
+    assert len({query.key for query in [one, *seen]}) == 3
+    assert Query(one.ids, cut=7) != one
+    assert Query(one.ids, cut=7).key == one.key
+
+
+def test_a_query_inside_an_answer_keeps_its_media():
+    picture = Picture(b"cat")
+    inside = Query(Query.of([1, 2]).ids, (picture,)).followed_by([3])
+    assert list(inside) == [1, 2, 3]
+    assert inside.media == (picture,)
+    assert len(inside) == 3
+
+
+def test_the_key_of_a_text_is_that_of_its_ids_alone():
+    """So that caches of states outlive what a query learns to hold."""
+    ids = [5, 6, 7]
+    expected = hashlib.blake2b(np.asarray(ids, dtype=np.int32).tobytes(), digest_size=16).digest()
+    assert Query.of(ids).key == expected

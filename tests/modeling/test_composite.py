@@ -14,13 +14,14 @@ from expertoken.modeling.composite import (
     Manifest,
     describe_base,
     load_composite,
-    probe_logits,
     save_composite,
     write_rows,
 )
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.files import atomic_folder, recover_folder
-from expertoken.modeling.meta import MetaLLM, Source
+from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.source import Source
+from expertoken.modeling.verify import probe_logits
 from expertoken.tests.tiny import tiny_folder
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertoken.modeling.dispatch import Dispatch, dispatch_distribution, last_positions
-from expertoken.modeling.objectives import OBJECTIVES, contrastive, correctness, cross_entropy
+from expertoken.train.objectives import OBJECTIVES, contrastive, correctness, cross_entropy
 
 
 @settings(deadline=None)

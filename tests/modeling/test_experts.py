@@ -1,6 +1,7 @@
 import pytest
 
-from expertoken.modeling.experts import Expert, ExpertPool, PoolError
+from expertoken.modeling.errors import PoolError
+from expertoken.modeling.experts import Expert, ExpertPool
 
 GOOD = {"experts": [{"name": "math", "model": "m"}, {"name": "self", "backend": "self"}]}
 

@@ -11,7 +11,8 @@ from expertoken.modeling.composite import Composite, Manifest, describe_base, lo
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert, ExpertPool
 from expertoken.modeling.export import EXPORT_FILE, PROMPTS, convert_to_gguf, export_checkpoint
-from expertoken.modeling.meta import MetaLLM, Source
+from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.source import Source
 from expertoken.tests.tiny import ARCHITECTURES, tiny_folder
 from expertoken.train.arguments import ExpertokenArguments
 from expertoken.train.lora import wrap_with_lora

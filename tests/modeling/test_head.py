@@ -1,11 +1,15 @@
 import pytest
 import torch
 
+from expertoken.modeling.chat import Query
 from expertoken.modeling.dispatch import dispatch_forward
 from expertoken.modeling.errors import ExpertokenError
-from expertoken.modeling.head import ExpertHead, initial_row, install_head
+from expertoken.modeling.head import ExpertHead, install_head
+from expertoken.modeling.initialization import initial_row
+from expertoken.modeling.loading import share_weights
 from expertoken.modeling.logits import LogitTransform
-from expertoken.modeling.meta import MetaLLM, Source, share_weights
+from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.source import Source
 from expertoken.tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 IDS = torch.arange(20, 32)[None]
@@ -66,7 +70,7 @@ def test_padding_side_and_batch_do_not_change_a_decision(architecture):
 def test_states_give_the_same_logits_as_the_forward_pass(architecture):
     meta = MetaLLM(tiny_model(architecture), tiny_tokenizer(), Source(architecture), 2)
     meta.rows = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
-    sequences = [list(range(20, 30)), list(range(40, 47))]
+    sequences = [Query.of(range(20, 30)), Query.of(range(40, 47))]
     hidden, log_mass = meta.states(sequences)
     candidates = meta.candidate_logits(sequences, with_self=True)
     torch.testing.assert_close(meta.transform(hidden @ meta.rows.T), candidates[:, :2], rtol=1e-4, atol=1e-4)
@@ -77,7 +81,7 @@ def test_an_unknown_transform_behind_the_head_is_refused():
     meta = MetaLLM(tiny_model("cohere-scaled"), tiny_tokenizer(), Source("strange"), 1)
     meta.transform = LogitTransform()
     with pytest.raises(ExpertokenError, match="changes logits in a way that is not known"):
-        meta.states([[20, 21, 22]])
+        meta.states([Query.of([20, 21, 22])])
 
 
 @pytest.mark.parametrize("architecture", ["llama-tied", "llama-untied", "phi-bias"])

@@ -6,14 +6,15 @@ import pytest
 import yaml
 
 import expertoken
-from expertoken.modeling.errors import ExpertokenError
+from expertoken.modeling.distributed import Team
+from expertoken.modeling.errors import ConfigError, ExpertokenError
 from expertoken.modeling.experts import ExpertPool
 from expertoken.train import entry, launch
-from expertoken.train.config import DEEPSPEED, RECIPES, ConfigError, parse_arguments
-from expertoken.train.processes import Team, exclusive
+from expertoken.train.config import DEEPSPEED, RECIPES, parse_arguments
+from expertoken.train.processes import exclusive
 
 CONFIGS = Path(expertoken.__file__).parent / "configs"
-NEEDED = ["--meta", "m", "--data", "d", "--output_dir", "o"]
+NEEDED = ["--meta", "m", "--data", "d", "--out", "o"]
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -22,7 +23,7 @@ def test_every_training_recipe_goes_through_the_entry_point(recipe, monkeypatch,
     from expertoken.train import run
 
     monkeypatch.setattr(run, "train", lambda *parsed: seen.append(parsed))
-    entry.main([recipe.stem, "--meta", "m", "--data", "d", "--output_dir", str(tmp_path)])
+    entry.main([recipe.stem, "--meta", "m", "--data", "d", "--out", str(tmp_path)])
     [(options, arguments)] = seen
     values = yaml.safe_load(recipe.read_text())
     assert recipe.stem.startswith(options.method)
@@ -137,7 +138,7 @@ def test_all_mistakes_are_reported_together_with_what_was_meant(tmp_path):
         "metod: unknown key, did you mean 'method'?",
         "--lerning_rate: unknown argument, did you mean 'learning",
         "--data: missing",
-        "--output_dir: missing",
+        "--out: missing",
         "objective: unknown value 'crossentropy', did you mean",
     ):
         assert part in str(error.value)

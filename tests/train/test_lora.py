@@ -20,7 +20,7 @@ from expertoken.modeling.meta import MetaLLM
 from expertoken.tests.tiny import ARCHITECTURES, tiny_folder
 from expertoken.tests.train.launching import assert_same, trained
 from expertoken.train.arguments import ExpertokenArguments
-from expertoken.train.lora import last_complete_checkpoint
+from expertoken.train.checkpoints import last_complete_checkpoint
 from expertoken.train.plugin import add_expert
 from expertoken.train.run import train
 
@@ -54,7 +54,7 @@ def test_lora_and_rows_are_trained_saved_and_loaded(tmp_path, base_folder, super
     wrapped = PeftModel.from_pretrained(plain, folder).eval()  # the folder is a plain adapter to PEFT
     ids = composite.meta.encode("Compute 1 plus 3.")
     with torch.no_grad():
-        logits = wrapped(torch.tensor([ids])).logits[0, -1].logsumexp(-1)
+        logits = wrapped(torch.tensor([list(ids)])).logits[0, -1].logsumexp(-1)
     ours = composite.meta.candidate_logits([ids], with_self=True)
     torch.testing.assert_close(ours[0, -1], logits, rtol=1e-4, atol=1e-4)
     untouched = composite.meta.plain.state_dict()
@@ -139,7 +139,7 @@ def test_the_loss_of_a_large_batch_is_the_mean_of_its_parts(tmp_path, base_folde
     weights = [0.0, 0.2, 1.0] * 4
     side = loaded.side("train").select(range(12))
     loaded.data["train"] = side.map(lambda _, i: {"weight": weights[i]}, with_indices=True)
-    examples = list(Examples(meta, loaded, "train", learn=True))
+    examples = list(Examples(loaded, "train", loaded.queries("train", meta), learn=True))
     assert len(examples) == 8
     assert sum(example["weight"] for example in examples) == pytest.approx(8)
     quiet = arguments(tmp_path, eval_strategy="no", save_strategy="no")
@@ -339,7 +339,7 @@ def heed_ctrl_c():
 @pytest.mark.slow
 def test_ctrl_c_in_training_ends_in_one_line_and_the_same_command_goes_on(tmp_path, base_folder, supervision):
     command = [sys.executable, "-m", "expertoken.train", "lora", "--meta", base_folder, "--data", supervision,
-               "--output_dir", tmp_path / "c", "--max_steps", "3000", "--save_steps", "10",
+               "--out", tmp_path / "c", "--max_steps", "3000", "--save_steps", "10",
                "--report_to", "none", "--verify", "false", "--num_train_epochs", "100"]  # fmt: skip
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)
     deadline = time.monotonic() + 120

@@ -28,7 +28,7 @@ from expertoken.tests.train.launching import (
     start,
     trained,
 )
-from expertoken.train.lora import last_complete_checkpoint
+from expertoken.train.checkpoints import last_complete_checkpoint
 from expertoken.train.run import train
 
 pytestmark = pytest.mark.slow
@@ -191,7 +191,7 @@ from torch.distributed.fsdp import fully_shard
 from safetensors.torch import save_file
 from expertoken.modeling.dispatch import candidate_logits, dispatch_forward
 from expertoken.modeling.meta import MetaLLM
-from expertoken.modeling.objectives import cross_entropy
+from expertoken.train.objectives import cross_entropy
 from expertoken.train.arguments import ExpertokenArguments
 from expertoken.train.lora import wrap_with_lora
 from expertoken.train.processes import leave
@@ -250,6 +250,6 @@ def test_training_through_python_comes_to_what_the_launcher_comes_to(tmp_path, s
     from expertoken.train.config import parse_arguments
 
     supervision, one = shared
-    argv = ["lora", "--meta", str(base_folder), "--data", str(supervision), "--output_dir", str(tmp_path / "c"),
+    argv = ["lora", "--meta", str(base_folder), "--data", str(supervision), "--out", str(tmp_path / "c"),
             "--report_to", "none", *SGD, "--per_device_train_batch_size", str(BATCH)]  # fmt: skip
     assert_same(one, train(*parse_arguments(argv)))

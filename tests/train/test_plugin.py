@@ -5,11 +5,12 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from expertoken.data_prep.results import BenchmarkResults, ResultsError
+from expertoken.data_prep.results import BenchmarkResults
 from expertoken.data_prep.supervision import build_supervision
 from expertoken.evaluation.evaluate import evaluate
 from expertoken.modeling.composite import ROWS_FILE, load_composite, read_manifest, write_calibration
-from expertoken.modeling.experts import Expert, ExpertPool, PoolError
+from expertoken.modeling.errors import PoolError, ResultsError
+from expertoken.modeling.experts import Expert, ExpertPool
 from expertoken.modeling.meta import MetaLLM
 from expertoken.tests.tiny import tiny_folder
 from expertoken.train.arguments import ExpertokenArguments
@@ -146,8 +147,8 @@ def test_queries_without_the_new_expert_keep_their_targets(composite_folder, bas
 
 
 def test_costs_of_old_and_new_experts_survive_the_plug_in(tmp_path, base_folder, results, pool):
+    from expertoken.data_prep.extension import extend_supervision
     from expertoken.data_prep.supervision import Supervision
-    from expertoken.train.plugin import extend_supervision
 
     results = replace(results, costs=[[0.1, 0.2, 0.3]] * len(results))
     priced = replace(new_results(), costs=[[0.5]] * 40)
@@ -161,7 +162,7 @@ def test_costs_of_old_and_new_experts_survive_the_plug_in(tmp_path, base_folder,
 
 
 def test_repeated_questions_are_matched_one_by_one():
-    from expertoken.train.plugin import _known_ids
+    from expertoken.data_prep.extension import known_ids
 
     def results_of(rows):
         frame = pd.DataFrame(rows, columns=["id", "prompt"]).assign(benchmark="b", subject=None, split=None)
@@ -169,7 +170,7 @@ def test_repeated_questions_are_matched_one_by_one():
 
     known = results_of([("a", "Compute 5!"), ("b", "same"), ("c", "same"), ("d", "Compute 5?")])
     new = results_of([("x", "Compute 5?"), ("c", "same"), ("y", "same"), ("z", "same"), ("w", "Compute 5!")])
-    assert _known_ids(known, new.queries) == ["d", "c", "b", "z", "a"]
+    assert known_ids(known.queries, new.queries) == ["d", "c", "b", "z", "a"]
 
 
 def test_the_change_says_how_many_queries_only_the_newcomer_was_measured_on(composite_folder, base_folder):

@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from expertoken.modeling.logits import LogitTransform
-from expertoken.train import tokens as module
-from expertoken.train.features import Features
-from expertoken.train.tokens import Problem, RowSpace, fit_rows, mean_score, problem_logits
+from expertoken.modeling.states import States, state_logits
+from expertoken.train import row_optimizer as module
+from expertoken.train.objectives import OBJECTIVES
+from expertoken.train.row_optimizer import Problem, RowLoss, RowSpace
+from expertoken.train.tokens import fit_rows, mean_score
 
 DIM = 6
 
@@ -22,7 +24,7 @@ def make_problem(count=200, experts=3, seed=0, with_self=False):
     targets = np.eye(experts + with_self, dtype=np.float32)[noisy.argmax(1)]
     # Z knows a little of when self is best, as a meta LLM's does.
     log_mass = (5 + rng.normal(0, 0.3, count) + (0.5 * noisy[:, -1] if with_self else 0)).astype(np.float32)
-    return Problem(Features(hidden, log_mass), targets, targets, np.ones(count, np.float32), ["b"] * count)
+    return Problem(States(hidden, log_mass), targets, targets, np.ones(count, np.float32), ["b"] * count)
 
 
 def fit(train, validation=None, **options):
@@ -34,24 +36,24 @@ def test_the_rows_solve_the_same_problem_as_a_reference_solver():
     sklearn = pytest.importorskip("sklearn.linear_model")
     problem, strength = make_problem(), 0.1
     found = fit(problem, l2=[strength])
-    space = RowSpace(problem.features.hidden, LogitTransform())
+    space = RowSpace(problem.states.hidden, LogitTransform())
     # The reference gets the same coordinates: states over their root mean square, and the bias direction, which it
     # must not regularise; scaled up a thousandfold it as good as doesn't.
-    hidden = problem.features.hidden.astype(np.float64)
+    hidden = problem.states.hidden.astype(np.float64)
     design = np.column_stack([hidden / space.scale, 1e3 * (hidden @ space.bias.numpy())])
     share = strength / problem.targets.shape[1]  # a strength is shared by the candidates
     reference = sklearn.LogisticRegression(
         C=1 / (share * len(hidden)), fit_intercept=False, tol=1e-10, max_iter=100000
     ).fit(design, problem.targets.argmax(1))
     expected = torch.log_softmax(torch.from_numpy(design @ reference.coef_.T), 1)
-    logits = problem_logits(found.rows, problem.features, LogitTransform(), with_self=False)
+    logits = state_logits(found.rows, problem.states, LogitTransform(), with_self=False)
     torch.testing.assert_close(logits.log_softmax(1).double(), expected, rtol=0, atol=5e-3)
 
 
 def test_chunks_do_not_change_the_solution(monkeypatch):
     problem = make_problem(count=150)
     whole = fit(problem).rows
-    monkeypatch.setattr(module, "_CHUNK", 40)
+    monkeypatch.setattr(module, "CHUNK", 40)
     torch.testing.assert_close(fit(problem).rows, whole, rtol=1e-3, atol=1e-4)
 
 
@@ -62,7 +64,7 @@ def test_every_objective_beats_the_best_single_candidate(objective, with_self, t
     train, validation = make_problem(with_self=with_self), make_problem(seed=1, with_self=with_self)
     found = fit(train, validation, objective=objective, l2=[0.1, 0.01], with_self=with_self, transform=transform)
     unseen = make_problem(seed=2, with_self=with_self)
-    chosen = problem_logits(found.rows, unseen.features, transform, with_self=with_self).argmax(1).numpy()
+    chosen = state_logits(found.rows, unseen.states, transform, with_self=with_self).argmax(1).numpy()
     assert mean_score(chosen, unseen.scores, unseen.benchmarks) > unseen.scores.mean(0).max() + 0.05
 
 
@@ -79,10 +81,8 @@ def test_fixed_rows_stay_and_the_new_row_is_fitted_beside_them():
     whole = fit(problem)
     added = fit(problem, fixed_rows=whole.rows[:2])
     assert added.rows.shape == (1, DIM)
-    logits = problem_logits(
-        torch.cat([whole.rows[:2], added.rows]), problem.features, LogitTransform(), with_self=False
-    )
-    best = problem_logits(whole.rows, problem.features, LogitTransform(), with_self=False)
+    logits = state_logits(torch.cat([whole.rows[:2], added.rows]), problem.states, LogitTransform(), with_self=False)
+    best = state_logits(whole.rows, problem.states, LogitTransform(), with_self=False)
     assert (logits.argmax(1) == best.argmax(1)).float().mean() > 0.95
 
 
@@ -90,13 +90,11 @@ def test_weightless_queries_count_for_nothing():
     problem = make_problem()
     problem.weights[100:] = 0
     half = Problem(
-        Features(problem.features.hidden[:100], problem.features.log_mass[:100]),
+        States(problem.states.hidden[:100], problem.states.log_mass[:100]),
         problem.targets[:100], problem.scores[:100], problem.weights[:100], problem.benchmarks[:100],
     )  # fmt: skip
-    loss = module._Loss(
-        [problem], module.OBJECTIVES["cross_entropy"], LogitTransform(), with_self=False, fixed_rows=None
-    )
-    same = module._Loss([half], module.OBJECTIVES["cross_entropy"], LogitTransform(), with_self=False, fixed_rows=None)
+    loss = RowLoss([problem], OBJECTIVES["cross_entropy"], LogitTransform(), with_self=False, fixed_rows=None)
+    same = RowLoss([half], OBJECTIVES["cross_entropy"], LogitTransform(), with_self=False, fixed_rows=None)
     rows = torch.randn(3, DIM, dtype=torch.float64)
     torch.testing.assert_close(loss(rows), same(rows))
 
@@ -110,13 +108,11 @@ def test_the_final_fit_learns_from_validation_too():
     train, validation = make_problem(count=60), make_problem(count=60, seed=1)
     final = fit(train, validation, l2=[0.05])
     both = Problem(
-        Features(
-            *(np.concatenate([getattr(p.features, n) for p in (train, validation)]) for n in ("hidden", "log_mass"))
-        ),
+        States(*(np.concatenate([getattr(p.states, n) for p in (train, validation)]) for n in ("hidden", "log_mass"))),
         *(np.concatenate([getattr(p, n) for p in (train, validation)]) for n in ("targets", "scores", "weights")),
         [*train.benchmarks, *validation.benchmarks],
     )
-    loss = module._Loss([both], module.OBJECTIVES["cross_entropy"], LogitTransform(), with_self=False, fixed_rows=None)
+    loss = RowLoss([both], OBJECTIVES["cross_entropy"], LogitTransform(), with_self=False, fixed_rows=None)
     assert float(loss(final.rows.double())) < float(loss(fit(train, l2=[0.05]).rows.double()))
 
 

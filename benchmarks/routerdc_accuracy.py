@@ -1,0 +1,151 @@
+"""RouterDC's in-distribution benchmark with SmolLM2-135M-Instruct as the meta LLM.
+
+Run it by `python benchmarks/routerdc_accuracy.py`.
+
+Trains expert tokens for RouterDC's seven LLMs (arXiv 2409.19886) on its five train files and tests on its five test
+files, whole, with every labelling rule and objective there is. Which recipe counts is decided on validation. Train
+queries that stand in a test file are dropped (there are some). Prints a Markdown table and writes `routerdc.json`.
+"""
+
+import argparse
+import json
+import resource
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from expertoken.benchmarks import DATA
+from expertoken.benchmarks.fitting import fit
+from expertoken.data_prep.reading import read_results
+from expertoken.data_prep.results import BenchmarkResults
+from expertoken.data_prep.supervision import Supervision, build_supervision
+from expertoken.evaluation.evaluate import evaluate
+from expertoken.evaluation.report import Report
+from expertoken.examples.smollm2 import smollm2
+from expertoken.modeling.files import atomic_file
+from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.source import Source
+from expertoken.modeling.states import states_of
+
+FILES = ("mmlu_{}", "gsm8k-{}", "cmmlu_{}", "arc_challenge_{}", "humaneval_{}")
+COLUMNS = ("mmlu", "gsm8k", "cmmlu", "arc_challenge", "humaneval")
+RECIPES = {
+    "tokens, subject labels": ("subject", "cross_entropy"),
+    "tokens, query labels": ("query", "cross_entropy"),
+    "tokens, soft labels": ("soft", "cross_entropy"),
+    "tokens, mixed labels": ("mixed", "cross_entropy"),
+    "tokens, correctness": ("correctness", "correctness"),
+    "tokens, expected score": ("expected_score", "expected_score"),
+    "tokens, contrastive (RouterDC's loss)": ("query", "contrastive"),
+}
+PUBLISHED = {
+    "RouterDC (published)": (61.07, 70.32, 51.77, 58.52, 51.02),
+    "ZOOTER (published)": None,
+    "LoraRetriever (published)": None,
+}
+PUBLISHED_MEAN = {"RouterDC (published)": 58.54, "ZOOTER (published)": 53.97, "LoraRetriever (published)": 55.77}
+
+
+def read(folder: Path) -> BenchmarkResults:
+    """The ten files as one set of results."""
+    files = [folder / f"{name.format(side)}.json" for name in FILES for side in ("train", "test")]
+    return BenchmarkResults.merge([read_results(file, "routerdc") for file in files])
+
+
+def run_recipe(meta: MetaLLM, supervision: Supervision, objective: str, **routers: Any) -> tuple[Report, dict]:
+    """Fit, then evaluate on the test side, beside the learnt routers that `evaluate` is asked for."""
+    composite, found, seconds = fit(meta, supervision, objective)
+    report = evaluate(composite, supervision, **routers)
+    chosen = next(entry for entry in found.path if entry["l2"] == found.l2)
+    return report, {**chosen, "fit_seconds": seconds}
+
+
+def line(name: str, values: tuple[float, ...] | None, mean: float, interval: str = "", gain: str = "") -> str:
+    """One row of the table."""
+    cells = " | ".join(f"{value:.2f}" for value in values) if values else " | ".join("" for _ in COLUMNS)
+    return f"| {name} | {cells} | {mean:.2f} | {interval} | {gain} |"
+
+
+def table(reports: dict[str, Report]) -> list[str]:
+    """All recipes, the single models and baselines, and the published numbers."""
+    lines = [
+        "| | MMLU | GSM8K | CMMLU | ARC-C | HumanEval | mean | 95 % interval | gain over best per dataset |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, report in reports.items():
+        row = report.composite
+        found = report.row("best per dataset").composite_gain
+        gain = [100 * value for value in (found.difference, *found.interval)]
+        lines.append(
+            line(
+                name,
+                tuple(100 * row.score_by_benchmark[column] for column in COLUMNS),
+                100 * row.mean_score,
+                f"{100 * row.mean_score_interval[0]:.1f} to {100 * row.mean_score_interval[1]:.1f}",
+                f"{gain[0]:+.2f} ({gain[1]:+.2f} to {gain[2]:+.2f})",
+            )
+        )
+    report = next(iter(reports.values()))
+    for row in report.results[1:]:
+        interval = f"{100 * row.mean_score_interval[0]:.1f} to {100 * row.mean_score_interval[1]:.1f}"
+        lines.append(
+            line(row.name, tuple(100 * row.score_by_benchmark[c] for c in COLUMNS), 100 * row.mean_score, interval)
+        )
+    lines += [line(name, values, PUBLISHED_MEAN[name]) for name, values in PUBLISHED.items()]
+    return lines
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA, help="default: $EXPERTOKEN_DATA; has routerdc/")
+    parser.add_argument("--out", type=Path, default=Path("runs/routerdc"), help="default: %(default)s")
+    parser.add_argument("--dtype", default="float32", help="of the meta LLM (default: %(default)s)")
+    parser.add_argument("--encoder", help="also fine-tune this encoder (hub id or folder) as a router")
+    parser.add_argument("--encoder-epochs", type=int, default=3, help="of that (default: %(default)s)")
+    parser.add_argument("--embedder", help="also give the learnt routers this sentence-transformers model's features")
+    options = parser.parse_args()
+    results = read(options.data / "routerdc")
+    meta = MetaLLM.from_pretrained(Source(str(smollm2())), len(results.models), dtype=options.dtype)
+    started = time.perf_counter()
+    sides = build_supervision(results, labelling="subject", leaks="drop")
+    computed = 0
+    for side in ("train", "validation", "test"):
+        computed += states_of(meta, sides.side(side)["messages"], label=f"{side} features").computed
+    feature_seconds = time.perf_counter() - started
+    reports, fits = {}, {}
+    for name, (strategy, objective) in RECIPES.items():
+        supervision = build_supervision(results, labelling=strategy, leaks="drop")
+        # The learnt routers do not see the labels: once is enough.
+        routers = {"encoder": options.encoder, "encoder_epochs": options.encoder_epochs}
+        routers = {"baselines": []} if reports else routers
+        reports[name], fits[name] = run_recipe(meta, supervision, objective, **routers)
+    if options.embedder:
+        other, _ = run_recipe(meta, supervision, objective, embedder=options.embedder)
+        first = next(iter(reports.values()))
+        first.results += [
+            replace(row, name=f"{row.name}, on {Path(options.embedder).name}")
+            for row in other.results
+            if row.kind == "router"
+        ]
+    best = max(fits, key=lambda name: fits[name]["validation_score"])
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print("\n".join(table(reports)))
+    print(f"\nchosen on validation: {best} (validation scores: ", end="")
+    print(", ".join(f"{name} {100 * fit['validation_score']:.2f}" for name, fit in fits.items()), end=")\n")
+    print(
+        f"features: {computed} of {sum(sides.info.sizes.values())} queries computed now in {feature_seconds:.0f} s; "
+        f"fits {np.sum([fit['fit_seconds'] for fit in fits.values()]):.0f} s together; peak memory {memory:.1f} GiB; "
+        f"{sides.info.leaks['equal']['found']} leaked train queries dropped; sizes {sides.info.sizes}"
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    with atomic_file(options.out / "routerdc.json") as aside:
+        document = {name: {"report": asdict(report), "fit": fits[name]} for name, report in reports.items()}
+        aside.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

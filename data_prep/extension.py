@@ -1,0 +1,245 @@
+"""A supervision with one more candidate: labels for what is new about it, everything else as it was."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..data_prep import SPLITS
+from ..modeling.chat import text_of
+from ..modeling.errors import ResultsError
+from ..modeling.experts import Expert, ExpertPool
+from .labels import Labelling, label
+from .leaks import find_leaks, normalise
+from .results import BenchmarkResults, blank_contaminated
+from .supervision import Supervision, SupervisionInfo, make_datasets, user_messages
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Queries with all that a supervision says of them, `[N]` or `[N, C]`, in the order of the extended candidates.
+
+    Attributes:
+        queries: `id`, `prompt`, `benchmark`, `subject` and `split`, a row a query.
+        messages: the conversations.
+        scores: scores, NaN where not measured.
+        costs: USD, NaN where not known.
+        targets: targets before the newcomer; zero for new queries.
+        weights: weights before the newcomer; NaN for new queries.
+    """
+
+    queries: pd.DataFrame
+    messages: list[Any]
+    scores: np.ndarray
+    costs: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+
+    def __add__(self, other: "_Rows") -> "_Rows":
+        return _Rows(
+            pd.concat([self.queries, other.queries], ignore_index=True),
+            self.messages + other.messages,
+            *(np.concatenate([getattr(self, name), getattr(other, name)]) for name in _ARRAYS),
+        )
+
+    def take(self, kept: np.ndarray) -> "_Rows":
+        rows = np.flatnonzero(kept)
+        return _Rows(
+            self.queries.iloc[rows].reset_index(drop=True),
+            [self.messages[row] for row in rows],
+            *(getattr(self, name)[rows] for name in _ARRAYS),
+        )
+
+
+_ARRAYS = ("scores", "costs", "targets", "weights")
+
+
+def extend_supervision(old: Supervision, pool: ExpertPool, expert: Expert, results: BenchmarkResults) -> Supervision:
+    """Return a supervision with a further candidate and with the queries that only its results have.
+
+    Targets of queries on which the new expert was not measured stay as they were.
+
+    Args:
+        old: supervision of the composite.
+        pool: pool of the composite.
+        expert: the new expert.
+        results: results of the new expert, and of other candidates where they were measured on new queries.
+
+    Raises:
+        ResultsError: there are no results of the expert, or an id stands for another question in the supervision.
+    """
+    results = _with_newcomer_first(results, pool, expert)
+    extended = ExpertPool([*pool.candidates, replace(expert, results=None)])
+    newcomer = extended.names.index(expert.name)
+    rows = _known_rows(old, pool, extended.names)
+    ids = known_ids(rows.queries, results.queries)
+    first = ~pd.Series(ids).duplicated().to_numpy()
+    known = {key: row for row, key in enumerate(rows.queries["id"])}
+    again = [place for place in np.flatnonzero(first) if ids[place] in known]
+    fresh = np.array([place for place in np.flatnonzero(first) if ids[place] not in known], dtype=int)
+    # On known queries only the new expert's scores count: the others' are what the composite was trained on.
+    where = [known[ids[place]] for place in again]
+    rows.scores[where, newcomer] = results.scores[again, 0]
+    if results.costs is not None:
+        rows.costs[where, newcomer] = results.costs[again, 0]
+    name_of = dict(zip(results.models, _names(results, pool, expert), strict=True))
+    if len(fresh):
+        rows = rows + _new_rows(results.take(fresh), name_of, extended.names, old.info.labelling)
+    flagged = {(name_of[model], benchmark) for model, benchmark in results.contaminated if model in name_of}
+    flagged |= {(name, benchmark) for name, benchmark in old.info.labelling.get("contaminated", ())}
+    flagged = {pair for pair in flagged if pair[0] in extended.names}
+    rows, leaks = _without_leaks(rows, old.info.leaks)
+    return _labelled(rows, extended, newcomer, old, sorted(flagged), leaks)
+
+
+def _with_newcomer_first(results: BenchmarkResults, pool: ExpertPool, expert: Expert) -> BenchmarkResults:
+    """Return the columns of the new expert and of the pool's candidates, the new expert's first."""
+    column = expert.find_in(results.models)
+    if column is None:
+        raise ResultsError(f"no results under {expert.called}; results are of {', '.join(results.models)}")
+    found = (candidate.find_in(results.models) for candidate in pool.candidates)
+    return results.select([column, *(name for name in dict.fromkeys(found) if name and name != column)])
+
+
+def _names(results: BenchmarkResults, pool: ExpertPool, expert: Expert) -> list[str]:
+    """Return the candidate of each column of the results."""
+    names = {candidate.find_in(results.models): candidate.name for candidate in pool.candidates}
+    return [expert.name, *(names[model] for model in results.models[1:])]
+
+
+def _known_rows(old: Supervision, pool: ExpertPool, names: Sequence[str]) -> _Rows:
+    columns = old.columns_of(pool.names)
+    places = [names.index(name) for name in pool.names]
+    frames, messages = [], []
+    arrays: dict[str, list[np.ndarray]] = {name: [] for name in _ARRAYS}
+    for side, part in old.data.items():
+        if not len(part):
+            continue
+        frame = part.select_columns(["id", "benchmark", "subject"]).to_pandas()
+        conversations = part["messages"][:]
+        frame["prompt"] = [text_of(conversation[-1]) for conversation in conversations]
+        frame["split"] = side
+        frames.append(frame)
+        messages += conversations
+        targets, _, weights = old.arrays(side)
+        costs = old.costs(side)
+        kept = targets[:, columns]
+        for name, values, blank in (
+            ("scores", old.scores(side)[:, columns], np.nan),
+            ("costs", np.full_like(kept, np.nan) if costs is None else costs[:, columns], np.nan),
+            ("targets", kept, 0.0),
+        ):
+            wide = np.full((len(part), len(names)), blank, dtype=np.float32)
+            wide[:, places] = values
+            arrays[name].append(wide)
+        arrays["weights"].append(np.where(kept.sum(1) > 0, weights, 0.0).astype(np.float32))
+    frame = pd.concat(frames, ignore_index=True)
+    return _Rows(frame, messages, *(np.concatenate(arrays[name]) for name in _ARRAYS))
+
+
+def _new_rows(
+    results: BenchmarkResults, name_of: dict[str, str], names: Sequence[str], labelling: dict[str, Any]
+) -> _Rows:
+    shares = {key: labelling[key] for key in ("validation", "test", "seed")}
+    hold_out = labelling.get("hold_out")
+    if hold_out:
+        shares["test"] = 0.0  # the test side is what is held out, and nothing else
+    split = results.split(**shares)
+    if hold_out:
+        field, held = hold_out
+        split.queries.loc[split.queries[field].isin(held), "split"] = "test"
+    places = [names.index(name_of[model]) for model in results.models]
+    shape = (len(split), len(names))
+    scores, costs = (np.full(shape, np.nan, dtype=np.float32) for _ in range(2))
+    scores[:, places] = split.scores
+    if split.costs is not None:
+        costs[:, places] = split.costs
+    messages, no_targets = user_messages(split.queries["prompt"]), np.zeros(shape, np.float32)
+    return _Rows(split.queries, messages, scores, costs, no_targets, np.full(shape[0], np.nan, np.float32))
+
+
+def _without_leaks(rows: _Rows, known: dict[str, Any]) -> tuple[_Rows, dict[str, Any]]:
+    """Drop train queries that stand in the test side too, unless the old supervision kept such; and what was found."""
+    handled = "keep" if known["equal"]["handled"] == "keep" else "drop"
+    tested = (rows.queries["split"] == "test").to_numpy()
+    prompts, ids = rows.queries["prompt"].to_numpy(), rows.queries["id"].to_numpy()
+    learnt = np.flatnonzero(~tested)
+    pairs = [(learnt[i], np.flatnonzero(tested)[j]) for i, j in find_leaks(prompts[learnt], prompts[tested])]
+    named = [[ids[i], ids[j], 1.0] for i, j in pairs]
+    leaks = {"equal": {"found": len(pairs), "handled": handled, "pairs": named}, "near": known.get("near", {})}
+    kept = np.ones(len(ids), dtype=bool)
+    if handled == "drop":
+        kept[[i for i, _ in pairs]] = False
+    return (rows if kept.all() else rows.take(kept)), leaks
+
+
+def _labelled(
+    rows: _Rows,
+    pool: ExpertPool,
+    newcomer: int,
+    old: Supervision,
+    contaminated: list[tuple[str, str]],
+    leaks: dict[str, Any],
+) -> Supervision:
+    """Label the rows that the newcomer was measured on, or that are new, and put all together."""
+    known = old.info.labelling
+    labelling = Labelling(**{item.name: known[item.name] for item in fields(Labelling) if item.name in known})
+    clean = blank_contaminated(rows.scores, rows.queries["benchmark"], pool.names, contaminated)
+    costs = None if np.isnan(rows.costs).all() else rows.costs
+    changed = ~np.isnan(rows.scores[:, newcomer]) | np.isnan(rows.weights)
+    side = rows.queries["split"].to_numpy()
+    targets, weights = label(
+        clean,
+        rows.queries["benchmark"],
+        rows.queries["subject"],
+        side != "test",
+        labelling,
+        costs=costs,
+        self_index=len(pool) if pool.has_self else None,
+        names=pool.names,
+        rows=changed,
+    )
+    rows.targets[changed], rows.weights[changed] = targets, weights
+    if not rows.weights[side == "train"].any():
+        raise ResultsError("every candidate scores alike on every train query; there is nothing to learn from")
+    data = make_datasets(rows.queries, rows.messages, rows.scores, costs, rows.targets, rows.weights)
+    recorded = known | {"contaminated": [list(pair) for pair in contaminated]}
+    info = SupervisionInfo(pool.names, pool.has_self, recorded, {name: len(data[name]) for name in SPLITS}, leaks)
+    supervision = Supervision(data, pool, info)
+    supervision.stamp()
+    return supervision
+
+
+def known_ids(known: pd.DataFrame, queries: pd.DataFrame) -> list[str]:
+    """Return for each query the id by which it is known already, or its own.
+
+    Ids with the same text come first, then the text alone; several known queries with one text are taken in their
+    order.
+
+    Args:
+        known: `id` and `prompt` of the known queries.
+        queries: `id` and `prompt` of those to look up.
+
+    Raises:
+        ResultsError: an id stands for another question among the known ones.
+    """
+    text_by_id = dict(zip(known["id"], map(normalise, known["prompt"]), strict=True))
+    texts = [normalise(prompt) for prompt in queries["prompt"]]
+    found = [key if text_by_id.get(key) == text else None for key, text in zip(queries["id"], texts, strict=True)]
+    taken, free = set(found), defaultdict(list)
+    for key, text in reversed(text_by_id.items()):
+        if key not in taken:
+            free[text].append(key)
+    for place, (key, text) in enumerate(zip(queries["id"], texts, strict=True)):
+        if found[place] is None and free[text]:
+            found[place] = free[text].pop()
+        elif found[place] is None and key in text_by_id:
+            raise ResultsError(
+                f"query id {key!r} stands for another question in the composite's supervision; rename the ids of the "
+                "new results, or leave their `id` column out"
+            )
+        found[place] = found[place] or key
+    return [str(key) for key in found]

@@ -1,0 +1,92 @@
+"""Experts as models of lm-evaluation-harness. Needs the extra `collect`."""
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import replace
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from tqdm.auto import tqdm
+
+from ..modeling.backend import Backend, Generation, Opening, Timeouts
+from ..modeling.chat import Message
+from ..modeling.experts import Expert
+from ..modeling.harness import ChatLM, messages_of
+from ..modeling.loading import load_causal_lm
+from ..modeling.source import Source
+
+_CONCURRENT = 8  # requests at a time
+_TIMEOUTS = Timeouts(first=300.0, idle=120.0, retries=3)  # a benchmark waits rather than misses an answer
+_STOPS = 4  # stop texts that OpenAI's API takes
+
+
+def language_model(expert: Expert, base: Source | None, *, batch_size: int = 8, trust_remote_code: bool = False) -> LM:
+    """Return an expert as a model of the harness.
+
+    Args:
+        expert: the expert.
+        base: source of the meta LLM's base, for experts that run on it.
+        batch_size: conversations of one batch of a model in this process.
+        trust_remote_code: allow the model's repository to run its own code.
+
+    Raises:
+        ExpertokenError: the expert can't be loaded or opened.
+    """
+    weights = expert.kind.weights(expert, base)
+    if weights is None:
+        return BackendLM(expert.kind.open(expert, Opening(base, timeouts=_TIMEOUTS)), expert.name)
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = load_causal_lm(replace(weights.source, trust_remote_code=trust_remote_code))
+    if weights.adapter is not None:
+        from peft import PeftModel
+
+        folder, revision = weights.adapter
+        # Merged, because the harness ties the weights of what it gets, which PEFT's wrappers do not survive.
+        model = PeftModel.from_pretrained(model, folder, revision=revision).merge_and_unload()
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+class BackendLM(ChatLM):
+    """An expert behind any backend.
+
+    Args:
+        backend: the backend.
+        name: name of the expert.
+
+    Attributes:
+        used: prompt and completion tokens by context, as far as the backend counts them.
+    """
+
+    def __init__(self, backend: Backend, name: str) -> None:
+        super().__init__(name)
+        self._backend = backend
+        self.used: dict[str, tuple[int, int]] = {}
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return the expert's answers."""
+        return asyncio.run(self._answer_all(requests, quiet=disable_tqdm))
+
+    async def _answer_all(self, requests: list[Instance], *, quiet: bool) -> list[str]:
+        slots = asyncio.Semaphore(_CONCURRENT)
+        with tqdm(total=len(requests), desc="answers", delay=2, disable=quiet) as bar:
+
+            async def answer(request: Instance) -> str:
+                context, options = request.args
+                async with slots:
+                    generation = self.generation(options)
+                    generation = replace(generation, stop=generation.stop[:_STOPS])
+                    text = await self._answer(context, messages_of(context), generation)
+                bar.update()
+                return text
+
+            return await asyncio.gather(*map(answer, requests))
+
+    async def _answer(self, context: str, messages: list[Message], generation: Generation) -> str:
+        texts = []
+        async with aclosing(self._backend.stream(messages, generation)) as pieces:
+            async for piece in pieces:
+                texts.append(piece.text)
+                if piece.usage is not None:
+                    self.used[context] = piece.usage
+        return "".join(texts)

@@ -1,0 +1,104 @@
+"""Reading benchmark results in any known format."""
+
+import inspect
+from dataclasses import fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..modeling.errors import ResultsError, did_you_mean
+from .readers import hf_datasets, readers, table
+from .readers.text import read_text
+from .results import BenchmarkResults
+
+_HEAD = 20_000  # characters that a reader sees of a file
+_SEEN = 20  # files of a folder that are looked at
+
+
+def detect(path: Path) -> str:
+    """The format of a file or folder, by its content.
+
+    Raises:
+        ResultsError: no reader knows it.
+    """
+    if hf_datasets.is_saved_dataset(path):
+        return "datasets"
+    files = [path] if path.is_file() else islice((file for file in sorted(path.rglob("*")) if file.is_file()), _SEEN)
+    for file in files:
+        with file.open("rb") as stream:
+            head = stream.read(_HEAD).decode("utf-8", "replace").removeprefix("\ufeff")
+        for name, reader in readers().items():
+            if hasattr(reader, "recognises") and reader.recognises(file, head):
+                return name
+    raise ResultsError(f"{path}: no format known here; say which with --format: {', '.join(readers())}")
+
+
+def _reader(format: str) -> Any:  # noqa: A002
+    if format not in readers():
+        raise ResultsError(f"unknown format {format!r}, {did_you_mean(format, ['auto', *readers()])}")
+    return readers()[format]
+
+
+def read_results(path: Path | str, format: str = "auto", **options: Any) -> BenchmarkResults:  # noqa: A002
+    """Read benchmark results from a file or folder.
+
+    Args:
+        path: a file, or a folder of files; for the format `datasets` also a hub id.
+        format: a key of `READERS`, or `auto`.
+        **options: of the reader.
+
+    Raises:
+        ResultsError: the path or the format does not exist, or a file is not of that format.
+    """
+    if format == "datasets":
+        return hf_datasets.read(path, **options)
+    path = Path(path).expanduser()
+    if format != "auto":
+        _reader(format)
+    if not path.exists():
+        raise ResultsError(f"{path}: no such file or folder; expected benchmark results")
+    return _reader(detect(path) if format == "auto" else format).read(path, **options)
+
+
+def parse_options(format: str, pairs: list[str]) -> dict[str, Any]:  # noqa: A002
+    """Reader options from `KEY=VALUE` texts; options that are lists take commas.
+
+    Raises:
+        ResultsError: a text has no `=`, or the reader has no such option.
+    """
+    known: dict[str, str] = {}
+    for name, parameter in inspect.signature(_reader(format).read).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            known[name] = str(parameter.annotation)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            known |= {column.name: str(column.type) for column in fields(table.Columns)}
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ResultsError(f"--set {pair}: expected KEY=VALUE")
+        if key not in known:
+            raise ResultsError(f"--set {pair}: format {format!r} has no option {key!r}, {did_you_mean(key, known)}")
+        words = {"true": True, "false": False}
+        options[key] = value.split(",") if "Sequence" in known[key] else words.get(value.lower(), value)
+    return options
+
+
+def read_queries(path: Path) -> list[str]:
+    """Questions without scores: a text file with one a line, or a table with a column `query`.
+
+    Raises:
+        ResultsError: the file is missing or empty, or has no such column.
+    """
+    if not path.exists():
+        raise ResultsError(f"{path}: no such file; expected one question a line, or a table with a column 'query'")
+    if path.suffix in table.SUFFIXES:
+        frame = table.load_table(path)
+        if "query" not in frame:
+            raise ResultsError(f"{path}: no column 'query', {did_you_mean('query', map(str, frame.columns))}")
+        found = frame["query"].dropna().astype(str).tolist()
+    else:
+        found = [line for line in read_text(path).splitlines() if line.strip()]
+    if not found:
+        raise ResultsError(f"{path}: empty, no question in it")
+    return found

@@ -1,0 +1,152 @@
+"""Metrics of a composite and its rivals in a report, with bootstrap intervals from one set of resamples."""
+
+import math
+
+import numpy as np
+
+from ..evaluation import metrics
+from .report import Report
+from .splits import RouterResult, Split
+
+_LAMBDAS = np.concatenate([[0.0], np.geomspace(1e-3, 1e3, 61)])
+_SHARES = (0.5, 0.8)
+
+
+def add_scores(
+    report: Report, routers: dict[str, RouterResult], test: Split, chosen: np.ndarray, probabilities: np.ndarray,
+    counts: np.ndarray,
+) -> None:  # fmt: skip
+    """RouterEval's and LLMRouterBench's metrics of the composite.
+
+    Args:
+        report: gets them.
+        routers: by name; the composite, the experts, random, oracle.
+        test: the side.
+        chosen: `[N]` choices of the composite.
+        probabilities: `[N, C]` of its dispatch.
+        counts: `[R, N]` resamples, see `metrics.resample_counts`.
+    """
+    # A row per resample, the data themselves first.
+    counts = np.concatenate([np.ones((1, counts.shape[1]), counts.dtype), counts])
+    weights = metrics.benchmark_weights(counts, test.benchmarks)
+    ours, oracle, random = (weights @ routers[name].values for name in ("composite", "oracle", "random"))
+    best = (weights @ test.scores).max(1)
+    named = {
+        "mean score (RouterEval mu, AvgAcc)": ours,
+        "over the best single, mu / best (V_B)": ours / best,
+        "entropy of the predictions, bits (E_p)": _mean(counts, metrics.entropies_bits(probabilities)),
+        "relative gain over random (Gain@R)": ours / random - 1,
+        "relative gain over the best single (Gain@B)": ours / best - 1,
+        "relative gap to the oracle (Gap@O)": 1 - ours / oracle,
+    }
+    references = {name: metrics.reference_score(name) for name in report.queries_by_benchmark}
+    within = {name: _mean(counts[:, test.benchmarks == name], routers["composite"].values[test.benchmarks == name])
+              for name, reference in references.items() if reference}  # fmt: skip
+    if len(within) == len(references):
+        named["over the reference, mu / reference (V_R)"] = ours / float(np.mean(list(references.values())))
+    if len(references) > 1:
+        for name, means in within.items():
+            named[f"over the reference on {name} (V_R)"] = means / references[name]
+    solved = test.scores.max(1) > 0
+    hit = metrics.among_the_best(test.scores, chosen)
+    named["dispatch accuracy, where somebody can"] = _mean(counts[:, solved], hit[solved])
+    for number, rows in metrics.solved_by_few(test.scores).items():
+        name = f"recall where {number} candidate{'s' if number > 1 else ''} can"
+        named[name] = _mean(counts[:, rows], test.scores[rows, chosen[rows]] > metrics.RIGHT)
+    for name, values in named.items():
+        report.add(name, values[0], values[1:])
+
+
+def add_calibration(report: Report, confidence: np.ndarray, outcome: np.ndarray, counts: np.ndarray) -> None:
+    """How far probabilities and outcomes `[N]` lie apart; `counts` `[R, N]` are resamples."""
+    counts = counts[counts.sum(1) > 0]
+    once = np.ones((1, len(outcome)), counts.dtype)
+    errors = metrics.calibration_errors(confidence, outcome, np.concatenate([once, counts]))
+    report.add("calibration error (ECE)", errors[0], errors[1:])
+
+
+def _mean(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Mean of per-query values in each resample, `[R]`; NaN where a resample has none."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return counts @ values.astype(float) / counts.sum(1)
+
+
+def add_trade_offs(
+    report: Report, routers: dict[str, RouterResult], test: Split, expected: np.ndarray, counts: np.ndarray
+) -> None:
+    """AIQ, PerfGain and CostSave over the candidates whose costs are known, with their curves.
+
+    Args:
+        report: gets them.
+        routers: by name; those with `predicted` have a trade-off.
+        test: the side, its costs without gaps for candidates whose cost is known.
+        expected: `[C]` USD per query, NaN where not known.
+        counts: `[R, N]` resamples.
+    """
+    priced = np.flatnonzero(~np.isnan(expected))
+    if len(priced) < 2 or test.costs is None:
+        return
+    scores, costs, expected = test.scores[:, priced], test.costs[:, priced], expected[priced]
+    low, high = float(expected.min()), float(expected.max())
+    best = int(scores.mean(0).argmax())
+    singles = metrics.Outcomes(costs.T.astype(float), scores.T.astype(float))
+    outcomes = {"single models": singles}
+    for name, router in routers.items():
+        if router.predicted is not None:
+            predicted = router.predicted[:, priced]
+            spread = predicted.std() / max(high - low, 1e-12)
+            outcomes[name] = metrics.trade_off(predicted, scores, costs, expected, _LAMBDAS * spread)
+    resampled = {}
+    for name, found in outcomes.items():
+        curve = found.curve()
+        hull = curve.hull()
+        report.cost_quality_curves[name] = {"usd_per_query": hull[0].tolist(), "mean_score": hull[1].tolist()}
+        resampled[name] = np.array([found.curve(row).aiq(low, high) for row in counts])
+        report.add(f"AIQ, {name}", curve.aiq(low, high), resampled[name])
+        if name != "single models":
+            report.add(f"PerfGain, {name}", metrics.perf_gain(curve, scores[:, best].mean()))
+            report.add(f"CostSave, {name}", metrics.cost_save(curve, scores[:, best].mean(), costs[:, best].mean()))
+    _add_gain(report, "AIQ", routers, resampled)
+
+
+def add_pair(
+    report: Report, routers: dict[str, RouterResult], known: list[Split], test: Split, counts: np.ndarray
+) -> None:
+    """RouteLLM's metrics, where there are just two candidates: APGR, and CPT for half and four fifths of the gap."""
+    if test.raw.shape[1] != 2:
+        return
+    scores = test.scores
+    weak, strong = np.concatenate([side.scores for side in known]).mean(0).argsort()
+    if scores[:, strong].mean() <= scores[:, weak].mean():
+        return
+    drawn = [np.repeat(np.arange(len(scores)), row) for row in counts]
+    resampled = {}
+    for name, router in routers.items():
+        if router.predicted is None:
+            continue
+        preference = router.predicted[:, strong] - router.predicted[:, weak]
+        all_queries = np.arange(len(scores))
+
+        def pair(rows: np.ndarray, preference: np.ndarray = preference) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            return preference[rows], scores[rows, weak], scores[rows, strong]
+
+        resampled[name] = np.array([metrics.apgr(*pair(rows)) for rows in drawn])
+        report.add(f"APGR, {name}", metrics.apgr(*pair(all_queries)), resampled[name])
+        for share in _SHARES:
+            draws = np.array([metrics.cpt(*pair(rows), share=share) for rows in drawn])
+            report.add(f"CPT({share:.0%}), {name}", metrics.cpt(*pair(all_queries), share=share), draws)
+    _add_gain(report, "APGR", routers, resampled)
+
+
+def _add_gain(report: Report, figure: str, routers: dict[str, RouterResult], resampled: dict[str, np.ndarray]) -> None:
+    """The composite's gain over the best learnt router, on the same resamples: a paired interval."""
+    learnt = [name for name in resampled if name in routers and routers[name].kind == "router"]
+    if not learnt:
+        return
+    rival = max(learnt, key=lambda name: report.metrics[f"{figure}, {name}"])
+    gain = report.metrics[f"{figure}, composite"] - report.metrics[f"{figure}, {rival}"]
+    report.add(f"{figure}, composite less {rival}", gain, resampled["composite"] - resampled[rival])
+    low, high = report.metric_intervals.get(f"{figure}, composite less {rival}", (math.nan, math.nan))
+    word = "Better" if low > 0 else "WORSE" if high < 0 else "Not told apart"
+    preposition = "from" if word == "Not told apart" else "than"
+    report.findings.append(f"{figure}: {word} {preposition} {rival}: {gain:+.4f} ({low:+.4f} to {high:+.4f}).")

@@ -1,0 +1,334 @@
+"""Answering a file of conversations: decided in batches, answered expert by expert, resumable."""
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ..modeling.backend import Generation, Piece
+from ..modeling.chat import Message, as_messages
+from ..modeling.dispatch import Dispatch
+from ..modeling.errors import ExpertokenError, NoAnswerError, one_line
+from ..modeling.files import atomic_file
+from .answering import AnsweringModel
+from .decider import Decision
+from .loop import BackgroundLoop
+from .policy import Policy
+from .reply import Reply
+from .stops import StopTexts
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 512  # conversations that are decided, answered and written together
+_BATCH = 32  # of a local expert
+_TEXTS = ("messages", "prompt", "query")
+_EXPECTED = f"expected a JSON object with {' or '.join(map(repr, _TEXTS))} on each line"
+
+
+def generate_file(
+    composite: AnsweringModel,
+    source: Path | str,
+    out: Path | str,
+    *,
+    generation: Generation | None = None,
+    policy: Policy | None = None,
+    concurrent: int = 16,
+    overwrite: bool = False,
+) -> dict[str, int]:
+    """Answer every conversation of a JSONL file.
+
+    Answers are kept beside `out` as they come; the same call goes on where an interrupted one ended, and asks those
+    again that nobody could answer.
+
+    Args:
+        composite: who answers.
+        source: a line for each conversation: `messages`, `prompt` or `query`; whatever else it holds is kept.
+        out: JSONL in the order of `source`: its fields and `answer`, `expert`, `chosen`, `finish`, `cost`, `failures`,
+            or `error` where nobody could answer.
+        generation: how.
+        policy: how a candidate is chosen; the composite's own where None.
+        concurrent: requests to endpoints at a time.
+        overwrite: answer anew what is answered in `out` already.
+
+    Returns:
+        how many answers each expert gave, and `nobody`.
+
+    Raises:
+        ExpertokenError: a line of `source` is not well formed, or `out` is there already.
+    """
+    generation, policy = generation or Generation(), policy or composite.policy
+    source, out = Path(source), Path(out)
+    asked = asdict(generation) | {"extra": dict(generation.extra)}
+    pool = [asdict(expert) for expert in composite.pool.candidates]
+    keys = _keys(source, _hash([asked, policy.document(), pool, composite.identity]))
+    part = out.with_name(f".{out.name}.part")
+    if out.exists() and source.samefile(out):
+        raise ExpertokenError(f"{out}: is what is to be answered; name another file for the answers")
+    if out.exists() and not part.exists() and not overwrite:
+        raise ExpertokenError(f"{out}: is there already, and whole; --overwrite answers everything anew")
+    counts: Counter[str] = Counter()
+    failed = False
+    with _Answers(part) as answers:
+        left = sum(key not in answers for key in keys)
+        if len(answers) and left == len(keys):
+            logger.warning("%s: is of another call (other options, or another composite), and of no use to this", part)
+        if left < len(keys):
+            logger.info("%d of %d conversations are answered already", len(keys) - left, len(keys))
+        # The file is read again, block by block: neither it nor its answers need to fit into memory.
+        waiting = ((key, row) for key, row in zip(keys, _rows(source), strict=True) if key not in answers)
+        with tqdm(total=left, unit="conversation", delay=2) as bar:
+            while block := list(islice(waiting, _BLOCK)):
+                conversations = [_messages(row) for _, row in block]
+                for place, answer in _answers(composite, conversations, generation, policy, concurrent):
+                    answers.add(block[place][0], answer)
+                    bar.update()
+        with atomic_file(out) as aside, aside.open("wb") as stream:
+            for key, row in zip(keys, _rows(source), strict=True):
+                answer = answers[key]
+                stream.write(_line(row | answer))
+                counts[answer.get("expert") or "nobody"] += 1
+                failed = failed or "error" in answer
+    if not failed:
+        part.unlink()
+    return dict(counts)
+
+
+class _Answers:
+    """Answers in a file as they come; in memory is only where each of them stands.
+
+    Args:
+        file: JSONL, which may be there from an interrupted run; a line that it did not finish is passed over, and so is
+            an error: what failed then may be well now.
+    """
+
+    def __init__(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = file.open("a+b")
+        self._places: dict[str, int] = {}
+        self._stream.seek(0)
+        place = 0
+        for line in self._stream:
+            with suppress(ValueError, KeyError, TypeError):
+                known = json.loads(line)
+                if "error" not in known["answer"]:
+                    self._places[known["key"]] = place
+            place += len(line)
+        if place:
+            self._stream.write(b"\n")  # behind a line that may not be finished
+
+    def __enter__(self) -> "_Answers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        self._stream.seek(self._places[key])
+        return json.loads(self._stream.readline())["answer"]
+
+    def add(self, key: str, answer: dict[str, Any]) -> None:
+        """One more."""
+        self._places[key] = self._stream.seek(0, os.SEEK_END)
+        self._stream.write(_line({"key": key, "answer": answer}))
+        self._stream.flush()
+
+
+def answer_all(
+    composite: AnsweringModel,
+    conversations: list[list[Message]],
+    generation: Generation,
+    *,
+    policy: Policy | None = None,
+    concurrent: int = 16,
+) -> list[dict[str, Any]]:
+    """Answers in the order of the conversations, as `generate_file` writes them."""
+    found: list[dict[str, Any]] = [{}] * len(conversations)
+    answers = _answers(composite, conversations, generation, policy or composite.policy, concurrent)
+    for place, answer in tqdm(answers, total=len(conversations), unit="conversation", delay=2):
+        found[place] = answer
+    return found
+
+
+def _answers(
+    composite: AnsweringModel,
+    conversations: list[list[Message]],
+    generation: Generation,
+    policy: Policy,
+    concurrent: int,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Answers as they come, each with the place of its conversation."""
+    decisions: dict[int, Decision] = {}
+    for place, decided in enumerate(_decided(composite, conversations, policy)):
+        if isinstance(decided, Decision):
+            decisions[place] = decided
+        else:
+            yield place, {"answer": None, "expert": None, "error": str(decided)}
+    places: dict[str, list[int]] = {}
+    for place, decision in decisions.items():
+        places.setdefault(decision.dispatch.expert, []).append(place)
+    local = composite.batched(places)
+    single = [place for name in places if name not in local for place in places[name]]
+    # One expert after the other: nothing is loaded or switched twice.
+    for name, following in zip_longest(local, local[1:]):
+        with ExitStack() as held:
+            resident = None
+            for start in range(0, len(places[name]), _BATCH):
+                chosen = places[name][start : start + _BATCH]
+                try:
+                    backend = composite.backend(name)
+                    if resident is None:
+                        resident = held.enter_context(backend.hold())  # up to its last batch
+                        if following:
+                            composite.prepare(following)
+                    asked = [conversations[place] for place in chosen]
+                    answers = backend.complete(asked, generation, held=resident)
+                except Exception as error:  # the next best one is asked, as in a chat
+                    logger.warning("expert %r failed in a batch, each is asked by itself: %s", name, one_line(error))
+                    single += chosen
+                    continue
+                for place, answer in zip(chosen, answers, strict=True):
+                    if answer.text or composite.pool[name].is_self:
+                        yield place, _told(_replied(composite, answer, decisions[place].dispatch, generation))
+                    else:
+                        single.append(place)
+    answering = _each(composite, conversations, decisions, generation, single, concurrent)
+    yield from BackgroundLoop.iterate(answering)
+
+
+def _decided(
+    composite: AnsweringModel, conversations: list[list[Message]], policy: Policy
+) -> list[Decision | ExpertokenError]:
+    """A decision on each, or why there is none: one that is too long must not take the others along."""
+    try:
+        return [*composite.decide(conversations, policy)]
+    except Exception as error:
+        if len(conversations) > 1:
+            return [decided for one in conversations for decided in _decided(composite, [one], policy)]
+        return [error if isinstance(error, ExpertokenError) else ExpertokenError(one_line(error))]
+
+
+def _replied(composite: AnsweringModel, answer: Piece, dispatch: Dispatch, generation: Generation) -> Reply:
+    """A local expert's answer of a batch, with what a chat would tell of it."""
+    stops = StopTexts(generation.stop)
+    cut = stops.feed(answer.text)
+    return Reply(
+        cut if stops.reached else answer.text,
+        dispatch.expert,
+        dispatch,
+        finish="stop" if stops.reached else answer.finish,
+        cost=composite.pool[dispatch.expert].price(*(answer.usage or (0, 0))),
+    )
+
+
+async def _each(
+    composite: AnsweringModel,
+    conversations: Sequence[list[Message]],
+    decisions: Mapping[int, Decision],
+    generation: Generation,
+    places: Sequence[int],
+    concurrent: int,
+) -> Any:
+    """Conversations by themselves, some at a time, with everything that a chat has: retries, fallbacks."""
+    slots = asyncio.Semaphore(concurrent)
+
+    async def answer(place: int) -> tuple[int, dict[str, Any]]:
+        async with slots:
+            stream = composite.answer(conversations[place], decisions[place], generation)
+            try:
+                async for _ in stream.pieces():
+                    pass
+            except NoAnswerError as error:
+                return place, {"answer": stream.reply.text or None, "expert": None, "error": str(error)}
+            return place, _told(stream.reply)
+
+    tasks = [asyncio.ensure_future(answer(place)) for place in places]
+    try:
+        for task in asyncio.as_completed(tasks):
+            yield await task
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _told(reply: Reply) -> dict[str, Any]:
+    return {
+        "answer": reply.text,
+        "expert": reply.expert,
+        "chosen": reply.dispatch.expert,
+        "finish": reply.finish,
+        "cost": reply.cost,
+        "failures": reply.failures,
+    }
+
+
+def _keys(source: Path, run: str) -> list[str]:
+    """A key for each row of a JSONL file; rows that are alike have different ones, since each is to be answered.
+
+    Raises:
+        ExpertokenError: the file is missing or empty, or a line is no conversation.
+    """
+    seen: Counter[str] = Counter()
+    keys = []
+    for row in _rows(source):
+        digest = _hash(row)
+        seen[digest] += 1
+        keys.append(f"{run}-{digest}-{seen[digest]}")
+    if not keys:
+        raise ExpertokenError(f"{source}: empty; {_EXPECTED}")
+    return keys
+
+
+def _rows(source: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file. Errors as in `_keys`."""
+    try:
+        with source.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield _row(line, f"{source}, line {number}")
+    except OSError as error:
+        raise ExpertokenError(f"{source}: can't be read ({one_line(error)}); {_EXPECTED}") from None
+
+
+def _row(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        _messages(row)
+    except ExpertokenError as error:
+        raise ExpertokenError(f"{place}: {error}") from None
+    except json.JSONDecodeError as error:
+        raise ExpertokenError(f"{place}: {_EXPECTED} ({error.msg} at character {error.pos})") from None
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise ExpertokenError(f"{place}: {_EXPECTED} ({one_line(error)})") from None
+    return row
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    # Half a surrogate, which JSON can hold and UTF-8 can't, stays what it is: an escape.
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _messages(row: dict[str, Any]) -> list[Message]:
+    found = [row[key] for key in _TEXTS if key in row] if isinstance(row, dict) else []
+    if not found or not isinstance(found[0], str | list):
+        raise ExpertokenError(_EXPECTED)
+    return as_messages(found[0])
+
+
+def _hash(thing: Any) -> str:
+    return hashlib.blake2b(json.dumps(thing, sort_keys=True).encode(), digest_size=12).hexdigest()

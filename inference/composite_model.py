@@ -1,0 +1,294 @@
+"""`CompositeModel`: many LLMs that answer as one."""
+
+import asyncio
+import hashlib
+import logging
+import threading
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..modeling.backend import Backend, Generation, Opening, Piece, Timeouts
+from ..modeling.chat import Message, is_media
+from ..modeling.composite import Composite, load_composite, save_composite
+from ..modeling.errors import ExpertokenError, NoAnswerError, OutOfMemoryError, one_line
+from ..modeling.hub import push
+from ..modeling.loading import context_length, end_ids
+from ..modeling.source import Source
+from .answering import AnsweringModel
+from .backends.local import LOADERS, first_token, stream_generate, turn_of, within
+from .backends.models import LocalModels
+from .decider import Decider, Decision, OwnStart, Question
+from .handover import HandOver, Watch
+from .observer import Observer
+from .policy import Policy, last_answerer
+from .reply import Turn
+
+logger = logging.getLogger(__name__)
+
+
+class CompositeModel(AnsweringModel):
+    """Meta LLM and experts as one model.
+
+    Args:
+        composite: a loaded composite.
+        dtype: of local experts' weights; as `load_causal_lm` chooses where None.
+        policy: how a candidate is chosen where a request says nothing else; the composite's own where None.
+        timeouts: of endpoints.
+        observer: is told what happens.
+        budget: bytes that the weights of local experts may take; the meta LLM's own base does not count. None for no
+            limit.
+        pinned: experts that stay in memory once they are loaded.
+        quantization: of local experts: nf4, int8 or None.
+        anywhere: whether self may hand over in mid-answer; where None, whether that was trained.
+    """
+
+    def __init__(
+        self,
+        composite: Composite,
+        dtype: torch.dtype | str | None = None,
+        *,
+        policy: Policy | None = None,
+        timeouts: Timeouts | None = None,
+        observer: Observer | None = None,
+        budget: int | None = None,
+        pinned: Sequence[str] = (),
+        quantization: str | None = None,
+        anywhere: bool | None = None,
+    ) -> None:
+        self.composite = composite
+        self.meta, self.manifest = composite.meta, composite.manifest
+        super().__init__(
+            composite.pool, policy or Policy.parse((self.manifest.calibration or {}).get("policy")), observer
+        )
+        trained = self.manifest.training.get("dispatch") == "anywhere"
+        self.anywhere = self.pool.has_self and (trained if anywhere is None else anywhere)
+        self._positions = self.longest = context_length(self.meta.plain)
+        pins = {name: self._source(name) for name in pinned}
+        if remote := [name for name, source in pins.items() if source is None]:
+            raise ExpertokenError(f"{', '.join(remote)}: can't be pinned in memory, since others hold it")
+        self._models = self.local_models = LocalModels(
+            self.meta.device, dtype, budget=budget, pinned=tuple(filter(None, pins.values())), quantization=quantization
+        )
+        self._models.add(self.meta.source, self.meta.plain, self.meta.tokenizer)
+        self._opening = Opening(self.meta.source, self._models, timeouts or Timeouts())
+        # Self gives one answer at a time, as every model here does.
+        self._own_turn = partial(turn_of, threading.RLock())
+        self._self_name = self.pool.self_name
+        self._decider = Decider(self.meta, self._self_name, self.observer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: Path | str,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        send_keys: bool = False,
+        **options: Any,
+    ) -> "CompositeModel":
+        """Load a composite folder. Experts are opened when they are first needed.
+
+        Args:
+            path: the folder, or `owner/name` of one on the hub.
+            device: where models go; the first accelerator, or the CPU, where not given.
+            dtype: of the weights; as `load_composite` chooses where not given.
+            revision: of a composite on the hub.
+            trust_remote_code: allow the base model's repository to run its own code.
+            send_keys: let a composite of the hub have this machine's keys sent to the addresses that it names.
+            **options: `policy`, `timeouts`, `observer`, `budget`, `pinned`, `quantization` and `anywhere`, as the class
+                takes them.
+
+        Raises:
+            ExpertokenError: the folder is not a whole composite.
+        """
+        composite = load_composite(
+            path,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            send_keys=send_keys,
+        )
+        return cls(composite, dtype, **options)
+
+    @property
+    def identity(self) -> str:
+        """Tells composites apart that decide or answer differently."""
+        rows = hashlib.sha256(self.meta.rows.numpy().tobytes()).hexdigest()[:16]
+        return f"{self.meta.base_fingerprint}-{rows}-{self.manifest.training.get('validation_score')}"
+
+    def count(self, text: str) -> int:
+        """Tokens of a text, as the meta LLM reads it; where a backend does not count its own."""
+        return len(self.meta.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def observe(self, observer: Observer) -> None:
+        """Tell another observer from now on."""
+        self.observer = self._decider.observer = observer
+
+    def save_pretrained(self, path: Path | str, *, verify: bool = True) -> None:
+        """Write a composite folder; see `modeling.composite.save_composite`."""
+        save_composite(self.composite, path, verify=verify)
+
+    def push_to_hub(self, repo: str, *, private: bool = True, commit_message: str = "A composite of experts") -> str:
+        """Upload the composite to the hub; see `modeling.hub.push`."""
+        return push(self.composite, repo, private=private, message=commit_message)
+
+    def decide(self, conversations: Sequence[Sequence[Message]], policy: Policy | None = None) -> list[Decision]:
+        """Decide on many, in as few forward passes as memory allows."""
+        return self._decider.decide([self._question(messages, policy) for messages in conversations])
+
+    async def adecide(self, messages: Sequence[Message], policy: Policy | None = None) -> Decision:
+        """Decide on a conversation, together with whatever else is to be decided just now."""
+        # Encoding a long conversation takes milliseconds, which other answers of this loop would wait for.
+        question = await asyncio.to_thread(self._question_or_decision, messages, policy or self.policy)
+        if isinstance(question, Decision):
+            return question
+        try:
+            return await self._decider.adecide(question)
+        except Exception as error:
+            if isinstance(error, ExpertokenError) and not isinstance(error, OutOfMemoryError):
+                raise
+            self.observer.lost()
+            raise NoAnswerError(f"the meta LLM can't decide: {one_line(error)}") from error
+
+    def _question(self, messages: Sequence[Message], policy: Policy | None, *, answer: bool = False) -> Question:
+        policy = policy or self.policy
+        policy.candidates(self.pool)  # a mistake in it is told before anything is computed
+        # Limited here, since one that is too long can take others down with its forward pass. One position is the
+        # answer's.
+        most = min(self.longest, self._positions - 1, self.limit or self.longest)
+        query = self.meta.encode(self._unnamed(messages), most)
+        last = last_answerer(messages, self.pool)
+        if answer and policy.sticky > 0 and last:  # most likely, so that its model may come while this is decided
+            self.prepare(last)
+        # A decision reads `[image_url]` for an image; an answer must not.
+        answer = answer and not any(is_media(message) for message in messages)
+        return Question(query, partial(policy.choose, self.pool, prompt_tokens=len(query), last=last), answer)
+
+    def _question_or_decision(self, messages: Sequence[Message], policy: Policy) -> Question | Decision:
+        names = policy.candidates(self.pool)
+        if len(names) == 1 and names[0] != self._self_name:  # self needs the forward pass for its answer
+            return self._undisputed(messages, names[0])
+        return self._question(messages, policy, answer=True)
+
+    async def _ask(
+        self, name: str, messages: list[Message], generation: Generation, decision: Decision, turn: Turn
+    ) -> AsyncGenerator[Piece, None]:
+        """One candidate's answer, or what it adds to an answer that was begun."""
+        # Not where something is out already, or was: self goes on from that as everybody does.
+        first = name == self._self_name and name == decision.dispatch.expert and not (turn.begun or turn.handed_over)
+        if first:
+            generation = within(generation, self._positions - decision.prompt_tokens)
+        if first and self.anywhere and decision.choose is not None and not any(map(is_media, messages)):
+            source = self._watched_answer(messages, decision, generation)
+        elif first and decision.own is not None:
+            source = self._self_answer(decision.own, generation)
+        else:
+            source = super()._ask(name, messages, generation, decision, turn)
+        async with aclosing(source) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    def batched(self, names: Iterable[str]) -> list[str]:
+        """Those of them whose models run here and answer in batches, in the order in which least has to be loaded.
+
+        What is in memory comes first, and adapters of one base lie together. Self is none of them where it may call for
+        an expert in mid-answer.
+        """
+        local = {name: self._source(name) for name in names if not (self.anywhere and name == self._self_name)}
+        order = {name: (not self._models.holds(source), source.model, name) for name, source in local.items() if source}
+        return sorted(order, key=order.__getitem__)
+
+    def backend(self, name: str) -> Backend:
+        """The opened backend of a candidate.
+
+        Raises:
+            ExpertFailedError: it can't be opened.
+        """
+        if name not in self._backends:  # opened twice at worst: nobody waits here for another expert's loading
+            expert = self.pool[name]
+            return self._backends.setdefault(name, expert.kind.open(expert, self._opening))
+        return self._backends[name]
+
+    def prepare(self, name: str) -> None:
+        """Begin to load a candidate that will be wanted soon, where there is room for it; nothing waits for that."""
+        if (source := self._source(name)) is not None:
+            LOADERS.submit(self._models.prefetch, source)
+
+    def _source(self, name: str) -> Source | None:
+        """Return the model that has to be in memory for a candidate to answer, or None."""
+        expert = self.pool[name]
+        weights = expert.kind.weights(expert, self.meta.source)
+        return None if weights is None else weights.source
+
+    async def _watched_answer(
+        self, messages: list[Message], decision: Decision, generation: Generation
+    ) -> AsyncGenerator[Piece, None]:
+        """Self's answer, up to where the meta LLM calls for an expert.
+
+        Raises:
+            HandOver: there.
+        """
+        query = await asyncio.to_thread(self.meta.encode, messages)
+        end = min(end_ids(self.meta.plain, self.meta.tokenizer))
+        assert self._self_name is not None
+        assert decision.choose is not None
+        watch = Watch(self.meta, self._self_name, decision.choose, end, len(query))
+        source: AsyncGenerator[Piece, None]
+        if decision.own is not None:
+            source = self._self_answer(decision.own, generation, watch)
+        else:
+            # Where LoRA decides, self is the model without it.
+            model = self.meta.plain if self.meta.adapted else self.meta.model
+            inputs = self.meta.pad([query])
+            source = stream_generate(model, self.meta.tokenizer, inputs, generation, ready=self._own_turn, watch=watch)
+        async with aclosing(source) as pieces:
+            async for piece in pieces:
+                if watch.dispatch is None or piece.finish is None:
+                    yield piece
+        if watch.dispatch is not None:
+            raise HandOver(watch.dispatch)
+
+    async def _self_answer(
+        self, own: OwnStart, generation: Generation, watch: Watch | None = None
+    ) -> AsyncGenerator[Piece, None]:
+        """Go on from the decision: its logits give the first token, its KV cache the rest. No second prefill."""
+        # Without a watch by the model without expert rows, which has no ids to be masked at every token.
+        model, tokenizer = self.meta.model if watch else self.meta.plain, self.meta.tokenizer
+        prompt = own.inputs["input_ids"]
+        read = int(own.inputs["attention_mask"].sum())
+        token, state = await asyncio.to_thread(first_token, self.meta.plain, prompt, own.logits, generation)
+        if token.item() in end_ids(self.meta.plain, tokenizer):
+            yield Piece(finish="stop", usage=(read, 1))
+            return
+        if generation.max_new_tokens == 1:
+            yield Piece(str(tokenizer.decode(token[0], skip_special_tokens=True)), finish="length", usage=(read, 1))
+            return
+        mask = own.inputs["attention_mask"]
+        rest = {
+            "input_ids": torch.cat([prompt, token], 1),
+            "attention_mask": torch.cat([mask, torch.ones_like(token, dtype=mask.dtype)], 1),
+            "past_key_values": own.cache,
+            "max_new_tokens": generation.max_new_tokens - 1,
+        }
+        source = stream_generate(
+            model,
+            tokenizer,
+            rest,
+            generation,
+            first=token[0],
+            state=state,
+            ready=self._own_turn,
+            watch=watch,
+        )
+        async with aclosing(source) as pieces:
+            async for piece in pieces:
+                yield piece if piece.usage is None else replace(piece, usage=(read, piece.usage[1]))

@@ -1,0 +1,109 @@
+"""What happens, for Prometheus."""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from ...modeling.dispatch import Dispatch
+from ..answering import AnsweringModel
+from ..observer import Answered, Observer, Spent
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class _State(Collector):
+    """What is so when somebody asks: of local experts, endpoints and breakers."""
+
+    def __init__(self, model: AnsweringModel) -> None:
+        self._model = model
+
+    def collect(self) -> Iterator[Metric]:
+        alone = GaugeMetricFamily("expertoken_left_alone", "1 for who failed too often of late", labels=["expert"])
+        left = set(self._model.left_alone)
+        for name in self._model.pool.names:
+            alone.add_metric([name], float(name in left))
+        yield alone
+        retries = CounterMetricFamily("expertoken_retries", "Requests to endpoints made once more", labels=["expert"])
+        for name, backend in self._model.opened.items():
+            if backend.retries is not None:
+                retries.add_metric([name], backend.retries)
+        yield retries
+        if (models := self._model.local_models) is not None:
+            yield CounterMetricFamily("expertoken_local_loads", "Local experts loaded into memory", value=models.loads)
+            yield GaugeMetricFamily("expertoken_local_bytes", "Weights of local experts in memory", value=models.taken)
+
+
+class Metrics(Observer):
+    """Counts what it is told, in a registry of its own.
+
+    Args:
+        model: whose answers are counted.
+    """
+
+    def __init__(self, model: AnsweringModel) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # memory among others
+        self.registry.register(_State(model))
+
+        def counter(name: str, what: str, *labels: str) -> Counter:
+            return Counter(f"expertoken_{name}", what, labels, registry=self.registry)
+
+        def histogram(name: str, what: str, *labels: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+            return Histogram(f"expertoken_{name}", what, labels, registry=self.registry, buckets=buckets)
+
+        self.decisions = counter("decisions", "Decisions, by the candidate chosen", "expert")
+        self.answers = counter("answers", "Answers that came to their end, by who gave it", "expert")
+        self.failures = counter(
+            "failures", "Experts that failed, before or within an answer, or refused", "expert", "when"
+        )
+        self.fallbacks = counter("fallbacks", "Answers by another expert than the one chosen", "chosen", "expert")
+        self.hand_overs = counter("hand_overs", "Answers of self that an expert was called to go on with", "expert")
+        self.skips = counter("skips", "Experts that were not asked, since they failed too often of late", "expert")
+        self.turns_lost = counter("turns_lost", "Turns that nobody could answer to the end")
+        self.tokens = counter("tokens", "Tokens, by who read or wrote them", "expert", "kind")
+        self.cost = counter("cost_usd", "What answers cost, by the pool's prices", "expert")
+        self.requests = counter("requests", "HTTP requests for an answer", "status")
+        self.in_flight = Gauge("expertoken_in_flight", "Requests being answered", registry=self.registry)
+        self.deciding = histogram("decision_seconds", "From the question to the decision, waiting included")
+        self.batches = histogram("decision_batch", "Decisions made in one pass", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
+        self.first = histogram("first_piece_seconds", "From the decision to the first piece", "expert")
+        self.whole = histogram("answer_seconds", "From the decision to the end of the answer", "expert")
+
+    def decided(self, dispatch: Dispatch, seconds: float, batch: int) -> None:
+        """A decision was made."""
+        self.decisions.labels(dispatch.expert).inc()
+        self.deciding.observe(seconds)
+        self.batches.observe(batch)
+
+    def failed(self, expert: str, reason: str, *, begun: bool, refused: bool = False) -> None:
+        """An expert failed."""
+        self.failures.labels(expert, "refused" if refused else "within" if begun else "before").inc()
+
+    def handed_over(self, expert: str) -> None:
+        """Self stopped in its answer for an expert."""
+        self.hand_overs.labels(expert).inc()
+
+    def skipped(self, expert: str) -> None:
+        """An expert was not asked."""
+        self.skips.labels(expert).inc()
+
+    def spent(self, part: Spent) -> None:
+        """A candidate read and wrote."""
+        self.tokens.labels(part.expert, "read").inc(part.prompt_tokens)
+        self.tokens.labels(part.expert, "written").inc(part.completion_tokens)
+        if part.cost:
+            self.cost.labels(part.expert).inc(part.cost)
+
+    def answered(self, answer: Answered) -> None:
+        """An answer came to its end."""
+        self.answers.labels(answer.expert).inc()
+        if answer.expert != answer.chosen:
+            self.fallbacks.labels(answer.chosen, answer.expert).inc()
+        self.first.labels(answer.expert).observe(answer.first)
+        self.whole.labels(answer.expert).observe(answer.seconds)
+
+    def lost(self) -> None:
+        """A turn ended without a whole answer."""
+        self.turns_lost.inc()

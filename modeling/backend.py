@@ -1,0 +1,161 @@
+"""The contract of a backend: it answers a conversation in pieces, or continues an answer that another one began."""
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from .chat import Message
+from .source import Source
+
+
+def stop_texts(stop: Sequence[str] | str | None) -> tuple[str, ...]:
+    """Return the stop texts of a request, which OpenAI's API takes as one text, a list or null."""
+    return (stop,) if isinstance(stop, str) else tuple(stop or ())
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Options of one generation.
+
+    Attributes:
+        max_new_tokens: longest answer, in tokens.
+        temperature: temperature of sampling; 0 is greedy. Where None, models in this process are greedy, and endpoints
+            use their own default. Models in this process are greedy below 0.001 too.
+        top_p: mass of the nucleus to sample from; None as for the temperature.
+        seed: seed of sampling; None draws a new one.
+        stop: texts before which an answer ends. Empty ones are dropped, because they would end every answer.
+        extra: further parameters for an endpoint, named as in OpenAI's API (`tools`, `logprobs`, ...). Models in this
+            process answer in text and ignore them.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", tuple(text for text in self.stop if text))
+
+    @property
+    def sampled(self) -> bool:
+        """Whether models in this process sample: logits divided by a temperature near 0 overflow."""
+        return (self.temperature or 0.0) >= _COLDEST
+
+
+_COLDEST = 1e-3  # below it the most probable token has all of the probability, except for ties
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer as it arrives.
+
+    Attributes:
+        text: more of the answer; may be empty.
+        tool_calls: more of its tool calls, in the form in which OpenAI's API streams them.
+        logprobs: log-probabilities of the text's tokens, in the form of OpenAI's API.
+        finish: why the answer ended (stop, length, tool_calls, content_filter); with its last piece.
+        usage: prompt tokens and completion tokens, where the backend counts them; with one of the last pieces.
+    """
+
+    text: str = ""
+    tool_calls: list[dict[str, Any]] | None = None
+    logprobs: dict[str, Any] | None = None
+    finish: str | None = None
+    usage: tuple[int, int] | None = None
+
+    @property
+    def visible(self) -> bool:
+        """Whether the user receives something of this piece."""
+        return bool(self.text or self.tool_calls)
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Limits on waiting for an endpoint, in seconds.
+
+    Attributes:
+        connect: limit on opening a connection.
+        first: limit on the first piece of an answer, retries included.
+        idle: limit on the time between two pieces.
+        retries: number of retries of a request that failed temporarily (429, 5xx, no connection), with growing pauses,
+            before the next best expert is asked.
+    """
+
+    connect: float = 5.0
+    first: float = 60.0
+    idle: float = 30.0
+    retries: int = 1
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Resources with which backends are opened.
+
+    Attributes:
+        base: source of the meta LLM's base, which adapters without a `base` use; None in a process without a meta LLM.
+        models: the local models of this process (`inference.backends.models.LocalModels`), or None.
+        timeouts: limits on waiting for endpoints.
+    """
+
+    base: Source | None = None
+    models: Any = None
+    timeouts: Timeouts = field(default_factory=Timeouts)
+
+
+class Backend(ABC):
+    """A way to reach an expert. Failures raise `ExpertFailedError` with a reason in one line.
+
+    Attributes:
+        retries: requests made once more; None for a backend that makes none.
+        batches: whether `complete` answers many conversations at once.
+        scores_texts: whether `log_likelihood` is available.
+    """
+
+    retries: int | None = None
+    batches: bool = False
+    scores_texts: bool = False
+
+    @abstractmethod
+    def stream(
+        self, messages: Sequence[Message], generation: Generation, *, begun: str = ""
+    ) -> AsyncGenerator[Piece, None]:
+        """Yield the answer in pieces as they arrive.
+
+        Args:
+            messages: the conversation.
+            generation: options of the generation.
+            begun: beginning of the answer, by another expert; the pieces continue it.
+        """
+
+    def hold(self) -> AbstractContextManager[Any]:
+        """Keep in memory what the answers need, within the block."""
+        return nullcontext()
+
+    def complete(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        generation: Generation,
+        *,
+        held: Any = None,
+        batch_size: int = 32,
+    ) -> list[Piece]:
+        """Return an answer to each conversation, in one piece each; only where `batches`.
+
+        Args:
+            conversations: the conversations.
+            generation: options of the generation.
+            held: what `hold` gave, where the caller is inside such a block.
+            batch_size: conversations of one batch.
+        """
+        raise NotImplementedError
+
+    def log_likelihood(self, messages: Sequence[Message], continuation: str) -> tuple[float, bool]:
+        """Return the log-probability of an answer that begins with `continuation`, and whether it is the greedy one.
+
+        Only where `scores_texts`.
+        """
+        raise NotImplementedError

@@ -1,0 +1,75 @@
+"""Batches of sequences through a model: grouped by length, with advice where memory runs out."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from .errors import OutOfMemoryError, is_out_of_memory
+
+T = TypeVar("T")
+
+MAX_TOKENS = 4096
+"""Padded tokens of one batch where nobody sets another limit."""
+
+
+def token_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Yield batches of sequences of similar length, longest first, of at most `max_tokens` padded tokens each.
+
+    Longest first, so that a batch that does not fit into memory fails at once and not after an hour. One sequence
+    longer than `max_tokens` makes a batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    start = 0
+    while start < len(order):
+        size = max(1, max_tokens // lengths[order[start]])
+        yield order[start : start + size]
+        start += size
+
+
+def run_batches(
+    lengths: Sequence[int],
+    run: Callable[[list[int]], T],
+    *,
+    label: str,
+    max_tokens: int = MAX_TOKENS,
+    generated: int = 0,
+    advice: str = "--dtype bfloat16 or a smaller meta LLM",
+    kept: str = "",
+    on_error: Callable[[int, Exception], None] | None = None,
+) -> Iterator[tuple[list[int], T]]:
+    """Run a model over sequences in batches of similar length; yield each batch's indices and its result.
+
+    Args:
+        lengths: tokens of each sequence.
+        run: runs the model on the sequences with these indices.
+        label: name of the work in errors.
+        max_tokens: padded tokens of one batch, generated ones included.
+        generated: tokens that are generated behind each sequence.
+        advice: settings that need less memory, for the error.
+        kept: sentence for the error that says what is not lost.
+        on_error: called with an index and the error where a sequence fails. A batch of several that fails is then run
+            one by one, so that one sequence does not fail the others. Without it the first error is raised.
+
+    Raises:
+        OutOfMemoryError: memory ran out; the message names settings that need less.
+    """
+    waiting = [*token_batches([length + generated for length in lengths], max_tokens)][::-1]
+    while waiting:
+        batch = waiting.pop()
+        try:
+            result = run(batch)
+        except Exception as error:
+            if on_error is not None and len(batch) > 1:
+                waiting += [[index] for index in reversed(batch)]
+                continue
+            told: Exception = error
+            if is_out_of_memory(error):
+                size = f"{len(batch)} x {lengths[batch[0]]}{f' + {generated}' if generated else ''}"
+                fewer = f"--max_tokens {len(batch) // 2 * (lengths[batch[0]] + generated)}, " if len(batch) > 1 else ""
+                told = OutOfMemoryError(
+                    f"{label}: out of memory in a batch of {size} tokens; try {fewer}{advice}{kept and f'. {kept}'}"
+                )
+            if on_error is None:
+                raise told from error
+            on_error(batch[0], told)
+        else:
+            yield batch, result

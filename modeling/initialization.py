@@ -1,0 +1,28 @@
+"""Initialization of expert rows."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .head import output_head
+from .sharding import gathered
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def initial_row(model: "PreTrainedModel", description_ids: list[int]) -> torch.Tensor:
+    """Return the first value of an expert's row: the mean head row of its description's tokens, or of the vocabulary.
+
+    Args:
+        model: the meta LLM.
+        description_ids: token ids of the description; may be empty.
+
+    Returns:
+        `[d]`, float32.
+    """
+    weight = output_head(model).weight
+    with gathered([weight]):
+        values = weight.detach()
+        rows = values[torch.tensor(sorted(set(description_ids)), device=values.device)] if description_ids else values
+        return rows.float().mean(0)

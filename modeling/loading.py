@@ -1,0 +1,178 @@
+"""Loading models: devices, types of weights, quantization, and what goes wrong."""
+
+import copy
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .errors import ExpertokenError, is_out_of_memory, one_line, require_extra
+from .gguf import converted
+from .source import DTYPES, QUANTIZATIONS, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def default_device() -> torch.device:
+    """Return the first accelerator, or the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")
+
+
+def as_device(device: torch.device | str | None) -> torch.device:
+    """Return a device by its name, or the default one.
+
+    Raises:
+        ExpertokenError: there is no such device on this machine.
+    """
+    if device is None:
+        return default_device()
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ExpertokenError(
+            f"device {str(device)!r} can't be used here ({one_line(error)}); without it {default_device()} is taken"
+        ) from error
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """Return a type of weights by its name; `auto` stays.
+
+    Raises:
+        ExpertokenError: there is no such type.
+    """
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ExpertokenError(f"dtype {dtype!r}: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    return found
+
+
+LOADING = threading.RLock()
+"""Held while transformers or PEFT load weights: they change classes of torch meanwhile, for all threads, and two at a
+time leave weights without data."""
+
+
+def load_causal_lm(
+    source: Source,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    quantization: str | None = None,
+    attention: str | None = None,
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Load a causal LM and its tokenizer from a hub id, a local folder or a GGUF file, in evaluation mode.
+
+    Args:
+        source: the model.
+        device: where to; the first accelerator, or the CPU, where not given.
+        dtype: of the weights. Where not given: float32 on a CPU (bfloat16 is many times slower there), else the dtype
+            the model was saved in.
+        quantization: of the linear layers by bitsandbytes: `nf4` (4 bits, double quantisation) or `int8`; the head
+            stays as it is.
+        attention: implementation; transformers' choice where not given.
+
+    Raises:
+        ExpertokenError: the model can't be loaded; the message says why.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = as_device(device)
+    dtype = as_dtype(dtype or (torch.float32 if device.type == "cpu" else "auto"))
+    path = Path(source.model).expanduser()
+    if path.suffix == ".gguf":
+        path = converted(path)
+    elif not path.exists() and source.model.startswith((".", "/", "~")):
+        raise ExpertokenError(f"{source.model}: no such folder; expected a hub id, a model folder or a GGUF file")
+    where = str(path) if path.exists() else source.model
+    options: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    loading: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if quantization:
+        loading |= {"quantization_config": _quantized(quantization, device, dtype), "device_map": {"": device}}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        with LOADING:
+            model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options, **loading)
+        model = _unpacked(model) if quantization else model.to(device)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise ExpertokenError(
+                f"{source.model}: does not fit into the memory of {device}; try --dtype bfloat16, 4 bits (method "
+                "qlora) or a smaller model"
+            ) from error
+        raise ExpertokenError(f"{source.model}: can't be loaded as a causal LM ({one_line(error)})") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ExpertokenError(
+            f"{source.model}: a weights file is damaged ({one_line(error)}); fetch it again"
+        ) from error
+    return model.eval(), tokenizer
+
+
+def _quantized(name: str, device: torch.device, dtype: torch.dtype | str) -> Any:
+    """Return the configuration of a quantization.
+
+    Raises:
+        ExpertokenError: it is not known here.
+        ImportError: bitsandbytes is not installed.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if name not in QUANTIZATIONS:
+        raise ExpertokenError(f"quantization: expected {' or '.join(QUANTIZATIONS)}, got {name!r}")
+    require_extra("bitsandbytes", "train")
+    if name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = dtype if isinstance(dtype, torch.dtype) else torch.float32 if device.type == "cpu" else torch.bfloat16
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+
+
+def _unpacked(model: nn.Module) -> nn.Module:
+    """Keep bitsandbytes from repacking weights on CPUs with AVX-512 at their first use.
+
+    It does so in place, in evaluation mode only, for bfloat16 whatever dtype was asked for: the fingerprint, the
+    decision and the training step after it would depend on the processor.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - torch types a module's attributes
+    return model
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """Load the chat tokenizer of a folder.
+
+    Raises:
+        ExpertokenError: there is none, or it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a damaged tokenizer.json is a bare Exception of the Rust library
+        raise ExpertokenError(f"{folder}: its tokenizer can't be loaded ({one_line(error)})") from error
+
+
+def end_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Return the ids that end an answer."""
+    known = model.generation_config.eos_token_id
+    return {*([known] if isinstance(known, int) else known or ()), tokenizer.eos_token_id} - {None}
+
+
+def share_weights(model: "PreTrainedModel") -> "PreTrainedModel":
+    """Return a second model over the same tensors, which can get its own head or adapters for a megabyte."""
+    shared: list[Any] = [*model.parameters(), *model.buffers()]
+    shared += [tensor.quant_state for tensor in shared if getattr(tensor, "quant_state", None) is not None]
+    return copy.deepcopy(model, memo={id(thing): thing for thing in shared})
+
+
+def context_length(model: "PreTrainedModel") -> int:
+    """Return the longest context of a model in tokens, prompt and answer together; 2**31 where it names none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31

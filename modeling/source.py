@@ -1,0 +1,38 @@
+"""Where a model comes from, and the forms in which it can be loaded. Imports no torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+"""Types of weights by name. `auto` is the type that the model was saved in."""
+
+QUANTIZATIONS = ("nf4", "int8")
+"""Quantizations of linear layers by bitsandbytes: 4 bits with double quantization, or 8 bits."""
+
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""Implementations of attention in transformers."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Origin of a model.
+
+    Attributes:
+        model: hub id, folder or GGUF file.
+        revision: git revision on the hub.
+        trust_remote_code: whether the repository may run its own code.
+    """
+
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def resolved(self) -> "Source":
+        """Return the same source with a local path made absolute."""
+        path = Path(self.model).expanduser()
+        return Source(str(path.resolve()), self.revision, self.trust_remote_code) if path.exists() else self
+
+
+def same_model(one: str, other: str) -> bool:
+    """Return whether two names (hub ids, or paths in any spelling) mean one model."""
+    return Source(one).resolved() == Source(other).resolved()

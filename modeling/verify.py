@@ -1,0 +1,105 @@
+"""Verification of a saved composite: a fresh process loads it and must come to the same logits.
+
+That process runs `python -m expertoken.modeling.verify FOLDER DEVICE DTYPE TRUST` and prints the candidates' logits on
+the probe prompts as JSON.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import ExpertokenError
+from .fingerprint import describe_dtype
+
+if TYPE_CHECKING:
+    from .composite import Composite
+
+logger = logging.getLogger(__name__)
+
+_SECONDS = 1500  # that the process may take; less than other processes wait at a barrier
+_PROBES = ("What is 2 + 2?", "Name a river.", "Who are you? Answer in one long sentence, please.")
+"""Prompts of the comparison; any text does, these differ in length."""
+
+_LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_",
+    "ACCELERATE_",
+    "TORCHELASTIC_",
+)
+"""Set by launchers; the fresh process works alone and must not wait for the others."""
+
+
+def probe_logits(composite: "Composite") -> torch.Tensor:
+    """Return the candidates' logits on fixed prompts, `[3, C]`, which a reload has to repeat."""
+    meta = composite.meta
+    # With Z, whether or not self is a candidate: it shows a changed base.
+    return torch.cat([meta.candidate_logits([meta.encode(text)], with_self=True) for text in _PROBES])
+
+
+def verify_reload(composite: "Composite", folder: Path, expected: torch.Tensor) -> None:
+    """Load `folder` in a fresh process and compare its logits with those of `composite`.
+
+    Args:
+        composite: that was written.
+        folder: where to.
+        expected: its `probe_logits`.
+
+    Raises:
+        ExpertokenError: the process failed, or came to other logits.
+    """
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHER_VARIABLES)}
+    meta = composite.meta
+    dtype, trusted = describe_dtype(meta.model), str(int(meta.source.trust_remote_code))
+    arguments = [str(folder), str(meta.device), dtype, trusted]
+    if meta.device.type == "cuda":
+        torch.cuda.empty_cache()  # the child needs room for a second copy of the meta LLM
+    try:
+        child = subprocess.run(  # noqa: S603 - our own module, in our own interpreter
+            [sys.executable, "-m", "expertoken.modeling.verify", *arguments],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+            timeout=_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        logger.warning("%s is not checked: a fresh process did not load it within %d s", folder, _SECONDS)
+        return
+    if child.returncode:
+        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ExpertokenError(f"{folder}: a fresh process can't load what was saved ({last}); nothing was replaced")
+    found = torch.tensor(json.loads(child.stdout.splitlines()[-1]))
+    # Same device and dtype: the two differ by the order of sums at most. A step of bfloat16 at Z's size is 0.25.
+    tolerance = 1e-3 if meta.head.weight.dtype == torch.float32 else 0.5
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4, atol=tolerance):
+        worst = "another shape" if found.shape != expected.shape else f"{(found - expected).abs().max():.3g}"
+        raise ExpertokenError(
+            f"{folder}: a fresh process comes to other logits than the trained model (difference {worst}); nothing was "
+            "replaced"
+        )
+
+
+def main() -> None:
+    """Load the folder and print its probe logits."""
+    from .composite import load_composite
+
+    folder, device, dtype, trusted = sys.argv[1:]
+    try:
+        composite = load_composite(Path(folder), device=device, dtype=dtype, trust_remote_code=trusted == "1")
+        logits = probe_logits(composite)
+    except ExpertokenError as error:
+        sys.exit(str(error))
+    sys.stdout.write(json.dumps(logits.tolist()) + "\n")
+
+
+if __name__ == "__main__":
+    main()
