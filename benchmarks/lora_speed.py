@@ -41,7 +41,7 @@ def prepare(data: Path, out: Path, count: int, validation: int, tokens: int | No
         from transformers import AutoTokenizer
 
         from expertoken.examples.smollm2 import smollm2
-        from expertoken.modeling.gguf import converted
+        from expertoken.modeling.from_gguf import converted
 
         tokenizer = AutoTokenizer.from_pretrained(converted(Path(smollm2())))
         long = [f"{index}: " + (text + "\n") * tokens for index, text in enumerate(results.queries["prompt"])]
@@ -148,7 +148,7 @@ def trl(data: Path, work: Path, steps: int, batch: int, sampling: str = "random"
     from expertoken.data_prep.supervision import Supervision
     from expertoken.examples.smollm2 import smollm2
     from expertoken.modeling.chat import text_of
-    from expertoken.modeling.gguf import converted
+    from expertoken.modeling.from_gguf import converted
 
     TrainableTokensWrapper.bias = None  # TRL 1.16 asks the head for it and PEFT 0.21's wrapper has none: a crash
     supervision = Supervision.load(data)

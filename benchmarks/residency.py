@@ -28,7 +28,7 @@ from expertoken.modeling.chat import Message
 from expertoken.modeling.composite import Composite, Manifest, describe_base
 from expertoken.modeling.dispatch import Dispatch
 from expertoken.modeling.experts import Expert, ExpertPool
-from expertoken.modeling.gguf import converted
+from expertoken.modeling.from_gguf import converted
 from expertoken.modeling.meta import MetaLLM
 from expertoken.modeling.source import Source
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .errors import ExpertokenError, is_out_of_memory, one_line, require_extra
-from .gguf import converted
+from .from_gguf import converted
 from .source import DTYPES, QUANTIZATIONS, Source
 
 if TYPE_CHECKING:

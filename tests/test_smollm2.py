@@ -44,7 +44,7 @@ def composite(gguf, tmp_path_factory):
 
 
 def test_a_gguf_file_is_converted_once(gguf, monkeypatch):
-    from expertoken.modeling import gguf as module
+    from expertoken.modeling import from_gguf as module
 
     first = module.converted(gguf)
     monkeypatch.setattr(module, "require_extra", lambda *_: pytest.fail("converted again"))

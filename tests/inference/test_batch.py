@@ -13,6 +13,7 @@ from expertoken.modeling.backend import Generation
 from expertoken.modeling.composite import read_manifest, write_calibration
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
+from expertoken.modeling.meta import MetaLLM
 from expertoken.tests.inference.conftest import composite_of
 
 GENERATION = Generation(max_new_tokens=6)
@@ -266,3 +267,16 @@ def test_what_was_calibrated_decides_who_answers_chats_files_and_requests(compos
     body = {"model": "composite", "messages": chat, "max_tokens": 2, "expertoken": {"show": True}}
     answer = TestClient(create_app(loaded), "http://localhost").post("/v1/chat/completions", json=body).json()
     assert answer["expertoken"][0]["expert"] == "self"
+
+
+def test_calibration_reads_cached_states_in_batches(base_folder, monkeypatch):
+    experts = [Expert(name, model=str(base_folder)) for name in ("one", "two")]
+    composite = composite_of(base_folder, [*experts, Expert("self", "self")])
+    prompts = [f"question {number} of {number * 7}" for number in range(40)]
+    sizes, states = [], MetaLLM.states
+    monkeypatch.setattr(MetaLLM, "states", lambda self, queries: sizes.append(len(queries)) or states(self, queries))
+    first = calibrate(composite, prompts, share=0.5)
+    assert sum(sizes) == 40
+    assert len(sizes) < 10
+    assert calibrate(composite, prompts, share=0.5) == first
+    assert sum(sizes) == 40

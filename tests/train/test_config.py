@@ -10,7 +10,7 @@ from expertoken.modeling.distributed import Team
 from expertoken.modeling.errors import ConfigError, ExpertokenError
 from expertoken.modeling.experts import ExpertPool
 from expertoken.train import entry, launch
-from expertoken.train.config import DEEPSPEED, RECIPES, parse_arguments
+from expertoken.train.config import DEEPSPEED, RECIPES, make_arguments, parse_arguments
 from expertoken.train.processes import exclusive
 
 CONFIGS = Path(expertoken.__file__).parent / "configs"
@@ -187,6 +187,35 @@ def test_the_help_of_an_opposite_says_so():
     shown = " ".join(make_parser(everything=False).format_help().split())
     assert "--no_verify" in shown
     assert "The opposite of --verify." in shown
+
+
+def test_the_trainers_name_of_the_folder_is_answered_with_ours():
+    with pytest.raises(ConfigError, match="output_dir: spelt --out, as in the other commands"):
+        parse_arguments(["--meta", "m", "--data", "d", "--output_dir", "o"])
+    options, arguments = parse_arguments(NEEDED)
+    assert options.out == arguments.output_dir == "o"
+
+
+def test_a_recipe_may_name_the_folder(tmp_path):
+    (tmp_path / "r.yaml").write_text("out: there\n")
+    options, arguments = parse_arguments([str(tmp_path / "r.yaml"), "--meta", "m", "--data", "d"])
+    assert options.out == arguments.output_dir == "there"
+    options, arguments = parse_arguments([str(tmp_path / "r.yaml"), *NEEDED])
+    assert options.out == arguments.output_dir == "o"
+
+
+def test_python_gives_options_by_their_names_and_is_told_all_mistakes_at_once():
+    options, arguments = make_arguments("m", "d", "o", {"method": "lora", "learning_rate": 1e-3, "dtype": "auto"})
+    assert (options.meta, options.data, options.out, options.method, options.dtype) == ("m", "d", "o", "lora", "auto")
+    assert (arguments.output_dir, arguments.learning_rate, arguments.report_to) == ("o", 1e-3, [])
+    with pytest.raises(ConfigError) as error:
+        make_arguments("m", "d", "o", {"metod": "lora", "objective": "accuracy", "eval_steps": 3})
+    for part in (
+        "metod: unknown argument, did you mean 'method'?",
+        "objective: unknown value 'accuracy'",
+        "eval_steps: not to be set",
+    ):
+        assert part in str(error.value)
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path):

@@ -12,8 +12,16 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from expertoken.data_prep.results import BenchmarkResults
-from expertoken.data_prep.supervision import build_supervision
-from expertoken.modeling.composite import ROWS_FILE, Composite, Manifest, describe_base, load_composite, write_rows
+from expertoken.data_prep.supervision import build_supervision, supervision_of
+from expertoken.modeling.composite import (
+    ROWS_FILE,
+    Composite,
+    Manifest,
+    describe_base,
+    load_composite,
+    read_manifest,
+    write_rows,
+)
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
 from expertoken.modeling.meta import MetaLLM
@@ -22,7 +30,7 @@ from expertoken.tests.train.launching import assert_same, trained
 from expertoken.train.arguments import ExpertokenArguments
 from expertoken.train.checkpoints import last_complete_checkpoint
 from expertoken.train.plugin import add_expert
-from expertoken.train.run import train
+from expertoken.train.run import train, train_composite
 
 STEPS = {"max_steps": 8, "save_steps": 4, "eval_steps": 4, "save_strategy": "steps", "eval_strategy": "steps"}
 
@@ -377,3 +385,25 @@ def test_no_path_of_this_machine_is_in_a_lora_composite(tmp_path, base_folder, s
         if file.suffix in (".json", ".yaml", ".md"):
             assert str(tmp_path) not in file.read_text(), file.name
             assert str(base_folder) not in file.read_text(), file.name
+
+
+@pytest.mark.parametrize("method", ["tokens", "lora"])
+def test_every_query_is_encoded_once_per_run(tmp_path, base_folder, supervision, method, monkeypatch):
+    encode, seen = MetaLLM.encode, []
+
+    def counted(self, conversation, most=None):
+        if not isinstance(conversation, str):  # probes are texts
+            seen.append(json.dumps(conversation))
+        return encode(self, conversation, most)
+
+    monkeypatch.setattr(MetaLLM, "encode", counted)
+    train(options(base_folder, supervision, method=method, warm_start=True), arguments(tmp_path / "c"))
+    assert len(seen) == len(set(seen)) > 0
+
+
+def test_a_supervision_in_memory_is_kept_inside_the_composite(tmp_path, base_folder, results, pool):
+    folder = train_composite(str(base_folder), build_supervision(results, pool), tmp_path / "c", verify=False)
+    kept = supervision_of(read_manifest(folder), folder)
+    assert kept.info.fingerprint == build_supervision(results, pool).info.fingerprint
+    assert [entry.name for entry in (folder / "supervision").iterdir()] == [kept.info.fingerprint]
+    assert not list(folder.glob("runs/events*"))

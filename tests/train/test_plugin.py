@@ -1,10 +1,12 @@
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from transformers import TrainingArguments
 
+from expertoken.data_prep.extension import extend_supervision, known_ids
 from expertoken.data_prep.results import BenchmarkResults
 from expertoken.data_prep.supervision import build_supervision
 from expertoken.evaluation.evaluate import evaluate
@@ -147,7 +149,6 @@ def test_queries_without_the_new_expert_keep_their_targets(composite_folder, bas
 
 
 def test_costs_of_old_and_new_experts_survive_the_plug_in(tmp_path, base_folder, results, pool):
-    from expertoken.data_prep.extension import extend_supervision
     from expertoken.data_prep.supervision import Supervision
 
     results = replace(results, costs=[[0.1, 0.2, 0.3]] * len(results))
@@ -162,8 +163,6 @@ def test_costs_of_old_and_new_experts_survive_the_plug_in(tmp_path, base_folder,
 
 
 def test_repeated_questions_are_matched_one_by_one():
-    from expertoken.data_prep.extension import known_ids
-
     def results_of(rows):
         frame = pd.DataFrame(rows, columns=["id", "prompt"]).assign(benchmark="b", subject=None, split=None)
         return BenchmarkResults(frame, ["m"], [[1.0]] * len(rows))
@@ -177,3 +176,34 @@ def test_the_change_says_how_many_queries_only_the_newcomer_was_measured_on(comp
     change = add_expert(composite_folder, Expert("sql", model=str(base_folder)), new_results(), verify=False)
     assert change.unmeasured == 8
     assert "on 8 of them nobody else was measured" in str(change)
+
+
+def test_what_a_supervision_says_beyond_the_new_expert_stays(results, pool):
+    """Whole conversations, targets, weights, costs; nothing is made again."""
+    old = build_supervision(replace(results, costs=[[0.1, 0.2, 0.3]] * len(results)), pool)
+    talk = [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": [{"type": "text", "text": "Hello."}]},
+    ]
+    first = old.data["train"][0]["id"]
+    old.data["train"] = old.data["train"].map(lambda row: {"messages": talk} if row["id"] == first else {})
+    extended = extend_supervision(old, pool, Expert("sql", model="x"), new_results())
+    for side in ("train", "validation", "test"):
+        known = {row["id"]: row for row in extended.data[side]}
+        for row in old.data[side]:
+            now = known[row["id"]]
+            assert now["messages"] == row["messages"]
+            assert now["weight"] == row["weight"]
+            for key in ("target", "scores", "costs"):
+                np.testing.assert_equal([now[key][i] for i in (0, 1, 3)], row[key])
+
+
+def test_new_queries_of_what_is_held_out_join_the_test_side(results, pool):
+    results.queries["subject"] = [f"s{i % 3}" for i in range(len(results))]
+    old = build_supervision(results, pool, hold_out=("subject", ["s1"]))
+    new = new_results()
+    new.queries["subject"] = [f"s{i % 3}" for i in range(len(new))]
+    extended = extend_supervision(old, pool, Expert("sql", model="x"), new)
+    assert set(extended.data["test"]["subject"]) == {"s1"}
+    assert "s1" not in extended.data["train"]["subject"]
+    assert len(extended.data["test"]) == len(old.data["test"]) + sum(new.queries["subject"] == "s1")
