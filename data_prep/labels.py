@@ -27,6 +27,9 @@ class Labelling:
             that small subjects don't crown a winner by chance.
         margin: lead of a winner over the best loser below which a label counts less, in proportion; 0 counts all alike.
         cost_weight: lambda, score per USD: everything sees `score - lambda * cost` instead of the score.
+
+    Raises:
+        ExpertokenError: the strategy or `ties` is unknown, a value is out of range, or the strategy does not read it.
     """
 
     strategy: str = "query"
@@ -319,7 +322,7 @@ def label(
         targets `[R, C]` and weights `[R]`, float32. A query without any measurement has weight 0.
 
     Raises:
-        ExpertokenError: there is no such strategy or way to break ties, or costs are needed and not there.
+        ExpertokenError: there is no such strategy, or costs are needed and not there.
     """
     labelling = Labelling(labelling) if isinstance(labelling, str) else labelling
     learning = np.ones(len(scores), dtype=bool) if learning is None else np.asarray(learning)

@@ -301,6 +301,7 @@ def build_supervision(
     Raises:
         ResultsError: results of a candidate are missing.
         LeakError: there are leaks and `leaks` is `refuse`.
+        ExpertokenError: there is no such strategy or way to handle leaks, or costs are needed and not there.
     """
     if leaks not in LEAKS:
         raise ExpertokenError(f"leaks: expected one of {', '.join(LEAKS)}, got {leaks!r}")

@@ -46,6 +46,9 @@ class CompositeModel(AnsweringModel):
         pinned: experts that stay in memory once they are loaded.
         quantization: of local experts: nf4, int8 or None.
         anywhere: whether self may hand over in mid-answer; where None, whether that was trained.
+
+    Raises:
+        ExpertokenError: a pinned expert is unknown or not local, or the quantization or the type is unknown.
     """
 
     def __init__(
@@ -146,7 +149,12 @@ class CompositeModel(AnsweringModel):
         return self._decider.decide([self._question(messages, policy) for messages in conversations])
 
     async def adecide(self, messages: Sequence[Message], policy: Policy | None = None) -> Decision:
-        """Decide on a conversation, together with whatever else is to be decided just now."""
+        """Decide on a conversation, together with whatever else is to be decided just now.
+
+        Raises:
+            ExpertokenError: the conversation is too long or refused, or the policy does not fit the pool.
+            NoAnswerError: the meta LLM can't decide.
+        """
         # Encoding a long conversation takes milliseconds, which other answers of this loop would wait for.
         question = await asyncio.to_thread(self._question_or_decision, messages, policy or self.policy)
         if isinstance(question, Decision):

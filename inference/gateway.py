@@ -58,6 +58,9 @@ class GatewayModel(AnsweringModel):
         policy: how a candidate is chosen where a request says nothing else.
         timeouts: of endpoints.
         observer: is told what happens.
+
+    Raises:
+        ExpertokenError: an expert runs in this process, or an option is given that only models here have.
     """
 
     def __init__(
@@ -96,7 +99,7 @@ class GatewayModel(AnsweringModel):
         """Read a gateway's file.
 
         Raises:
-            ExpertokenError: it is not well formed; the message lists every mistake of the pool.
+            ExpertokenError: it is not well formed; of the pool's mistakes see `ExpertPool.parse`.
         """
         path = Path(path)
         try:

@@ -87,5 +87,9 @@ class CompositeLM(ChatLM):
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Not of a composite: perplexity of a text is one model's."""
+        """Not of a composite: perplexity of a text is one model's.
+
+        Raises:
+            ExpertokenError: always.
+        """
         raise ExpertokenError("perplexity is one model's, not a composite's; evaluate an expert by itself")

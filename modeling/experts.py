@@ -282,7 +282,7 @@ class ExpertPool:
             folder: where relative paths of models start.
 
         Raises:
-            PoolError: with every mistake of the document.
+            PoolError: with every mistake of the entries; if none, of their files; if none, of the pool as a whole.
         """
         if not isinstance(document, dict) or not isinstance(document.get("experts"), list):
             raise PoolError(f"{source}: expected a mapping with a list `experts:`")
@@ -311,7 +311,7 @@ class ExpertPool:
         """Read a pool file; paths of local models in it are relative to the file.
 
         Raises:
-            PoolError: the file is missing, is no YAML, or has mistakes (all of them are listed).
+            PoolError: the file is missing, is no YAML, or has mistakes (see `parse`).
         """
         path = Path(path)
         try:

@@ -86,8 +86,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ExpertokenArguments, "Training
     """Resolve a recipe and command-line overrides.
 
     Raises:
-        ConfigError: with every unknown key, missing argument and unknown value at once.
-        SystemExit: help was asked for.
+        ConfigError: with every unknown key, missing argument and unknown value of our own options at once.
+        SystemExit: help was asked for, or a value is not of its option's type.
     """
     argv = list(argv)
     if "--help" in argv or "-h" in argv or "--help-all" in argv:
@@ -142,7 +142,7 @@ def make_arguments(
         options: fields of `ExpertokenArguments` and of `transformers.TrainingArguments`.
 
     Raises:
-        ConfigError: with every unknown key and unknown value at once.
+        ConfigError: with every unknown key and unknown value of our own options at once.
         ImportError: the extra `train` is not installed.
     """
     require_extra("accelerate", "train")

@@ -191,7 +191,11 @@ class Examples(torch.utils.data.Dataset):
 
 
 def wrap_with_lora(meta: MetaLLM, options: ExpertokenArguments) -> None:
-    """Put fresh LoRA adapters on the meta LLM's backbone; the rows stay trainable."""
+    """Put fresh LoRA adapters on the meta LLM's backbone; the rows stay trainable.
+
+    Raises:
+        ExpertokenError: `lora_target_modules` does not fit the model.
+    """
     from peft import LoraConfig, get_peft_model
 
     targets = options.lora_target_modules
@@ -244,6 +248,9 @@ def train_lora(
 
     Returns:
         what the manifest records: steps, best score, seconds.
+
+    Raises:
+        ExpertokenError: `save_strategy` does not fit, memory ran out, or a checkpoint can't be written or read.
     """
     meta, output = composite.meta, Path(str(arguments.output_dir))
     set_seed(arguments.seed)  # the Trainer does so too, but after the adapters have drawn their start

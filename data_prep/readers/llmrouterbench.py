@@ -26,6 +26,9 @@ def read(path: Path) -> BenchmarkResults:
     """Read every file below `path`; the newest of each (dataset, split, model) counts, and trial runs (`demo`) don't.
 
     The files' `split` is the part of the benchmark that was run, not a side of ours: it only enters the ids.
+
+    Raises:
+        ResultsError: a file is not of this format, or there is none of a full run.
     """
     files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
     newest: dict[tuple[str, str, str], tuple[str, Path, list]] = {}

@@ -34,6 +34,9 @@ def read(path: Path, *, metric: str | None = None) -> BenchmarkResults:
         path: the harness's `--output_path`, or one model's folder in it.
         metric: which per-sample metric is the score; where not given the first there is of `METRICS`. With several
             filters (`strict-match`, `flexible-extract`) the first one in the file counts.
+
+    Raises:
+        ResultsError: a file is not of this format, or there are no samples.
     """
     newest: dict[tuple[Path, str], Path] = {}
     for file in sorted(path.rglob("samples_*.jsonl") if path.is_dir() else [path]):

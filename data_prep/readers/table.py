@@ -92,6 +92,9 @@ def from_frame(frame: pd.DataFrame, source: str, benchmark: str, columns: Column
         source: how errors call it.
         benchmark: its name, where no column tells.
         columns: what its columns are called.
+
+    Raises:
+        ResultsError: a column is missing, or a row of the table is not well formed.
     """
     if columns.query not in frame:
         raise ResultsError(
@@ -160,7 +163,11 @@ def _texts(column: pd.Series, source: str | Path, name: str) -> pd.Series:
 
 
 def numbers(column: pd.Series, source: str | Path, name: str) -> np.ndarray:
-    """A column of scores; booleans (also spelled out) become 0 and 1, empty cells NaN."""
+    """A column of scores; booleans (also spelled out) become 0 and 1, empty cells NaN.
+
+    Raises:
+        ResultsError: a cell is not a number.
+    """
     spelled = column.map(lambda v: {"true": 1.0, "false": 0.0}.get(str(v).lower(), v))
     numbers = pd.to_numeric(spelled, errors="coerce")
     wrong = numbers.isna() & column.notna()

@@ -151,6 +151,10 @@ class EndpointBackend(Backend):
 
         Servers go on behind it where they know `continue_final_message` (vLLM) or do so by themselves; of one that
         begins anew by repeating it the repetition is left out.
+
+        Raises:
+            RequestRefusedError: the endpoint refuses the conversation.
+            ExpertFailedError: the endpoint can't be used, or breaks off in its answer.
         """
         import openai
 

@@ -293,7 +293,11 @@ class LocalBackend(Backend):
 
     @torch.inference_mode()
     def log_likelihood(self, messages: Sequence[Message], continuation: str) -> tuple[float, bool]:
-        """Log-probability of an answer that begins with `continuation`, and whether it is the greedy one."""
+        """Log-probability of an answer that begins with `continuation`, and whether it is the greedy one.
+
+        Raises:
+            RequestRefusedError: conversation and continuation are longer than the model's context.
+        """
         with self.hold() as resident, self._turn(resident):
             model = self._model(resident)
             ids = self._encode(resident, messages)

@@ -53,7 +53,7 @@ def run(
         otel: trace requests with OpenTelemetry; see `tracing`.
 
     Raises:
-        ExpertokenError: `otel` is asked for and its extra is missing.
+        ImportError: `otel` is asked for and its extra is not installed.
     """
     app = create_app(composite, settings)
     tracing = app.state.service.tracing

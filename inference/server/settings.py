@@ -26,6 +26,9 @@ class Settings:
         log_content: write questions and answers to the log.
         hosts: further names by which this server is asked for without keys.
         origins: of pages elsewhere that may ask from a browser.
+
+    Raises:
+        ExpertokenError: the host can be reached from elsewhere, and there are no API keys.
     """
 
     name: str = "composite"

@@ -27,7 +27,7 @@ class Tracing:
         `OTEL_SERVICE_NAME`, `OTEL_TRACES_SAMPLER`.
 
         Raises:
-            ExpertokenError: the extra `otel` is missing.
+            ImportError: the extra `otel` is not installed.
         """
         instrumentation = require_extra("opentelemetry.instrumentation.fastapi", "otel")
         from opentelemetry import trace
