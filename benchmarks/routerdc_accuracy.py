@@ -114,7 +114,7 @@ def main() -> None:
     sides = build_supervision(results, labelling="subject", leaks="drop")
     computed = 0
     for side in ("train", "validation", "test"):
-        computed += states_of(meta, sides.side(side)["messages"], label=f"{side} features").computed
+        computed += states_of(meta, sides.side(side)["messages"], label=f"{side} states").computed
     feature_seconds = time.perf_counter() - started
     reports, fits = {}, {}
     for name, (strategy, objective) in RECIPES.items():

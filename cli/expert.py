@@ -8,7 +8,7 @@ import typer
 
 from ..data_prep.readers import formats
 from ..modeling.experts import SELF
-from ..modeling.kinds import kinds
+from ..modeling.kinds import kind_names
 from .choice import one_of
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def add(
     backend: Annotated[
         str | None,
         typer.Option(
-            **one_of("backend", [name for name in kinds() if name != SELF]),
+            **one_of("backend", [name for name in kind_names() if name != SELF]),
             help="Kind of the expert. Default: recognised by --base-url or by the folder of --model.",
         ),
     ] = None,

@@ -322,7 +322,7 @@ def evaluate_pair(lm: "LM", expert: Expert, task: str, evaluation: Evaluation) -
         )
     except NotImplementedError as error:
         raise ExpertokenError(
-            f"the task needs log-probabilities, which a chat endpoint does not give; take its generative form ({error})"
+            f"the task needs log-probabilities, which this expert does not give; take its generative form ({error})"
         ) from None
     rows = []
     for name, samples in found["samples"].items():

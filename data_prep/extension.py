@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..data_prep import SPLITS
 from ..modeling.chat import text_of
 from ..modeling.errors import ResultsError
 from ..modeling.experts import Expert, ExpertPool
+from . import SPLITS
 from .labels import Labelling, label
-from .leaks import find_leaks, normalise
+from .leaks import handle_leaks, normalise
 from .results import BenchmarkResults, blank_contaminated
 from .supervision import Supervision, SupervisionInfo, make_datasets, user_messages
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Rows:
     """Queries with all that a supervision says of them, `[N]` or `[N, C]`, in the order of the extended candidates.
 
@@ -28,7 +28,8 @@ class _Rows:
         scores: scores, NaN where not measured.
         costs: USD, NaN where not known.
         targets: targets before the newcomer; zero for new queries.
-        weights: weights before the newcomer; NaN for new queries.
+        weights: weights before the newcomer; zero for new queries.
+        new: whether the supervision did not have the query, `[N]`.
     """
 
     queries: pd.DataFrame
@@ -37,6 +38,7 @@ class _Rows:
     costs: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
+    new: np.ndarray
 
     def __add__(self, other: "_Rows") -> "_Rows":
         return _Rows(
@@ -54,7 +56,7 @@ class _Rows:
         )
 
 
-_ARRAYS = ("scores", "costs", "targets", "weights")
+_ARRAYS = ("scores", "costs", "targets", "weights", "new")
 
 
 def extend_supervision(old: Supervision, pool: ExpertPool, expert: Expert, results: BenchmarkResults) -> Supervision:
@@ -80,6 +82,11 @@ def extend_supervision(old: Supervision, pool: ExpertPool, expert: Expert, resul
     known = {key: row for row, key in enumerate(rows.queries["id"])}
     again = [place for place in np.flatnonzero(first) if ids[place] in known]
     fresh = np.array([place for place in np.flatnonzero(first) if ids[place] not in known], dtype=int)
+    if held_out := old.info.labelling.get("hold_out"):
+        # The test side is what is held out, and nothing else.
+        field, held = held_out
+        other = (results.queries["split"] == "test") & ~results.queries[field].isin(held)
+        fresh = fresh[~other.to_numpy()[fresh]]
     # On known queries only the new expert's scores count: the others' are what the composite was trained on.
     where = [known[ids[place]] for place in again]
     rows.scores[where, newcomer] = results.scores[again, 0]
@@ -87,11 +94,14 @@ def extend_supervision(old: Supervision, pool: ExpertPool, expert: Expert, resul
         rows.costs[where, newcomer] = results.costs[again, 0]
     name_of = dict(zip(results.models, _names(results, pool, expert), strict=True))
     if len(fresh):
-        rows = rows + _new_rows(results.take(fresh), name_of, extended.names, old.info.labelling)
+        rows += _new_rows(results.take(fresh), name_of, extended.names, old.info.labelling)
     flagged = {(name_of[model], benchmark) for model, benchmark in results.contaminated if model in name_of}
     flagged |= {(name, benchmark) for name, benchmark in old.info.labelling.get("contaminated", ())}
     flagged = {pair for pair in flagged if pair[0] in extended.names}
-    rows, leaks = _without_leaks(rows, old.info.leaks)
+    known_leaks = old.info.leaks
+    kept, leaks = handle_leaks(rows.queries, "keep" if known_leaks["equal"]["handled"] == "keep" else "drop", "ignore")
+    leaks["near"] = known_leaks.get("near", {})
+    rows = rows if kept.all() else rows.take(kept)
     return _labelled(rows, extended, newcomer, old, sorted(flagged), leaks)
 
 
@@ -136,7 +146,9 @@ def _known_rows(old: Supervision, pool: ExpertPool, names: Sequence[str]) -> _Ro
             wide[:, places] = values
             arrays[name].append(wide)
         arrays["weights"].append(np.where(kept.sum(1) > 0, weights, 0.0).astype(np.float32))
-    frame = pd.concat(frames, ignore_index=True)
+        arrays["new"].append(np.zeros(len(part), dtype=bool))
+    frame = pd.concat(frames, ignore_index=True).astype(object)
+    frame = frame.where(frame.notna(), None)  # pandas' text columns hold NaN where there is no subject
     return _Rows(frame, messages, *(np.concatenate(arrays[name]) for name in _ARRAYS))
 
 
@@ -144,13 +156,13 @@ def _new_rows(
     results: BenchmarkResults, name_of: dict[str, str], names: Sequence[str], labelling: dict[str, Any]
 ) -> _Rows:
     shares = {key: labelling[key] for key in ("validation", "test", "seed")}
-    hold_out = labelling.get("hold_out")
-    if hold_out:
-        shares["test"] = 0.0  # the test side is what is held out, and nothing else
+    held_out = labelling.get("hold_out")
+    if held_out:
+        shares["test"] = 0.0
     split = results.split(**shares)
-    if hold_out:
-        field, held = hold_out
-        split.queries.loc[split.queries[field].isin(held), "split"] = "test"
+    if held_out:
+        field, names_held = held_out
+        split.queries.loc[split.queries[field].isin(names_held), "split"] = "test"
     places = [names.index(name_of[model]) for model in results.models]
     shape = (len(split), len(names))
     scores, costs = (np.full(shape, np.nan, dtype=np.float32) for _ in range(2))
@@ -158,22 +170,7 @@ def _new_rows(
     if split.costs is not None:
         costs[:, places] = split.costs
     messages, no_targets = user_messages(split.queries["prompt"]), np.zeros(shape, np.float32)
-    return _Rows(split.queries, messages, scores, costs, no_targets, np.full(shape[0], np.nan, np.float32))
-
-
-def _without_leaks(rows: _Rows, known: dict[str, Any]) -> tuple[_Rows, dict[str, Any]]:
-    """Drop train queries that stand in the test side too, unless the old supervision kept such; and what was found."""
-    handled = "keep" if known["equal"]["handled"] == "keep" else "drop"
-    tested = (rows.queries["split"] == "test").to_numpy()
-    prompts, ids = rows.queries["prompt"].to_numpy(), rows.queries["id"].to_numpy()
-    learnt = np.flatnonzero(~tested)
-    pairs = [(learnt[i], np.flatnonzero(tested)[j]) for i, j in find_leaks(prompts[learnt], prompts[tested])]
-    named = [[ids[i], ids[j], 1.0] for i, j in pairs]
-    leaks = {"equal": {"found": len(pairs), "handled": handled, "pairs": named}, "near": known.get("near", {})}
-    kept = np.ones(len(ids), dtype=bool)
-    if handled == "drop":
-        kept[[i for i, _ in pairs]] = False
-    return (rows if kept.all() else rows.take(kept)), leaks
+    return _Rows(split.queries, messages, scores, costs, no_targets, no_targets[:, 0], np.ones(len(split), dtype=bool))
 
 
 def _labelled(
@@ -189,7 +186,7 @@ def _labelled(
     labelling = Labelling(**{item.name: known[item.name] for item in fields(Labelling) if item.name in known})
     clean = blank_contaminated(rows.scores, rows.queries["benchmark"], pool.names, contaminated)
     costs = None if np.isnan(rows.costs).all() else rows.costs
-    changed = ~np.isnan(rows.scores[:, newcomer]) | np.isnan(rows.weights)
+    changed = ~np.isnan(rows.scores[:, newcomer]) | rows.new
     side = rows.queries["split"].to_numpy()
     targets, weights = label(
         clean,

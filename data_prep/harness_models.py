@@ -1,14 +1,16 @@
 """Experts as models of lm-evaluation-harness. Needs the extra `collect`."""
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from tqdm.auto import tqdm
 
-from ..modeling.backend import Backend, Generation, Opening, Timeouts
+from ..modeling.backend import Generation, Opening, Timeouts, stop_texts
 from ..modeling.chat import Message
 from ..modeling.experts import Expert
 from ..modeling.harness import ChatLM, messages_of
@@ -18,6 +20,7 @@ from ..modeling.source import Source
 _CONCURRENT = 8  # requests at a time
 _TIMEOUTS = Timeouts(first=300.0, idle=120.0, retries=3)  # a benchmark waits rather than misses an answer
 _STOPS = 4  # stop texts that OpenAI's API takes
+_SEED = 1234  # the harness's
 
 
 def language_model(expert: Expert, base: Source | None, *, batch_size: int = 8, trust_remote_code: bool = False) -> LM:
@@ -34,7 +37,7 @@ def language_model(expert: Expert, base: Source | None, *, batch_size: int = 8, 
     """
     weights = expert.kind.weights(expert, base)
     if weights is None:
-        return BackendLM(expert.kind.open(expert, Opening(base, timeouts=_TIMEOUTS)), expert.name)
+        return BackendLM(expert, base)
     from lm_eval.models.huggingface import HFLM
 
     model, tokenizer = load_causal_lm(replace(weights.source, trust_remote_code=trust_remote_code))
@@ -51,17 +54,45 @@ class BackendLM(ChatLM):
     """An expert behind any backend.
 
     Args:
-        backend: the backend.
-        name: name of the expert.
+        expert: the expert.
+        base: source of the meta LLM's base.
 
     Attributes:
         used: prompt and completion tokens by context, as far as the backend counts them.
+
+    Raises:
+        ExpertFailedError: the expert can't be opened.
     """
 
-    def __init__(self, backend: Backend, name: str) -> None:
-        super().__init__(name)
-        self._backend = backend
+    def __init__(self, expert: Expert, base: Source | None) -> None:
+        super().__init__(expert.name)
+        self._kind = expert.kind
+        self._backend = self._kind.open(expert, Opening(base, timeouts=_TIMEOUTS))
         self.used: dict[str, tuple[int, int]] = {}
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return log-likelihoods of continuations.
+
+        Raises:
+            NotImplementedError: experts of this kind give none.
+        """
+        if not self._kind.scores_texts:
+            return super().loglikelihood(requests, disable_tqdm)
+        return [
+            self._backend.log_likelihood(messages_of(context), text) for context, text in (r.args for r in requests)
+        ]
+
+    def generation(self, options: Mapping[str, Any]) -> Generation:
+        """Return the options of a task as ours: what the harness's own chat endpoint sends, its seed included."""
+        ours = ("until", "max_gen_toks", "max_tokens", "temperature", "top_p", "do_sample", "seed")
+        return Generation(
+            max_new_tokens=int(options.get("max_gen_toks") or options.get("max_tokens") or self.max_gen_toks),
+            temperature=float(options.get("temperature") or 0),
+            top_p=None if options.get("top_p") is None else float(options["top_p"]),
+            seed=int(options.get("seed", _SEED)),
+            stop=stop_texts(options.get("until"))[:_STOPS],
+            extra={key: value for key, value in options.items() if key not in ours},
+        )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the expert's answers."""
@@ -74,9 +105,7 @@ class BackendLM(ChatLM):
             async def answer(request: Instance) -> str:
                 context, options = request.args
                 async with slots:
-                    generation = self.generation(options)
-                    generation = replace(generation, stop=generation.stop[:_STOPS])
-                    text = await self._answer(context, messages_of(context), generation)
+                    text = await self._answer(context, messages_of(context), self.generation(options))
                 bar.update()
                 return text
 

@@ -85,6 +85,7 @@ class Measured:
         subjects: `[N]` codes of (benchmark, subject).
         learning: `[N]` mask of the learning side (train and validation): the test side must not decide who wins.
         self_index: the column of self, if it is a candidate.
+        context: all queries, where these are only those to be labelled; None where these are all.
     """
 
     scores: np.ndarray
@@ -93,6 +94,19 @@ class Measured:
     subjects: np.ndarray
     learning: np.ndarray
     self_index: int | None = None
+    context: "Measured | None" = None
+
+    @property
+    def known(self) -> "Measured":
+        """All queries: what says who is best in a subject or on average."""
+        return self.context or self
+
+    def take(self, rows: np.ndarray) -> "Measured":
+        """Return some of the queries, with all of them as their context."""
+        scores, costs, benchmarks, subjects, learning = (
+            array[rows] for array in (self.scores, self.costs, self.benchmarks, self.subjects, self.learning)
+        )
+        return Measured(scores, costs, benchmarks, subjects, learning, self.self_index, self)
 
 
 def utility(scores: np.ndarray, costs: np.ndarray | None, cost_weight: float) -> np.ndarray:
@@ -164,12 +178,13 @@ def winners(scores: np.ndarray, *, self_index: int | None = None, rank: np.ndarr
 
 def _rank(data: Measured, labelling: Labelling, *, per_query: bool = True) -> np.ndarray | None:
     """What breaks ties, `[N, C]` or `[1, C]`; costs of each query, or each candidate's mean."""
+    known = data.known
     if labelling.ties == "cheapest" and not per_query:
-        return _means(data.costs)[None]
+        return _means(known.costs)[None]
     if labelling.ties == "cheapest":
-        return np.where(np.isnan(data.costs), _means(data.costs)[None], data.costs)
+        return np.where(np.isnan(data.costs), _means(known.costs)[None], data.costs)
     if labelling.ties == "best":
-        return -_means(data.scores[data.learning])[None]
+        return -_means(known.scores[known.learning])[None]
     return None
 
 
@@ -217,16 +232,15 @@ def subject_means(data: Measured, shrinkage: float) -> np.ndarray:
     subject: the posterior mean with the benchmark's mean as the prior (Gelman et al., Bayesian Data Analysis, 2.4). A
     subject that the learning side does not have gets its benchmark's means, a benchmark it does not have the overall.
     """
-    learnt = data.scores[data.learning]
+    known = data.known
     means = np.full(data.scores.shape, np.nan)
-    overall = _means(learnt)
+    overall = _means(known.scores[known.learning])
     for benchmark in np.unique(data.benchmarks):
-        inside = data.benchmarks == benchmark
-        known = data.scores[inside & data.learning]
-        prior = _means(known) if len(known) else overall
-        for subject in np.unique(data.subjects[inside]):
+        learnt = known.scores[(known.benchmarks == benchmark) & known.learning]
+        prior = _means(learnt) if len(learnt) else overall
+        for subject in np.unique(data.subjects[data.benchmarks == benchmark]):
             rows = data.subjects == subject
-            own = data.scores[rows & data.learning]
+            own = known.scores[(known.subjects == subject) & known.learning]
             if not len(own):
                 means[rows] = prior
                 continue
@@ -333,7 +347,7 @@ def label(
     targets = np.zeros(scores.shape, dtype=np.float32)
     weights = np.zeros(len(scores), dtype=np.float32)
     rows = np.ones(len(scores), dtype=bool) if rows is None else rows
-    if not measured.any():
+    if not (measured & rows).any():
         return targets[rows], weights[rows]
     paid = costs
     if costs is not None and labelling.cost_weight > 0:
@@ -348,5 +362,8 @@ def label(
         learning[measured],
         self_index,
     )
-    targets[measured], weights[measured] = STRATEGIES[labelling.strategy](data, labelling)
+    asked = measured & rows
+    if not rows.all():
+        data = data.take(rows[measured])
+    targets[asked], weights[asked] = STRATEGIES[labelling.strategy](data, labelling)
     return targets[rows], (weights * (targets.sum(1) > 0))[rows]

@@ -1,14 +1,21 @@
 """Queries of the test side that stand in the train side as well, word for word or nearly."""
 
+import logging
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from tqdm.auto import tqdm
 
-from ..modeling.errors import require_extra
+from ..modeling.errors import LeakError, require_extra
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+logger = logging.getLogger(__name__)
 
 LEAKS = ("refuse", "drop", "keep")
 """Ways to handle train queries that stand in the test side: `drop` takes them from train."""
@@ -106,3 +113,47 @@ def _sketches(datasketch: Any, sides: list[set[str]], bar: tqdm) -> Iterator[tup
             sketch = datasketch.MinHash(num_perm=_PERMUTATIONS)
             sketch.update_batch([shingle.encode() for shingle in shingles])
             yield place, sketch
+
+
+def handle_leaks(queries: "pd.DataFrame", leaks: str, near: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """Find train queries that stand in the test side, equal or nearly, and handle them.
+
+    Args:
+        queries: `id`, `prompt` and `split`, a row a query.
+        leaks: a value of `LEAKS`, for equal queries.
+        near: the same for similar queries; `ignore` does not look for them.
+
+    Returns:
+        a mask of the queries to keep, `[N]`, and the record of what was found.
+
+    Raises:
+        LeakError: there are such queries and they are to be refused.
+        ImportError: similar queries are asked for and the extra `data` is not installed.
+    """
+    side = queries["split"].to_numpy()
+    prompts, ids = queries["prompt"].to_numpy(), queries["id"].to_numpy()
+    learnt, tested = np.flatnonzero(side != "test"), np.flatnonzero(side == "test")
+    texts = prompts[learnt].tolist(), prompts[tested].tolist()
+    equal = [(i, j, 1.0) for i, j in find_leaks(*texts)]
+    alike = [] if near == "ignore" else find_near_duplicates(*texts)
+    kept = np.ones(len(queries), dtype=bool)
+    record = {}
+    for name, pairs, handled, option in (
+        ("equal", equal, leaks, "--leaks"),
+        ("near", alike, near, "--near-duplicates"),
+    ):
+        named = [[ids[learnt[i]], ids[tested[j]], round(similarity, 3)] for i, j, similarity in pairs]
+        record[name] = {"found": len(pairs), "handled": handled, "pairs": named}
+        if not pairs:
+            continue
+        word = "stand in the test side as well" if name == "equal" else "are much like queries of the test side"
+        first = f"{named[0][0]} {'=' if name == 'equal' else '~'} {named[0][1]}"
+        if handled == "refuse":
+            raise LeakError(
+                f"{len(pairs)} train or validation queries {word} (the first: {first}); remove them, or say "
+                f"`{option} drop` (from train) or `{option} keep`"
+            )
+        logger.warning("%d train queries %s (%s, ...): %s", len(pairs), word, first, handled)
+        if handled == "drop":
+            kept[learnt[[pair[0] for pair in pairs]]] = False
+    return kept, record

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data_prep import SPLITS
-from ..modeling.errors import ExpertokenError, LeakError, ResultsError, did_you_mean, one_line
+from ..modeling.errors import ExpertokenError, ResultsError, did_you_mean, one_line
 from ..modeling.experts import SELF, Expert, ExpertPool
 from ..modeling.files import PRODUCTS, atomic_folder, check_product, recover_folder
+from . import SPLITS
 from .labels import Labelling, filled_costs, label, utility
-from .leaks import LEAKS, find_leaks, find_near_duplicates
+from .leaks import LEAKS, handle_leaks
 from .results import BenchmarkResults, HoldOut, blank_contaminated
 
 if TYPE_CHECKING:
@@ -107,11 +107,19 @@ class Supervision:
         return [self.info.candidates.index(name) for name in names]
 
     def benchmarks(self, name: str) -> np.ndarray:
-        """Return the benchmark of each query of a side, `[N]`."""
+        """Return the benchmark of each query of a side, `[N]`.
+
+        Raises:
+            ExpertokenError: there is no such side, or it is empty.
+        """
         return np.asarray(self.side(name)["benchmark"], dtype=str)
 
     def queries(self, name: str, meta: "MetaLLM", *, quiet: bool = False) -> "list[Query]":
-        """Return the queries of a side as the meta LLM reads them."""
+        """Return the queries of a side as the meta LLM reads them.
+
+        Raises:
+            ExpertokenError: there is no such side, or it is empty; or the chat template refuses a query.
+        """
         from ..modeling.states import encode_all
 
         return encode_all(meta, self.side(name)["messages"], name, quiet=quiet)
@@ -187,14 +195,12 @@ class Supervision:
         return cls(data, ExpertPool.from_yaml(path / POOL_FILE), info)
 
 
-def keep_supervision(supervision: Supervision, composite: Path) -> Path:
-    """Save a supervision inside a composite's folder and return where.
+def kept_at(supervision: Supervision, composite: Path) -> Path:
+    """Return where a supervision is kept inside a composite's folder.
 
-    Its folder is named after its contents, so that a composite that is there keeps the supervision it points to.
+    The folder is named after its contents, so that a composite that is there keeps the supervision it points to.
     """
-    folder = composite / "supervision" / supervision.info.fingerprint
-    supervision.save(folder)
-    return folder.resolve()
+    return (composite / "supervision" / supervision.info.fingerprint).resolve()
 
 
 def supervision_of(manifest: "Manifest", folder: Path, data: Path | str | None = None) -> Supervision:
@@ -311,7 +317,10 @@ def build_supervision(
     pool = pool or pool_of(results)
     results = select_candidates(results, pool)
     results = results.split(validation=validation, test=test, seed=seed, hold_out=hold_out)
-    results, found = _handle_leaks(results, leaks, near_duplicates)
+    if near_duplicates is None:
+        near_duplicates = "keep" if find_spec("datasketch") else "ignore"
+    kept, found = handle_leaks(results.queries, leaks, near_duplicates)
+    results = results if kept.all() else results.take(kept)
     side = results.queries["split"].to_numpy()
     if not (side == "train").any():
         raise ResultsError(f"no train queries (sides: {', '.join(sorted(set(side)))}); nothing could be learnt")
@@ -336,39 +345,6 @@ def build_supervision(
     supervision = Supervision(data, pool, info)
     supervision.stamp()
     return supervision
-
-
-def _handle_leaks(results: BenchmarkResults, leaks: str, near: str | None) -> tuple[BenchmarkResults, dict[str, Any]]:
-    """Find train queries that stand in the test side, equal or nearly, and do about them what was asked."""
-    if near is None:
-        near = "keep" if find_spec("datasketch") else "ignore"
-    side = results.queries["split"].to_numpy()
-    prompts, ids = results.queries["prompt"].to_numpy(), results.queries["id"].to_numpy()
-    learnt, tested = np.flatnonzero(side != "test"), np.flatnonzero(side == "test")
-    texts = prompts[learnt].tolist(), prompts[tested].tolist()
-    equal = [(i, j, 1.0) for i, j in find_leaks(*texts)]
-    alike = [] if near == "ignore" else find_near_duplicates(*texts)
-    kept = np.ones(len(results), dtype=bool)
-    record = {}
-    for name, pairs, handled, option in (
-        ("equal", equal, leaks, "--leaks"),
-        ("near", alike, near, "--near-duplicates"),
-    ):
-        named = [[ids[learnt[i]], ids[tested[j]], round(similarity, 3)] for i, j, similarity in pairs]
-        record[name] = {"found": len(pairs), "handled": handled, "pairs": named}
-        if not pairs:
-            continue
-        word = "stand in the test side as well" if name == "equal" else "are much like queries of the test side"
-        first = f"{named[0][0]} {'=' if name == 'equal' else '~'} {named[0][1]}"
-        if handled == "refuse":
-            raise LeakError(
-                f"{len(pairs)} train or validation queries {word} (the first: {first}); remove them, or say "
-                f"`{option} drop` (from train) or `{option} keep`"
-            )
-        logger.warning("%d train queries %s (%s, ...): %s", len(pairs), word, first, handled)
-        if handled == "drop":
-            kept[learnt[[pair[0] for pair in pairs]]] = False
-    return (results if kept.all() else results.take(kept)), record
 
 
 def user_messages(prompts: Iterable[str]) -> list[list[dict[str, Any]]]:

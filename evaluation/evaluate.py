@@ -28,7 +28,7 @@ from .splits import RouterResult, Split, expected_costs, read_split
 logger = logging.getLogger(__name__)
 
 _PARTIAL_ORACLE = 0.5
-_FIGURES = 1000  # resamples of figures that are not means: each of them costs a curve
+_CURVE_RESAMPLES = 1000  # resamples of metrics that are not means: each of them costs a curve
 _FOLD = 5  # where there is one side to learn from, every n-th query of it is validation
 
 
@@ -99,7 +99,7 @@ def evaluate(
         confusion_matrix=metrics.confusion(test.targets, chosen).tolist(),
         calibration_bins=[CalibrationBin(*part) for part in metrics.calibration(confidence, outcome)],
     )
-    counts = metrics.resample_counts(test.benchmarks, min(resamples, _FIGURES))
+    counts = metrics.resample_counts(test.benchmarks, min(resamples, _CURVE_RESAMPLES))
     add_scores(report, routers, test, chosen, decided.probabilities, counts)
     if len(judged):
         add_calibration(report, confidence, outcome, counts[:, judged])

@@ -179,7 +179,7 @@ class Report:
             share = self.share_of_queries.get(row.name)
             cells.append("" if share is None else f"{100 * share:.0f} %")
             gain = row.composite_gain
-            cells.append("" if gain is None else _gain(gain, 2, 1))
+            cells.append("" if gain is None else "{} ({})".format(*_points(gain, 1)))
             cells.append("" if gain is None else _p(gain.p_value).removeprefix("p = ").removeprefix("p "))
             body.append(cells)
         count = ", ".join(f"{name} {size}" for name, size in self.queries_by_benchmark.items())
@@ -228,19 +228,20 @@ class Report:
         return ["## Robustness", "", *_table(head, rows), ""] if rows else []
 
 
-def _gain(gain: Gain, digits: int, interval_digits: int) -> str:
+def _points(gain: Gain, interval_digits: int) -> tuple[str, str]:
     """Return a gain and its interval in points."""
     low, high = (f"{100 * bound:+.{interval_digits}f}" for bound in gain.interval)
-    return f"{100 * gain.difference:+.{digits}f} ({low} to {high})"
+    return f"{100 * gain.difference:+.2f}", f"{low} to {high}"
 
 
 def _sentence(row: Result) -> str:
     gain = row.composite_gain
     assert gain is not None
-    points = _gain(gain, 2, 2).replace(" (", " points (").replace(")", f", {_p(gain.p_value)})")
+    points, interval = _points(gain, 2)
+    told = f"{points} points ({interval}, {_p(gain.p_value)})"
     if gain.p_value >= _SURE:
-        return f"Not told apart from {row.name}: {points}."
-    return f"{'Better' if gain.difference > 0 else 'WORSE'} than {row.name}: {points}."
+        return f"Not told apart from {row.name}: {told}."
+    return f"{'Better' if gain.difference > 0 else 'WORSE'} than {row.name}: {told}."
 
 
 def _p(value: float) -> str:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from ..evaluation import metrics
+from . import metrics
 from .report import Report
 from .splits import RouterResult, Split
 
@@ -125,17 +125,21 @@ def add_pair(
         if router.predicted is None:
             continue
         preference = router.predicted[:, strong] - router.predicted[:, weak]
-        all_queries = np.arange(len(scores))
-
-        def pair(rows: np.ndarray, preference: np.ndarray = preference) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            return preference[rows], scores[rows, weak], scores[rows, strong]
-
-        resampled[name] = np.array([metrics.apgr(*pair(rows)) for rows in drawn])
-        report.add(f"APGR, {name}", metrics.apgr(*pair(all_queries)), resampled[name])
+        parts = (preference, scores[:, weak], scores[:, strong])
+        resampled[name] = np.array([metrics.apgr(*_drawn(parts, rows)) for rows in drawn])
+        report.add(f"APGR, {name}", metrics.apgr(*parts), resampled[name])
         for share in _SHARES:
-            draws = np.array([metrics.cpt(*pair(rows), share=share) for rows in drawn])
-            report.add(f"CPT({share:.0%}), {name}", metrics.cpt(*pair(all_queries), share=share), draws)
+            draws = np.array([metrics.cpt(*_drawn(parts, rows), share) for rows in drawn])
+            report.add(f"CPT({share:.0%}), {name}", metrics.cpt(*parts, share), draws)
     _add_gain(report, "APGR", routers, resampled)
+
+
+def _drawn(
+    parts: tuple[np.ndarray, np.ndarray, np.ndarray], rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the drawn rows of three arrays."""
+    first, second, third = parts
+    return first[rows], second[rows], third[rows]
 
 
 def _add_gain(report: Report, figure: str, routers: dict[str, RouterResult], resampled: dict[str, np.ndarray]) -> None:

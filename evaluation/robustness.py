@@ -103,7 +103,6 @@ def robustness(
             [len(query) for query in queries],
             lambda batch: meta.candidate_logits([queries[row] for row in batch], with_self=with_self),
             label="robustness",
-            advice="a smaller meta LLM",
         )
         for batch, part in batches:
             found[batch] = part.numpy()

@@ -76,13 +76,13 @@ def select(
     known = _known(loaded, supervision)
     if len(np.unique(known.benchmarks)) < 2:
         raise ExpertokenError("results of one benchmark only: a predictor's accuracy on a new task can't be estimated")
-    states = np.asarray(states_of(loaded.meta, list(queries), label="task features").hidden)
+    states = np.asarray(states_of(loaded.meta, list(queries), label="task states").hidden)
     distances, accuracies = _observed(known)
     trust = _smooth(distances, accuracies, _distance(states, known.features))
     examples = known
     if labelled is not None:
         texts, scores = labelled
-        extra = np.asarray(states_of(loaded.meta, list(texts), label="labelled features").hidden)
+        extra = np.asarray(states_of(loaded.meta, list(texts), label="labelled states").hidden)
         trust = _corrected(trust, knn(known, _NEIGHBOURS)(extra), scores)
         examples = known + Side(extra, scores, np.full(len(extra), "(task)"))
     predicted = knn(examples, _NEIGHBOURS)(states)
@@ -101,7 +101,8 @@ def _known(loaded: Composite, supervision: Supervision) -> Side:
     columns = supervision.columns_of(loaded.pool.names)
     sides = [name for name in ("train", "validation") if len(supervision.data[name])]
     features = [
-        np.asarray(states_of(loaded.meta, supervision.side(name)["messages"], label=name).hidden) for name in sides
+        np.asarray(states_of(loaded.meta, supervision.side(name)["messages"], label=f"{name} states").hidden)
+        for name in sides
     ]
     scores = [supervision.scores(name)[:, columns] for name in sides]
     benchmarks = [supervision.benchmarks(name) for name in sides]

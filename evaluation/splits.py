@@ -101,7 +101,7 @@ def read_split(composite: Composite, supervision: Supervision, name: str, *, sta
     hidden = logits = np.zeros((len(raw), 0), np.float32)
     if states:
         meta = composite.meta
-        found = states_of(meta, messages, label=name)
+        found = states_of(meta, messages, label=f"{name} states")
         hidden = np.asarray(found.hidden)
         logits = state_logits(meta.rows, found, meta.transform, with_self=composite.pool.has_self).numpy()
     targets, _, weights = supervision.arrays(name)

@@ -224,6 +224,7 @@ class AnsweringModel(ABC):
                 chosen = outcome.dispatch.expert
                 order = self._hand_over(name, outcome.dispatch, decision, turn)
                 continue
+            assert outcome is not None
             self._fail(name, outcome, decision, turn)
             if turn.calls:  # half a tool call can't be continued
                 break
@@ -248,15 +249,16 @@ class AnsweringModel(ABC):
             attempt.outcome = HandedOver(handed.dispatch)
         except Exception as error:  # whatever an expert fails with, the user has a next best one
             # What fails behind the end of an answer takes nothing of it away.
-            if not turn.finished or turn.is_empty:
-                attempt.outcome = Failed(one_line(error), refused=isinstance(error, RequestRefusedError))
+            whole = turn.finished and not turn.is_empty
+            failed = Failed(one_line(error), refused=isinstance(error, RequestRefusedError))
+            attempt.outcome = Whole() if whole else failed
         except BaseException:  # the user went away; what was written until then was written
             self._breakers[name].left()
             self._tell_spent(name, decision, turn)
             raise
         else:
-            if turn.is_empty and not self.pool[name].is_self:
-                attempt.outcome = Failed("gave an empty answer")
+            empty = turn.is_empty and not self.pool[name].is_self
+            attempt.outcome = Failed("gave an empty answer") if empty else Whole()
 
     def _finish(self, name: str, chosen: str, decision: Decision, turn: Turn) -> Piece:
         """Record a whole answer and return its last piece."""

@@ -51,6 +51,8 @@ class CompositeModel(AnsweringModel):
         ExpertokenError: a pinned expert is unknown or not local, or the quantization or the type is unknown.
     """
 
+    local_models: LocalModels
+
     def __init__(
         self,
         composite: Composite,
@@ -75,11 +77,11 @@ class CompositeModel(AnsweringModel):
         pins = {name: self._source(name) for name in pinned}
         if remote := [name for name, source in pins.items() if source is None]:
             raise ExpertokenError(f"{', '.join(remote)}: can't be pinned in memory, since others hold it")
-        self._models = self.local_models = LocalModels(
+        self.local_models = LocalModels(
             self.meta.device, dtype, budget=budget, pinned=tuple(filter(None, pins.values())), quantization=quantization
         )
-        self._models.add(self.meta.source, self.meta.plain, self.meta.tokenizer)
-        self._opening = Opening(self.meta.source, self._models, timeouts or Timeouts())
+        self.local_models.add(self.meta.source, self.meta.plain, self.meta.tokenizer)
+        self._opening = Opening(self.meta.source, self.local_models, timeouts or Timeouts())
         # Self gives one answer at a time, as every model here does.
         self._own_turn = partial(turn_of, threading.RLock())
         self._self_name = self.pool.self_name
@@ -206,14 +208,18 @@ class CompositeModel(AnsweringModel):
                 yield piece
 
     def batched(self, names: Iterable[str]) -> list[str]:
-        """Those of them whose models run here and answer in batches, in the order in which least has to be loaded.
+        """Return those of them that answer in batches, in the order in which least has to be loaded.
 
         What is in memory comes first, and adapters of one base lie together. Self is none of them where it may call for
         an expert in mid-answer.
         """
-        local = {name: self._source(name) for name in names if not (self.anywhere and name == self._self_name)}
-        order = {name: (not self._models.holds(source), source.model, name) for name, source in local.items() if source}
-        return sorted(order, key=order.__getitem__)
+
+        def load(name: str) -> tuple[bool, str, str]:
+            source = self._source(name)
+            return (False, "", name) if source is None else (not self.local_models.holds(source), source.model, name)
+
+        batching = [name for name in names if self.pool[name].kind.batches]
+        return sorted((name for name in batching if not (self.anywhere and name == self._self_name)), key=load)
 
     def backend(self, name: str) -> Backend:
         """The opened backend of a candidate.
@@ -229,7 +235,7 @@ class CompositeModel(AnsweringModel):
     def prepare(self, name: str) -> None:
         """Begin to load a candidate that will be wanted soon, where there is room for it; nothing waits for that."""
         if (source := self._source(name)) is not None:
-            LOADERS.submit(self._models.prefetch, source)
+            LOADERS.submit(self.local_models.prefetch, source)
 
     def _source(self, name: str) -> Source | None:
         """Return the model that has to be in memory for a candidate to answer, or None."""

@@ -172,7 +172,6 @@ class Decider:
             [len(question.query) for question in questions],
             lambda batch: self._pass([questions[index] for index in batch], [started[index] for index in batch]),
             label="decision",
-            advice="a smaller meta LLM",
             on_error=tell,
         )
         for batch, outcomes in batches:

@@ -1,4 +1,4 @@
-"""What a command is given: a composite, or a gateway's file."""
+"""Loading of what answers: a composite, or a gateway from its file."""
 
 from pathlib import Path
 from typing import Any

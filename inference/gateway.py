@@ -7,7 +7,7 @@ file says where everything is:
     meta: {model: meta, base_url: "http://10.0.0.1:8000/v1", api_key_env: META_KEY, token_ids: {math: 151936},
       control_tokens: ["<|im_start|>", "<|im_end|>"]}
     experts:
-      - {name: math, backend: ..., model: math-7b, base_url: "http://10.0.0.2:8000/v1"}
+      - {name: math, backend: openai, model: math-7b, base_url: "http://10.0.0.2:8000/v1"}
       - {name: self, backend: self}
     policy: {threshold: 0.4}    # optional; keys as `policy.Policy` has them
 """

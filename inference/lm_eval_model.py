@@ -6,6 +6,7 @@ with this model known to it.
 
 import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from tqdm.auto import tqdm
 
+from ..modeling.backend import Generation, stop_texts
 from ..modeling.errors import ExpertokenError
 from ..modeling.harness import ChatLM, messages_of
 from .batch import answer_all
@@ -67,21 +69,30 @@ class CompositeLM(ChatLM):
                 )
         return answers
 
+    def generation(self, options: Mapping[str, Any]) -> Generation:
+        """Return the options of a task as ours."""
+        return Generation(
+            max_new_tokens=int(options.get("max_gen_toks") or options.get("max_tokens") or self.max_gen_toks),
+            temperature=float(options.get("temperature") or 0) if options.get("do_sample") else 0.0,
+            top_p=float(options.get("top_p") or 1),
+            stop=stop_texts(options.get("until")),
+        )
+
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-likelihoods of continuations, by whom the meta LLM chooses for the context.
+        """Return log-likelihoods of continuations, from the candidate that the meta LLM chooses for the context.
 
         Raises:
-            ExpertokenError: that is an endpoint, which can't be asked for them.
+            ExpertokenError: that candidate gives none.
         """
         contexts = [messages_of(request.args[0]) for request in requests]
         found = []
         bar = tqdm(requests, desc="loglikelihood", disable=disable_tqdm, delay=2)
         for request, messages, dispatch in zip(bar, contexts, self.composite.route(contexts), strict=True):
             backend = self.composite.backend(dispatch.expert)
-            if not backend.scores_texts:
+            if not self.composite.pool[dispatch.expert].kind.scores_texts:
                 raise ExpertokenError(
-                    f"expert {dispatch.expert!r} is an endpoint and gives no log-likelihoods of texts; take tasks with "
-                    "generated answers (`output_type: generate_until`)"
+                    f"expert {dispatch.expert!r} gives no log-likelihoods of texts; take tasks with generated answers "
+                    "(`output_type: generate_until`)"
                 )
             found.append(backend.log_likelihood(messages, request.args[1]))
         return found

@@ -126,11 +126,11 @@ class Attempt:
 
     Attributes:
         name: name of the candidate.
-        outcome: how the attempt ended; final once its pieces are through.
+        outcome: how the attempt ended; None until its pieces are through.
     """
 
     name: str
-    outcome: Whole | HandedOver | Failed = field(default_factory=Whole)
+    outcome: Whole | HandedOver | Failed | None = None
 
 
 class Turn:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from .chat import Message
 from .source import Source
@@ -25,7 +25,8 @@ class Generation:
             use their own default. Models in this process are greedy below 0.001 too.
         top_p: mass of the nucleus to sample from; None as for the temperature.
         seed: seed of sampling; None draws a new one.
-        stop: texts before which an answer ends. Empty ones are dropped, because they would end every answer.
+        stop: texts before which an answer ends. A single text becomes a tuple; empty ones are dropped, because they
+            would end every answer.
         extra: further parameters for an endpoint, named as in OpenAI's API (`tools`, `logprobs`, ...). Models in this
             process answer in text and ignore them.
     """
@@ -38,7 +39,7 @@ class Generation:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", tuple(text for text in self.stop if text))
+        object.__setattr__(self, "stop", tuple(text for text in stop_texts(self.stop) if text))
 
     @property
     def sampled(self) -> bool:
@@ -91,18 +92,28 @@ class Timeouts:
     retries: int = 1
 
 
+class Models(Protocol):
+    """Models that one process holds, each base once (`inference.backends.models.LocalModels`)."""
+
+    def lease(self, source: Source) -> AbstractContextManager[Any]:
+        """Keep a model in memory within the block."""
+
+    def slot(self, resident: Any, base: Source, folder: str, revision: str | None = None) -> str:
+        """Load a LoRA adapter into a model that is in memory, and return its name there."""
+
+
 @dataclass(frozen=True)
 class Opening:
     """Resources with which backends are opened.
 
     Attributes:
         base: source of the meta LLM's base, which adapters without a `base` use; None in a process without a meta LLM.
-        models: the local models of this process (`inference.backends.models.LocalModels`), or None.
+        models: the models of this process, or None.
         timeouts: limits on waiting for endpoints.
     """
 
     base: Source | None = None
-    models: Any = None
+    models: "Models | None" = None
     timeouts: Timeouts = field(default_factory=Timeouts)
 
 
@@ -111,13 +122,9 @@ class Backend(ABC):
 
     Attributes:
         retries: requests made once more; None for a backend that makes none.
-        batches: whether `complete` answers many conversations at once.
-        scores_texts: whether `log_likelihood` is available.
     """
 
     retries: int | None = None
-    batches: bool = False
-    scores_texts: bool = False
 
     @abstractmethod
     def stream(
@@ -143,7 +150,7 @@ class Backend(ABC):
         held: Any = None,
         batch_size: int = 32,
     ) -> list[Piece]:
-        """Return an answer to each conversation, in one piece each; only where `batches`.
+        """Return an answer to each conversation, in one piece each; only of kinds that say `batches`.
 
         Args:
             conversations: the conversations.
@@ -156,6 +163,6 @@ class Backend(ABC):
     def log_likelihood(self, messages: Sequence[Message], continuation: str) -> tuple[float, bool]:
         """Return the log-probability of an answer that begins with `continuation`, and whether it is the greedy one.
 
-        Only where `scores_texts`.
+        Only of kinds that say `scores_texts`.
         """
         raise NotImplementedError

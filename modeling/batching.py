@@ -30,9 +30,8 @@ def run_batches(
     run: Callable[[list[int]], T],
     *,
     label: str,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
     generated: int = 0,
-    advice: str = "--dtype bfloat16 or a smaller meta LLM",
     kept: str = "",
     on_error: Callable[[int, Exception], None] | None = None,
 ) -> Iterator[tuple[list[int], T]]:
@@ -42,9 +41,9 @@ def run_batches(
         lengths: tokens of each sequence.
         run: runs the model on the sequences with these indices.
         label: name of the work in errors.
-        max_tokens: padded tokens of one batch, generated ones included.
+        max_tokens: padded tokens of one batch, generated ones included. Where it is given, a caller's option set it,
+            and the error names `--max_tokens` and `--dtype`.
         generated: tokens that are generated behind each sequence.
-        advice: settings that need less memory, for the error.
         kept: sentence for the error that says what is not lost.
         on_error: called with an index and the error where a sequence fails. A batch of several that fails is then run
             one by one, so that one sequence does not fail the others. Without it the first error is raised.
@@ -52,7 +51,7 @@ def run_batches(
     Raises:
         OutOfMemoryError: memory ran out; the message names settings that need less.
     """
-    waiting = [*token_batches([length + generated for length in lengths], max_tokens)][::-1]
+    waiting = [*token_batches([length + generated for length in lengths], max_tokens or MAX_TOKENS)][::-1]
     while waiting:
         batch = waiting.pop()
         try:
@@ -61,15 +60,25 @@ def run_batches(
             if on_error is not None and len(batch) > 1:
                 waiting += [[index] for index in reversed(batch)]
                 continue
-            told: Exception = error
+            told = error
             if is_out_of_memory(error):
+                advice = _advice(len(batch), lengths[batch[0]] + generated, with_options=max_tokens is not None)
                 size = f"{len(batch)} x {lengths[batch[0]]}{f' + {generated}' if generated else ''}"
-                fewer = f"--max_tokens {len(batch) // 2 * (lengths[batch[0]] + generated)}, " if len(batch) > 1 else ""
                 told = OutOfMemoryError(
-                    f"{label}: out of memory in a batch of {size} tokens; try {fewer}{advice}{kept and f'. {kept}'}"
+                    f"{label}: out of memory in a batch of {size} tokens; try {advice}{kept and f'. {kept}'}"
                 )
-            if on_error is None:
-                raise told from error
-            on_error(batch[0], told)
-        else:
-            yield batch, result
+            if on_error is not None:
+                on_error(batch[0], told)
+                continue
+            if told is error:
+                raise
+            raise told from error
+        yield batch, result
+
+
+def _advice(size: int, longest: int, *, with_options: bool) -> str:
+    """Return settings that need less memory than a batch of `size` sequences of `longest` tokens."""
+    if not with_options:
+        return "a smaller meta LLM"
+    fewer = f"--max_tokens {size // 2 * longest}, " if size > 1 else ""
+    return f"{fewer}--dtype bfloat16 or a smaller meta LLM"

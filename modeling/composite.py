@@ -155,7 +155,8 @@ def save_composite(
         write_composite(composite, folder, trained)
         if verify and (why := _no_room(composite.meta)):
             logger.warning("%s is not checked in a fresh process: %s", path, why)
-        elif verify and trained.probes is not None:
+        elif verify:
+            assert trained.probes is not None, "probes are taken where a composite is to be verified"
             try:
                 verify_reload(composite, folder, trained.probes)
             except ExpertokenError as error:

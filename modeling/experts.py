@@ -12,7 +12,7 @@ import yaml
 
 from .errors import ExpertFailedError, PoolError, did_you_mean
 from .files import atomic_file
-from .kinds import ExpertKind, kind_of, kinds
+from .kinds import DEFAULT, ExpertKind, kind_names, kind_of
 
 SELF = "self"
 """Name of the meta LLM itself in distributions and reports, and of its kind in pools."""
@@ -32,7 +32,7 @@ class Expert:
 
     Attributes:
         name: name in reports and in the text form of its token, `<|expert:NAME|>`.
-        backend: kind of the expert, a key of `kinds.kinds()`: a model in this process, a LoRA adapter on one, an
+        backend: kind of the expert, one of `kinds.kind_names()`: a model in this process, a LoRA adapter on one, an
             endpoint, `self` (the meta LLM; at most one, without a token), or another package's.
         model: id at the endpoint, hub id or folder; for `adapter` that of the adapter. Not for `self`.
         description: what the expert is good at, for people; method `lora` starts its token there when it starts cold.
@@ -46,7 +46,7 @@ class Expert:
     """
 
     name: str
-    backend: str = "transformers"
+    backend: str = DEFAULT
     model: str | None = None
     description: str = ""
     base: str | None = None
@@ -131,8 +131,8 @@ def _mistakes(entry: Any, place: str) -> list[str]:
     """Return everything that is wrong with one entry of `experts:`."""
     if not isinstance(entry, dict):
         return [f"{place}: expected a mapping with at least `name`, got {type(entry).__name__}"]
-    name, backend = entry.get("name"), entry.get("backend", "transformers")
-    kind = kinds().get(backend) if isinstance(backend, str) else None
+    name, backend = entry.get("name"), entry.get("backend", DEFAULT)
+    kind = kind_of(backend) if isinstance(backend, str) and backend in kind_names() else None
     found = [mistake for key, value in entry.items() for mistake in _field_mistakes(str(key), value, kind, place)]
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         found.append(f"{place}.name: expected letters, digits, '.', '_' or '-', got {name!r}")
@@ -141,7 +141,7 @@ def _mistakes(entry: Any, place: str) -> list[str]:
     if name == SELF and backend != SELF:
         found.append(f"{place}.name: {SELF!r} is the meta LLM itself; give it `backend: self` or another name")
     if kind is None:
-        found.append(f"{place}.backend: unknown backend {backend!r}, {did_you_mean(str(backend), kinds())}")
+        found.append(f"{place}.backend: unknown backend {backend!r}, {did_you_mean(str(backend), kind_names())}")
     else:
         missing = [key for key in kind.required if not entry.get(key)]
         found += [f"{place}.{key}: needed for backend {backend!r}" for key in missing]
@@ -165,7 +165,7 @@ def _field_mistakes(key: str, value: Any, kind: ExpertKind | None, place: str) -
     if not isinstance(value, str):
         return [f"{place}.{key}: expected text, got {value!r}"]
     if value and kind and key not in (*_COMMON, *own):
-        owners = " or ".join(repr(name) for name, other in kinds().items() if key in other.fields)
+        owners = " or ".join(repr(name) for name in kind_names() if key in kind_of(name).fields)
         return [f"{place}.{key}: only for backend {owners}"]
     return []
 
@@ -344,7 +344,7 @@ class ExpertPool:
 
 
 def _backend(entry: Mapping[str, Any]) -> str:
-    return entry.get("backend", "transformers")
+    return entry.get("backend", DEFAULT)
 
 
 def _absolute(entry: Mapping[str, Any], folder: Path | None) -> dict[str, str]:

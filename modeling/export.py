@@ -19,7 +19,6 @@ from .dispatch import dispatch_distribution, dispatch_forward
 from .errors import ExpertokenError
 from .files import atomic_folder, check_product
 from .head import output_head
-from .kinds import recognised
 from .loading import load_causal_lm
 from .meta import MetaLLM
 from .source import Source
@@ -118,11 +117,9 @@ def _write_gateway(folder: Path, name: str, ids: dict[str, int], control: list[s
     }
     pool = yaml.safe_load((folder / POOL_FILE).read_text("utf-8"))
     document = yaml.safe_dump({"meta": meta} | pool, sort_keys=False, allow_unicode=True)
-    url = {"base_url": meta["base_url"]}
     head = (
-        "# Copy this file, put experts that are no endpoints behind servers "
-        f"(`backend: {recognised(url)}`, `base_url`), and\n"
-        "# fill in all addresses. `expertoken serve` of the copy needs no models of its own.\n"
+        "# Copy this file, put experts that are no endpoints behind servers of their own (docs/deploy.md), and fill\n"
+        "# in all addresses. `expertoken serve` of the copy needs no models of its own.\n"
     )
     (folder / GATEWAY_FILE).write_text(head + document, "utf-8")
 

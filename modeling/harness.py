@@ -1,13 +1,10 @@
 """What models of lm-evaluation-harness share here: they read conversations, not prompts. Needs the extra `collect`."""
 
 import json
-from collections.abc import Mapping
-from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
-from .backend import Generation, stop_texts
 from .chat import Message
 
 _CHAT = "expertoken chat: "  # before messages as JSON: what the harness hands back as a context
@@ -38,17 +35,8 @@ class ChatLM(LM):
         """Return the messages as one text, which `messages_of` reads again."""
         return _CHAT + json.dumps(chat_history)
 
-    def generation(self, options: Mapping[str, Any]) -> Generation:
-        """Return the options of a task as ours."""
-        return Generation(
-            max_new_tokens=int(options.get("max_gen_toks") or options.get("max_tokens") or self.max_gen_toks),
-            temperature=float(options.get("temperature") or 0) if options.get("do_sample") else 0.0,
-            top_p=float(options.get("top_p") or 1),
-            stop=stop_texts(options.get("until")),
-        )
-
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Refuse: an answer in text has no log-likelihoods.
+        """Refuse, where a model does not give them: an answer in text has no log-likelihoods.
 
         Raises:
             NotImplementedError: always.

@@ -61,14 +61,14 @@ def install_head(model: "PreTrainedModel", num_experts: int) -> ExpertHead:
     """Put an `ExpertHead` where the model's output head is, and return it.
 
     Raises:
-        ExpertokenError: the model's head is not an `nn.Linear` (a quantised head, or no language model).
+        ExpertokenError: the model's head is not an `nn.Linear` (a quantized head, or no language model).
     """
     head = output_head(model)
     if not isinstance(head, nn.Linear) or len(full_shape(head.weight)) != 2:
         kind = type(head).__name__
         raise ExpertokenError(
             f"{type(model).__name__}: expected an nn.Linear output head, got {kind}; use a causal LM whose head is not "
-            "quantised"
+            "quantized"
         )
     expert_head = ExpertHead(head, num_experts)
     model.set_output_embeddings(expert_head)

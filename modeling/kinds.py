@@ -11,15 +11,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from .errors import ExpertokenError, did_you_mean
+from .errors import ExpertokenError, did_you_mean, one_line
 from .source import Source
 
 if TYPE_CHECKING:
     from .backend import Backend, Opening
     from .experts import Expert
+
+DEFAULT = "transformers"
+"""Kind of a pool entry without `backend`."""
 
 _GROUP = "expertoken.backends"
 # Named, not imported: a kind lives with its backend, on a higher floor, and a pool is read without any backend.
@@ -76,9 +79,12 @@ class ExpertKind:
         address: returns where that value is sent, for messages.
         weights: returns the model that has to be in memory here, given the meta LLM's base; None where there is none.
         needs_base: returns whether the expert runs on the meta LLM's base.
+        batches: whether its backend's `complete` answers many conversations at once.
+        scores_texts: whether its backend has `log_likelihood`.
         check: returns the mistakes of a pool entry that only this kind can see; paths may be relative.
         check_files: the same once paths are absolute.
-        recognises: returns whether an entry without `backend` is of this kind.
+        recognises: returns whether a new expert that is named without `backend` (`expertoken expert add`) is of this
+            kind.
     """
 
     name: str
@@ -92,44 +98,58 @@ class ExpertKind:
     address: "Callable[[Expert], str]" = _given_address
     weights: "Callable[[Expert, Source | None], Weights | None]" = _no_weights
     needs_base: "Callable[[Expert], bool]" = lambda expert: False
+    batches: bool = False
+    scores_texts: bool = False
     check: Callable[[Mapping[str, Any], str], list[str]] = _no_mistakes
     check_files: Callable[[Mapping[str, Any], str], list[str]] = _no_mistakes
     recognises: Callable[[Mapping[str, Any]], bool] = _never
 
 
 @lru_cache
-def kinds() -> dict[str, ExpertKind]:
-    """Return every kind by name: those of other packages first, which are asked first.
+def _ours() -> dict[str, ExpertKind]:
+    return {kind.name: kind for module in _OURS for kind in import_module(module).KINDS}
 
-    Raises:
-        ExpertokenError: an entry point names something else than an `ExpertKind`, or a name is taken.
-    """
-    ours = [kind for module in _OURS for kind in import_module(module).KINDS]
-    found: dict[str, ExpertKind] = {}
-    for entry in entry_points(group=_GROUP):
+
+@lru_cache
+def _others() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=_GROUP)}
+
+
+@lru_cache
+def _load(name: str) -> ExpertKind:
+    entry = _others()[name]
+    try:
         kind = entry.load()
-        if not isinstance(kind, ExpertKind):
-            raise ExpertokenError(
-                f"entry point {entry.name!r} of {_GROUP}: expected an ExpertKind, got {type(kind).__name__}"
-            )
-        if kind.name in found or kind.name in {one.name for one in ours}:
-            raise ExpertokenError(f"entry point {entry.name!r} of {_GROUP}: the kind {kind.name!r} exists already")
-        found[kind.name] = kind
-    return found | {kind.name: kind for kind in ours}
+    except Exception as error:  # another package's import can fail with anything
+        raise ExpertokenError(f"backend {name!r}: {entry.value} can't be imported ({one_line(error)})") from error
+    if not isinstance(kind, ExpertKind) or kind.name != name:
+        found = f"an ExpertKind named {kind.name!r}" if isinstance(kind, ExpertKind) else type(kind).__name__
+        raise ExpertokenError(f"backend {name!r}: expected {entry.value} to be an ExpertKind of that name, got {found}")
+    return kind
+
+
+def kind_names() -> list[str]:
+    """Return the names of all kinds, ours first; imports no other package."""
+    return [*dict.fromkeys([*_ours(), *_others()])]
 
 
 def kind_of(name: str) -> ExpertKind:
-    """Return a kind by its name.
+    """Return a kind by its name; a name of ours is never another package's.
 
     Raises:
-        ExpertokenError: there is no such kind.
+        ExpertokenError: there is no such kind, or its package can't be imported or names something else.
     """
-    if name not in kinds():
-        raise ExpertokenError(f"unknown backend {name!r}, {did_you_mean(name, kinds())}")
-    return kinds()[name]
+    if name in _ours():
+        return _ours()[name]
+    if name not in _others():
+        raise ExpertokenError(f"unknown backend {name!r}, {did_you_mean(name, kind_names())}")
+    return _load(name)
 
 
 def recognised(entry: Mapping[str, Any]) -> str:
-    """Return the kind of an entry that names no backend: the first that recognises it, else the first of ours."""
-    ours: list[ExpertKind] = list(import_module(_OURS[0]).KINDS)
-    return next((name for name, kind in kinds().items() if kind.recognises(entry)), ours[0].name)
+    """Return the kind of a new expert that is named without `backend`: the first that recognises it, or the default.
+
+    Raises:
+        ExpertokenError: another package's kind can't be imported.
+    """
+    return next((name for name in kind_names() if kind_of(name).recognises(entry)), DEFAULT)

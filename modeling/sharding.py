@@ -5,7 +5,7 @@ Everything here but `full_shape` is collective: every process has to call it, in
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -47,7 +47,8 @@ def gathered(tensors: Iterable[torch.Tensor], *, write: bool = False) -> Iterato
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of the whole on the CPU."""
     if _is_distributed(tensor):
-        return tensor.full_tensor().detach().cpu().clone()
+        detached: Any = tensor.detach()
+        return detached.full_tensor().cpu().clone()
     if _has_master(tensor):
         from deepspeed.utils import safe_get_full_fp32_param
 

@@ -125,7 +125,7 @@ def states_of(
     meta: MetaLLM,
     conversations: Sequence[str | Sequence[Message]],
     *,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
     label: str = "states",
 ) -> States:
     """Return the states at the dispatch positions of `conversations`; see `cached_states`."""
@@ -136,7 +136,7 @@ def cached_states(
     meta: MetaLLM,
     queries: Sequence[Query],
     *,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
     team: Team = ALONE,
     label: str = "states",
 ) -> States:
@@ -149,7 +149,7 @@ def cached_states(
     Args:
         meta: the meta LLM.
         queries: N queries.
-        max_tokens: padded tokens of one batch.
+        max_tokens: padded tokens of one batch, where an option sets them; see `batching.run_batches`.
         team: processes that share the work.
         label: name of the work in the progress bar and in errors.
 
@@ -170,7 +170,7 @@ def cached_states(
             "whole (zero3_init_flag: false), or start cold with --warm_start false"
         )
     if missing:
-        batches = list(token_batches([len(queries[index]) for index in missing], max_tokens))
+        batches = list(token_batches([len(queries[index]) for index in missing], max_tokens or MAX_TOKENS))
         mine = sorted(missing[row] for batch in batches[team.rank :: team.world] for row in batch)
         if mine:
             new = [hashes[index] for index in mine]
@@ -204,7 +204,9 @@ def _lookup(root: Path) -> dict[bytes, tuple[_Block, int]]:
     return place
 
 
-def _compute(meta: MetaLLM, block: _Block, queries: list[Query], max_tokens: int, label: str, *, quiet: bool) -> None:
+def _compute(
+    meta: MetaLLM, block: _Block, queries: list[Query], max_tokens: int | None, label: str, *, quiet: bool
+) -> None:
     lengths = list(map(len, queries))
     batches = run_batches(
         lengths,

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from ..modeling.batching import MAX_TOKENS
 from ..modeling.source import ATTENTION, DTYPES
 from .objectives import OBJECTIVES
 
@@ -60,7 +61,7 @@ class ExpertokenArguments:
         None, "Implementation of attention. Default: what transformers chooses for the model.", ATTENTION
     )
     trust_remote_code: bool = _option(False, "Allow the meta LLM's repository to run its own code here.")
-    max_tokens: int = _option(4096, "tokens: padded tokens of one batch of the forward pass.")
+    max_tokens: int = _option(MAX_TOKENS, "tokens: padded tokens of one batch of the forward pass.")
     l2: list[float] = _option(
         list(L2),
         "tokens: L2 strengths to try; the one with the best validation score is kept.",

@@ -86,7 +86,8 @@ def find_checkpoint(resume: str, output_dir: Path, run: dict[str, Any]) -> Path 
     """Which checkpoint to go on from, as `--resume` says; `run` identifies this run.
 
     Raises:
-        ExpertokenError: with `auto`, the checkpoints in `output_dir` belong to another run.
+        ExpertokenError: with `auto`, the checkpoints in `output_dir` belong to another run; with a path, it holds no
+            whole checkpoint, or `output_dir` holds later ones of another run.
     """
     record = output_dir / _RUN_FILE
     if resume == "auto":

@@ -240,6 +240,7 @@ def train_lora(
     train: Examples,
     validation: Examples,
     *,
+    objective: str,
     options: ExpertokenArguments,
     arguments: TrainingArguments,
     run: dict[str, Any],
@@ -275,7 +276,7 @@ def train_lora(
     arguments.ddp_find_unused_parameters = False
     trainer = DispatchTrainer(
         composite,
-        str(options.objective),
+        objective,
         rows_learning_rate=options.rows_learning_rate,
         args=arguments,
         train_dataset=train,

@@ -103,7 +103,10 @@ def contrastive(
     return (torch.where(kept, pairs, 0.0).sum(-1) * weights).sum(), weights.sum()
 
 
-Objective = Callable[..., "tuple[torch.Tensor, torch.Tensor]"]
+Objective = Callable[
+    ["torch.Tensor", "torch.Tensor", "torch.Tensor", "torch.Tensor", "torch.Tensor"],
+    "tuple[torch.Tensor, torch.Tensor]",
+]
 
 OBJECTIVES: dict[str, Objective] = {
     "cross_entropy": cross_entropy,

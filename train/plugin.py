@@ -10,7 +10,7 @@ import torch
 
 from ..data_prep.extension import extend_supervision
 from ..data_prep.results import BenchmarkResults
-from ..data_prep.supervision import Supervision, keep_supervision, supervision_of
+from ..data_prep.supervision import Supervision, kept_at, supervision_of
 from ..modeling.composite import Composite, load_composite, save_composite
 from ..modeling.distributed import ALONE
 from ..modeling.errors import ExpertokenError
@@ -170,7 +170,7 @@ def _remove(folder: Path, name: str, data: Path | None, *, verify: bool, trust_r
 
 
 def _problem(meta: MetaLLM, supervision: Supervision, side: str) -> Problem:
-    states = cached_states(meta, supervision.queries(side, meta), label=side)
+    states = cached_states(meta, supervision.queries(side, meta), label=f"{side} states")
     return Problem(states, *supervision.arrays(side), supervision.benchmarks(side))
 
 
@@ -208,6 +208,7 @@ def _save(
     composite.meta.rows = rows
     manifest = composite.manifest
     if supervision is not None:
-        path, info = keep_supervision(supervision, folder), supervision.info
+        path, info = kept_at(supervision, folder), supervision.info
+        supervision.save(path)
         manifest.data = {"path": str(path), "fingerprint": info.fingerprint, "sizes": info.sizes}
     save_composite(Composite(composite.meta, pool, manifest), folder, verify=verify)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..data_prep.labels import OBJECTIVE_OF
-from ..data_prep.supervision import Supervision, keep_supervision
+from ..data_prep.supervision import Supervision, kept_at
 from ..modeling.chat import Query
 from ..modeling.composite import Composite, Manifest, Trained, describe_base, save_composite
 from ..modeling.distributed import Team, barrier
@@ -42,6 +42,8 @@ def check_run(options: ExpertokenArguments, arguments: "TrainingArguments", supe
     """
     for side in ("train", "validation"):
         supervision.side(side)
+    if options.out not in (None, arguments.output_dir):
+        raise ExpertokenError(f"out {options.out!r} and the Trainer's output_dir {arguments.output_dir!r} differ")
     check_product(str(arguments.output_dir), "composite")
     if options.anywhere and not supervision.pool.has_self:
         raise ExpertokenError(
@@ -60,7 +62,11 @@ def check_run(options: ExpertokenArguments, arguments: "TrainingArguments", supe
 
 
 def load_meta(options: ExpertokenArguments, arguments: "TrainingArguments", pool: ExpertPool) -> MetaLLM:
-    """Load the meta LLM with a row for each expert, which starts at the expert's description."""
+    """Load the meta LLM with a row for each expert, which starts at the expert's description.
+
+    Raises:
+        ExpertokenError: the model can't be loaded.
+    """
     source = Source(options.meta, options.revision, options.trust_remote_code)
     # Under ZeRO-3 DeepSpeed brings each process its share; the whole is on a GPU only where it computes states.
     split_later = getattr(arguments.deepspeed_plugin, "zero_stage", 0) == 3 and not options.warm_start
@@ -111,6 +117,7 @@ class Run:
     def __init__(self, options: ExpertokenArguments, arguments: "TrainingArguments") -> None:
         self.options, self.arguments = options, arguments
         self.team = Team(arguments.process_index, arguments.world_size)
+        self.output = Path(str(arguments.output_dir))
         self.supervision = Supervision.load(options.data)
         check_run(options, arguments, self.supervision)
         self.pool = self.supervision.pool
@@ -151,7 +158,9 @@ class Run:
     def _problem(self, name: str) -> Problem:
         positions = self.positions(name)
         queries = positions.queries(self.queries(name))
-        states = cached_states(self.meta, queries, max_tokens=self.options.max_tokens, team=self.team, label=name)
+        states = cached_states(
+            self.meta, queries, max_tokens=self.options.max_tokens, team=self.team, label=f"{name} states"
+        )
         targets, scores, weights = (array[positions.query] for array in self.supervision.arrays(name))
         benchmarks = self.supervision.benchmarks(name)[positions.query]
         return Problem(states, targets, scores, weights * positions.share, benchmarks)
@@ -171,11 +180,11 @@ class Run:
 
         if self.options.warm_start:
             self.meta.rows = self.fit_tokens().rows
-        self.options.objective = self.objective
         return train_lora(
             self.composite,
             Examples(self.supervision, "train", self.queries("train"), self.positions("train"), learn=True),
             Examples(self.supervision, "validation", self.queries("validation"), learn=False),
+            objective=self.objective,
             options=self.options,
             arguments=self.arguments,
             run=self._identity(),
@@ -183,8 +192,9 @@ class Run:
 
     def _identity(self) -> dict[str, Any]:
         """Return what a checkpoint depends on: data and base by content and not by path, batches as a whole."""
-        ignored = ("resume", "verify", "max_tokens", "meta", "data", "attn_implementation")
+        ignored = ("resume", "verify", "max_tokens", "meta", "data", "out", "attn_implementation")
         run = {key: value for key, value in asdict(self.options).items() if key not in ignored}
+        run["objective"] = self.objective
         for key in ("learning_rate", "num_train_epochs", "max_steps", "seed", "optim", "lr_scheduler_type",
                     "warmup_steps", "weight_decay", "max_grad_norm", "train_sampling_strategy", "bf16", "fp16",
                     "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_kwargs", "data_seed"):  # fmt: skip
@@ -231,7 +241,7 @@ class Run:
         self.composite.manifest.training |= outcome
         trained = Trained.of(self.composite, probe=verify)
         if self.arguments.process_index == 0:
-            save_composite(self.composite, Path(str(self.arguments.output_dir)), verify=verify, trained=trained)
+            save_composite(self.composite, self.output, verify=verify, trained=trained)
 
 
 def train(options: ExpertokenArguments, arguments: "TrainingArguments") -> Path:
@@ -277,9 +287,14 @@ def train_composite(
         ExpertokenError: the run can't end well, the model can't be loaded, or memory ran out.
         ImportError: the extra `train` is not installed.
     """
+    folder = kept_at(data, Path(out)) if isinstance(data, Supervision) else Path(data)
+    parsed, arguments = make_arguments(meta, str(folder), str(out), options)
     check_product(out, "composite")
-    folder = keep_supervision(data, Path(out)) if isinstance(data, Supervision) else Path(data)
-    return train(*make_arguments(meta, str(folder), str(out), options))
+    if isinstance(data, Supervision):
+        if arguments.process_index == 0:
+            data.save(folder)
+        barrier()
+    return train(parsed, arguments)
 
 
 def _summary(run: Run, outcome: dict[str, Any], output: Path) -> None:

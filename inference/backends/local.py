@@ -214,8 +214,6 @@ class LocalBackend(Backend):
         adapter: folder and revision of a LoRA adapter on it.
     """
 
-    batches = scores_texts = True
-
     def __init__(self, models: LocalModels, source: Source, adapter: tuple[str, str | None] | None = None) -> None:
         self.models, self.source, self._adapter = models, source, adapter
 

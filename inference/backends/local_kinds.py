@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...modeling.errors import ExpertFailedError
 from ...modeling.kinds import ExpertKind, Weights
 from ...modeling.source import Source, same_model
 
@@ -28,26 +29,32 @@ def _model(expert: "Expert", base: Source | None) -> Weights:
 
 
 def _adapted(expert: "Expert", base: Source | None) -> Weights:
-    adapter = (str(expert.model), expert.revision)
-    if base is not None and (not expert.base or same_model(expert.base, base.model)):
-        return Weights(base, adapter)
-    return Weights(Source(str(expert.base)), adapter)
+    own = base if expert.base is None else Source(expert.base)
+    if base is not None and own is not None and same_model(own.model, base.model):
+        own = base
+    if own is None:
+        raise ExpertFailedError(f"expert {expert.name!r} sits on the meta LLM's base, and there is none here")
+    return Weights(own, (str(expert.model), expert.revision))
 
 
-def _meta(expert: "Expert", base: Source | None) -> Weights | None:
-    return None if base is None else Weights(base)
+def _meta(expert: "Expert", base: Source | None) -> Weights:
+    if base is None:
+        raise ExpertFailedError(f"expert {expert.name!r} is the meta LLM, and there is none here")
+    return Weights(base)
 
 
 def _open(expert: "Expert", opening: "Opening") -> "Backend":
     from .local import LocalBackend
 
     weights = expert.kind.weights(expert, opening.base)
-    assert weights is not None
+    if weights is None or opening.models is None:
+        raise ExpertFailedError(f"expert {expert.name!r} needs a model in this process, which holds none")
     if weights.adapter is not None:
         # An adapter that does not fit is an error now; whole models are loaded when they answer.
         with opening.models.lease(weights.source) as resident:
             opening.models.slot(resident, weights.source, *weights.adapter)
-    return LocalBackend(opening.models, weights.source, weights.adapter)
+    models: Any = opening.models  # as `LocalModels`, which this light module does not import
+    return LocalBackend(models, weights.source, weights.adapter)
 
 
 def _no_adapter(entry: Mapping[str, Any], place: str) -> list[str]:
@@ -69,7 +76,15 @@ def _no_model(entry: Mapping[str, Any], place: str) -> list[str]:
 
 
 KINDS = (
-    ExpertKind("transformers", _open, paths=("model",), weights=_model, check_files=_no_adapter),
+    ExpertKind(
+        "transformers",
+        _open,
+        paths=("model",),
+        weights=_model,
+        batches=True,
+        scores_texts=True,
+        check_files=_no_adapter,
+    ),
     ExpertKind(
         "adapter",
         _open,
@@ -77,8 +92,19 @@ KINDS = (
         paths=("model", "base"),
         weights=_adapted,
         needs_base=lambda expert: not expert.base,
+        batches=True,
+        scores_texts=True,
         check_files=_no_whole_model,
-        recognises=lambda entry: is_adapter(entry.get("model") or ""),
+        recognises=lambda entry: not entry.get("base_url") and is_adapter(entry.get("model") or ""),
     ),
-    ExpertKind("self", _open, required=(), weights=_meta, needs_base=lambda expert: True, check=_no_model),
+    ExpertKind(
+        "self",
+        _open,
+        required=(),
+        weights=_meta,
+        needs_base=lambda expert: True,
+        batches=True,
+        scores_texts=True,
+        check=_no_model,
+    ),
 )

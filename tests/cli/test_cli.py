@@ -13,9 +13,12 @@ import torch
 from typer.models import OptionInfo
 
 from expertoken.cli import app
+from expertoken.cli.prepare import _hold_out
+from expertoken.data_prep.results import QUERY_COLUMNS
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
 from expertoken.tests.inference.conftest import composite_of
+from expertoken.train.checkpoints import find_checkpoint
 from expertoken.train.config import make_parser, parse_arguments
 
 VERBS = [[], ["prepare"], ["train"], ["label"], ["evaluate"], ["select"], ["chat"], ["expert"], ["expert", "add"],
@@ -88,6 +91,9 @@ def test_a_help_text_explains_no_value_that_is_none(name):
     assert set(explained) <= set(listed(option))
 
 
+HELP_OF_RESUME = next(action.help for action in make_parser(everything=False)._actions if action.dest == "resume")
+
+
 def training_choices():
     parser = make_parser(everything=False)
     return [(action.dest, value) for action in parser._actions for value in action.choices or ()]
@@ -97,6 +103,24 @@ def training_choices():
 def test_every_value_that_the_help_of_train_lists_is_taken(name, value):
     options, _ = parse_arguments(["--meta", "m", "--data", "d", "--out", "o", f"--{name}", value])
     assert getattr(options, name) == value
+
+
+@pytest.mark.parametrize("value", re.findall(r"(auto|never) (?:continues|starts)", HELP_OF_RESUME) or ["none"])
+def test_the_words_of_resume_are_taken(value):
+    assert parse_arguments(["--meta", "m", "--data", "d", "--out", "o", "--resume", value])[0].resume == value
+    assert find_checkpoint(value, Path("no-such-folder"), {}) is None
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name.endswith(" device")])
+def test_the_devices_that_help_names_are_known(name):
+    named = re.match(r"(\w+), (\w+), \.\.\. Default: .*, or (\w+)\.", OPTIONS[name].help).groups()
+    assert {torch.device(device).type for device in named} == {"cpu", "cuda"}
+
+
+def test_the_fields_that_help_holds_out_are_those_of_results():
+    named = re.findall(r"(\w+)=NAME", OPTIONS["prepare hold_out"].help)
+    assert set(named) < set(QUERY_COLUMNS)
+    assert [_hold_out(f"{field}=a,b") for field in named] == [(field, ["a", "b"]) for field in named]
 
 
 def test_options_with_choices_are_those_of_the_registries():

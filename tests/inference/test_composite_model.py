@@ -717,3 +717,9 @@ def test_two_streams_of_two_adapters_in_turns_do_not_disturb_each_other(make, ba
     for name, stream in streams.items():
         got[name] += "".join(piece.text for piece in stream)
     assert got == alone
+
+
+def test_one_stop_text_is_one_however_a_generation_is_made():
+    assert Generation(stop="END").stop == ("END",)
+    assert Generation(stop=["a", ""]).stop == ("a",)
+    assert Generation(stop=None).stop == ()

@@ -14,7 +14,7 @@ import pytest
 from expertoken.modeling import kinds as module
 from expertoken.modeling.errors import ExpertokenError, PoolError
 from expertoken.modeling.experts import Expert, ExpertPool
-from expertoken.modeling.kinds import ExpertKind, kinds
+from expertoken.modeling.kinds import ExpertKind, kind_of, recognised
 
 BACKEND = '''
 """An expert that answers with its motto and the last word it was asked."""
@@ -42,6 +42,21 @@ def check(entry, place):
     return [] if entry.get("motto") else [f"{place}.motto: expected what the parrot says"]
 
 
+class Mirror(Backend):
+    """In this process: answers many at once, and only so."""
+
+    async def stream(self, messages, generation, *, begun=""):
+        raise AssertionError("asked one by one")
+        yield
+
+    def complete(self, conversations, generation, *, held=None, batch_size=32):
+        return [Piece(text_of(c[-1])[::-1], finish="stop", usage=(1, 1)) for c in conversations]
+
+    def log_likelihood(self, messages, continuation):
+        return -float(len(continuation)), True
+
+
+MIRROR = ExpertKind("mirror", lambda expert, opening: Mirror(), batches=True, scores_texts=True)
 KIND = ExpertKind(
     "parrot",
     lambda expert, opening: Parrot(expert),
@@ -68,7 +83,7 @@ def run(tmp_path, base_folder):
     info.mkdir(parents=True)
     (site / "parrots.py").write_text(BACKEND)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: parrots\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[expertoken.backends]\nparrot = parrots:KIND\n")
+    (info / "entry_points.txt").write_text("[expertoken.backends]\nparrot = parrots:KIND\nmirror = parrots:MIRROR\n")
     path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "PARROT_KEY": "very-secret", "OMP_NUM_THREADS": "1"}
     (tmp_path / "pool.yaml").write_text(POOL.replace("BASE", str(base_folder)))
@@ -161,6 +176,51 @@ def test_its_results_are_collected(run, tmp_path, base_folder):
     assert rows[0]["cost"] == pytest.approx((2 * 1 + 2 * 2) / 1e6)
 
 
+@pytest.mark.slow
+def test_one_in_this_process_answers_in_batches_and_scores_texts(run, tmp_path, base_folder):
+    from expertoken.tests.data_prep.test_collect import CHOSEN
+
+    pool = f"experts:\n- {{name: glass, backend: mirror, model: m}}\n- {{name: law, model: {base_folder}}}\n"
+    (tmp_path / "pool.yaml").write_text(pool)
+    rows = "".join(f"say {i},{i % 2},{1 - i % 2}\n" for i in range(60))
+    (tmp_path / "results.csv").write_text("query,glass,law\n" + rows)
+    for arguments in (
+        ("prepare", "results.csv", "--pool", "pool.yaml", "--out", "s"),
+        ("train", "tokens", "--meta", base_folder, "--data", "s", "--out", "c", "--report_to", "none"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 0, done.stderr
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"query": f"say {i}"}) + "\n" for i in range(60)))
+    done = run("generate", "c", "in.jsonl", "--out", "out.jsonl", "--max-new-tokens", "4")
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    ours = [row for row in answers if row["chosen"] == "glass"]
+    assert ours
+    assert all((row["expert"], row["answer"]) == ("glass", row["query"][::-1]) for row in ours)
+    pytest.importorskip("lm_eval")
+    choices = [{"stem": f"Which is {i}?", "options": ["no", "yes"], "label": 0} for i in range(3)]
+    (tmp_path / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in choices))
+    (tmp_path / "choices.yaml").write_text(CHOSEN.replace("FOLDER", str(tmp_path)))
+    (tmp_path / "glass.yaml").write_text(pool.rpartition("- {name: law")[0])
+    done = run("collect", "glass.yaml", "--tasks", "choices", "--include-path", tmp_path, "--out", "results")
+    assert done.returncode == 0, done.stderr
+    scores = [json.loads(line)["score"] for line in (tmp_path / "results" / "glass--choices.jsonl").open()]
+    assert scores == [1.0] * 3  # the shorter one is the likelier
+
+
+def test_a_package_that_is_broken_stops_only_who_asks_for_it(run, tmp_path):
+    (tmp_path / "site" / "parrots.py").write_text("import no_such_module_here\n")
+    assert run("--help").returncode == 0
+    assert "parrot" in run("expert", "add", "--help").stdout
+    (tmp_path / "results.csv").write_text("query,a,b\none,1,0\ntwo,0,1\n")
+    (tmp_path / "ours.yaml").write_text("experts:\n- {name: a, model: x}\n- {name: b, model: y}\n")
+    (tmp_path / "theirs.yaml").write_text("experts:\n- {name: a, backend: parrot, model: x}\n")
+    assert run("prepare", "results.csv", "--pool", "ours.yaml", "--out", "s", "--test", "0").returncode == 0
+    told = run("prepare", "results.csv", "--pool", "theirs.yaml", "--out", "t").stderr
+    assert "error: backend 'parrot': parrots:KIND can't be imported (No module named 'no_such_module_here')" in told
+    assert "Traceback" not in told
+
+
 def test_its_fields_are_checked_like_ours(run):
     done = run("prepare", "none.csv", "--pool", "wrong.yaml", "--out", "s")
     assert done.returncode == 1
@@ -174,7 +234,7 @@ def test_its_fields_are_checked_like_ours(run):
 
 
 class Entry:
-    name = "mine"
+    name, value = "mine", "a_package:KIND"
     kind: object = None
 
     @classmethod
@@ -184,19 +244,31 @@ class Entry:
 
 @pytest.fixture
 def entry(monkeypatch):
+    def forget():
+        module._others.cache_clear()
+        module._load.cache_clear()
+
     monkeypatch.setattr(module, "entry_points", lambda group: [Entry] if group == "expertoken.backends" else [])
-    kinds.cache_clear()
+    forget()
     yield Entry
-    kinds.cache_clear()
+    forget()
 
 
-def test_an_entry_point_that_is_no_kind_or_takes_a_name_of_ours_is_refused(entry):
+def test_an_entry_point_that_is_no_kind_or_another_is_refused_and_ours_can_not_be_replaced(entry):
     entry.kind = "a text"
-    with pytest.raises(ExpertokenError, match="'mine' of expertoken.backends: expected an ExpertKind, got str"):
-        kinds()
-    entry.kind = ExpertKind("transformers", lambda expert, opening: None)
-    with pytest.raises(ExpertokenError, match="the kind 'transformers' exists already"):
-        kinds()
+    with pytest.raises(
+        ExpertokenError, match="'mine': expected a_package:KIND to be an ExpertKind of that name, got str"
+    ):
+        kind_of("mine")
+    entry.kind = ExpertKind("other", lambda expert, opening: None)
+    with pytest.raises(ExpertokenError, match="got an ExpertKind named 'other'"):
+        kind_of("mine")
+    entry.name = "adapter"
+    try:
+        assert kind_of("adapter").weights is not None
+        assert kind_of("adapter") is not entry.kind
+    finally:
+        entry.name = "mine"
 
 
 def test_a_key_is_refused_whatever_the_kind_calls_its_fields(entry):
@@ -216,3 +288,11 @@ def test_fields_that_only_the_kind_knows_survive_the_pools_file(entry, tmp_path)
     assert "file: weights" in (tmp_path / "pool.yaml").read_text()
     assert ExpertPool.from_yaml(tmp_path / "pool.yaml").candidates == pool.candidates
     assert Expert.from_entry(pool["a"].entry()) == pool["a"]
+
+
+def test_an_adapter_behind_an_address_is_an_endpoint(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    local = {"model": str(tmp_path)}
+    assert recognised(local) == "adapter"
+    assert recognised(local | {"base_url": "http://127.0.0.1:9/v1"}) == "openai"
+    assert recognised({"model": "owner/name"}) == "transformers"

@@ -52,9 +52,7 @@ def test_a_listener_hears_of_memory_in_the_same_words():
     def run(batch):
         raise FULL
 
-    assert not list(
-        run_batches([9, 9], run, label="decision", advice="a smaller meta LLM", on_error=lambda *t: failed.append(t))
-    )
+    assert not list(run_batches([9, 9], run, label="decision", on_error=lambda *t: failed.append(t)))
     assert [index for index, _ in failed] == [0, 1]
     assert all(isinstance(error, OutOfMemoryError) for _, error in failed)
     assert str(failed[0][1]) == "decision: out of memory in a batch of 1 x 9 tokens; try a smaller meta LLM"
@@ -66,3 +64,12 @@ def test_another_error_is_raised_as_it_is():
 
     with pytest.raises(ValueError, match="something else"):
         list(run_batches([1], run, label="x"))
+
+
+def test_an_error_is_not_its_own_cause():
+    def run(batch):
+        raise ValueError("something else")
+
+    with pytest.raises(ValueError, match="something else") as error:
+        list(run_batches([1], run, label="x"))
+    assert error.value.__cause__ is None

@@ -29,6 +29,7 @@ from expertoken.tests.tiny import ARCHITECTURES, tiny_folder
 from expertoken.tests.train.launching import assert_same, trained
 from expertoken.train.arguments import ExpertokenArguments
 from expertoken.train.checkpoints import last_complete_checkpoint
+from expertoken.train.config import parse_arguments
 from expertoken.train.plugin import add_expert
 from expertoken.train.run import train, train_composite
 
@@ -407,3 +408,18 @@ def test_a_supervision_in_memory_is_kept_inside_the_composite(tmp_path, base_fol
     assert kept.info.fingerprint == build_supervision(results, pool).info.fingerprint
     assert [entry.name for entry in (folder / "supervision").iterdir()] == [kept.info.fingerprint]
     assert not list(folder.glob("runs/events*"))
+
+
+def test_a_run_goes_on_in_a_folder_that_was_moved(tmp_path, base_folder, supervision):
+    """Which run a checkpoint belongs to does not depend on where it lies."""
+    argv = ["lora", "--meta", str(base_folder), "--data", str(supervision), "--report_to", "none", "--verify", "false",
+            "--save_strategy", "steps", "--save_steps", "4", "--learning_rate", "1e-2"]  # fmt: skip
+    train(*parse_arguments([*argv, "--out", str(tmp_path / "one"), "--max_steps", "8"]))
+    (tmp_path / "one").rename(tmp_path / "two")
+    train(*parse_arguments([*argv, "--out", str(tmp_path / "two"), "--max_steps", "8"]))
+    assert read_manifest(tmp_path / "two").training["seconds"] == 0.0  # nothing was left to do
+
+
+def test_two_folders_for_one_run_are_refused(tmp_path, base_folder, supervision):
+    with pytest.raises(ExpertokenError, match="'a' and the Trainer's output_dir .* differ"):
+        train(options(base_folder, supervision, out="a"), arguments(tmp_path / "c"))

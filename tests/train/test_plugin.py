@@ -207,3 +207,31 @@ def test_new_queries_of_what_is_held_out_join_the_test_side(results, pool):
     assert set(extended.data["test"]["subject"]) == {"s1"}
     assert "s1" not in extended.data["train"]["subject"]
     assert len(extended.data["test"]) == len(old.data["test"]) + sum(new.queries["subject"] == "s1")
+
+
+def test_queries_without_a_subject_stay_without_one(results, pool):
+    assert results.queries["subject"].isna().all()
+    old = build_supervision(results, pool, labelling="subject")
+    extended = extend_supervision(old, pool, Expert("sql", model="x"), new_results())
+    for side in ("train", "validation", "test"):
+        assert set(extended.data[side]["subject"]) == {None}
+
+
+def test_new_queries_of_a_test_side_that_is_not_held_out_are_left_out(results, pool):
+    results.queries["subject"] = [f"s{i % 3}" for i in range(len(results))]
+    old = build_supervision(results, pool, hold_out=("subject", ["s1"]))
+    new = new_results()
+    new.queries["subject"], new.queries["split"] = "s2", "test"
+    extended = extend_supervision(old, pool, Expert("sql", model="x"), new)
+    assert extended.info.sizes == old.info.sizes
+
+
+def test_a_new_train_query_that_stands_in_the_test_side_is_dropped_with_a_warning(results, pool, caplog):
+    old = build_supervision(results, pool)
+    new = new_results(4)
+    new.queries.loc[1:, "prompt"] = new.queries["prompt"][0]
+    new.queries["split"] = ["test", "train", "train", "validation"]
+    extended = extend_supervision(old, pool, Expert("sql", model="x"), new)
+    assert extended.info.leaks["equal"]["found"] == 3
+    assert len(extended.data["train"]) == len(old.data["train"])
+    assert "3 train queries stand in the test side as well" in caplog.text
