@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ async def alone(composite: CompositeModel, question: str, tokens: int) -> None:
 def measure(composite: CompositeModel, questions: list[str], tokens: int) -> dict[str, list[float]]:
     """Seconds of each way, question by question."""
     meta = composite.meta
-    times = {name: [] for name in ("bare", "decision", "alone", "own")}
+    times: dict[str, list[float]] = {name: [] for name in ("bare", "decision", "alone", "own")}
 
     @torch.inference_mode()
     def bare(query: Query) -> None:
@@ -68,7 +69,7 @@ def measure(composite: CompositeModel, questions: list[str], tokens: int) -> dic
 
     for number, text in enumerate([questions[0], *questions]):  # the first is a warm-up
         question = composite._question([{"role": "user", "content": text}], None, answer=True)
-        ways = {
+        ways: dict[str, Any] = {
             "bare": partial(bare, question.query),
             "decision": partial(composite._decider.decide, [question]),
             "alone": lambda text=text: asyncio.run(alone(composite, text, tokens)),

@@ -55,7 +55,7 @@ def solve(folder: Path, plain: bool) -> dict[str, float]:
     from expertoken.train.tokens import fit_rows
 
     if plain:
-        RowSpace.whitened = lambda self, *_: torch.eye(len(self.moment), dtype=torch.float64)
+        setattr(RowSpace, "whitened", lambda self, *_: torch.eye(len(self.moment), dtype=torch.float64))  # noqa: B010
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("hidden", "scores", "log_mass")}
     count = len(arrays["hidden"])
     problem = Problem(

@@ -94,12 +94,13 @@ def main() -> None:
             figures = report.metrics
             entropy = {"composite": f"{figures['entropy of the predictions, bits (E_p)']:.2f}"}
             best = max(row.mean_score for row in report.results if row.kind == "expert")
+            reference = reference_score("mmlu") or 1.0
             for row in report.results:
                 if row.kind == "expert" or (number and row.kind != "composite"):
                     continue
                 name = f"tokens, {label}" if row.kind == "composite" else row.name
                 interval = f"{100 * row.mean_score_interval[0]:.1f} to {100 * row.mean_score_interval[1]:.1f}"
-                ratios = f"{row.mean_score / reference_score('mmlu'):.3f} | {row.mean_score / best:.3f}"
+                ratios = f"{row.mean_score / reference:.3f} | {row.mean_score / best:.3f}"
                 mean, bits = f"{100 * row.mean_score:.2f}", entropy.get(row.name, "")
                 print(
                     f"| {kind} | {name} | {mean} | {interval} | {ratios} | {bits} |",

@@ -24,7 +24,7 @@ import numpy as np
 
 from expertoken.benchmarks import DATA
 
-LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
+LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
 RATE = 1e-3
 WARM = 2  # steps that are not timed
 
@@ -68,7 +68,7 @@ class Clock:
         clock = self
 
         class Callback(TrainerCallback):
-            def on_step_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if state.global_step == WARM:
                     clock.started = time.perf_counter()
                 clock.ended = time.perf_counter()
@@ -150,14 +150,14 @@ def trl(data: Path, work: Path, steps: int, batch: int, sampling: str = "random"
     from expertoken.modeling.chat import text_of
     from expertoken.modeling.from_gguf import converted
 
-    TrainableTokensWrapper.bias = None  # TRL 1.16 asks the head for it and PEFT 0.21's wrapper has none: a crash
+    setattr(TrainableTokensWrapper, "bias", None)  # noqa: B010 - TRL 1.16 asks the head for it and PEFT 0.21's wrapper has none: a crash
     supervision = Supervision.load(data)
     folder = converted(Path(smollm2()))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = [expert.token for expert in supervision.pool]
     tokenizer.add_tokens(tokens, special_tokens=True)
-    ids = tokenizer.convert_tokens_to_ids(tokens)
+    ids: Any = tokenizer.convert_tokens_to_ids(tokens)
     with torch.no_grad():
         mean = model.get_input_embeddings().weight.mean(0)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -191,7 +191,7 @@ def trl(data: Path, work: Path, steps: int, batch: int, sampling: str = "random"
     scores, chosen = supervision.scores("validation"), []
     with torch.inference_mode():
         for row in range(len(scores)):
-            encoded = tokenizer.apply_chat_template(
+            encoded: Any = tokenizer.apply_chat_template(
                 user(row, "validation"), add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
             chosen.append(int(trained(**encoded, logits_to_keep=1).logits[0, -1, ids].argmax()))
@@ -212,7 +212,7 @@ def _score(scores: np.ndarray, chosen: list[int]) -> float:
     return float(np.nan_to_num(scores)[np.arange(len(chosen)), chosen].mean())
 
 
-SIDES = {
+SIDES: dict[str, Any] = {
     "lora": ours, "TRL": trl, "TRL, grouped": partial(trl, sampling="group_by_length"), "tokens": tokens,
 }  # fmt: skip
 
@@ -254,7 +254,7 @@ def main() -> None:
         # Lengths are about speed and memory: a few questions give no score to compare.
         prepare(options.data, data, steps * batch, 2 * steps * batch if length is None else 2, length)
         rounds = options.rounds if length is None else 1
-        found = {side: [] for side in SIDES}
+        found: dict[str, list[Any]] = {side: [] for side in SIDES}
         for _ in range(rounds):
             for side in SIDES:
                 found[side].append(run(side, data, options.out / side, steps, batch))

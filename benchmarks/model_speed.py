@@ -12,6 +12,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,15 +34,16 @@ class Shape:
     mlp: int
     vocabulary: int
 
-    def model(self, device: torch.device, attention: str) -> torch.nn.Module:
+    def model(self, device: torch.device, attention: str) -> Any:
         """With random weights."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(
             hidden_size=self.width, num_hidden_layers=self.layers, num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads, intermediate_size=self.mlp, vocab_size=self.vocabulary,
-            tie_word_embeddings=False, max_position_embeddings=8192, attn_implementation=attention,
+            tie_word_embeddings=False, max_position_embeddings=8192,
         )  # fmt: skip
+        config._attn_implementation = attention
         with device:
             torch.set_default_dtype(torch.bfloat16)
             try:

@@ -108,7 +108,7 @@ def main() -> None:
         base = None
         for way in ("loaded for every request", "memory budget, as they come", "memory budget, as a file"):
             models = LocalModels(budget=int((ROOM + 0.5) * size))
-            composite = composite_of(sources, models.budget) if way.endswith("file") else None
+            composite = composite_of(sources, int((ROOM + 0.5) * size))
             started = time.perf_counter()
             if way.startswith("loaded"):
                 loads = load_each(sources, wanted, options.tokens)

@@ -9,6 +9,7 @@ import argparse
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def subject_means(supervision: Supervision, scores: np.ndarray) -> np.ndarray:
     return np.stack([means[name] for name in subjects]).astype(np.float32)
 
 
-def tokens(meta: MetaLLM, results: BenchmarkResults, name: str, **split: object) -> tuple[np.ndarray, Supervision]:
+def tokens(meta: MetaLLM, results: BenchmarkResults, name: str, **split: Any) -> tuple[np.ndarray, Supervision]:
     """What expert tokens expect of the two models on the test side, `[N, 2]`."""
     label, objective = LABELS[name]
     supervision = build_supervision(results, labelling=label, leaks="drop", near_duplicates="ignore", **split)
@@ -54,7 +55,7 @@ def tokens(meta: MetaLLM, results: BenchmarkResults, name: str, **split: object)
     return 1 / (1 + np.exp(-logits)) if objective == "correctness" else logits, supervision
 
 
-def router(meta: MetaLLM, results: BenchmarkResults, name: str, **split: object) -> tuple[np.ndarray, Supervision]:
+def router(meta: MetaLLM, results: BenchmarkResults, name: str, **split: Any) -> tuple[np.ndarray, Supervision]:
     """What a router from a library expects."""
     supervision = build_supervision(results, leaks="drop", near_duplicates="ignore", **split)
     found = states(meta, supervision)

@@ -78,6 +78,7 @@ def table(reports: dict[str, Report]) -> list[str]:
     for name, report in reports.items():
         row = report.composite
         found = report.row("best per dataset").composite_gain
+        assert found is not None
         gain = [100 * value for value in (found.difference, *found.interval)]
         lines.append(
             line(
@@ -116,7 +117,8 @@ def main() -> None:
     for side in ("train", "validation", "test"):
         computed += states_of(meta, sides.side(side)["messages"], label=f"{side} states").computed
     feature_seconds = time.perf_counter() - started
-    reports, fits = {}, {}
+    reports: dict[str, Any] = {}
+    fits: dict[str, Any] = {}
     for name, (strategy, objective) in RECIPES.items():
         supervision = build_supervision(results, labelling=strategy, leaks="drop")
         # The learnt routers do not see the labels: once is enough.

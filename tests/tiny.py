@@ -2,7 +2,9 @@
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import transformers as t
@@ -58,17 +60,17 @@ def tiny_tokenizer(template: str = "chatml") -> t.PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(_CORPUS, trainer)
     if template == "pieces":  # added, but not special
-        tokenizer = t.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-        tokenizer.add_tokens(specials)
-        tokenizer.chat_template = text
-        return tokenizer
+        added = t.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+        added.add_tokens(specials)
+        added.chat_template = text
+        return added
     fast = t.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=specials[-1], pad_token=specials[-1])
     fast.add_special_tokens({"additional_special_tokens": specials})
     fast.chat_template = text
     return fast
 
 
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -77,11 +79,11 @@ _SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
-_EOS = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 1}
+_EOS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 1}
 
 
 def _config(architecture: str) -> t.PretrainedConfig:
-    common = _SIZES | _EOS
+    common: dict[str, Any] = _SIZES | _EOS
     heads = {key: value for key, value in common.items() if key != "num_key_value_heads"}
     makers = {
         "llama-tied": lambda: t.LlamaConfig(**common, tie_word_embeddings=True),
@@ -163,4 +165,4 @@ def tiny_results() -> BenchmarkResults:
         rows.append((f"q{index}", prompt[kind], ("sums", "cases", "chats")[kind], None, None))
         scores.append([float(kind == column) for column in range(3)])
     frame = pd.DataFrame(rows, columns=["id", "prompt", "benchmark", "subject", "split"])
-    return BenchmarkResults(frame, ["math", "law", "meta"], scores)
+    return BenchmarkResults(frame, ["math", "law", "meta"], np.array(scores))

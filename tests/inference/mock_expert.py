@@ -49,7 +49,7 @@ def create(  # noqa: C901
     An answer is slower or faster than that by up to the share `spread`.
     """
 
-    answering = []
+    answering: list = []
 
     async def open_answers(_: Request) -> Response:
         return PlainTextResponse(str(len(answering)))

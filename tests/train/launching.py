@@ -75,4 +75,4 @@ def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.
     assert first.keys() == second.keys()
     for name, value in first.items():
         tolerance = rtol * float(value.abs().max())
-        torch.testing.assert_close(second[name], value, rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(second[name], value, rtol=0, atol=tolerance, msg=f"{name}: {{}}".format)
