@@ -13,7 +13,7 @@ _HOMES = {
     "Dispatch": ".modeling.dispatch",
     "Expert": ".modeling.experts",
     "ExpertFailedError": ".modeling.errors",
-    "ExpertPool": ".modeling.experts",
+    "ExpertPool": ".modeling.pool",
     "ExpertokenError": ".modeling.errors",
     "GatewayModel": ".inference.gateway",
     "Generation": ".modeling.backend",
@@ -94,8 +94,9 @@ if TYPE_CHECKING:
         RequestRefusedError,
         ResultsError,
     )
-    from .modeling.experts import Expert, ExpertPool
+    from .modeling.experts import Expert
     from .modeling.export import export_checkpoint
+    from .modeling.pool import ExpertPool
     from .train.plugin import add_expert, remove_expert
     from .train.run import train_composite
 

@@ -26,8 +26,9 @@ from expertoken.inference.composite_model import CompositeModel
 from expertoken.modeling.backend import Generation
 from expertoken.modeling.chat import Query
 from expertoken.modeling.composite import Composite, Manifest, describe_base
-from expertoken.modeling.experts import Expert, ExpertPool
+from expertoken.modeling.experts import Expert
 from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.pool import ExpertPool
 
 
 def composite_with(count: int, dtype: str) -> CompositeModel:

@@ -27,9 +27,10 @@ from expertoken.modeling.backend import Generation
 from expertoken.modeling.chat import Message
 from expertoken.modeling.composite import Composite, Manifest, describe_base
 from expertoken.modeling.dispatch import Dispatch
-from expertoken.modeling.experts import Expert, ExpertPool
+from expertoken.modeling.experts import Expert
 from expertoken.modeling.from_gguf import converted
 from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.pool import ExpertPool
 from expertoken.modeling.source import Source
 
 EXPERTS, ROOM = 6, 2

@@ -33,9 +33,11 @@ import psutil
 import torch
 import yaml
 
-from expertoken.modeling.composite import Composite, Manifest, describe_base, save_composite
-from expertoken.modeling.experts import Expert, ExpertPool
+from expertoken.modeling.composite import Composite, Manifest, describe_base
+from expertoken.modeling.experts import Expert
 from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.pool import ExpertPool
+from expertoken.modeling.saving import save_composite
 from expertoken.modeling.source import Source
 from expertoken.tests.inference.conftest import mock_expert
 from expertoken.tests.tiny import tiny_folder

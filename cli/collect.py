@@ -39,7 +39,7 @@ def collect(
 ) -> None:
     """Run a pool's experts on lm-evaluation-harness tasks; goes on where it stopped."""
     from ..data_prep import collect as collecting
-    from ..modeling.experts import ExpertPool
+    from ..modeling.pool import ExpertPool
 
     evaluation = collecting.Evaluation(
         include_path=None if include_path is None else str(include_path.absolute()),

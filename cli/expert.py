@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from ..data_prep.readers import formats
-from ..modeling.experts import SELF
-from ..modeling.kinds import kind_names
+from ..modeling.experts import SELF, kind_names
 from .choice import one_of
 
 logger = logging.getLogger(__name__)
@@ -51,8 +50,8 @@ def add(
     trust_remote_code: _Trust = False,
 ) -> None:
     """Fit a token for one more expert. The other tokens stay bit for bit as they are."""
-    from ..modeling.experts import ExpertPool
-    from ..modeling.kinds import recognised
+    from ..modeling.experts import recognised
+    from ..modeling.pool import ExpertPool
     from ..train.plugin import add_expert
     from .prepare import read_all
 
@@ -84,7 +83,7 @@ def list_experts(composite: _Composite) -> None:
     from rich.text import Text
 
     from ..modeling.composite import POOL_FILE, read_manifest
-    from ..modeling.experts import ExpertPool
+    from ..modeling.pool import ExpertPool
     from .tables import wide_console
 
     vocabulary = read_manifest(composite).base["vocab_size"]

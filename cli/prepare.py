@@ -84,8 +84,8 @@ def prepare(
     """Make supervision from benchmark results: per query the messages and who should answer."""
     from ..data_prep.labels import Labelling
     from ..data_prep.supervision import build_supervision, pool_of, select_candidates
-    from ..modeling.experts import ExpertPool
     from ..modeling.files import check_product
+    from ..modeling.pool import ExpertPool
     from .tables import summary_table, wide_console
 
     check_product(out, "supervision")

@@ -23,7 +23,7 @@ def select(
     from ..data_prep.reading import read_queries, read_results
     from ..evaluation.select import select as run
     from ..modeling.composite import POOL_FILE
-    from ..modeling.experts import ExpertPool
+    from ..modeling.pool import ExpertPool
     from .tables import escape, wide_console
 
     examples = None

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from ..modeling.errors import ExpertokenError, did_you_mean, one_line, require_extra
-from ..modeling.experts import Expert, ExpertPool
+from ..modeling.experts import Expert
 from ..modeling.files import atomic_file
+from ..modeling.pool import ExpertPool
 from ..modeling.source import Source
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ import pandas as pd
 
 from ..modeling.chat import text_of
 from ..modeling.errors import ResultsError
-from ..modeling.experts import Expert, ExpertPool
+from ..modeling.experts import Expert
+from ..modeling.pool import ExpertPool
 from . import SPLITS
 from .labels import Labelling, label
 from .leaks import handle_leaks, normalise

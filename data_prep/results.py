@@ -11,7 +11,7 @@ from ..modeling.errors import ResultsError, did_you_mean
 from . import SPLITS
 
 if TYPE_CHECKING:
-    from ..modeling.experts import ExpertPool
+    from ..modeling.pool import ExpertPool
 
 QUERY_COLUMNS = ("id", "prompt", "benchmark", "subject", "split")
 HoldOut = tuple[str, Sequence[str]]

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..modeling.errors import ExpertokenError, ResultsError, did_you_mean, one_line
-from ..modeling.experts import SELF, Expert, ExpertPool
+from ..modeling.experts import SELF, Expert
 from ..modeling.files import PRODUCTS, atomic_folder, check_product, recover_folder
+from ..modeling.pool import ExpertPool
 from . import SPLITS
 from .labels import Labelling, filled_costs, label, utility
 from .leaks import LEAKS, handle_leaks

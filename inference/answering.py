@@ -13,7 +13,7 @@ from ..modeling.backend import Backend, Generation, Piece, stop_texts
 from ..modeling.chat import Message, as_messages, text_of
 from ..modeling.dispatch import Dispatch
 from ..modeling.errors import ExpertokenError, NoAnswerError, RequestRefusedError, one_line
-from ..modeling.experts import ExpertPool
+from ..modeling.pool import ExpertPool
 from .backends.local import LOADERS
 from .backends.models import LocalModels
 from .breaker import Breaker

@@ -15,10 +15,11 @@ import torch
 
 from ..modeling.backend import Backend, Generation, Opening, Piece, Timeouts
 from ..modeling.chat import Message, is_media
-from ..modeling.composite import Composite, load_composite, save_composite
+from ..modeling.composite import Composite, load_composite
 from ..modeling.errors import ExpertokenError, NoAnswerError, OutOfMemoryError, one_line
 from ..modeling.hub import push
 from ..modeling.loading import context_length, end_ids
+from ..modeling.saving import save_composite
 from ..modeling.source import Source
 from .answering import AnsweringModel
 from .backends.local import LOADERS, first_token, stream_generate, turn_of, within

@@ -29,7 +29,8 @@ from ..modeling.backend import Backend, Generation, Opening, Piece, Timeouts
 from ..modeling.chat import Message, apart, plain
 from ..modeling.dispatch import Dispatch
 from ..modeling.errors import ExpertFailedError, ExpertokenError, NoAnswerError, RequestRefusedError, one_line
-from ..modeling.experts import Expert, ExpertPool
+from ..modeling.experts import Expert
+from ..modeling.pool import ExpertPool
 from .answering import AnsweringModel
 from .backends.endpoint import ENDPOINT, EndpointBackend
 from .breaker import Breaker

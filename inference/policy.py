@@ -8,7 +8,8 @@ import torch
 
 from ..modeling.dispatch import Dispatch
 from ..modeling.errors import ExpertokenError, did_you_mean
-from ..modeling.experts import SELF, Expert, ExpertPool
+from ..modeling.experts import SELF, Expert
+from ..modeling.pool import ExpertPool
 
 OUTPUT_TOKENS = 300
 """How long an answer is taken to be where costs are weighed before anything is answered."""

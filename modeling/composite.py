@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import shutil
 from dataclasses import asdict, dataclass, field, fields, replace
 from os.path import relpath
 from pathlib import Path
@@ -12,21 +10,23 @@ from typing import Any
 import torch
 
 from .errors import ExpertokenError
-from .experts import ExpertPool
-from .files import PRODUCTS, atomic_file, atomic_folder, check_product, local_folder, recover_folder
+from .files import PRODUCTS, atomic_file, local_folder, recover_folder
 from .fingerprint import describe_dtype, library_versions
 from .loading import as_device, load_tokenizer
 from .meta import MetaLLM
 from .model_card import model_card
-from .sharding import full_shape
+from .pool import ExpertPool
 from .source import Source
-from .verify import probe_logits, verify_reload
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 ROWS_FILE, POOL_FILE, MANIFEST_FILE = "expert_tokens.safetensors", "experts.yaml", PRODUCTS["composite"]
 ADAPTER_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+_PROBES = ("What is 2 + 2?", "Name a river.", "Who are you? Answer in one long sentence, please.")
+"""Prompts of the comparison; any text does, these differ in length."""
 
 
 @dataclass
@@ -112,6 +112,13 @@ def read_rows(path: Path, names: list[str], width: int) -> torch.Tensor:
     return rows
 
 
+def probe_logits(composite: Composite) -> torch.Tensor:
+    """Return the candidates' logits on fixed prompts, `[3, C]`, which a reload has to repeat."""
+    meta = composite.meta
+    # With Z, whether or not self is a candidate: it shows a changed base.
+    return torch.cat([meta.candidate_logits([meta.encode(text)], with_self=True) for text in _PROBES])
+
+
 @dataclass(frozen=True)
 class Trained:
     """What training changed, whole: under ZeRO-3 and FSDP2 it is spread over the processes.
@@ -132,53 +139,6 @@ class Trained:
         meta = composite.meta
         adapter = meta.adapter_state() if meta.adapted else None
         return cls(meta.rows, adapter, probe_logits(composite) if probe else None)
-
-
-def save_composite(
-    composite: Composite, path: Path | str, *, verify: bool = True, trained: Trained | None = None
-) -> None:
-    """Write a composite folder, completely or not at all.
-
-    Args:
-        composite: what to write.
-        path: the folder; one that is there is replaced.
-        verify: load it in a fresh process and compare logits before it takes the place of the old one.
-        trained: what training changed, where several processes had to bring it together before one of them saves.
-
-    Raises:
-        ExpertokenError: it could not be written, or the fresh process came to other logits.
-    """
-    path = Path(path)
-    check_product(path, "composite")
-    trained = trained or Trained.of(composite, probe=verify)
-    with atomic_folder(path) as folder:
-        write_composite(composite, folder, trained)
-        if verify and (why := _no_room(composite.meta)):
-            logger.warning("%s is not checked in a fresh process: %s", path, why)
-        elif verify:
-            assert trained.probes is not None, "probes are taken where a composite is to be verified"
-            try:
-                verify_reload(composite, folder, trained.probes)
-            except ExpertokenError as error:
-                # Training may have taken days: what it made is kept aside, under a name that nobody takes for good.
-                rejected = path.with_name(f"{path.name}.unverified")
-                shutil.rmtree(rejected, ignore_errors=True)
-                shutil.copytree(folder, rejected)
-                raise ExpertokenError(f"{error}; what was written is kept in {rejected}") from error
-
-
-def _no_room(meta: MetaLLM) -> str | None:
-    """Why a second copy of the meta LLM can't be loaded beside this one, or None."""
-    parameters = list(meta.plain.parameters())
-    needed = 1.2 * sum(full_shape(p).numel() * p.element_size() for p in parameters) / 2**30
-    if meta.device.type == "cuda":
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(meta.device)[0] / 2**30
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    if free >= needed:
-        return None
-    return f"a second copy of its base needs {needed:.1f} GiB, {free:.1f} GiB are free on {meta.device}"
 
 
 def write_composite(composite: Composite, folder: Path, trained: Trained) -> None:
@@ -207,7 +167,8 @@ def write_composite(composite: Composite, folder: Path, trained: Trained) -> Non
         replace(adapted.peft_config["default"], inference_mode=True).save_pretrained(folder)
         save_file(trained.adapter, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         _name_base(folder / ADAPTER_FILE, document["base"]["model"])
-    (folder / "README.md").write_text(model_card(pool, manifest, meta.source.model), "utf-8")
+    card = model_card(pool, meta.source.model, manifest.training, manifest.data, manifest.versions)
+    (folder / "README.md").write_text(card, "utf-8")
 
 
 def _name_base(file: Path, base: str) -> None:

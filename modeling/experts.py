@@ -1,29 +1,33 @@
-"""Experts and pools: the LLMs that can answer."""
+"""Experts and their kinds: the LLMs that can answer, and what is known of each kind of them.
+
+A kind has the fields of its pool entries, the rule for its key, and how it is opened. Our kinds stand beside their
+backends in `inference/backends/`. Other packages add theirs through the entry point group `expertoken.backends`:
+
+    [project.entry-points."expertoken.backends"]
+    mine = "my_package.my_backend:KIND"
+"""
 
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from os.path import relpath
-from pathlib import Path
+from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-import yaml
-
-from .errors import ExpertFailedError, PoolError, did_you_mean
-from .files import atomic_file
-from .kinds import DEFAULT, ExpertKind, kind_names, kind_of
+from .backend import Backend, Opening
+from .errors import ExpertFailedError, ExpertokenError, did_you_mean, one_line
+from .source import Source
 
 SELF = "self"
 """Name of the meta LLM itself in distributions and reports, and of its kind in pools."""
 
-RESERVED = ("composite", "random", "oracle", "kNN", "linear", "MLP", "clusters", "factors", "encoder")
-"""Names that reports use themselves."""
+DEFAULT_KIND = "transformers"
+"""Kind of a pool entry without `backend`."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_PATH = re.compile(r"[./~]|[^/]*/[^/]*/")  # what cannot be a hub id, `owner/name`
-_COMMON = ("name", "backend", "description", "revision", "cost", "results")  # keys of every kind
-_SECRETS = ("api_key", "key", "token")
+_GROUP = "expertoken.backends"
+# Named, not imported: a kind lives with its backend, on a higher floor, and a pool is read without any backend.
+_OURS = ("expertoken.inference.backends.local_kinds", "expertoken.inference.backends.endpoint")
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Expert:
 
     Attributes:
         name: name in reports and in the text form of its token, `<|expert:NAME|>`.
-        backend: kind of the expert, one of `kinds.kind_names()`: a model in this process, a LoRA adapter on one, an
+        backend: kind of the expert, one of `kind_names()`: a model in this process, a LoRA adapter on one, an
             endpoint, `self` (the meta LLM; at most one, without a token), or another package's.
         model: id at the endpoint, hub id or folder; for `adapter` that of the adapter. Not for `self`.
         description: what the expert is good at, for people; method `lora` starts its token there when it starts cold.
@@ -46,7 +50,7 @@ class Expert:
     """
 
     name: str
-    backend: str = DEFAULT
+    backend: str = DEFAULT_KIND
     model: str | None = None
     description: str = ""
     base: str | None = None
@@ -71,7 +75,7 @@ class Expert:
         return {key: value for key, value in values.items() if value not in (None, "")} | options
 
     @property
-    def kind(self) -> ExpertKind:
+    def kind(self) -> "ExpertKind":
         """Descriptor of the expert's kind."""
         return kind_of(self.backend)
 
@@ -127,229 +131,127 @@ class Expert:
         return [key for key in dict.fromkeys((self.results, self.name, self.model)) if key]
 
 
-def _mistakes(entry: Any, place: str) -> list[str]:
-    """Return everything that is wrong with one entry of `experts:`."""
-    if not isinstance(entry, dict):
-        return [f"{place}: expected a mapping with at least `name`, got {type(entry).__name__}"]
-    name, backend = entry.get("name"), entry.get("backend", DEFAULT)
-    kind = kind_of(backend) if isinstance(backend, str) and backend in kind_names() else None
-    found = [mistake for key, value in entry.items() for mistake in _field_mistakes(str(key), value, kind, place)]
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        found.append(f"{place}.name: expected letters, digits, '.', '_' or '-', got {name!r}")
-    if name in RESERVED:
-        found.append(f"{place}.name: {name!r} is a line of its own in reports; choose another")
-    if name == SELF and backend != SELF:
-        found.append(f"{place}.name: {SELF!r} is the meta LLM itself; give it `backend: self` or another name")
-    if kind is None:
-        found.append(f"{place}.backend: unknown backend {backend!r}, {did_you_mean(str(backend), kind_names())}")
-    else:
-        missing = [key for key in kind.required if not entry.get(key)]
-        found += [f"{place}.{key}: needed for backend {backend!r}" for key in missing]
-        found += kind.check(entry, place)
-    return found + _cost_mistakes(entry.get("cost"), place)
+@dataclass(frozen=True)
+class Weights:
+    """The model that an expert needs in this process.
+
+    Attributes:
+        source: the causal LM.
+        adapter: folder or hub id, and revision, of a LoRA adapter on it; None for the model itself.
+    """
+
+    source: Source
+    adapter: tuple[str, str | None] | None = None
 
 
-def _field_mistakes(key: str, value: Any, kind: ExpertKind | None, place: str) -> list[str]:
-    """Return what is wrong with one key of an entry, whatever the others are."""
-    if key in _SECRETS:
-        return [
-            f"{place}.{key}: a key itself is refused; put it into an environment variable and give the variable's "
-            "name as `api_key_env`"
-        ]
-    attributes = [item.name for item in fields(Expert) if item.name != "options"]
-    own = kind.fields if kind else ()
-    if key not in attributes and key not in own:
-        return [f"{place}.{key}: unknown key, {did_you_mean(key, [*attributes, *own])}"]
-    if value is None or key == "cost" or key not in attributes:
-        return []
-    if not isinstance(value, str):
-        return [f"{place}.{key}: expected text, got {value!r}"]
-    if value and kind and key not in (*_COMMON, *own):
-        owners = " or ".join(repr(name) for name in kind_names() if key in kind_of(name).fields)
-        return [f"{place}.{key}: only for backend {owners}"]
+def _no_weights(expert: Expert, base: Source | None) -> Weights | None:
+    return None
+
+
+def _given_key(expert: Expert) -> str | None:
+    return expert.api_key_env
+
+
+def _given_address(expert: Expert) -> str:
+    return expert.base_url or f"backend {expert.backend!r}"
+
+
+def _no_mistakes(entry: Mapping[str, Any], place: str) -> list[str]:
     return []
 
 
-def _cost_mistakes(cost: Any, place: str) -> list[str]:
-    if cost is None:
-        return []
-    ok = isinstance(cost, dict) and set(cost) == {"input", "output"}
-    if ok and all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < 1e6 for v in cost.values()):
-        return []
-    return [f"{place}.cost: expected {{input: USD, output: USD}} per million tokens, got {cost!r}"]
+def _never(entry: Mapping[str, Any]) -> bool:
+    return False
 
 
-class ExpertPool:
-    """The ordered set of experts of one composite; expert k has the token id `V + k`.
+@dataclass(frozen=True)
+class ExpertKind:
+    """Descriptor of one kind of expert. Its module must be light: a pool is read without opening any backend.
 
-    An entry with `backend: self` makes the meta LLM a candidate of its own ("no expert"). It has no token: its
-    probability is the mass of the ordinary vocabulary.
-
-    Args:
-        experts: experts in order, at most one of them with backend `self`.
-
-    Raises:
-        PoolError: with every mistake: of an entry, a name that appears twice, no expert, more than one self.
+    Attributes:
+        name: value of `backend` in a pool.
+        open: opens the backend of an expert; raises `ExpertFailedError` where that fails.
+        fields: keys of a pool entry that this kind reads, besides those that every kind has. A key that `Expert` has no
+            attribute for is kept in `Expert.options`.
+        required: keys that must be given.
+        paths: keys whose values may be local paths; in a pool file they are relative to the file.
+        remote: whether the expert answers outside this process, so that nothing is loaded here.
+        priced: whether each request costs money, so that a missing `cost` is unknown rather than 0.
+        key: returns the NAME of the environment variable whose value is sent, or None.
+        address: returns where that value is sent, for messages.
+        weights: returns the model that has to be in memory here, given the meta LLM's base; None where there is none.
+        needs_base: returns whether the expert runs on the meta LLM's base.
+        batches: whether its backend's `complete` answers many conversations at once.
+        scores_texts: whether its backend has `log_likelihood`.
+        check: returns the mistakes of a pool entry that only this kind can see; paths may be relative.
+        check_files: the same once paths are absolute.
+        recognises: returns whether a new expert that is named without `backend` (`expertoken expert add`) is of this
+            kind.
     """
 
-    def __init__(self, experts: Iterable[Expert]) -> None:
-        entries = list(experts)
-        selves = [expert for expert in entries if expert.is_self]
-        self.experts = [expert for expert in entries if not expert.is_self]
-        self.self_expert = selves[0] if selves else None
-        names = [expert.name for expert in entries]
-        mistakes = [
-            mistake
-            for index, expert in enumerate(entries)
-            for mistake in _mistakes(expert.entry(), f"experts[{index}]")
-        ]
-        mistakes += [f"the name {name!r} appears twice" for name in sorted({n for n in names if names.count(n) > 1})]
-        if len(selves) > 1:
-            mistakes.append("more than one expert has `backend: self`")
-        if not self.experts:
-            mistakes.append("there is no expert besides self")
-        if mistakes:
-            raise PoolError("pool: " + "; ".join(mistakes))
-
-    def __len__(self) -> int:
-        return len(self.experts)
-
-    def __iter__(self) -> Iterator[Expert]:
-        return iter(self.experts)
-
-    @property
-    def self_name(self) -> str | None:
-        """How self is called, or None where it is no candidate."""
-        return self.self_expert.name if self.self_expert else None
-
-    @property
-    def has_self(self) -> bool:
-        """Whether the meta LLM is a candidate."""
-        return self.self_expert is not None
-
-    @property
-    def candidates(self) -> list[Expert]:
-        """The experts in token order, then self where it is a candidate: the order of every distribution."""
-        return [*self.experts, *([self.self_expert] if self.self_expert else [])]
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the candidates."""
-        return [expert.name for expert in self.candidates]
-
-    def __getitem__(self, name: str) -> Expert:
-        for expert in self.candidates:
-            if expert.name == name:
-                return expert
-        raise PoolError(f"no expert {name!r} in the pool, {did_you_mean(name, self.names)}")
-
-    def index(self, name: str) -> int:
-        """Which row of the head stands for `name`.
-
-        Raises:
-            PoolError: there is no such expert, or it is self, which has no row.
-        """
-        expert = self[name]
-        if expert.is_self:
-            raise PoolError(f"{name!r} is the meta LLM itself and has no token")
-        return self.experts.index(expert)
-
-    def with_expert(self, expert: Expert) -> "ExpertPool":
-        """A pool with one more expert, its token after the others."""
-        return ExpertPool([*self.candidates, expert])
-
-    def without(self, name: str) -> "ExpertPool":
-        """A pool without one expert; those behind it move one token id down."""
-        self.index(name)
-        return ExpertPool([expert for expert in self.candidates if expert.name != name])
-
-    def missing(self) -> list[str]:
-        """Return a sentence for each local model that is not on this machine; another machine may have it."""
-        return [
-            f"expert {expert.name!r}: there is nothing at {path} on this machine"
-            for expert in self.experts
-            for path in (expert.entry().get(key) for key in expert.kind.paths)
-            if path and _PATH.match(path) and not Path(path).exists()
-        ]
-
-    @classmethod
-    def parse(cls, document: Any, source: str = "pool", folder: Path | None = None) -> "ExpertPool":
-        """Build a pool from what a YAML file holds.
-
-        Args:
-            document: a mapping with the key `experts`.
-            source: how errors call it.
-            folder: where relative paths of models start.
-
-        Raises:
-            PoolError: with every mistake of the entries; if none, of their files; if none, of the pool as a whole.
-        """
-        if not isinstance(document, dict) or not isinstance(document.get("experts"), list):
-            raise PoolError(f"{source}: expected a mapping with a list `experts:`")
-        mistakes = [
-            f"{key}: unknown key, {did_you_mean(str(key), ['experts'])}" for key in document if key != "experts"
-        ]
-        for index, entry in enumerate(document["experts"]):
-            mistakes += _mistakes(entry, f"experts[{index}]")
-        if mistakes:
-            raise PoolError(f"{source}: " + "; ".join(mistakes))
-        entries = [{**entry, **_absolute(entry, folder)} for entry in document["experts"]]
-        mistakes = [
-            mistake
-            for index, entry in enumerate(entries)
-            for mistake in kind_of(_backend(entry)).check_files(entry, f"experts[{index}]")
-        ]
-        if mistakes:
-            raise PoolError(f"{source}: " + "; ".join(mistakes))
-        try:
-            return cls(Expert.from_entry(entry) for entry in entries)
-        except PoolError as error:
-            raise PoolError(f"{source}: {error}") from None
-
-    @classmethod
-    def from_yaml(cls, path: Path | str) -> "ExpertPool":
-        """Read a pool file; paths of local models in it are relative to the file.
-
-        Raises:
-            PoolError: the file is missing, is no YAML, or has mistakes (see `parse`).
-        """
-        path = Path(path)
-        try:
-            document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PoolError(f"{path}: {error.strerror}; expected a pool file (YAML with `experts:`)") from None
-        except UnicodeDecodeError as error:
-            raise PoolError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-        except yaml.YAMLError as error:
-            # Where and what, but not the line itself, which PyYAML would quote: it may hold a key.
-            mark = getattr(error, "problem_mark", None)
-            where = f"line {mark.line + 1}" if mark else "the file"
-            raise PoolError(
-                f"{path}: {where} is not YAML ({getattr(error, 'problem', None) or 'unreadable'})"
-            ) from None
-        return cls.parse(document, str(path), path.parent.absolute())
-
-    def to_yaml(self, path: Path | str) -> None:
-        """Write the pool; local paths become relative to the file's folder, so that a tree can move."""
-        folder = Path(path).parent.resolve()
-        entries = []
-        for expert in self.candidates:
-            entry = expert.entry()
-            for key in expert.kind.paths:
-                if key in entry and Path(entry[key]).exists():
-                    entry[key] = relpath(Path(entry[key]).resolve(), folder)
-            entries.append(entry)
-        with atomic_file(path) as aside:
-            aside.write_text(yaml.safe_dump({"experts": entries}, sort_keys=False, allow_unicode=True), "utf-8")
+    name: str
+    open: Callable[[Expert, Opening], Backend]
+    fields: tuple[str, ...] = ("model",)
+    required: tuple[str, ...] = ("model",)
+    paths: tuple[str, ...] = ()
+    remote: bool = False
+    priced: bool = False
+    key: Callable[[Expert], str | None] = _given_key
+    address: Callable[[Expert], str] = _given_address
+    weights: Callable[[Expert, Source | None], Weights | None] = _no_weights
+    needs_base: Callable[[Expert], bool] = lambda expert: False
+    batches: bool = False
+    scores_texts: bool = False
+    check: Callable[[Mapping[str, Any], str], list[str]] = _no_mistakes
+    check_files: Callable[[Mapping[str, Any], str], list[str]] = _no_mistakes
+    recognises: Callable[[Mapping[str, Any]], bool] = _never
 
 
-def _backend(entry: Mapping[str, Any]) -> str:
-    return entry.get("backend", DEFAULT)
+@lru_cache
+def _ours() -> dict[str, ExpertKind]:
+    return {kind.name: kind for module in _OURS for kind in import_module(module).KINDS}
 
 
-def _absolute(entry: Mapping[str, Any], folder: Path | None) -> dict[str, str]:
-    """Return the local paths of one entry that exist under `folder`, made absolute; hub ids stay as they are."""
-    if folder is None:
-        return {}
-    found = {key: folder / entry[key] for key in kind_of(_backend(entry)).paths if entry.get(key)}
-    return {key: str(path.resolve()) for key, path in found.items() if path.exists()}
+@lru_cache
+def _others() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=_GROUP)}
+
+
+@lru_cache
+def _load(name: str) -> ExpertKind:
+    entry = _others()[name]
+    try:
+        kind = entry.load()
+    except Exception as error:  # another package's import can fail with anything
+        raise ExpertokenError(f"backend {name!r}: {entry.value} can't be imported ({one_line(error)})") from error
+    if not isinstance(kind, ExpertKind) or kind.name != name:
+        found = f"an ExpertKind named {kind.name!r}" if isinstance(kind, ExpertKind) else type(kind).__name__
+        raise ExpertokenError(f"backend {name!r}: expected {entry.value} to be an ExpertKind of that name, got {found}")
+    return kind
+
+
+def kind_names() -> list[str]:
+    """Return the names of all kinds, ours first; imports no other package."""
+    return [*dict.fromkeys([*_ours(), *_others()])]
+
+
+def kind_of(name: str) -> ExpertKind:
+    """Return a kind by its name; a name of ours is never another package's.
+
+    Raises:
+        ExpertokenError: there is no such kind, or its package can't be imported or names something else.
+    """
+    if name in _ours():
+        return _ours()[name]
+    if name not in _others():
+        raise ExpertokenError(f"unknown backend {name!r}, {did_you_mean(name, kind_names())}")
+    return _load(name)
+
+
+def recognised(entry: Mapping[str, Any]) -> str:
+    """Return the kind of a new expert that is named without `backend`: the first that recognises it, or the default.
+
+    Raises:
+        ExpertokenError: another package's kind can't be imported.
+    """
+    return next((name for name in kind_names() if kind_of(name).recognises(entry)), DEFAULT_KIND)

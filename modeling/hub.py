@@ -4,8 +4,9 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from .composite import Composite, save_composite
+from .composite import Composite
 from .errors import ExpertokenError, one_line
+from .saving import save_composite
 
 
 def push(composite: Composite, repo: str, *, private: bool = True, message: str = "A composite of experts") -> str:

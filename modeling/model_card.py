@@ -2,17 +2,23 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from .experts import ExpertPool
-
-if TYPE_CHECKING:
-    from .composite import Manifest
+from .pool import ExpertPool
 
 
-def model_card(pool: ExpertPool, manifest: "Manifest", model: str) -> str:
-    """Return the model card of a composite as Markdown."""
-    training = manifest.training
+def model_card(
+    pool: ExpertPool, model: str, training: dict[str, Any], data: dict[str, Any], versions: dict[str, Any]
+) -> str:
+    """Return the model card of a composite as Markdown.
+
+    Args:
+        pool: its pool.
+        model: model of its base.
+        training: how it was trained, and what that reached.
+        data: what it was trained on.
+        versions: libraries that wrote it.
+    """
     base = Path(model).name if Path(model).expanduser().exists() else model  # no path of one machine in a card
     lines = [
         "---",
@@ -44,8 +50,8 @@ def model_card(pool: ExpertPool, manifest: "Manifest", model: str) -> str:
         'composite = CompositeModel.from_pretrained(".")',
     ]
     lines += ['print(composite.chat("Hello").text)', "```", ""]
-    data = {key: value for key, value in manifest.data.items() if key != "path"}  # no path of one machine in a card
-    for name, entries in (("Training and what it reached", training), ("Data", data), ("Versions", manifest.versions)):
+    data = {key: value for key, value in data.items() if key != "path"}  # no path of one machine in a card
+    for name, entries in (("Training and what it reached", training), ("Data", data), ("Versions", versions)):
         lines += [f"## {name}", "", "| | |", "|---|---|"]
         lines += [f"| {key} | `{json.dumps(value)}` |" for key, value in entries.items()]
         lines.append("")

@@ -10,22 +10,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from .composite import Composite, load_composite, probe_logits
 from .errors import ExpertokenError
 from .fingerprint import describe_dtype
-
-if TYPE_CHECKING:
-    from .composite import Composite
 
 logger = logging.getLogger(__name__)
 
 _SECONDS = 1500  # that the process may take; less than other processes wait at a barrier
-_PROBES = ("What is 2 + 2?", "Name a river.", "Who are you? Answer in one long sentence, please.")
-"""Prompts of the comparison; any text does, these differ in length."""
-
 _LAUNCHER_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -38,14 +32,7 @@ _LAUNCHER_VARIABLES = (
 """Set by launchers; the fresh process works alone and must not wait for the others."""
 
 
-def probe_logits(composite: "Composite") -> torch.Tensor:
-    """Return the candidates' logits on fixed prompts, `[3, C]`, which a reload has to repeat."""
-    meta = composite.meta
-    # With Z, whether or not self is a candidate: it shows a changed base.
-    return torch.cat([meta.candidate_logits([meta.encode(text)], with_self=True) for text in _PROBES])
-
-
-def verify_reload(composite: "Composite", folder: Path, expected: torch.Tensor) -> None:
+def verify_reload(composite: Composite, folder: Path, expected: torch.Tensor) -> None:
     """Load `folder` in a fresh process and compare its logits with those of `composite`.
 
     Args:
@@ -90,8 +77,6 @@ def verify_reload(composite: "Composite", folder: Path, expected: torch.Tensor) 
 
 def main() -> None:
     """Load the folder and print its probe logits."""
-    from .composite import load_composite
-
     folder, device, dtype, trusted = sys.argv[1:]
     try:
         composite = load_composite(Path(folder), device=device, dtype=dtype, trust_remote_code=trusted == "1")

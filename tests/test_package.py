@@ -76,6 +76,34 @@ def test_dependencies_point_down_the_floors(folder):
                 assert lower or other == folder, f"{file} imports {node.module}"
 
 
+def imports_of(file):
+    """Modules of the package that a module imports, for types too."""
+    package = file.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = ROOT.joinpath(*package[: len(package) - node.level + 1], *(node.module or "").split("."))
+            for candidate in (base.with_suffix(".py"), *(base / f"{alias.name}.py" for alias in node.names)):
+                if candidate.is_file():
+                    yield candidate
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {file: set(imports_of(file)) for folder in FLOORS for file in (ROOT / folder).rglob("*.py")}
+    done, path = set(), []
+
+    def visit(file):
+        assert file not in path, " -> ".join(f.relative_to(ROOT).as_posix() for f in [*path[path.index(file) :], file])
+        if file in done:
+            return
+        path.append(file)
+        for other in graph[file]:
+            visit(other)
+        done.add(path.pop())
+
+    for file in graph:
+        visit(file)
+
+
 def test_modules_of_higher_floors_are_named_in_one_place_only():
     """As text, which the test above does not see: where kinds of experts are registered."""
     higher = {folder: [other for other, floor in FLOORS.items() if floor > FLOORS[folder]] for folder in FLOORS}
@@ -85,7 +113,7 @@ def test_modules_of_higher_floors_are_named_in_one_place_only():
         for file in (ROOT / folder).rglob("*.py")
         if others and re.search(rf"expertoken\.({'|'.join(others)})\b", code_of(file))
     ]
-    assert named == ["modeling/kinds.py"]
+    assert named == ["modeling/experts.py"]
 
 
 def test_an_extra_that_is_missing_names_itself():

@@ -11,7 +11,7 @@ from expertoken.cli import app
 from expertoken.data_prep.reading import read_results
 from expertoken.data_prep.supervision import build_supervision, select_candidates
 from expertoken.modeling.composite import load_composite
-from expertoken.modeling.experts import ExpertPool
+from expertoken.modeling.pool import ExpertPool
 from expertoken.train.arguments import ExpertokenArguments
 from expertoken.train.run import train
 

@@ -12,9 +12,10 @@ from expertoken.inference.loop import BackgroundLoop
 from expertoken.inference.policy import Policy
 from expertoken.modeling.backend import Generation
 from expertoken.modeling.composite import Composite, Manifest, describe_base
-from expertoken.modeling.experts import Expert, ExpertPool
+from expertoken.modeling.experts import Expert
 from expertoken.modeling.files import cache_folder
 from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.pool import ExpertPool
 from expertoken.modeling.source import Source
 
 smollm2 = pytest.importorskip("expertoken.examples.smollm2")

@@ -11,7 +11,8 @@ import transformers as t
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from expertoken.data_prep.results import BenchmarkResults
-from expertoken.modeling.experts import Expert, ExpertPool
+from expertoken.modeling.experts import Expert
+from expertoken.modeling.pool import ExpertPool
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

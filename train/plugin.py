@@ -11,11 +11,13 @@ import torch
 from ..data_prep.extension import extend_supervision
 from ..data_prep.results import BenchmarkResults
 from ..data_prep.supervision import Supervision, kept_at, supervision_of
-from ..modeling.composite import Composite, load_composite, save_composite
+from ..modeling.composite import Composite, load_composite
 from ..modeling.distributed import ALONE
 from ..modeling.errors import ExpertokenError
-from ..modeling.experts import Expert, ExpertPool
+from ..modeling.experts import Expert
 from ..modeling.meta import MetaLLM
+from ..modeling.pool import ExpertPool
+from ..modeling.saving import save_composite
 from ..modeling.states import cached_states, state_logits
 from .arguments import L2
 from .processes import exclusive

@@ -12,12 +12,13 @@ import torch
 from ..data_prep.labels import OBJECTIVE_OF
 from ..data_prep.supervision import Supervision, kept_at
 from ..modeling.chat import Query
-from ..modeling.composite import Composite, Manifest, Trained, describe_base, save_composite
+from ..modeling.composite import Composite, Manifest, Trained, describe_base
 from ..modeling.distributed import Team, barrier
 from ..modeling.errors import ExpertokenError, did_you_mean
-from ..modeling.experts import ExpertPool
 from ..modeling.files import check_product
 from ..modeling.meta import MetaLLM
+from ..modeling.pool import ExpertPool
+from ..modeling.saving import save_composite
 from ..modeling.sharding import is_split
 from ..modeling.source import Source
 from ..modeling.states import cached_states

@@ -16,8 +16,9 @@ from rich.progress import track
 
 from expertoken.inference.backends.models import LocalModels
 from expertoken.modeling.backend import Generation, Opening
-from expertoken.modeling.experts import Expert, ExpertPool
+from expertoken.modeling.experts import Expert
 from expertoken.modeling.files import atomic_file
+from expertoken.modeling.pool import ExpertPool
 from expertoken.modeling.source import Source
 
 from ..smollm2 import smollm2

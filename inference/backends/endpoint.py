@@ -16,8 +16,7 @@ import anyio
 from ...modeling.backend import Backend, Generation, Opening, Piece, Timeouts
 from ...modeling.chat import Message
 from ...modeling.errors import ExpertFailedError, RequestRefusedError
-from ...modeling.experts import Expert
-from ...modeling.kinds import ExpertKind
+from ...modeling.experts import Expert, ExpertKind
 
 if TYPE_CHECKING:
     from typing import TypeGuard

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...modeling.errors import ExpertFailedError
-from ...modeling.kinds import ExpertKind, Weights
+from ...modeling.experts import ExpertKind, Weights
 from ...modeling.source import Source, same_model
 
 if TYPE_CHECKING:

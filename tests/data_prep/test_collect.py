@@ -17,7 +17,8 @@ from expertoken.data_prep.collect import Evaluation, collect
 from expertoken.data_prep.reading import read_results
 from expertoken.data_prep.supervision import select_candidates
 from expertoken.modeling.errors import ExpertokenError
-from expertoken.modeling.experts import Expert, ExpertPool
+from expertoken.modeling.experts import Expert
+from expertoken.modeling.pool import ExpertPool
 
 pytest.importorskip("lm_eval")
 

@@ -10,7 +10,8 @@ from expertoken.data_prep.leaks import find_leaks, find_near_duplicates
 from expertoken.data_prep.results import BenchmarkResults
 from expertoken.data_prep.supervision import Supervision, build_supervision, pool_of
 from expertoken.modeling.errors import ExpertokenError, LeakError, ResultsError
-from expertoken.modeling.experts import Expert, ExpertPool
+from expertoken.modeling.experts import Expert
+from expertoken.modeling.pool import ExpertPool
 
 nan = float("nan")
 

@@ -15,7 +15,7 @@ from expertoken.evaluation.plots import draw_report
 from expertoken.evaluation.report import Report, Result
 from expertoken.evaluation.robustness import adversarial_suffix
 from expertoken.modeling.errors import ExpertokenError
-from expertoken.modeling.experts import RESERVED, ExpertPool
+from expertoken.modeling.pool import RESERVED, ExpertPool
 from expertoken.tests.tiny import tiny_tokenizer
 from expertoken.train.arguments import ExpertokenArguments
 from expertoken.train.run import train

@@ -9,8 +9,9 @@ import torch
 
 from expertoken.inference.composite_model import CompositeModel
 from expertoken.modeling.composite import Composite, Manifest, describe_base
-from expertoken.modeling.experts import Expert, ExpertPool
+from expertoken.modeling.experts import Expert
 from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.pool import ExpertPool
 from expertoken.modeling.source import Source
 from expertoken.tests.inference.mock_expert import FAULTS
 

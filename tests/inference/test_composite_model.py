@@ -19,8 +19,9 @@ from expertoken.modeling.backend import Backend, Generation, Opening, Piece
 from expertoken.modeling.chat import Query, as_messages
 from expertoken.modeling.composite import Composite, Manifest, describe_base
 from expertoken.modeling.errors import ExpertFailedError, ExpertokenError, NoAnswerError
-from expertoken.modeling.experts import Expert, ExpertPool
+from expertoken.modeling.experts import Expert
 from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.pool import ExpertPool
 from expertoken.modeling.source import Source
 from expertoken.tests.inference.conftest import composite_of
 from expertoken.tests.tiny import tiny_folder

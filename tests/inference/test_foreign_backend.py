@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from expertoken.modeling import kinds as module
+from expertoken.modeling import experts as module
 from expertoken.modeling.errors import ExpertokenError, PoolError
-from expertoken.modeling.experts import Expert, ExpertPool
-from expertoken.modeling.kinds import ExpertKind, kind_of, recognised
+from expertoken.modeling.experts import Expert, ExpertKind, kind_of, recognised
+from expertoken.modeling.pool import ExpertPool
 
 BACKEND = '''
 """An expert that answers with its motto and the last word it was asked."""
 
 from expertoken.modeling.backend import Backend, Piece
 from expertoken.modeling.chat import text_of
-from expertoken.modeling.kinds import ExpertKind
+from expertoken.modeling.experts import ExpertKind
 
 
 class Parrot(Backend):

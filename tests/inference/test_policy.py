@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from expertoken.inference.policy import Policy, last_answerer, request_cost
 from expertoken.modeling.errors import ExpertokenError
-from expertoken.modeling.experts import Expert, ExpertPool
+from expertoken.modeling.experts import Expert
+from expertoken.modeling.pool import ExpertPool
 
 POOL = ExpertPool(
     [

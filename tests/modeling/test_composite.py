@@ -14,14 +14,14 @@ from expertoken.modeling.composite import (
     Manifest,
     describe_base,
     load_composite,
-    save_composite,
+    probe_logits,
     write_rows,
 )
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.files import atomic_folder, recover_folder
 from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.saving import save_composite
 from expertoken.modeling.source import Source
-from expertoken.modeling.verify import probe_logits
 from expertoken.tests.tiny import tiny_folder
 
 
@@ -181,7 +181,8 @@ def test_a_file_limit_while_writing_rows_is_one_clear_line(tmp_path, composite):
     save_composite(composite, tmp_path / "composite", verify=False)
     before = contents(tmp_path / "composite")
     code = (
-        "import resource, signal; from expertoken.modeling.composite import *\n"
+        "import resource, signal; from expertoken.modeling.composite import load_composite; "
+            "from expertoken.modeling.saving import save_composite\n"
         f"c = load_composite({str(tmp_path / 'composite')!r}, device='cpu')\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
         f"save_composite(c, {str(tmp_path / 'composite')!r}, verify=False)"

@@ -1,7 +1,8 @@
 import pytest
 
 from expertoken.modeling.errors import PoolError
-from expertoken.modeling.experts import Expert, ExpertPool
+from expertoken.modeling.experts import Expert
+from expertoken.modeling.pool import ExpertPool
 
 GOOD = {"experts": [{"name": "math", "model": "m"}, {"name": "self", "backend": "self"}]}
 

@@ -7,11 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expertoken.modeling import export as module
-from expertoken.modeling.composite import Composite, Manifest, describe_base, load_composite, save_composite
+from expertoken.modeling.composite import Composite, Manifest, describe_base, load_composite
 from expertoken.modeling.errors import ExpertokenError
-from expertoken.modeling.experts import Expert, ExpertPool
+from expertoken.modeling.experts import Expert
 from expertoken.modeling.export import EXPORT_FILE, PROMPTS, convert_to_gguf, export_checkpoint
 from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.pool import ExpertPool
+from expertoken.modeling.saving import save_composite
 from expertoken.modeling.source import Source
 from expertoken.tests.tiny import ARCHITECTURES, tiny_folder
 from expertoken.train.arguments import ExpertokenArguments

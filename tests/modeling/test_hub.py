@@ -15,11 +15,13 @@ from typing import ClassVar
 import pytest
 
 from expertoken.modeling import composite as composite_module
-from expertoken.modeling.composite import Composite, Manifest, describe_base, load_composite, save_composite
+from expertoken.modeling.composite import Composite, Manifest, describe_base, load_composite
 from expertoken.modeling.errors import ExpertokenError
-from expertoken.modeling.experts import Expert, ExpertPool
+from expertoken.modeling.experts import Expert
 from expertoken.modeling.files import local_folder
 from expertoken.modeling.hub import push
+from expertoken.modeling.pool import ExpertPool
+from expertoken.modeling.saving import save_composite
 from expertoken.tests.tiny import tiny_folder
 
 COMMIT = "a" * 40

@@ -8,7 +8,7 @@ import yaml
 import expertoken
 from expertoken.modeling.distributed import Team
 from expertoken.modeling.errors import ConfigError, ExpertokenError
-from expertoken.modeling.experts import ExpertPool
+from expertoken.modeling.pool import ExpertPool
 from expertoken.train import entry, launch
 from expertoken.train.config import DEEPSPEED, RECIPES, make_arguments, parse_arguments
 from expertoken.train.processes import exclusive

@@ -12,8 +12,9 @@ from expertoken.data_prep.supervision import build_supervision
 from expertoken.evaluation.evaluate import evaluate
 from expertoken.modeling.composite import ROWS_FILE, load_composite, read_manifest, write_calibration
 from expertoken.modeling.errors import PoolError, ResultsError
-from expertoken.modeling.experts import Expert, ExpertPool
+from expertoken.modeling.experts import Expert
 from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.pool import ExpertPool
 from expertoken.tests.tiny import tiny_folder
 from expertoken.train.arguments import ExpertokenArguments
 from expertoken.train.plugin import add_expert, remove_expert
