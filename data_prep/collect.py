@@ -309,8 +309,7 @@ def evaluate_pair(lm: "LM", expert: Expert, task: str, evaluation: Evaluation) -
     from lm_eval import simple_evaluate
 
     harness_tasks = _load_task(task, evaluation)
-    in_process = expert.kind.weights(expert, _base(evaluation)) is not None
-    chat = not in_process or (evaluation.chat_template and lm.tokenizer.chat_template is not None)
+    chat = not expert.kind.is_weights or (evaluation.chat_template and lm.tokenizer.chat_template is not None)
     try:
         found = simple_evaluate(
             lm,

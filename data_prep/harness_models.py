@@ -16,10 +16,10 @@ from ..modeling.experts import Expert
 from ..modeling.harness import ChatLM, messages_of
 from ..modeling.loading import load_causal_lm
 from ..modeling.source import Source
+from ..modeling.stops import StopTexts
 
 _CONCURRENT = 8  # requests at a time
 _TIMEOUTS = Timeouts(first=300.0, idle=120.0, retries=3)  # a benchmark waits rather than misses an answer
-_STOPS = 4  # stop texts that OpenAI's API takes
 _SEED = 1234  # the harness's
 
 
@@ -35,7 +35,7 @@ def language_model(expert: Expert, base: Source | None, *, batch_size: int = 8, 
     Raises:
         ExpertokenError: the expert can't be loaded or opened.
     """
-    weights = expert.kind.weights(expert, base)
+    weights = expert.kind.weights(expert, base) if expert.kind.is_weights else None
     if weights is None:
         return BackendLM(expert, base)
     from lm_eval.models.huggingface import HFLM
@@ -90,7 +90,7 @@ class BackendLM(ChatLM):
             temperature=float(options.get("temperature") or 0),
             top_p=None if options.get("top_p") is None else float(options["top_p"]),
             seed=int(options.get("seed", _SEED)),
-            stop=stop_texts(options.get("until"))[:_STOPS],
+            stop=stop_texts(options.get("until")),
             extra={key: value for key, value in options.items() if key not in ours},
         )
 
@@ -112,10 +112,11 @@ class BackendLM(ChatLM):
             return await asyncio.gather(*map(answer, requests))
 
     async def _answer(self, context: str, messages: list[Message], generation: Generation) -> str:
-        texts = []
+        texts, stops = [], StopTexts(generation.stop)  # no backend has to know of stop texts
         async with aclosing(self._backend.stream(messages, generation)) as pieces:
-            async for piece in pieces:
-                texts.append(piece.text)
+            async for piece in pieces:  # behind a stop text, too: what was used comes last
+                if not stops.reached:
+                    texts.append(stops.feed(piece.text))
                 if piece.usage is not None:
                     self.used[context] = piece.usage
-        return "".join(texts)
+        return "".join(texts) + stops.rest()

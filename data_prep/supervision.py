@@ -204,12 +204,14 @@ def kept_at(supervision: Supervision, composite: Path) -> Path:
     return (composite / "supervision" / supervision.info.fingerprint).resolve()
 
 
-def supervision_of(manifest: "Manifest", folder: Path, data: Path | str | None = None) -> Supervision:
-    """The supervision a composite was trained on.
+def supervision_of(manifest: "Manifest", folder: Path, data: Supervision | Path | str | None = None) -> Supervision:
+    """The supervision a composite was trained on; `data` where it is given.
 
     Raises:
         ExpertokenError: it is not where the composite remembers it.
     """
+    if isinstance(data, Supervision):
+        return data
     path = Path(data or manifest.data.get("path", ""))
     if data is None and not path.is_absolute():
         path = folder / path  # as the manifest has it on disk

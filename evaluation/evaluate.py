@@ -37,7 +37,7 @@ def evaluate(
     data: Supervision | Path | str | None = None,
     split: str = "test",
     *,
-    baselines: Sequence[str] | None = None,
+    baselines: Sequence[str] | str | None = None,
     embedder: str | None = None,
     encoder: str | None = None,
     encoder_epochs: int = 3,
@@ -66,6 +66,10 @@ def evaluate(
         ExpertokenError: the supervision lacks the side, or a candidate of the composite.
     """
     started = time.perf_counter()
+    if not isinstance(composite, Composite | Path | str):
+        kind = type(composite).__name__
+        raise ExpertokenError(f"composite: expected a folder or a `Composite` (`CompositeModel` has one), got {kind}")
+    baselines = [baselines] if isinstance(baselines, str) else baselines
     folder = None if isinstance(composite, Composite) else Path(composite)
     supervision = _supervision(folder, data)
     supervision.side(split)  # a misspelt split or baseline is an error before anything is loaded

@@ -12,7 +12,7 @@ from typing import Any, overload
 from ..modeling.backend import Backend, Generation, Piece, stop_texts
 from ..modeling.chat import Message, as_messages, text_of
 from ..modeling.dispatch import Dispatch
-from ..modeling.errors import ExpertokenError, NoAnswerError, RequestRefusedError, one_line
+from ..modeling.errors import ExpertFailedError, ExpertokenError, NoAnswerError, RequestRefusedError, one_line
 from ..modeling.pool import ExpertPool
 from .backends.local import LOADERS
 from .backends.models import LocalModels
@@ -308,9 +308,12 @@ class AnsweringModel(ABC):
         backend = self._backends.get(name)
         if backend is None:  # an adapter's may have to wait for room
             backend = await asyncio.get_running_loop().run_in_executor(LOADERS, self.backend, name)
-        async with aclosing(backend.stream(messages, generation, begun=turn.text)) as pieces:
-            async for piece in pieces:
-                yield piece
+        try:
+            async with aclosing(backend.stream(messages, generation, begun=turn.text)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except SystemExit as error:
+            raise ExpertFailedError("its backend wanted to end the program") from error
 
     def _tell_spent(self, name: str, decision: Decision, turn: Turn) -> None:
         """What a candidate read and wrote in this turn, also where it broke off."""

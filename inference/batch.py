@@ -18,14 +18,14 @@ from tqdm.auto import tqdm
 from ..modeling.backend import Generation, Piece
 from ..modeling.chat import Message, as_messages
 from ..modeling.dispatch import Dispatch
-from ..modeling.errors import ExpertokenError, NoAnswerError, one_line
+from ..modeling.errors import ExpertFailedError, ExpertokenError, NoAnswerError, one_line
 from ..modeling.files import atomic_file
+from ..modeling.stops import StopTexts
 from .answering import AnsweringModel
 from .decider import Decision
 from .loop import BackgroundLoop
 from .policy import Policy
 from .reply import Reply
-from .stops import StopTexts
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ def _answers(
                         if following:
                             composite.prepare(following)
                     asked = [conversations[place] for place in chosen]
-                    answers = backend.complete(asked, generation, held=resident)
+                    answers = _checked(backend.complete(asked, generation, held=resident), len(asked))
                 except Exception as error:  # the next best one is asked, as in a chat
                     logger.warning("expert %r failed in a batch, each is asked by itself: %s", name, one_line(error))
                     single += chosen
@@ -209,6 +209,13 @@ def _answers(
                         single.append(place)
     answering = _each(composite, conversations, decisions, generation, single, concurrent)
     yield from BackgroundLoop.iterate(answering)
+
+
+def _checked(answers: Any, wanted: int) -> list[Piece]:
+    """Return the answers of a batch, which another package's backend may have got wrong."""
+    if isinstance(answers, list) and len(answers) == wanted and all(isinstance(one, Piece) for one in answers):
+        return answers
+    raise ExpertFailedError(f"its backend gave something else than {wanted} answers")
 
 
 def _decided(

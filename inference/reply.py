@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 
 from ..modeling.backend import Generation, Piece
 from ..modeling.dispatch import Dispatch
+from ..modeling.stops import StopTexts
 from .decider import Decision
 from .loop import BackgroundLoop
-from .stops import StopTexts
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,19 @@ class Generation:
         return (self.temperature or 0.0) >= _COLDEST
 
 
+_MOST = 2**53  # tokens, and far more than there are
+
+
+def as_usage(given: Any) -> tuple[int, int] | None:
+    """Return prompt and completion tokens as a backend gave them, or None where they are not two counts."""
+    try:
+        read, written = given
+    except (TypeError, ValueError):
+        return None
+    counts = all(isinstance(count, int) and 0 <= count < _MOST for count in (read, written))
+    return (read, written) if counts else None
+
+
 _COLDEST = 1e-3  # below it the most probable token has all of the probability, except for ties
 
 
@@ -59,7 +72,8 @@ class Piece:
         tool_calls: more of its tool calls, in the form in which OpenAI's API streams them.
         logprobs: log-probabilities of the text's tokens, in the form of OpenAI's API.
         finish: why the answer ended (stop, length, tool_calls, content_filter); with its last piece.
-        usage: prompt tokens and completion tokens, where the backend counts them; with one of the last pieces.
+        usage: prompt tokens and completion tokens, where the backend counts them; with one of the last pieces. What is
+            not two counts becomes None: a server that counts wrongly has answered all the same.
     """
 
     text: str = ""
@@ -67,6 +81,10 @@ class Piece:
     logprobs: dict[str, Any] | None = None
     finish: str | None = None
     usage: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.usage is not None:
+            object.__setattr__(self, "usage", as_usage(self.usage))
 
     @property
     def visible(self) -> bool:

@@ -7,8 +7,9 @@ backends in `inference/backends/`. Other packages add theirs through the entry p
     mine = "my_package.my_backend:KIND"
 """
 
+import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from importlib import import_module
@@ -18,6 +19,8 @@ from typing import Any
 from .backend import Backend, Opening
 from .errors import ExpertFailedError, ExpertokenError, did_you_mean, one_line
 from .source import Source
+
+logger = logging.getLogger(__name__)
 
 SELF = "self"
 """Name of the meta LLM itself in distributions and reports, and of its kind in pools."""
@@ -57,9 +60,9 @@ class Expert:
     revision: str | None = None
     base_url: str | None = None
     api_key_env: str | None = None
-    cost: dict[str, float] | None = None
+    cost: dict[str, float] | None = field(default=None, hash=False)
     results: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> "Expert":
@@ -183,6 +186,8 @@ class ExpertKind:
         needs_base: returns whether the expert runs on the meta LLM's base.
         batches: whether its backend's `complete` answers many conversations at once.
         scores_texts: whether its backend has `log_likelihood`.
+        is_weights: whether the expert is its weights and nothing else, so that `collect` may measure them in batches by
+            itself; otherwise, as with a prompt of its own, it asks the backend.
         check: returns the mistakes of a pool entry that only this kind can see; paths may be relative.
         check_files: the same once paths are absolute.
         recognises: returns whether a new expert that is named without `backend` (`expertoken expert add`) is of this
@@ -202,6 +207,7 @@ class ExpertKind:
     needs_base: Callable[[Expert], bool] = lambda expert: False
     batches: bool = False
     scores_texts: bool = False
+    is_weights: bool = False
     check: Callable[[Mapping[str, Any], str], list[str]] = _no_mistakes
     check_files: Callable[[Mapping[str, Any], str], list[str]] = _no_mistakes
     recognises: Callable[[Mapping[str, Any]], bool] = _never
@@ -248,10 +254,25 @@ def kind_of(name: str) -> ExpertKind:
     return _load(name)
 
 
-def recognised(entry: Mapping[str, Any]) -> str:
-    """Return the kind of a new expert that is named without `backend`: the first that recognises it, or the default.
+def usable_kinds() -> Iterator[ExpertKind]:
+    """Yield all kinds but those whose packages can't be imported: who doesn't ask for them is not stopped by them."""
+    for name in kind_names():
+        try:
+            kind = kind_of(name)
+        except ExpertokenError as error:
+            logger.warning("passed over: %s", error)
+            continue
+        yield kind
 
-    Raises:
-        ExpertokenError: another package's kind can't be imported.
-    """
-    return next((name for name in kind_names() if kind_of(name).recognises(entry)), DEFAULT_KIND)
+
+def recognised(entry: Mapping[str, Any]) -> str:
+    """Return the kind of a new expert that is named without `backend`: the first that recognises it, or the default."""
+    return next((kind.name for kind in usable_kinds() if _recognises(kind, entry)), DEFAULT_KIND)
+
+
+def _recognises(kind: ExpertKind, entry: Mapping[str, Any]) -> bool:
+    try:
+        return kind.recognises(entry)
+    except Exception as error:  # another package's code can fail with anything
+        logger.warning("passed over: backend %r can't read the entry (%s)", kind.name, one_line(error))
+        return False

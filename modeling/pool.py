@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from .errors import PoolError, did_you_mean
-from .experts import DEFAULT_KIND, SELF, Expert, ExpertKind, kind_names, kind_of
+from .errors import PoolError, did_you_mean, one_line
+from .experts import DEFAULT_KIND, SELF, Expert, ExpertKind, kind_names, kind_of, usable_kinds
 from .files import atomic_file
 
 RESERVED = ("composite", "random", "oracle", "kNN", "linear", "MLP", "clusters", "factors", "encoder")
@@ -20,6 +20,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _PATH = re.compile(r"[./~]|[^/]*/[^/]*/")  # what cannot be a hub id, `owner/name`
 _COMMON = ("name", "backend", "description", "revision", "cost", "results")  # keys of every kind
 _SECRETS = ("api_key", "key", "token")
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 
 def _mistakes(entry: Any, place: str) -> list[str]:
@@ -40,29 +41,77 @@ def _mistakes(entry: Any, place: str) -> list[str]:
     else:
         missing = [key for key in kind.required if not entry.get(key)]
         found += [f"{place}.{key}: needed for backend {backend!r}" for key in missing]
-        found += kind.check(entry, place)
+        found += _checked(kind, "check", entry, place)
     return found + _cost_mistakes(entry.get("cost"), place)
 
 
 def _field_mistakes(key: str, value: Any, kind: ExpertKind | None, place: str) -> list[str]:
     """Return what is wrong with one key of an entry, whatever the others are."""
-    if key in _SECRETS:
+    if secret := _secret(key, value):
         return [
-            f"{place}.{key}: a key itself is refused; put it into an environment variable and give the variable's "
+            f"{place}.{secret}: a key itself is refused; put it into an environment variable and give the variable's "
             "name as `api_key_env`"
         ]
     attributes = [item.name for item in fields(Expert) if item.name != "options"]
     own = kind.fields if kind else ()
     if key not in attributes and key not in own:
         return [f"{place}.{key}: unknown key, {did_you_mean(key, [*attributes, *own])}"]
-    if value is None or key == "cost" or key not in attributes:
+    if value is None or key == "cost":
         return []
+    if key not in attributes and not (kind and key in kind.paths):
+        told = f"{place}.{key}: expected text, numbers, lists or mappings with texts as keys, got {value!r}"
+        return [] if _is_plain(value) else [told]
+    if key in ("api_key_env", "base_url") and (found := _address_mistakes(key, value, place)):
+        return found
     if not isinstance(value, str):
         return [f"{place}.{key}: expected text, got {value!r}"]
-    if value and kind and key not in (*_COMMON, *own):
-        owners = " or ".join(repr(name) for name in kind_names() if key in kind_of(name).fields)
-        return [f"{place}.{key}: only for backend {owners}"]
-    return []
+    return _owner_mistakes(key, value, kind, place)
+
+
+def _secret(key: str, value: Any) -> str | None:
+    """Return where in an entry a secret would stand, or None."""
+    if key in _SECRETS:
+        return key
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = (_secret(str(name), one) for name, one in inside)
+    return next((f"{key}.{place}" for place in found if place), None)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON gives a value back as it was: options are hashed and recorded as JSON."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float)
+
+
+def _address_mistakes(key: str, value: Any, place: str) -> list[str]:
+    """Return what is wrong with an address or the name of its key, never with the value: it may hold a secret."""
+    if key == "api_key_env":
+        expected = "the NAME of an environment variable, such as MATH_API_KEY"
+        fine = isinstance(value, str) and (not value or _VARIABLE.fullmatch(value))
+    else:
+        expected = "http(s)://host[:port]/path without a user name, password or query"
+        web = isinstance(value, str) and value.startswith(("http://", "https://"))
+        fine = value == "" or (web and not {"@", "?"} & set(value))
+    return [] if fine else [f"{place}.{key}: expected {expected}"]
+
+
+def _owner_mistakes(key: str, value: str, kind: ExpertKind | None, place: str) -> list[str]:
+    """Return whether a key is another kind's."""
+    if not value or kind is None or key in (*_COMMON, *kind.fields):
+        return []
+    owners = " or ".join(repr(other.name) for other in usable_kinds() if key in other.fields)
+    return [f"{place}.{key}: only for backend {owners}"]
+
+
+def _checked(kind: ExpertKind, name: str, entry: Mapping[str, Any], place: str) -> list[str]:
+    """Return what a kind's own check finds; one that fails is a mistake, too."""
+    try:
+        return [*getattr(kind, name)(entry, place)]
+    except Exception as error:  # another package's code can fail with anything
+        return [f"{place}: backend {kind.name!r} can't check it ({type(error).__name__}: {one_line(error)})"]
 
 
 def _cost_mistakes(cost: Any, place: str) -> list[str]:
@@ -192,7 +241,7 @@ class ExpertPool:
         mistakes = [
             mistake
             for index, entry in enumerate(entries)
-            for mistake in kind_of(_backend(entry)).check_files(entry, f"experts[{index}]")
+            for mistake in _checked(kind_of(_backend(entry)), "check_files", entry, f"experts[{index}]")
         ]
         if mistakes:
             raise PoolError(f"{source}: " + "; ".join(mistakes))

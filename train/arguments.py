@@ -5,9 +5,10 @@ Imports no torch, so that `--help` answers at once.
 
 # ruff: noqa: RUF009 - `_option` makes a dataclass field, which is what belongs there
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ..modeling.batching import MAX_TOKENS
 from ..modeling.source import ATTENTION, DTYPES
@@ -18,6 +19,8 @@ T = TypeVar("T")
 METHODS = ("tokens", "lora", "qlora")
 L2 = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 """L2 strengths to try where none are given."""
+
+_LEAST = {"max_tokens": 1, "anywhere": 0, "anywhere_tokens": 1, "lora_r": 1, "lora_alpha": 1}
 
 
 def _option(default: T, text: str, choices: Iterable[str] | None = None) -> T:
@@ -31,9 +34,28 @@ def _option(default: T, text: str, choices: Iterable[str] | None = None) -> T:
     return made
 
 
+def is_of(value: Any, hint: Any) -> bool:
+    """Return whether a value is of an annotated type; a whole number is a float, too."""
+    inner = get_args(hint)
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(is_of(item, inner[0]) for item in value)
+    if inner:
+        return any(is_of(value, one) for one in inner)
+    return isinstance(value, int | float if hint is float else hint) and (hint is bool or not isinstance(value, bool))
+
+
+def type_name(hint: Any) -> str:
+    """Return an annotated type as it is written in Python."""
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+
+
 @dataclass
 class ExpertokenArguments:
-    """What expertoken adds to `transformers.TrainingArguments`."""
+    """What expertoken adds to `transformers.TrainingArguments`.
+
+    Raises:
+        ValueError: with every value that is of another type or too small.
+    """
 
     meta: str = field(metadata={"help": "The meta LLM: hub id, local folder or GGUF file."})
     data: str = field(metadata={"help": "Supervision folder, made by `expertoken prepare`."})
@@ -90,3 +112,17 @@ class ExpertokenArguments:
     verify: bool = _option(
         True, "Load the saved composite in a fresh process and compare logits, where a second copy has room."
     )
+
+    def __post_init__(self) -> None:
+        mistakes = []
+        for name, hint in get_type_hints(type(self)).items():
+            if isinstance(value := getattr(self, name), tuple):
+                setattr(self, name, value := list(value))
+            if not is_of(value, hint):
+                mistakes.append(f"{name}: expected {type_name(hint)}, got {value!r}")
+            elif name in _LEAST and value < _LEAST[name]:
+                mistakes.append(f"{name}: expected {_LEAST[name]} or more, got {value}")
+            elif name == "l2" and not (value and all(0 <= strength < math.inf for strength in value)):
+                mistakes.append(f"l2: expected one or more numbers of 0 or more, got {value}")
+        if mistakes:
+            raise ValueError("; ".join(mistakes))

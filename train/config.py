@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from ..modeling.errors import ConfigError, did_you_mean, one_line, require_extra
-from .arguments import ExpertokenArguments
+from .arguments import ExpertokenArguments, is_of, type_name
 from .launch import BESIDE, shipped
 from .presets import names, read
 
@@ -106,7 +106,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ExpertokenArguments, "Training
         told = "goes with --accelerate_config" if key in beside else f"unknown argument, {did_you_mean(key, flags)}"
         mistakes.append(f"--{key}: {told}")
     for key in ("meta", "data", "out"):
-        if key not in recipe and key not in given:
+        if not _values(argv).get(key, recipe.get(key)):
             mistakes.append(f"--{key}: missing")
         actions[key].required = False
     mistakes += [f"{key}: {_OURS[key]}" for key in _OURS if key in recipe or key in given]
@@ -142,23 +142,27 @@ def make_arguments(
         options: fields of `ExpertokenArguments` and of `transformers.TrainingArguments`.
 
     Raises:
-        ConfigError: with every unknown key and unknown value of our own options at once.
+        ConfigError: with every unknown key and every value that an option can't have.
         ImportError: the extra `train` is not installed.
     """
     require_extra("accelerate", "train")
     import torch
     from transformers import TrainingArguments
 
-    actions = {action.dest: action for action in make_parser(everything=True)._actions}
-    mistakes = [f"{key}: unknown argument, {did_you_mean(key, actions)}" for key in options if key not in actions]
+    actions = {action.dest: action for action in make_parser(everything=True)._actions if action.dest != "help"}
+    mistakes = [f"{key}: missing" for key, value in (("meta", meta), ("data", data), ("out", out)) if not value]
+    mistakes += [f"{key}: unknown argument, {did_you_mean(key, actions)}" for key in options if key not in actions]
     mistakes += [f"{key}: {_OURS[key]}" for key in options if key in _OURS]
     mistakes += _choices(options, actions)
+    for key, hint in get_type_hints(TrainingArguments).items():
+        if hint in (int, float, bool) and key in options and not is_of(options[key], hint):
+            mistakes.append(f"{key}: expected {type_name(hint)}, got {options[key]!r}")
     if mistakes:
         raise ConfigError("training arguments: " + "; ".join(mistakes))
     names = {item.name for item in fields(ExpertokenArguments)}
     ours = {key: value for key, value in options.items() if key in names}
     theirs: dict[str, Any] = {"use_cpu": not torch.accelerator.is_available(), "report_to": "none"}
-    theirs |= {key: value for key, value in options.items() if key not in names}
+    theirs |= {key: value for key, value in options.items() if key not in names and value is not None}
     try:
         return ExpertokenArguments(meta, data, out, **ours), TrainingArguments(output_dir=out, **theirs)
     except (ValueError, TypeError, ImportError) as error:

@@ -63,7 +63,7 @@ def add_expert(
     expert: Expert,
     results: BenchmarkResults,
     *,
-    data: Path | None = None,
+    data: Supervision | Path | str | None = None,
     l2: Sequence[float] = L2,
     verify: bool = True,
     trust_remote_code: bool = False,
@@ -77,7 +77,7 @@ def add_expert(
         folder: of the composite.
         expert: the new one.
         results: that have scores of it; of other candidates too, where they were measured on new queries.
-        data: the composite's supervision, where it was moved.
+        data: the composite's supervision or its folder, where that was moved.
         l2: strengths to try.
         verify: check the saved folder in a fresh process.
         trust_remote_code: allow the base model's repository to run its own code.
@@ -94,7 +94,7 @@ def _add(
     folder: Path,
     expert: Expert,
     results: BenchmarkResults,
-    data: Path | None,
+    data: Supervision | Path | str | None,
     l2: Sequence[float],
     *,
     verify: bool,
@@ -130,7 +130,7 @@ def remove_expert(
     folder: Path | str,
     name: str,
     *,
-    data: Path | None = None,
+    data: Supervision | Path | str | None = None,
     verify: bool = True,
     trust_remote_code: bool = False,
 ) -> Change | None:
@@ -147,7 +147,9 @@ def remove_expert(
         return _remove(folder, name, data, verify=verify, trust_remote_code=trust_remote_code)
 
 
-def _remove(folder: Path, name: str, data: Path | None, *, verify: bool, trust_remote_code: bool) -> Change | None:
+def _remove(
+    folder: Path, name: str, data: Supervision | Path | str | None, *, verify: bool, trust_remote_code: bool
+) -> Change | None:
     composite = load_composite(folder, trust_remote_code=trust_remote_code)
     index = composite.pool.index(name)
     pool = composite.pool.without(name)

@@ -1,5 +1,6 @@
 """One training run: supervision in, composite folder out."""
 
+import json
 import logging
 import time
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from ..data_prep.supervision import Supervision, kept_at
 from ..modeling.chat import Query
 from ..modeling.composite import Composite, Manifest, Trained, describe_base
 from ..modeling.distributed import Team, barrier
-from ..modeling.errors import ExpertokenError, did_you_mean
+from ..modeling.errors import ConfigError, ExpertokenError, did_you_mean
 from ..modeling.files import check_product
 from ..modeling.meta import MetaLLM
 from ..modeling.pool import ExpertPool
@@ -209,7 +210,7 @@ class Run:
         run["processes"] = a.world_size  # grouping batches by length gives other batches for other numbers of processes
         run["data_fingerprint"] = self.supervision.info.fingerprint
         run["base_fingerprint"] = self.meta.base_fingerprint
-        return run
+        return json.loads(json.dumps(run))  # as it will be read: a tuple comes back as a list
 
     def _log_path(self, fit: Fit) -> None:
         """The regularisation path where `--report_to` wants it, a step for each strength."""
@@ -284,10 +285,12 @@ def train_composite(
         the composite's folder.
 
     Raises:
-        ConfigError: an option is unknown or has an unknown value.
+        ConfigError: an option is unknown, or has a value that it can't have.
         ExpertokenError: the run can't end well, the model can't be loaded, or memory ran out.
         ImportError: the extra `train` is not installed.
     """
+    if not isinstance(data, Supervision | Path | str):
+        raise ConfigError(f"data: expected a supervision or the folder of one, got {type(data).__name__}")
     folder = kept_at(data, Path(out)) if isinstance(data, Supervision) else Path(data)
     parsed, arguments = make_arguments(meta, str(folder), str(out), options)
     check_product(out, "composite")

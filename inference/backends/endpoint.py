@@ -2,9 +2,8 @@
 
 import asyncio
 import math
-import re
 import threading
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,22 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from ...modeling.backend import Backend, Generation, Opening, Piece, Timeouts
+from ...modeling.backend import Backend, Generation, Opening, Piece, Timeouts, as_usage
 from ...modeling.chat import Message
 from ...modeling.errors import ExpertFailedError, RequestRefusedError
 from ...modeling.experts import Expert, ExpertKind
 
 if TYPE_CHECKING:
-    from typing import TypeGuard
-
     from openai import AsyncOpenAI
     from tenacity import AsyncRetrying
 
 
 REQUESTS = (400, 413, 422)  # a fault of the request
 _FOR_NOW = (408, 409, 429)
-_MOST = 2**53  # tokens, and far more than there are
 _CHARACTERS = 32  # of a token, on average, at most: beyond that an endpoint does not heed the limit that it was given
+_STOPS = 4  # stop texts that OpenAI's API takes
 _NO_ANSWER = "the endpoint gave something else than an answer"
 _OPENAI = "//api.openai.com"
 _GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
@@ -138,7 +135,7 @@ class EndpointBackend(Backend):
             "temperature": generation.temperature,
             "top_p": generation.top_p,
             "seed": generation.seed,
-            "stop": list(generation.stop) or None,
+            "stop": list(generation.stop[:_STOPS]) or None,  # whoever asks cuts the answer at the others
         }
         fixed = {"model": self.expert.model, "stream": True, "stream_options": {"include_usage": True}}
         return dict(generation.extra) | {key: value for key, value in asked.items() if value is not None} | fixed
@@ -245,8 +242,7 @@ def _piece(chunk: Any, unicode: "_Unicode") -> tuple[Piece, int]:
     """
     try:
         counts = chunk.get("usage") or {}
-        read, written = counts.get("prompt_tokens"), counts.get("completion_tokens")
-        usage = (read, written) if _is_count(read) and _is_count(written) else None
+        usage = as_usage((counts.get("prompt_tokens"), counts.get("completion_tokens")))
         choices = chunk.get("choices")
         if choices is None and usage is None:
             raise ExpertFailedError(_NO_ANSWER)
@@ -265,10 +261,6 @@ def _piece(chunk: Any, unicode: "_Unicode") -> tuple[Piece, int]:
     except (AttributeError, TypeError, ValueError, LookupError) as error:
         raise ExpertFailedError(_NO_ANSWER) from error
     return piece, thought
-
-
-def _is_count(value: Any) -> "TypeGuard[int]":
-    return isinstance(value, int) and 0 <= value < _MOST
 
 
 def _characters(piece: Piece) -> int:
@@ -387,9 +379,6 @@ class Repetition:
         return text
 
 
-_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
-
-
 def _open(expert: Expert, opening: Opening) -> EndpointBackend:
     return EndpointBackend(expert, opening.timeouts)
 
@@ -403,17 +392,6 @@ def _address(expert: Expert) -> str:
     return expert.base_url or "OpenAI"
 
 
-def _check(entry: Mapping[str, Any], place: str) -> list[str]:
-    found = []
-    variable, url = entry.get("api_key_env"), entry.get("base_url")
-    if isinstance(variable, str) and not _VARIABLE.fullmatch(variable):
-        # Without the value, which may well be the key itself.
-        found.append(f"{place}.api_key_env: expected the NAME of an environment variable, such as MATH_API_KEY")
-    if isinstance(url, str) and (not url.startswith(("http://", "https://")) or "@" in url or "?" in url):
-        found.append(f"{place}.base_url: expected http(s)://host[:port]/path without a user name, password or query")
-    return found
-
-
 ENDPOINT = ExpertKind(
     "openai",
     _open,
@@ -422,7 +400,6 @@ ENDPOINT = ExpertKind(
     priced=True,
     key=_key,
     address=_address,
-    check=_check,
     recognises=lambda entry: bool(entry.get("base_url")),
 )
 KINDS = (ENDPOINT,)

@@ -83,6 +83,7 @@ KINDS = (
         weights=_model,
         batches=True,
         scores_texts=True,
+        is_weights=True,
         check_files=_no_adapter,
     ),
     ExpertKind(
@@ -94,6 +95,7 @@ KINDS = (
         needs_base=lambda expert: not expert.base,
         batches=True,
         scores_texts=True,
+        is_weights=True,
         check_files=_no_whole_model,
         recognises=lambda entry: not entry.get("base_url") and is_adapter(entry.get("model") or ""),
     ),
@@ -105,6 +107,7 @@ KINDS = (
         needs_base=lambda expert: True,
         batches=True,
         scores_texts=True,
+        is_weights=True,
         check=_no_model,
     ),
 )

@@ -273,6 +273,7 @@ def test_a_supervision_that_was_replaced_is_refused_unless_named(composite_folde
     [
         ({"split": "trian"}, "no 'trian' side; it has train"),
         ({"baselines": ["knn"]}, "did you mean 'kNN'"),
+        ({"baselines": "knn"}, "did you mean 'kNN'"),
         ({"encoder": "./nowhere"}, "./nowhere: no such encoder"),
         ({"embedder": "./nowhere"}, "./nowhere: no such encoder"),
     ],
@@ -281,6 +282,11 @@ def test_misspelt_names_are_told_before_anything_is_loaded(composite_folder, mon
     monkeypatch.setattr("expertoken.evaluation.evaluate.load_composite", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ExpertokenError, match=message):
         evaluate(composite_folder, **options)
+
+
+def test_a_model_that_chats_is_refused_with_what_to_give():
+    with pytest.raises(ExpertokenError, match="expected a folder or a `Composite`.*got NoComposite"):
+        evaluate(type("NoComposite", (), {})())
 
 
 def test_no_expert_can_have_the_name_of_a_line_of_the_report():

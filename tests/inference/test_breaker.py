@@ -1,5 +1,5 @@
 from expertoken.inference.breaker import Breaker
-from expertoken.inference.stops import StopTexts
+from expertoken.modeling.stops import StopTexts
 
 
 def test_after_some_failures_in_a_row_one_request_per_pause_may_try_and_pauses_grow():

@@ -1,5 +1,6 @@
 """A backend of another package, in one file, is a kind of expert like ours: everything works with it by its name."""
 
+import datetime
 import json
 import os
 import subprocess
@@ -11,10 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from expertoken.inference.batch import answer_all
+from expertoken.inference.policy import Policy
 from expertoken.modeling import experts as module
-from expertoken.modeling.errors import ExpertokenError, PoolError
-from expertoken.modeling.experts import Expert, ExpertKind, kind_of, recognised
+from expertoken.modeling.backend import Backend, Generation, Piece
+from expertoken.modeling.errors import ExpertokenError, NoAnswerError, PoolError
+from expertoken.modeling.experts import Expert, ExpertKind, Weights, kind_of, recognised
 from expertoken.modeling.pool import ExpertPool
+from expertoken.modeling.source import Source
+from expertoken.tests.inference.conftest import composite_of
 
 BACKEND = '''
 """An expert that answers with its motto and the last word it was asked."""
@@ -216,6 +222,9 @@ def test_a_package_that_is_broken_stops_only_who_asks_for_it(run, tmp_path):
     (tmp_path / "ours.yaml").write_text("experts:\n- {name: a, model: x}\n- {name: b, model: y}\n")
     (tmp_path / "theirs.yaml").write_text("experts:\n- {name: a, backend: parrot, model: x}\n")
     assert run("prepare", "results.csv", "--pool", "ours.yaml", "--out", "s", "--test", "0").returncode == 0
+    (tmp_path / "mixed.yaml").write_text("experts:\n- {name: a, model: x, base_url: 'http://127.0.0.1:9/v1'}\n")
+    told = run("prepare", "results.csv", "--pool", "mixed.yaml", "--out", "t").stderr
+    assert "experts[0].base_url: only for backend 'openai'" in told
     told = run("prepare", "results.csv", "--pool", "theirs.yaml", "--out", "t").stderr
     assert "error: backend 'parrot': parrots:KIND can't be imported (No module named 'no_such_module_here')" in told
     assert "Traceback" not in told
@@ -276,6 +285,116 @@ def test_a_key_is_refused_whatever_the_kind_calls_its_fields(entry):
     with pytest.raises(PoolError, match=r"experts\[0\].token: a key itself is refused") as error:
         ExpertPool.parse({"experts": [{"name": "a", "backend": "mine", "model": "m", "token": "sk-secret"}]})
     assert "sk-secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"api_key_env": "sk-secret"}, r"api_key_env: expected the NAME of an environment variable"),
+        ({"api_key_env": ["sk-secret"]}, r"api_key_env: expected the NAME of an environment variable"),
+        ({"base_url": "http://user:sk-secret@host/v1"}, r"base_url: expected http\(s\)://host"),
+        ({"mode": {"inner": [{"api_key": "sk-secret"}]}}, r"mode.inner.0.api_key: a key itself is refused"),
+    ],
+)
+def test_no_kinds_entry_holds_a_secret(entry, given, message):
+    names = ("model", "base_url", "api_key_env", "mode")
+    entry.kind = ExpertKind("mine", lambda expert, opening: None, fields=names)
+    with pytest.raises(PoolError, match=message) as error:
+        ExpertPool.parse({"experts": [{"name": "a", "backend": "mine", "model": "m", **given}]})
+    assert "sk-secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"file": 3}, r"experts\[0\].file: expected text, got 3"),
+        ({"mode": {1: "x"}}, r"experts\[0\].mode: expected text, numbers, lists or mappings with texts as keys"),
+        ({"mode": datetime.date(2024, 1, 1)}, r"experts\[0\].mode: expected text, numbers"),
+        ({"mode": "odd"}, r"experts\[0\]: backend 'mine' can't check it \(KeyError: 'nothing'\)"),
+    ],
+)
+def test_values_that_a_kind_can_not_take_are_mistakes_of_the_entry(entry, tmp_path, given, message):
+    def check(entry, place):
+        return [entry["nothing"]] if entry.get("mode") == "odd" else []
+
+    fields = ("model", "file", "mode")
+    entry.kind = ExpertKind("mine", lambda expert, opening: None, fields=fields, paths=("file",), check=check)
+    with pytest.raises(PoolError, match=message):
+        ExpertPool.parse({"experts": [{"name": "a", "backend": "mine", "model": "m", **given}]}, folder=tmp_path)
+
+
+def test_a_kind_that_can_not_be_imported_or_fails_is_passed_over_by_who_does_not_name_it(entry):
+    entry.kind = "a text"
+    assert recognised({"model": "owner/name"}) == "transformers"
+
+    def fails(entry):
+        raise KeyError("nothing")
+
+    entry.kind = ExpertKind("mine", lambda expert, opening: None, recognises=fails)
+    module._load.cache_clear()
+    assert recognised({"model": "owner/name"}) == "transformers"
+
+
+ONLY = Policy(allow=("a",))
+
+
+class Wrong(Backend):
+    def __init__(self, answers):
+        self.answers = answers
+
+    async def stream(self, messages, generation, *, begun=""):
+        if self.answers == "exit":
+            raise SystemExit(3)
+        yield Piece("one ST")
+        yield Piece("OP two", finish="stop", usage=(None, 1))
+
+    def complete(self, conversations, generation, *, held=None, batch_size=32):
+        return self.answers
+
+
+@pytest.fixture
+def wrong(entry, base_folder):
+    """Make a composite whose only expert is of a kind that gives `answers`."""
+
+    def made(answers):
+        entry.kind = ExpertKind("mine", lambda expert, opening: Wrong(answers), batches=True)
+        module._load.cache_clear()
+        return composite_of(base_folder, [Expert("a", "mine", "m", cost={"input": 1, "output": 1})])
+
+    return made
+
+
+@pytest.mark.parametrize("answers", [[], None, ["a text"], [Piece("x"), Piece("y")]])
+def test_a_batch_that_is_no_list_of_answers_is_asked_one_by_one(wrong, answers):
+    [told] = answer_all(wrong(answers), [[{"role": "user", "content": "hi"}]], Generation(4), policy=ONLY)
+    assert (told["expert"], told["answer"]) == ("a", "one STOP two")
+
+
+def test_a_count_that_is_none_loses_no_answer_and_an_exit_ends_nothing(wrong):
+    reply = wrong([]).chat("hi", policy=ONLY, stop="STOP")
+    assert (reply.text, reply.expert) == ("one ", "a")
+    with pytest.raises(NoAnswerError, match="wanted to end the program"):
+        wrong("exit").chat("hi", policy=ONLY)
+
+
+def test_collected_answers_end_at_stop_texts_and_ask_the_backend_although_it_has_weights(entry, base_folder):
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+
+    from expertoken.data_prep.harness_models import BackendLM, language_model
+
+    weights = lambda expert, base: Weights(Source(str(base_folder)))  # noqa: E731 - as a kind has it
+    entry.kind = ExpertKind("mine", lambda expert, opening: Wrong([]), weights=weights)
+    lm = language_model(Expert("a", "mine", "m"), None)
+    assert isinstance(lm, BackendLM)
+    until = {"until": ["1", "2", "3", "4", "STOP"]}
+    request = Instance("generate_until", {}, ("hi", until), 0)
+    assert lm.generate_until([request], disable_tqdm=True) == ["one "]
+
+
+def test_experts_are_hashed_whatever_their_kind_knows():
+    one = Expert("a", model="m", options={"x": [1]}, cost={"input": 1.0, "output": 2.0})
+    assert len({one, Expert.from_entry(one.entry())}) == 1
 
 
 def test_fields_that_only_the_kind_knows_survive_the_pools_file(entry, tmp_path):

@@ -182,7 +182,7 @@ def test_a_file_limit_while_writing_rows_is_one_clear_line(tmp_path, composite):
     before = contents(tmp_path / "composite")
     code = (
         "import resource, signal; from expertoken.modeling.composite import load_composite; "
-            "from expertoken.modeling.saving import save_composite\n"
+        "from expertoken.modeling.saving import save_composite\n"
         f"c = load_composite({str(tmp_path / 'composite')!r}, device='cpu')\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
         f"save_composite(c, {str(tmp_path / 'composite')!r}, verify=False)"

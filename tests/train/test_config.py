@@ -229,3 +229,42 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
             pass
     with exclusive(tmp_path / "c", Team()):
         pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": None}, "method: expected str, got None"),
+        ({"l2": 0.1}, r"l2: expected list\[float\], got 0.1"),
+        ({"l2": []}, "l2: expected one or more numbers"),
+        ({"l2": [-1.0]}, "l2: expected one or more numbers"),
+        ({"warm_start": "false"}, "warm_start: expected bool, got 'false'"),
+        ({"anywhere": -1, "max_tokens": 0}, "max_tokens: expected 1 or more, got 0; anywhere: expected 0 or more"),
+        ({"learning_rate": "abc"}, "learning_rate: expected float, got 'abc'"),
+        ({"lora_target_modules": "q_proj"}, r"lora_target_modules: expected list\[str\]"),
+        ({"help": True}, "help: unknown argument"),
+    ],
+)
+def test_values_of_another_type_are_told_before_anything_is_loaded(options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_arguments("m", "d", "o", options)
+
+
+def test_a_tuple_is_a_list_and_no_tracker_may_be_none():
+    options, arguments = make_arguments("m", "d", "o", {"l2": (0.1, 1), "report_to": None})
+    assert options.l2 == [0.1, 1]
+    assert arguments.report_to == []
+
+
+def test_nothing_is_no_folder_and_no_method(tmp_path):
+    (tmp_path / "r.yaml").write_text("out:\nmethod:\n")
+    with pytest.raises(ConfigError, match="--out: missing"):
+        parse_arguments([str(tmp_path / "r.yaml"), "--meta", "m", "--data", "d"])
+    with pytest.raises(ConfigError, match="--out: missing"):
+        parse_arguments(["--meta", "m", "--data", "d", "--out", ""])
+    with pytest.raises(ConfigError, match="method: expected str, got None"):
+        parse_arguments([str(tmp_path / "r.yaml"), *NEEDED])
+    with pytest.raises(ConfigError, match="max_tokens: expected 1 or more, got 0"):
+        parse_arguments(["--max_tokens", "0", *NEEDED])
+    with pytest.raises(ConfigError, match="out: missing"):
+        make_arguments("m", "d", "", {})

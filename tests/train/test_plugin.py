@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from expertoken.data_prep.extension import extend_supervision, known_ids
 from expertoken.data_prep.results import BenchmarkResults
-from expertoken.data_prep.supervision import build_supervision
+from expertoken.data_prep.supervision import build_supervision, supervision_of
 from expertoken.evaluation.evaluate import evaluate
 from expertoken.modeling.composite import ROWS_FILE, load_composite, read_manifest, write_calibration
 from expertoken.modeling.errors import PoolError, ResultsError
@@ -74,6 +74,15 @@ def test_an_added_expert_leaves_the_others_bit_identical_and_removing_it_restore
     remove_expert(composite_folder, "sql", verify=False)
     assert (composite_folder / ROWS_FILE).read_bytes() == original
     torch.testing.assert_close(state(composite_folder)[1], logits)
+
+
+def test_the_supervision_may_be_given_as_it_is_in_memory(composite_folder, base_folder):
+    kept = supervision_of(read_manifest(composite_folder), composite_folder)
+    change = add_expert(
+        composite_folder, Expert("sql", model=str(base_folder)), new_results(), data=kept, l2=[0.1], verify=False
+    )
+    assert change.after > change.before
+    assert "sql" in supervision_of(read_manifest(composite_folder), composite_folder).info.candidates
 
 
 def test_an_eleventh_expert_leaves_ten_rows_and_their_logits(tmp_path, base_folder):
