@@ -1,6 +1,7 @@
 """Reading benchmark results in any known format."""
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -48,16 +49,38 @@ def read_results(path: Path | str, format: str = "auto", **options: Any) -> Benc
         **options: of the reader.
 
     Raises:
-        ResultsError: the path or the format does not exist, or a file is not of that format.
+        ResultsError: the path or the format does not exist, the reader has no such option, or a file is not of that
+            format.
     """
+    if format != "auto":
+        _check_options(format, options)
     if format == "datasets":
         return hf_datasets.read(path, **options)
     path = Path(path).expanduser()
-    if format != "auto":
-        _reader(format)
     if not path.exists():
         raise ResultsError(f"{path}: no such file or folder; expected benchmark results")
-    return _reader(detect(path) if format == "auto" else format).read(path, **options)
+    if format == "auto":
+        format = detect(path)  # noqa: A001
+        _check_options(format, options)
+    return _reader(format).read(path, **options)
+
+
+def _options(format: str) -> dict[str, str]:  # noqa: A002
+    """Return the options of a reader, with their types as text."""
+    known: dict[str, str] = {}
+    for name, parameter in inspect.signature(_reader(format).read).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            known[name] = str(parameter.annotation)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            known |= {column.name: str(column.type) for column in fields(table.Columns)}
+    return known
+
+
+def _check_options(format: str, options: Iterable[str]) -> None:  # noqa: A002
+    known = _options(format)
+    for key in options:
+        if key not in known:
+            raise ResultsError(f"format {format!r} has no option {key!r}, {did_you_mean(key, known)}")
 
 
 def parse_options(format: str, pairs: list[str]) -> dict[str, Any]:  # noqa: A002
@@ -66,12 +89,7 @@ def parse_options(format: str, pairs: list[str]) -> dict[str, Any]:  # noqa: A00
     Raises:
         ResultsError: a text has no `=`, or the reader has no such option.
     """
-    known: dict[str, str] = {}
-    for name, parameter in inspect.signature(_reader(format).read).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            known[name] = str(parameter.annotation)
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            known |= {column.name: str(column.type) for column in fields(table.Columns)}
+    known = _options(format)
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")

@@ -310,8 +310,12 @@ def build_supervision(
     Raises:
         ResultsError: results of a candidate are missing.
         LeakError: there are leaks and `leaks` is `refuse`.
-        ExpertokenError: there is no such strategy or way to handle leaks, or costs are needed and not there.
+        ExpertokenError: there is no such strategy or way to handle leaks, or costs are needed and not there; or these
+            are no results.
     """
+    if not isinstance(results, BenchmarkResults):
+        kind = type(results).__name__
+        raise ExpertokenError(f"results: expected BenchmarkResults (see `read_results`), got {kind}")
     if leaks not in LEAKS:
         raise ExpertokenError(f"leaks: expected one of {', '.join(LEAKS)}, got {leaks!r}")
     if near_duplicates not in (None, "ignore", *LEAKS):

@@ -6,13 +6,20 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, overload
 
 from ..modeling.backend import Backend, Generation, Piece, stop_texts
 from ..modeling.chat import Message, as_messages, text_of
 from ..modeling.dispatch import Dispatch
-from ..modeling.errors import ExpertFailedError, ExpertokenError, NoAnswerError, RequestRefusedError, one_line
+from ..modeling.errors import (
+    ExpertFailedError,
+    ExpertokenError,
+    NoAnswerError,
+    RequestRefusedError,
+    did_you_mean,
+    one_line,
+)
 from ..modeling.pool import ExpertPool
 from .backends.local import LOADERS
 from .backends.models import LocalModels
@@ -332,7 +339,10 @@ class AnsweringModel(ABC):
 
 
 def _generation(options: dict[str, Any]) -> Generation:
+    known = [item.name for item in fields(Generation)]
+    if unknown := [name for name in options if name not in known]:
+        raise ExpertokenError(f"unknown generation argument {unknown[0]!r}, {did_you_mean(unknown[0], known)}")
     try:
         return Generation(**options | {"stop": stop_texts(options.get("stop"))})
-    except TypeError as error:
-        raise ExpertokenError(f"unknown generation argument ({error})") from None
+    except TypeError:
+        raise ExpertokenError(f"stop: expected a text or several, got {options['stop']!r}") from None

@@ -16,7 +16,7 @@ from .loading import as_device, load_tokenizer
 from .meta import MetaLLM
 from .model_card import model_card
 from .pool import ExpertPool
-from .source import Source
+from .source import Source, is_path
 
 logger = logging.getLogger(__name__)
 
@@ -270,7 +270,13 @@ def load_composite(
         )
     names = [expert.name for expert in pool]
     rows = read_rows(path / ROWS_FILE, names, base["hidden_size"])
-    source = Source(_resolved(base["model"], path), base.get("revision"), trust_remote_code)
+    model = _resolved(base["model"], path)
+    if is_path(model) and not Path(model).exists():
+        raise ExpertokenError(
+            f"{path}: its base model is not at {(path / model).resolve()}; put it there, or write where it is into "
+            f"{path / MANIFEST_FILE} (`base.model`)"
+        )
+    source = Source(model, base.get("revision"), trust_remote_code)
     meta = MetaLLM.from_pretrained(source, len(pool), device=device, dtype=dtype, quantization=base.get("quantization"))
     meta.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     if "path" in manifest.data:

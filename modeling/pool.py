@@ -12,12 +12,12 @@ import yaml
 from .errors import PoolError, did_you_mean, one_line
 from .experts import DEFAULT_KIND, SELF, Expert, ExpertKind, kind_names, kind_of, usable_kinds
 from .files import atomic_file
+from .source import is_path
 
 RESERVED = ("composite", "random", "oracle", "kNN", "linear", "MLP", "clusters", "factors", "encoder")
 """Names that reports use themselves."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_PATH = re.compile(r"[./~]|[^/]*/[^/]*/")  # what cannot be a hub id, `owner/name`
 _COMMON = ("name", "backend", "description", "revision", "cost", "results")  # keys of every kind
 _SECRETS = ("api_key", "key", "token")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
@@ -155,6 +155,9 @@ class ExpertPool:
         if mistakes:
             raise PoolError("pool: " + "; ".join(mistakes))
 
+    def __repr__(self) -> str:
+        return f"ExpertPool({', '.join(self.names)})"
+
     def __len__(self) -> int:
         return len(self.experts)
 
@@ -213,7 +216,7 @@ class ExpertPool:
             f"expert {expert.name!r}: there is nothing at {path} on this machine"
             for expert in self.experts
             for path in (expert.entry().get(key) for key in expert.kind.paths)
-            if path and _PATH.match(path) and not Path(path).exists()
+            if path and is_path(path) and not Path(path).exists()
         ]
 
     @classmethod

@@ -1,5 +1,6 @@
 """Where a model comes from, and the forms in which it can be loaded. Imports no torch."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ QUANTIZATIONS = ("nf4", "int8")
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Implementations of attention in transformers."""
+
+_PATH = re.compile(r"[./~]|[^/]*/[^/]*/")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ class Source:
         """Return the same source with a local path made absolute."""
         path = Path(self.model).expanduser()
         return Source(str(path.resolve()), self.revision, self.trust_remote_code) if path.exists() else self
+
+
+def is_path(model: str) -> bool:
+    """Return whether a model's name can only be a path: a hub id is `owner/name`."""
+    return _PATH.match(model) is not None
 
 
 def same_model(one: str, other: str) -> bool:

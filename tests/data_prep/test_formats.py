@@ -440,3 +440,10 @@ def test_the_published_files_are_read_whole(name, queries, models):
     assert detect(DATA / name) == name
     results = read_results(DATA / name)
     assert (len(results), len(results.models)) == (queries, models)
+
+
+@pytest.mark.parametrize("given", ["auto", "table"])
+def test_an_option_that_no_reader_has_is_refused_by_name(tmp_path, given):
+    (tmp_path / "r.csv").write_text("q,a,b\none,1,0\n")
+    with pytest.raises(ResultsError, match="format 'table' has no option 'qery', did you mean 'query'"):
+        read_results(tmp_path / "r.csv", given, qery="q")

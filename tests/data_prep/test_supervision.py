@@ -231,3 +231,8 @@ def test_chat_data_is_not_written_over_a_supervision(tmp_path, results, pool):
     with pytest.raises(ExpertokenError, match="holds a supervision"):
         export_sft(supervision, tmp_path / "s")
     Supervision.load(tmp_path / "s")
+
+
+def test_a_path_is_no_results(tmp_path):
+    with pytest.raises(ExpertokenError, match=r"expected BenchmarkResults \(see `read_results`\), got str"):
+        build_supervision("results.csv", None)

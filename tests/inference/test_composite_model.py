@@ -189,6 +189,10 @@ def test_sampling_is_repeatable_with_a_seed(make):
 def test_an_unknown_generation_argument_is_refused(make):
     with pytest.raises(ExpertokenError, match="max_tokens"):
         make(winner=0).chat("hello", max_tokens=3)
+    with pytest.raises(ExpertokenError, match="'max_tokens', did you mean 'max_new_tokens'"):
+        make(winner=0).chat("hello", max_tokens=3)
+    with pytest.raises(ExpertokenError, match="stop: expected a text or several, got 3"):
+        make(winner=0).chat("hello", stop=3)
 
 
 def test_closing_a_stream_stops_generating(make):

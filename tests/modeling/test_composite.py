@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,17 @@ def test_a_damaged_base_is_one_clear_line(tmp_path):
 def test_a_missing_base_is_one_clear_line(tmp_path):
     with pytest.raises(ExpertokenError, match="no such folder"):
         MetaLLM.from_pretrained(str(tmp_path / "nowhere"), 1)
+
+
+def test_a_copy_whose_base_stayed_behind_says_where_it_looked_and_what_to_do(tmp_path, composite):
+    save_composite(composite, tmp_path / "composite", verify=False)
+    copy = tmp_path / "far" / "away" / "copy"
+    shutil.copytree(tmp_path / "composite", copy)
+    base = json.loads((copy / MANIFEST_FILE).read_text())["base"]["model"]
+    with pytest.raises(ExpertokenError) as error:
+        load_composite(copy, device="cpu")
+    told = f"{copy}: its base model is not at {(copy / base).resolve()}; put it there, or write where it is into"
+    assert str(error.value) == f"{told} {copy / MANIFEST_FILE} (`base.model`)"
 
 
 def test_a_folder_can_not_switch_on_remote_code_by_itself(tmp_path, composite):
