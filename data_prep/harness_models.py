@@ -86,7 +86,7 @@ class BackendLM(ChatLM):
         """Return the options of a task as ours: what the harness's own chat endpoint sends, its seed included."""
         ours = ("until", "max_gen_toks", "max_tokens", "temperature", "top_p", "do_sample", "seed")
         return Generation(
-            max_new_tokens=int(options.get("max_gen_toks") or options.get("max_tokens") or self.max_gen_toks),
+            max_new_tokens=self.longest(options),
             temperature=float(options.get("temperature") or 0),
             top_p=None if options.get("top_p") is None else float(options["top_p"]),
             seed=int(options.get("seed", _SEED)),

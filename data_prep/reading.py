@@ -76,11 +76,11 @@ def _options(format: str) -> dict[str, str]:  # noqa: A002
     return known
 
 
-def _check_options(format: str, options: Iterable[str]) -> None:  # noqa: A002
+def _check_options(format: str, options: Iterable[str], place: str = "") -> None:  # noqa: A002
     known = _options(format)
     for key in options:
         if key not in known:
-            raise ResultsError(f"format {format!r} has no option {key!r}, {did_you_mean(key, known)}")
+            raise ResultsError(f"{place}format {format!r} has no option {key!r}, {did_you_mean(key, known)}")
 
 
 def parse_options(format: str, pairs: list[str]) -> dict[str, Any]:  # noqa: A002
@@ -95,8 +95,7 @@ def parse_options(format: str, pairs: list[str]) -> dict[str, Any]:  # noqa: A00
         key, equals, value = pair.partition("=")
         if not equals:
             raise ResultsError(f"--set {pair}: expected KEY=VALUE")
-        if key not in known:
-            raise ResultsError(f"--set {pair}: format {format!r} has no option {key!r}, {did_you_mean(key, known)}")
+        _check_options(format, [key], f"--set {pair}: ")
         words = {"true": True, "false": False}
         options[key] = value.split(",") if "Sequence" in known[key] else words.get(value.lower(), value)
     return options

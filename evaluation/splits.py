@@ -78,7 +78,7 @@ class Split:
 
 
 def read_split(composite: Composite, supervision: Supervision, name: str, *, states: bool = True) -> Split:
-    """A side with the composite's logits, by way of the feature cache. Queries nobody was measured on are left out.
+    """A side with the composite's logits, by way of the cache of states. Queries nobody was measured on are left out.
 
     Args:
         composite: whose candidates and states.

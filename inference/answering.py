@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import fields, replace
 from typing import Any, overload
 
-from ..modeling.backend import Backend, Generation, Piece, stop_texts
+from ..modeling.backend import Backend, Generation, Piece
 from ..modeling.chat import Message, as_messages, text_of
 from ..modeling.dispatch import Dispatch
 from ..modeling.errors import (
@@ -343,6 +343,6 @@ def _generation(options: dict[str, Any]) -> Generation:
     if unknown := [name for name in options if name not in known]:
         raise ExpertokenError(f"unknown generation argument {unknown[0]!r}, {did_you_mean(unknown[0], known)}")
     try:
-        return Generation(**options | {"stop": stop_texts(options.get("stop"))})
+        return Generation(**options)
     except TypeError:
         raise ExpertokenError(f"stop: expected a text or several, got {options['stop']!r}") from None

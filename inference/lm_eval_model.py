@@ -72,7 +72,7 @@ class CompositeLM(ChatLM):
     def generation(self, options: Mapping[str, Any]) -> Generation:
         """Return the options of a task as ours."""
         return Generation(
-            max_new_tokens=int(options.get("max_gen_toks") or options.get("max_tokens") or self.max_gen_toks),
+            max_new_tokens=self.longest(options),
             temperature=float(options.get("temperature") or 0) if options.get("do_sample") else 0.0,
             top_p=float(options.get("top_p") or 1),
             stop=stop_texts(options.get("until")),

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import ExpertokenError, one_line
+from .source import is_path
 
 PRODUCTS = {"composite": "expertoken.json", "supervision": "supervision.json"}
 """The folders that people name, to the file that tells them."""
@@ -52,7 +53,7 @@ def local_folder(path: Path | str, revision: str | None = None) -> Path:
     """
     folder = Path(path)
     name = str(path)
-    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if folder.exists() or "/" not in name or is_path(name):
         return folder
     from huggingface_hub import snapshot_download
 

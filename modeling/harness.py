@@ -1,6 +1,8 @@
 """What models of lm-evaluation-harness share here: they read conversations, not prompts. Needs the extra `collect`."""
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -21,6 +23,10 @@ class ChatLM(LM):
     def __init__(self, name: str, max_gen_toks: int = 256) -> None:
         super().__init__()
         self._name, self.max_gen_toks = name, max_gen_toks
+
+    def longest(self, options: Mapping[str, Any]) -> int:
+        """Return the longest answer in tokens that a task's options allow."""
+        return int(options.get("max_gen_toks") or options.get("max_tokens") or self.max_gen_toks)
 
     @property
     def tokenizer_name(self) -> str:

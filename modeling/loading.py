@@ -10,7 +10,7 @@ from torch import nn
 
 from .errors import ExpertokenError, is_out_of_memory, one_line, require_extra
 from .from_gguf import converted
-from .source import DTYPES, QUANTIZATIONS, Source
+from .source import DTYPES, QUANTIZATIONS, Source, is_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,7 +86,7 @@ def load_causal_lm(
     path = Path(source.model).expanduser()
     if path.suffix == ".gguf":
         path = converted(path)
-    elif not path.exists() and source.model.startswith((".", "/", "~")):
+    elif not path.exists() and is_path(source.model):
         raise ExpertokenError(f"{source.model}: no such folder; expected a hub id, a model folder or a GGUF file")
     where = str(path) if path.exists() else source.model
     options: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}

@@ -37,7 +37,7 @@ class Source:
 
 
 def is_path(model: str) -> bool:
-    """Return whether a model's name can only be a path: a hub id is `owner/name`."""
+    """Return whether the name of a model or composite can only be a path: a hub id is `owner/name`."""
     return _PATH.match(model) is not None
 
 
