@@ -3,8 +3,14 @@
 The names below are loaded when first used, so that `import expertoken` stays light (no torch).
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+# Before torch is loaded, by whatever entry. libgomp waits actively for a hundred times as long, so that torch is 20
+# times slower where its threads share a core (a busy machine, a container's limit); where they don't, it is as fast
+# with this (docs/results.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _HOMES = {
     "BenchmarkResults": ".data_prep.results",
@@ -21,7 +27,7 @@ _HOMES = {
     "LeakError": ".modeling.errors",
     "NoAnswerError": ".modeling.errors",
     "OutOfMemoryError": ".modeling.errors",
-    "Policy": ".inference.policy",
+    "Policy": ".modeling.policy",
     "PoolError": ".modeling.errors",
     "Reply": ".inference.reply",
     "Report": ".evaluation.report",
@@ -79,7 +85,6 @@ if TYPE_CHECKING:
     from .evaluation.report import Report
     from .inference.composite_model import CompositeModel
     from .inference.gateway import GatewayModel
-    from .inference.policy import Policy
     from .inference.reply import Reply
     from .modeling.backend import Generation
     from .modeling.dispatch import Dispatch
@@ -96,6 +101,7 @@ if TYPE_CHECKING:
     )
     from .modeling.experts import Expert
     from .modeling.export import export_checkpoint
+    from .modeling.policy import Policy
     from .modeling.pool import ExpertPool
     from .train.plugin import add_expert, remove_expert
     from .train.run import train_composite

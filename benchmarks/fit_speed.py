@@ -64,12 +64,11 @@ def solve(folder: Path, plain: bool) -> dict[str, float]:
     )  # fmt: skip
     started = time.perf_counter()
     fit = fit_rows(
-        problem, None, objective="correctness", l2=[STRENGTH], transform=LogitTransform(), with_self=False,
-        max_iterations=1000,
-    )  # fmt: skip
+        problem, objective="correctness", l2=[STRENGTH], transform=LogitTransform(), folds=0, max_iterations=1000
+    )
     seconds = time.perf_counter() - started
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": seconds, "steps": fit.path[0]["iterations"], "loss": fit.path[0]["train_loss"], "memory": memory}
+    return {"seconds": seconds, "steps": fit.iterations, "loss": fit.loss, "memory": memory}
 
 
 def main() -> None:

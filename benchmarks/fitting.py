@@ -39,7 +39,7 @@ def fit(
     """
     train, validation = problems_of(supervision, states(meta, supervision, sides))
     started = time.perf_counter()
-    found = fit_rows(train, validation, objective=objective, l2=l2, transform=meta.transform, with_self=False)
+    found = fit_rows(train + validation, objective=objective, l2=l2, transform=meta.transform)
     seconds = time.perf_counter() - started
     meta.rows = found.rows
     experts = [expert.name for expert in supervision.pool]

@@ -1,14 +1,15 @@
-"""A hard pool in RouterEval's shape: 1,000 experts on real questions: `python benchmarks/hard_pool.py`.
+"""Pools in RouterEval's shape, of 3 to 1,000 experts on real questions: `python benchmarks/hard_pool.py`.
 
 The questions are MMLU's as RouteLLM publishes them; the experts are synthetic. Each has a general ability, strengths
 and weaknesses in subjects, and answers a question rightly with the probability of an item-response model: ability in
-the subject less the question's difficulty. Of 3,000 such experts the 1,000 best (all_strong), the 1,000 worst
-(all_weak) and every third (strong_to_weak) are RouterEval's three pools (arXiv 2503.10657). They are written as
-RouterEval's pickle, read by its reader, learnt, and measured by its figures: mu, V_R, V_B, E_p. Prints a Markdown
-table.
+the subject less the question's difficulty. Of 3,000 such experts the best (all_strong), the worst
+(all_weak) and as many from the best to the worst (strong_to_weak) are RouterEval's three pools (arXiv 2503.10657), each
+of every size. They are written as RouterEval's pickle, read by its reader, learnt, and measured by its figures: mu,
+V_R, V_B, E_p. Prints a Markdown table.
 """
 
 import argparse
+import itertools
 import pickle
 import resource
 from pathlib import Path
@@ -26,11 +27,13 @@ from expertoken.evaluation.report import Report
 from expertoken.examples.smollm2 import smollm2
 from expertoken.modeling.meta import MetaLLM
 from expertoken.modeling.source import Source
+from expertoken.modeling.state import StateSpec
 
 KINDS = ("all_strong", "all_weak", "strong_to_weak")
 LABELS = {"correctness": "correctness", "query": "cross_entropy"}
 STRENGTHS = (0.3, 0.1, 0.03, 0.01, 0.003)
-POPULATION, SIZE = 3000, 1000
+POPULATION = 3000
+SIZES = {"easy": (3, 5), "hard": (10, 100, 1000)}  # as RouterEval has them
 _SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 
 
@@ -51,23 +54,29 @@ def write(queries: pd.DataFrame, file: Path, seed: int = 0) -> None:
     ends = np.cumsum([round(share * len(queries)) for share in _SHARES.values()])[:-1]
     sides = dict(zip(_SHARES, np.split(order, ends), strict=True))
     ranked = right[sides["train"]].mean(0).argsort()[::-1]
-    pools = {"all_strong": ranked[:SIZE], "all_weak": ranked[-SIZE:], "strong_to_weak": ranked[:: POPULATION // SIZE]}
-    group = {
-        kind: {
-            "data": {f"{side}_score": right[np.ix_(rows, chosen)] for side, rows in sides.items()},
-            "model": [f"expert-{index}" for index in chosen],
+
+    def group(size: int) -> dict[str, dict]:
+        spread = ranked[np.linspace(0, POPULATION - 1, size).astype(int)]
+        pools = {"all_strong": ranked[:size], "all_weak": ranked[-size:], "strong_to_weak": spread}
+        return {
+            kind: {
+                "data": {f"{side}_score": right[np.ix_(rows, chosen)] for side, rows in sides.items()},
+                "model": [f"expert-{index}" for index in chosen],
+            }
+            for kind, chosen in pools.items()
         }
-        for kind, chosen in pools.items()
-    }
+
     prompts = {f"{side}_prompt": queries["prompt"].iloc[rows].tolist() for side, rows in sides.items()}
-    document = {"hard": {SIZE: group}, "split_index": {}, "prompt": prompts}
+    levels = {level: {size: group(size) for size in sizes} for level, sizes in SIZES.items()}
+    document = {**levels, "split_index": {}, "prompt": prompts}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(pickle.dumps(document))
 
 
-def learn(meta: MetaLLM, file: Path, kind: str, label: str, routers: list[str]) -> tuple[Report, float]:
+def learn(meta: MetaLLM, file: Path, size: int, kind: str, label: str, routers: list[str]) -> tuple[Report, float]:
     """Fit tokens for a pool and evaluate them; the report, and the seconds of the fit."""
-    results = read_results(file, "routereval", difficulty="hard", candidates=str(SIZE), kind=kind)
+    level = next(level for level, sizes in SIZES.items() if size in sizes)
+    results = read_results(file, "routereval", difficulty=level, candidates=str(size), kind=kind)
     supervision = build_supervision(results, labelling=label, leaks="drop", near_duplicates="ignore")
     composite, _, seconds = fit(meta, supervision, LABELS[label], STRENGTHS)
     return evaluate(composite, supervision, baselines=routers, resamples=1000), seconds
@@ -79,17 +88,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="default: $EXPERTOKEN_DATA; has routellm/")
     parser.add_argument("--out", type=Path, default=Path("runs/hard_pool"), help="default: %(default)s")
     parser.add_argument("--dtype", default="float32", help="of the meta LLM (default: %(default)s)")
-    parser.add_argument("--routers", default="kNN,linear,MLP,clusters,factors", help="default: %(default)s")
+    parser.add_argument("--state", default="head", help="that decides (default: %(default)s)")
+    parser.add_argument("--sizes", default="3,5,10,100,1000", help="of the pools (default: %(default)s)")
+    parser.add_argument("--routers", default="names,words,kNN,linear,clusters", help="default: %(default)s")
     options = parser.parse_args()
     queries = read_results(options.data / "routellm", "routellm").queries
     file = options.out / "mmlu_router_dataset.pkl"
     write(queries, file)
-    meta = MetaLLM.from_pretrained(Source(str(smollm2())), SIZE, dtype=options.dtype)
-    print("| pool | router | mu | 95 % interval | V_R | V_B | E_p, bits |\n|---|---|---|---|---|---|---|")
+    meta = MetaLLM.from_pretrained(Source(str(smollm2())), 2, dtype=options.dtype)
+    print("| experts | pool | router | mu | 95 % interval | V_R | V_B | E_p, bits |\n|---|---|---|---|---|---|---|---|")
     fits = []
-    for kind in KINDS:
+    for size, kind in itertools.product(map(int, options.sizes.split(",")), KINDS):
+        meta.read_at(StateSpec.parse(options.state), size)
         for number, label in enumerate(LABELS):
-            report, seconds = learn(meta, file, kind, label, [] if number else options.routers.split(","))
+            report, seconds = learn(meta, file, size, kind, label, [] if number else options.routers.split(","))
             fits.append(seconds)
             figures = report.metrics
             entropy = {"composite": f"{figures['entropy of the predictions, bits (E_p)']:.2f}"}
@@ -103,12 +115,12 @@ def main() -> None:
                 ratios = f"{row.mean_score / reference:.3f} | {row.mean_score / best:.3f}"
                 mean, bits = f"{100 * row.mean_score:.2f}", entropy.get(row.name, "")
                 print(
-                    f"| {kind} | {name} | {mean} | {interval} | {ratios} | {bits} |",
+                    f"| {size:,} | {kind} | {name} | {mean} | {interval} | {ratios} | {bits} |",
                     flush=True,
                 )
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
-        f"\n{SIZE} experts, {report.settings['queries']} test queries; fits of {len(STRENGTHS)} strengths "
+        f"\n{report.settings['queries']} test queries; fits of {len(STRENGTHS)} strengths "
         f"{', '.join(f'{seconds:.0f}' for seconds in fits)} s; peak memory {memory:.1f} GiB"
     )
 

@@ -103,7 +103,9 @@ def ours(data: Path, work: Path, steps: int, batch: int) -> dict[str, float]:
         args=TrainingArguments(
             remove_unused_columns=False, train_sampling_strategy="group_by_length", **common(work, steps, batch)
         ),
-        train_dataset=Examples(supervision, "train", supervision.queries("train", meta), learn=True),
+        train_dataset=Examples(
+            supervision, "train", supervision.queries("train", meta), supervision.arrays("train"), learn=True
+        ),
         callbacks=[clock.callback],
     )  # fmt: skip
     trainer.train()
@@ -111,9 +113,7 @@ def ours(data: Path, work: Path, steps: int, batch: int) -> dict[str, float]:
     meta.model.eval()
     side = supervision.side("validation")
     scores = supervision.scores("validation")
-    chosen = [
-        int(meta.candidate_logits([meta.encode(messages)], with_self=False).argmax()) for messages in side["messages"]
-    ]
+    chosen = [int(meta.candidate_logits([meta.encode(messages)]).argmax()) for messages in side["messages"]]
     return {**_speed(clock, steps, batch), "memory": memory, "score": _score(scores, chosen)}
 
 
@@ -132,8 +132,7 @@ def tokens(data: Path, work: Path, steps: int, batch: int) -> dict[str, float]:
     _, found, _ = fit(meta, supervision, "cross_entropy", sides=("train", "validation"))
     seconds = time.perf_counter() - started
     examples = sum(len(supervision.side(side)) for side in ("train", "validation"))
-    score = next(entry["validation_score"] for entry in found.path if entry["l2"] == found.l2)
-    return {"seconds": seconds / examples, "memory": _peak(), "score": score}
+    return {"seconds": seconds / examples, "memory": _peak(), "score": found.chosen["validation_score"]}
 
 
 def trl(data: Path, work: Path, steps: int, batch: int, sampling: str = "random") -> dict[str, float]:

@@ -122,7 +122,7 @@ def main() -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 
-    def inputs(count: int) -> dict[str, torch.Tensor]:
+    def inputs(count: int) -> dict[str, Any]:
         ids = torch.randint(shape.vocabulary, (count, length), device=device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -144,7 +144,7 @@ def main() -> None:
 
     def step() -> None:
         logits, _ = dispatch_forward(adapted, **batch)
-        F.cross_entropy(candidate_logits(logits, shape.vocabulary, with_self=True), labels).backward()
+        F.cross_entropy(candidate_logits(logits, shape.vocabulary), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
 

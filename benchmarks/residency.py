@@ -22,7 +22,6 @@ from expertoken.inference.backends.models import LocalModels
 from expertoken.inference.batch import answer_all
 from expertoken.inference.composite_model import CompositeModel
 from expertoken.inference.decider import Decision
-from expertoken.inference.policy import Policy
 from expertoken.modeling.backend import Generation
 from expertoken.modeling.chat import Message
 from expertoken.modeling.composite import Composite, Manifest, describe_base
@@ -30,6 +29,7 @@ from expertoken.modeling.dispatch import Dispatch
 from expertoken.modeling.experts import Expert
 from expertoken.modeling.from_gguf import converted
 from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.policy import Policy
 from expertoken.modeling.pool import ExpertPool
 from expertoken.modeling.source import Source
 

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from expertoken.benchmarks import DATA
-from expertoken.benchmarks.fitting import problems_of, states
+from expertoken.benchmarks.fitting import SIDES, problems_of, states
 from expertoken.data_prep.reading import read_results
 from expertoken.data_prep.results import BenchmarkResults
 from expertoken.data_prep.supervision import Supervision, build_supervision
 from expertoken.evaluation import baselines, metrics
 from expertoken.examples.smollm2 import smollm2
+from expertoken.modeling.chat import text_of
 from expertoken.modeling.meta import MetaLLM
 from expertoken.modeling.source import Source
 from expertoken.modeling.states import state_logits
@@ -32,7 +33,7 @@ LABELS = {
     "tokens, query labels": ("query", "cross_entropy"),
     "tokens, subject labels": ("subject", "cross_entropy"),
 }
-ROUTERS = tuple(baselines.METHODS)
+ROUTERS = tuple(name for name in baselines.METHODS if name not in baselines.ON_REQUEST)
 
 
 def subject_means(supervision: Supervision, scores: np.ndarray) -> np.ndarray:
@@ -50,8 +51,8 @@ def tokens(meta: MetaLLM, results: BenchmarkResults, name: str, **split: Any) ->
     train, validation = problems_of(supervision, found)
     if "subject (" in name:
         train = replace(train, scores=subject_means(supervision, train.scores))
-    fit = fit_rows(train, validation, objective=objective, l2=L2, transform=meta.transform, with_self=False)
-    logits = state_logits(fit.rows, found["test"], meta.transform, with_self=False).numpy()
+    fit = fit_rows(train + validation, objective=objective, l2=L2, transform=meta.transform)
+    logits = state_logits(fit.rows, found["test"], meta.transform).numpy()
     return 1 / (1 + np.exp(-logits)) if objective == "correctness" else logits, supervision
 
 
@@ -59,19 +60,21 @@ def router(meta: MetaLLM, results: BenchmarkResults, name: str, **split: Any) ->
     """What a router from a library expects."""
     supervision = build_supervision(results, leaks="drop", near_duplicates="ignore", **split)
     found = states(meta, supervision)
-    train, validation = (
+    train, validation, asked = (
         baselines.Side(
             np.asarray(found[side].hidden),
             supervision.scores(side),
             np.asarray(supervision.side(side)["benchmark"], dtype=str),
+            np.asarray(supervision.side(side)["subject"], dtype=str),
+            np.array([text_of(messages[-1]) for messages in supervision.side(side)["messages"]], dtype=object),
         )
-        for side in ("train", "validation")
+        for side in SIDES
     )
 
     def score(chosen: np.ndarray, side: baselines.Side) -> float:
         return float(metrics.chosen_scores(np.nan_to_num(side.scores), chosen).mean())
 
-    return baselines.predict(name, train, validation, np.asarray(found["test"].hidden), score)[0], supervision
+    return baselines.predict(name, train, validation, asked, score)[0], supervision
 
 
 def figures(predicted: np.ndarray, scores: np.ndarray, resamples: int = 1000) -> list[str]:

@@ -28,9 +28,10 @@ from expertoken.modeling.batching import token_batches
 from expertoken.modeling.chat import Query
 from expertoken.modeling.dispatch import position_ids
 from expertoken.modeling.meta import MetaLLM
-from expertoken.modeling.states import states_of
+from expertoken.modeling.states import state_logits, states_of
 from expertoken.train.arguments import L2
-from expertoken.train.tokens import assess, fit_rows
+from expertoken.train.row_optimizer import Problem
+from expertoken.train.tokens import fit_rows, mean_score
 
 SIDES = ("train", "validation")
 BATCH_TOKENS = 4096
@@ -63,11 +64,15 @@ def tokens(meta: MetaLLM, supervision: Supervision) -> tuple[float, float]:
         started = time.perf_counter()
         found = {side: states_of(meta, supervision.side(side)["messages"], label=side) for side in SIDES}
         train, validation = problems_of(supervision, found)
-        options = {"objective": "cross_entropy", "transform": meta.transform, "with_self": False}
-        fit = fit_rows(train, validation, l2=L2, **options)
+        fit = fit_rows(train, objective="cross_entropy", transform=meta.transform, l2=L2)
         seconds = time.perf_counter() - started
-        chosen = next(entry for entry in fit.path if entry["l2"] == fit.l2)
-    return seconds, chosen["validation_score"]
+    return seconds, score(fit.rows, meta, validation)
+
+
+def score(rows: torch.Tensor, meta: MetaLLM, side: Problem) -> float:
+    """Mean score of the candidates that rows choose."""
+    chosen = state_logits(rows, side.states, meta.transform).argmax(-1).numpy()
+    return mean_score(chosen, side.scores, side.benchmarks)
 
 
 def recipe(meta: MetaLLM, supervision: Supervision, epochs: int) -> tuple[float, float]:
@@ -102,8 +107,7 @@ def recipe(meta: MetaLLM, supervision: Supervision, epochs: int) -> tuple[float,
     seconds = time.perf_counter() - started
     found = {side: states_of(meta, supervision.side(side)["messages"], label=side) for side in SIDES}
     _, validation = problems_of(supervision, found)
-    figures = assess(meta.rows, validation, "cross_entropy", meta.transform, with_self=False)
-    return seconds, figures["validation_score"]
+    return seconds, score(meta.rows, meta, validation)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import typer
 
 from ..modeling.errors import ExpertokenError
 from . import (
+    cache,
     calibrate,
     chat,
     collect,
@@ -18,7 +19,6 @@ from . import (
     expert,
     export,
     generate,
-    label,
     lm_eval,
     prepare,
     select,
@@ -52,7 +52,6 @@ def root(
 
 app.command()(collect.collect)
 app.command()(prepare.prepare)
-app.command()(label.label)
 app.command(context_settings=train.PASS_THROUGH, add_help_option=False)(train.train)
 app.command()(evaluate.evaluate)
 app.command()(select.select)
@@ -63,6 +62,7 @@ app.command()(calibrate.calibrate)
 app.command()(export.export)
 app.command("lm-eval", context_settings=lm_eval.PASS_THROUGH, add_help_option=False)(lm_eval.lm_eval)
 app.add_typer(expert.app, name="expert")
+app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:
@@ -70,9 +70,6 @@ def main() -> None:
     # What libraries tell each other drowns our own lines, and nobody here can change it.
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # libgomp waits actively for a hundred times as long, so that torch is 20 times slower where its threads share a
-    # core (a busy machine, a container's limit); where they don't, it is as fast with this (docs/results.md).
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("expertoken").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # kernels that nobody needs here are missing, it says

@@ -51,5 +51,4 @@ def calibrate(
     write_calibration(composite, {"policy": found.policy.document(), "target": target, **reached})
     typer.echo(f"policy: {found.policy.document()}")
     typer.echo(f"on {found.prompts} prompts: {found.share:.1%} to experts instead of the default")
-    if found.cost is not None:
-        typer.echo(f"{found.cost:.3g} USD a request expected; {found.before:.3g} without")
+    typer.echo(f"{found.cost:.3g} USD a request expected; {found.before:.3g} without")

@@ -17,9 +17,10 @@ def one_of(name: str, values: Iterable[str], *, several: bool = False) -> dict[s
     known = list(values)
 
     def parse(text: str) -> str:
-        for part in text.split(",") if several else [text]:
+        parts = [part.strip() for part in text.split(",")] if several else [text]
+        for part in parts:
             if part not in known:
                 raise ExpertokenError(f"{name}: unknown {part!r}, {did_you_mean(part, known)}")
-        return text
+        return ",".join(parts)
 
     return {"parser": parse, "metavar": f"[{'|'.join(known)}]{',...' if several else ''}"}

@@ -20,7 +20,8 @@ def evaluate(
         str | None,
         typer.Option(
             **one_of("baselines", ["none", *METHODS], several=True),
-            help="Learnt routers to compare with. Default: all, where the extra `eval` is installed.",
+            help="Learnt routers and trivial rivals to compare with. Default: all but untrained (the states of the "
+            "model with weights at random: a second model in memory), where the extra `eval` is installed.",
         ),
     ] = None,
     embedder: Annotated[
@@ -35,15 +36,19 @@ def evaluate(
     ] = None,
     encoder_epochs: Annotated[int, typer.Option(min=1, help="Of that fine-tuning, over the train side.")] = 3,
     robustness: Annotated[int, typer.Option(min=0, help="Queries to ask again in changed wording. 0: none.")] = 0,
+    contexts: Annotated[
+        int, typer.Option(min=0, help="Queries to ask in chats: behind a system prompt, after other turns. 0: none.")
+    ] = 0,
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 5000,
     plot: Annotated[bool, typer.Option(help="Draw pictures too. Default: with the extra `eval`.")] = True,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
 ) -> None:
     """Score a composite beside its experts, baselines and the oracle; write the report as a folder."""
     from ..evaluation.evaluate import evaluate as run
-    from .tables import report_table, wide_console
+    from .tables import chats_table, report_table, wide_console
 
-    chosen = None if baselines is None else [] if baselines == "none" else baselines.split(",")
+    names = None if baselines is None else baselines.split(",")
+    chosen = [] if names == ["none"] else names
     report = run(
         composite,
         data,
@@ -53,6 +58,7 @@ def evaluate(
         encoder=encoder,
         encoder_epochs=encoder_epochs,
         robustness=robustness,
+        contexts=contexts,
         resamples=resamples,
         trust_remote_code=trust_remote_code,
     )
@@ -65,6 +71,8 @@ def evaluate(
     report.save_folder(folder, pictures)
     console = wide_console()
     console.print(report_table(report))
+    if report.chats:
+        console.print(chats_table(report))
     for sentence in report.verdict():
         console.print(sentence, markup=False)
     console.print(f"written to {folder}", markup=False)

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,6 +44,12 @@ def add(
     base: Annotated[str | None, typer.Option(help="Base of a LoRA adapter. Default: the meta LLM's.")] = None,
     base_url: Annotated[str | None, typer.Option(help="Address of an endpoint.")] = None,
     api_key_env: Annotated[str | None, typer.Option(help="NAME of the variable that holds the endpoint's key.")] = None,
+    input_price: Annotated[
+        float | None, typer.Option(min=0, help="USD per million tokens read. Needs --output-price.")
+    ] = None,
+    output_price: Annotated[
+        float | None, typer.Option(min=0, help="USD per million tokens written. Needs --input-price.")
+    ] = None,
     results_name: Annotated[str | None, typer.Option(help="How the results call it. Default: name or model.")] = None,
     data: _Data = None,
     verify: _Verify = True,
@@ -55,7 +61,7 @@ def add(
     from ..train.plugin import add_expert
     from .prepare import read_all
 
-    given = {
+    given: dict[str, Any] = {
         "name": name,
         "backend": backend,
         "model": model,
@@ -65,6 +71,10 @@ def add(
         "api_key_env": api_key_env,
         "results": results_name,
     }
+    if (input_price is None) != (output_price is None):
+        raise typer.BadParameter("expected both or none", param_hint="--input-price, --output-price")
+    if input_price is not None:
+        given["cost"] = {"input": input_price, "output": output_price}
     entry = {key: value for key, value in given.items() if value is not None}
     entry.setdefault("backend", recognised(entry))
     pool = ExpertPool.parse({"experts": [entry]}, "the new expert", Path.cwd())

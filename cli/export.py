@@ -1,12 +1,34 @@
 """`expertoken export`: a composite or a supervision in the form that other programs read."""
 
+import json
+import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..modeling.source import DTYPES
 from .choice import one_of
+
+logger = logging.getLogger(__name__)
+
+_MOST = 2000  # questions of the supervision that are read
+
+
+def _learnt(folder: Path) -> list[Any]:
+    """Return conversations that the composite was trained on, evenly drawn; none where its supervision is gone."""
+    from ..data_prep.supervision import supervision_of
+    from ..modeling.composite import read_manifest
+    from ..modeling.errors import ExpertokenError
+
+    try:
+        supervision = supervision_of(read_manifest(folder), folder)
+    except ExpertokenError as error:
+        logger.warning("%s", error)
+        return []
+    sides = [part for name, part in supervision.data.items() if name != "test"]
+    asked = [messages for part in sides for messages in part["messages"]]
+    return asked[:: max(1, -(-len(asked) // _MOST))]
 
 
 def export(
@@ -14,7 +36,11 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     gguf: Annotated[Path | None, typer.Option(help="A GGUF file too, by llama.cpp's convert_hf_to_gguf.py.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="To compare decisions on: a text file, one a line, or a table with `query`.")
+        Path | None,
+        typer.Option(
+            help="Questions to distil the tokens from and to check them on: a text file, one a line, or a table with "
+            "`query`. Default: those the composite was trained on."
+        ),
     ] = None,
     sft: Annotated[bool, typer.Option("--sft", help="Chat data for TRL and LLaMA-Factory instead.")] = False,
     dtype: Annotated[
@@ -34,14 +60,15 @@ def export(
         typer.echo(f"{out}: " + ", ".join(f"{name} {count} lines" for name, count in counts.items()))
         return
     from ..data_prep.reading import read_queries
-    from ..modeling.export import PROMPTS, convert_to_gguf, export_checkpoint, find_converter
+    from ..modeling.export import EXPORT_FILE, PROMPTS, convert_to_gguf, export_checkpoint, find_converter
 
     if gguf:
         find_converter()  # told before anything is written
-    asked = read_queries(prompts) if prompts else PROMPTS
+    asked = read_queries(prompts) if prompts else _learnt(folder) or PROMPTS
     ids = export_checkpoint(folder, out, prompts=asked, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     typer.echo(f"{out}: " + ", ".join(f"{name} = {place}" for name, place in ids.items()))
-    typer.echo(f"decides as the composite does on {len(asked)} prompts")
+    told = json.loads((out / EXPORT_FILE).read_text("utf-8"))
+    typer.echo(f"decides as the composite does on {told['decisions_equal']:.1%} of {told['checked_on']} prompts")
     if gguf:
         convert_to_gguf(out, gguf)
         typer.echo(str(gguf))

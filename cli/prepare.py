@@ -76,6 +76,15 @@ def prepare(
     validation: Annotated[float, typer.Option(min=0, max=0.9, help="Share of train that becomes validation.")] = 0.1,
     test: Annotated[float, typer.Option(min=0, max=0.9, help="Share that becomes test, where files name none.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of the draws of validation and test.")] = 0,
+    contexts: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the questions that get a copy in a chat: behind a system prompt, after other turns, with a "
+            "follow-up.",
+        ),
+    ] = 0.0,
     option: Annotated[
         list[str] | None,
         typer.Option("--set", help="Option of the reader, KEY=VALUE; for tables the columns: --set query=question."),
@@ -108,11 +117,15 @@ def prepare(
         test=test,
         seed=seed,
         hold_out=_hold_out(hold_out),
+        contexts=contexts,
     )
     supervision.save(out)
     console = wide_console()
     # Under the candidates' names: a table of hub ids is too wide for most terminals.
-    console.print(summary_table(select_candidates(merged, supervision.pool).summary()))
+    chosen = select_candidates(merged, supervision.pool)
+    console.print(summary_table(chosen.summary()))
+    for sentence in _gaps(chosen):
+        console.print(sentence, markup=False)
     sizes = ", ".join(f"{name} {count}" for name, count in supervision.info.sizes.items())
     console.print(
         f"supervision of {len(supervision.info.candidates)} candidates written to {out}: {sizes}", markup=False
@@ -123,6 +136,19 @@ def prepare(
             "they are before anybody chats",
             markup=False,
         )
+
+
+def _gaps(results: "BenchmarkResults") -> list[str]:
+    """Say which candidates were measured on a part of a benchmark, or on none of it."""
+    found = []
+    for benchmark, shares in results.coverage().iterrows():
+        parts = [f"{name} {share:.0%}" for name, share in shares.items() if 0 < share < 1]
+        none = [str(name) for name, share in shares.items() if share == 0]
+        if parts:
+            found.append(f"{benchmark}: measured in part: {', '.join(parts)}")
+        if none:
+            found.append(f"{benchmark}: not measured, and no candidate there: {', '.join(none)}")
+    return found
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -146,9 +172,9 @@ def read_all(paths: "list[Path]", format: str, options: list[str] | None) -> "Be
     from ..data_prep.reading import detect, parse_options, read_results
     from ..data_prep.results import BenchmarkResults
 
-    parts = []
+    parts, names = [], [text.partition("=")[0] for text in options or ()]
     for path in paths:
-        kind = detect(path) if format == "auto" and path.exists() else format
+        kind = detect(path, names) if format == "auto" and path.exists() else format
         # `auto` is left where there is no such path, which reading says best.
         parts.append(read_results(path, kind, **({} if kind == "auto" else parse_options(kind, options or []))))
     return BenchmarkResults.merge(parts)

@@ -22,7 +22,7 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1, help="Largest request, in bytes.")] = 4 * 2**20,
     max_messages: Annotated[int, typer.Option(min=1, help="Longest conversation, in messages.")] = 512,
     max_prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest conversation, in tokens. Default: the meta LLM's positions.")
+        int | None, typer.Option(min=1, help="Longest conversation, in tokens. Default: what the experts can read.")
     ] = None,
     max_concurrent: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 256,
     rate: Annotated[int | None, typer.Option(min=1, help="Requests a minute of one key (or address).")] = None,

@@ -42,6 +42,7 @@ def report_table(report: "Report") -> Table:
         column.no_wrap = True
     for row in report.shown():
         low, high = row.mean_score_interval
+        means = row.score_by_benchmark  # an expert without a score in a benchmark has none there
         gain = ""
         if row.composite_gain is not None:
             difference, *bounds = (f"{100 * value:+.1f}" for value in _values(row.composite_gain))
@@ -50,10 +51,24 @@ def report_table(report: "Report") -> Table:
         table.add_row(
             escape(row.name),
             f"{100 * row.mean_score:.2f} \\[{100 * low:.1f}, {100 * high:.1f}]",
-            *(f"{100 * row.score_by_benchmark[name]:.1f}" for name in benchmarks),
+            *(f"{100 * means[name]:.1f}" if name in means else "" for name in benchmarks),
             "" if share is None else f"{100 * share:.0f} %",
             gain,
             style="bold" if row.kind == "composite" else "dim" if row.kind == "bound" else None,
+        )
+    return table
+
+
+def chats_table(report: "Report") -> Table:
+    """The same questions in chats."""
+    table = Table("context", "score", "change [95 % interval]", "same choice", title="in chats, %")
+    for entry in report.chats:
+        low, high = entry["interval"]
+        table.add_row(
+            entry["context"],
+            f"{100 * entry['score']:.1f}",
+            f"{100 * entry['change']:+.1f} \\[{100 * low:+.1f}, {100 * high:+.1f}]",
+            f"{100 * entry['same_choice']:.0f}",
         )
     return table
 

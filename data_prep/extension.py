@@ -13,10 +13,11 @@ from ..modeling.errors import ResultsError
 from ..modeling.experts import Expert
 from ..modeling.pool import ExpertPool
 from . import SPLITS
-from .labels import Labelling, label
+from .contexts import copies, origin_of
+from .labels import Labelling, absent, label
 from .leaks import handle_leaks, normalise
 from .results import BenchmarkResults, blank_contaminated
-from .supervision import Supervision, SupervisionInfo, make_datasets, user_messages
+from .supervision import Supervision, SupervisionInfo, make_datasets, messages_of
 
 
 @dataclass
@@ -93,9 +94,13 @@ def extend_supervision(old: Supervision, pool: ExpertPool, expert: Expert, resul
     rows.scores[where, newcomer] = results.scores[again, 0]
     if results.costs is not None:
         rows.costs[where, newcomer] = results.costs[again, 0]
+    for key, row in known.items():  # a copy in a context is the same question
+        for values in (rows.scores, rows.costs):
+            values[row, newcomer] = values[known.get(origin_of(key), row), newcomer]
     name_of = dict(zip(results.models, _names(results, pool, expert), strict=True))
     if len(fresh):
         rows += _new_rows(results.take(fresh), name_of, extended.names, old.info.labelling)
+        rows += _copies(rows, old.info.labelling)
     flagged = {(name_of[model], benchmark) for model, benchmark in results.contaminated if model in name_of}
     flagged |= {(name, benchmark) for name, benchmark in old.info.labelling.get("contaminated", ())}
     flagged = {pair for pair in flagged if pair[0] in extended.names}
@@ -170,8 +175,17 @@ def _new_rows(
     scores[:, places] = split.scores
     if split.costs is not None:
         costs[:, places] = split.costs
-    messages, no_targets = user_messages(split.queries["prompt"]), np.zeros(shape, np.float32)
+    messages, no_targets = messages_of(split.queries), np.zeros(shape, np.float32)
     return _Rows(split.queries, messages, scores, costs, no_targets, no_targets[:, 0], np.ones(len(split), dtype=bool))
+
+
+def _copies(rows: _Rows, labelling: dict[str, Any]) -> _Rows:
+    """Return copies of the new queries in contexts, as the supervision has them of its own."""
+    bare = rows.take(np.array([origin_of(key) == key for key in rows.queries["id"]]))
+    share, seed = labelling.get("contexts", 0.0), labelling["seed"]
+    chosen, queries, messages = copies(bare.queries, bare.messages, share, seed, only=bare.new)
+    arrays = (getattr(bare, name)[chosen] for name in _ARRAYS)
+    return _Rows(queries.reset_index(drop=True), messages, *arrays)
 
 
 def _labelled(
@@ -199,6 +213,7 @@ def _labelled(
         self_index=len(pool) if pool.has_self else None,
         names=pool.names,
         rows=changed,
+        missing=absent(rows.scores, rows.queries["benchmark"]),
     )
     rows.targets[changed], rows.weights[changed] = targets, weights
     if not rows.weights[side == "train"].any():

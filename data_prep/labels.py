@@ -1,5 +1,6 @@
 """Labelling strategies: from scores to a target over the candidates, per query."""
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -7,6 +8,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from ..modeling.errors import ExpertokenError, did_you_mean
+from ..modeling.utility import priced, utility
+
+logger = logging.getLogger(__name__)
 
 TIE = 1e-6
 """Scores this near are equal."""
@@ -69,6 +73,7 @@ _READ_BY = {
     "temperature": ("soft",),
     "beta": ("mixed",),
     "shrinkage": ("subject", "mixed"),
+    "ties": ("query", "subject", "mixed"),
     "margin": ("query", "subject", "mixed", "soft"),
 }
 """Options that not every strategy reads, to those that do."""
@@ -84,6 +89,7 @@ class Measured:
         benchmarks: `[N]` codes.
         subjects: `[N]` codes of (benchmark, subject).
         learning: `[N]` mask of the learning side (train and validation): the test side must not decide who wins.
+        incomplete: `[N]` mask of queries in whose benchmark some candidate is absent.
         self_index: the column of self, if it is a candidate.
         context: all queries, where these are only those to be labelled; None where these are all.
     """
@@ -93,6 +99,7 @@ class Measured:
     benchmarks: np.ndarray
     subjects: np.ndarray
     learning: np.ndarray
+    incomplete: np.ndarray
     self_index: int | None = None
     context: "Measured | None" = None
 
@@ -103,17 +110,44 @@ class Measured:
 
     def take(self, rows: np.ndarray) -> "Measured":
         """Return some of the queries, with all of them as their context."""
-        scores, costs, benchmarks, subjects, learning = (
-            array[rows] for array in (self.scores, self.costs, self.benchmarks, self.subjects, self.learning)
-        )
-        return Measured(scores, costs, benchmarks, subjects, learning, self.self_index, self)
+        arrays = (self.scores, self.costs, self.benchmarks, self.subjects, self.learning, self.incomplete)
+        scores, costs, benchmarks, subjects, learning, incomplete = (array[rows] for array in arrays)
+        return Measured(scores, costs, benchmarks, subjects, learning, incomplete, self.self_index, self)
 
 
-def utility(scores: np.ndarray, costs: np.ndarray | None, cost_weight: float) -> np.ndarray:
-    """`score - lambda * cost` (RouterBench, arXiv 2403.12031, section 3), of costs without gaps."""
-    if costs is None or cost_weight == 0:
+def absent(scores: np.ndarray, benchmarks: Iterable[str]) -> np.ndarray:
+    """Return where a candidate has no score in the query's whole benchmark, `[N, C]` bool.
+
+    Such a candidate is none there, and counts as wrong. Where it has scores in the benchmark and merely not on the
+    query, its score is unknown, and it is left out of that query.
+
+    Args:
+        scores: `[N, C]` as measured, on all sides: NaN where not.
+        benchmarks: N names.
+    """
+    names, codes = np.unique(np.asarray(list(benchmarks), dtype=str), return_inverse=True)
+    present = np.zeros((len(names), scores.shape[1]), dtype=bool)
+    np.logical_or.at(present, codes, ~np.isnan(scores))
+    return ~present[codes]
+
+
+def fill_unknown(scores: np.ndarray, benchmarks: Iterable[str]) -> np.ndarray:
+    """Return scores `[N, C]` in which an unknown one is the candidate's mean in the benchmark.
+
+    So a router that chooses such a candidate is neither punished nor rewarded for it, and every difference of two
+    routers is of two expectations. Where a candidate has no score in the benchmark, its mean over all queries stands
+    in; where it has none at all, 0.
+    """
+    if not np.isnan(scores).any():
         return scores
-    return (scores - cost_weight * costs).astype(scores.dtype)
+    names = np.asarray(list(benchmarks), dtype=str)
+    filled = scores.copy()
+    overall = np.nan_to_num(_means(scores))
+    for name in np.unique(names):
+        inside = names == name
+        means = _means(scores[inside])
+        filled[inside] = np.where(np.isnan(scores[inside]), np.where(np.isnan(means), overall, means), scores[inside])
+    return filled
 
 
 def filled_costs(
@@ -121,26 +155,29 @@ def filled_costs(
 ) -> np.ndarray:
     """Costs without gaps: a candidate's mean on the learning side where a query's own cost is not known.
 
-    Self without any known cost is free, as answering asks for no other model. A gap that counted as 0 would make an
-    expert the best choice for not saying what it costs.
+    Self without any known cost is free, as answering asks for no other model. An expert without any is as dear as the
+    dearest, see `utility.priced`; a warning names it.
 
     Args:
         costs: `[N, C]` USD, NaN where not known.
         learning: `[N]` mask of train and validation.
         self_index: the column of self, if it is a candidate.
-        names: of the candidates, for the error.
+        names: names of the candidates, for the warning.
 
     Raises:
-        ExpertokenError: an expert's cost is known on no query.
+        ExpertokenError: no expert's cost is known on any query.
     """
     means = _means(costs[learning])
     means = np.where(np.isnan(means), _means(costs), means)
     if self_index is not None and np.isnan(means[self_index]):
         means[self_index] = 0.0
-    if np.isnan(means).any():
-        index = int(np.isnan(means).argmax())
-        name = names[index] if names is not None else f"number {index}"
-        raise ExpertokenError(f"cost_weight: no cost is known of candidate {name!r}; add its costs or leave it out")
+    unknown = np.isnan(means)
+    if unknown.sum() >= len(means) - (self_index is not None):
+        raise ExpertokenError("cost_weight: expected costs of the candidates, found none; add them to the results")
+    if unknown.any():
+        told = [names[index] if names is not None else f"number {index}" for index in np.flatnonzero(unknown).tolist()]
+        logger.warning("no cost is known of %s: counted as the dearest candidate's", ", ".join(told))
+        means = priced(means)
     return np.where(np.isnan(costs), means, costs)
 
 
@@ -199,8 +236,8 @@ def _informative(data: Measured, *, self_counts: bool) -> np.ndarray:
     """Weight 1 for queries that tell candidates apart, 0 for the others, `[N]` float32."""
     best, worst = np.nanmax(data.scores, 1), np.nanmin(data.scores, 1)
     somebody = best > np.minimum(worst, 0) + TIE
-    # A candidate that was not measured stands apart from those who were and got it right.
-    apart = (best - worst > TIE) | np.isnan(data.scores).any(1)
+    # Who is no candidate in a benchmark stands apart from those who got its query right.
+    apart = (best - worst > TIE) | data.incomplete
     if self_counts and data.self_index is not None:
         apart |= np.nan_to_num(data.scores[:, data.self_index]) > TIE
     return (somebody & apart).astype(np.float32)
@@ -317,6 +354,7 @@ def label(
     self_index: int | None = None,
     names: Sequence[str] | None = None,
     rows: np.ndarray | None = None,
+    missing: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return targets and weights by a labelling strategy.
 
@@ -331,6 +369,8 @@ def label(
         names: of the candidates, for errors.
         rows: `[N]` mask of the queries to label, R of them; the others only say who is best in a subject or on average.
             Default: all.
+        missing: `[N, C]` mask of candidates that are none in the query's benchmark, as `absent` finds it in all scores
+            where None. A query that others got right sets them apart; one whose score is unknown it does not.
 
     Returns:
         targets `[R, C]` and weights `[R]`, float32. A query without any measurement has weight 0.
@@ -340,6 +380,8 @@ def label(
     """
     labelling = Labelling(labelling) if isinstance(labelling, str) else labelling
     learning = np.ones(len(scores), dtype=bool) if learning is None else np.asarray(learning)
+    benchmarks = np.asarray(list(benchmarks), dtype=str)
+    incomplete = np.asarray(absent(scores, benchmarks) if missing is None else missing).any(axis=1)
     if costs is None and (labelling.cost_weight > 0 or labelling.ties == "cheapest"):
         need = "cost_weight" if labelling.cost_weight > 0 else "ties: cheapest"
         raise ExpertokenError(f"{need}: needs costs, and the results have none")
@@ -357,9 +399,10 @@ def label(
     data = Measured(
         utility(scores, paid, labelling.cost_weight)[measured],
         np.full(scores.shape, np.nan)[measured] if costs is None else costs[measured],
-        np.unique(np.asarray(list(benchmarks), dtype=str), return_inverse=True)[1][measured],
+        np.unique(benchmarks, return_inverse=True)[1][measured],
         np.unique(pairs, return_inverse=True)[1][measured],
         learning[measured],
+        np.atleast_1d(incomplete)[measured],
         self_index,
     )
     asked = measured & rows

@@ -26,15 +26,32 @@ _WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
 _SHINGLE = 3  # words in a row
 _PERMUTATIONS = 128
 _COMMON = 0.02  # a shingle in more than this share of all texts is scaffolding: few-shot examples, instructions
+_WHOLE = 8  # words of a text that stands in another
 _MIN_SHINGLES = 4  # fewer say nothing: "Compute 5 plus 3" shares most of its words with a question of its own right
 
 
-def normalise(text: str) -> str:
-    """A query less what does not change it: case, white space, compatibility forms, punctuation at its ends.
+# Letters of other scripts that look like Latin ones, in small letters.
+_LOOKS_LIKE = str.maketrans(
+    "\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0456\u0458\u0455\u0501\u04bb\u051b\u051d\u04cf"
+    "\u03b1\u03bf\u03c1\u03bd\u03b9\u03ba\u03c5\u03c7\u0261\u0131",
+    "aeopcyxijsdhqwlaopvikuxgi",
+)
+_LEAD = re.compile(r"^(?:question|query|problem|q)\s*[:.)]\s+")
+_TAIL = re.compile(r"\s(?:answer|response|solution|a)\s*:\s*$")
 
-    Punctuation inside stays, `5 + 3` and `5 - 3` are two questions, and so does an exclamation mark: `5!` is not `5`.
+
+def normalise(text: str) -> str:
+    """Return a query less what does not change it, to compare it.
+
+    That are case, white space, characters without width, compatibility forms, letters that look alike, punctuation at
+    its ends, and a "Question:" before or an "Answer:" behind it. Punctuation inside stays, `5 + 3` and `5 - 3` are two
+    questions, and so does an exclamation mark: `5!` is not `5`.
     """
-    plain = _SPACE.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    if not folded.isascii():
+        folded = "".join(c for c in folded if unicodedata.category(c) != "Cf").translate(_LOOKS_LIKE)
+    plain = _SPACE.sub(" ", folded).strip()
+    plain = _TAIL.sub("", _LEAD.sub("", plain)).strip() or plain
     return plain.strip(" .?:;\"'") or plain
 
 
@@ -58,9 +75,11 @@ class NearDuplicate(NamedTuple):
 def find_near_duplicates(train: Sequence[str], test: Sequence[str], threshold: float = 0.8) -> list[NearDuplicate]:
     """Train queries that share most of their wording with a test query, and are not equal to one.
 
-    Similarity is the Jaccard index of three-word shingles (Broder, "On the resemblance and containment of documents",
-    1997), less the shingles that many queries have, so that few-shot examples and instructions don't count. MinHash
-    finds candidates; each is then compared exactly.
+    A text that holds another whole (of eight words or more) is like it, too, with similarity 1.
+
+    Similarity is otherwise the Jaccard index of three-word shingles (Broder, "On the resemblance and containment of
+    documents", 1997), less the shingles that many queries have, so that few-shot examples and instructions don't count.
+    MinHash finds candidates; each is then compared exactly.
 
     Args:
         train: texts.
@@ -74,11 +93,13 @@ def find_near_duplicates(train: Sequence[str], test: Sequence[str], threshold: f
         ImportError: the extra `data` is not installed.
     """
     datasketch = require_extra("datasketch", "data")
-    sides = [[_shingles(text) for text in texts] for texts in (train, test)]
+    words = [[_WORD.findall(normalise(text)) for text in texts] for texts in (train, test)]
+    sides = [[_shingles(text) for text in texts] for texts in words]
     seen = Counter(shingle for side in sides for shingles in side for shingle in shingles)
     limit = max(10, _COMMON * (len(train) + len(test)))
     common = {shingle for shingle, count in seen.items() if count > limit}
     learnt, tested = ([shingles - common for shingles in side] for side in sides)
+    whole = _held(words, (learnt, tested))
     # A lower threshold for candidates, because the sketch errs by a tenth; what it finds is compared exactly.
     index = datasketch.MinHashLSH(threshold=max(0.1, threshold - 0.15), num_perm=_PERMUTATIONS)
     bar = tqdm(total=len(train) + len(test), desc="near-duplicates", unit="query", leave=False)
@@ -90,14 +111,41 @@ def find_near_duplicates(train: Sequence[str], test: Sequence[str], threshold: f
             alike = [
                 NearDuplicate(place, other, _jaccard(learnt[place], tested[other])) for other in index.query(sketch)
             ]
-            best = max(alike, key=lambda pair: pair.similarity, default=None)
+            best = whole.get(place) or max(alike, key=lambda pair: pair.similarity, default=None)
             if best and best.similarity >= threshold and normalise(train[place]) != normalise(test[best.test]):
                 found.append(best)
     return sorted(found, key=lambda pair: -pair.similarity)
 
 
-def _shingles(text: str) -> set[str]:
-    words = _WORD.findall(normalise(text))
+def _held(words: Sequence[list[list[str]]], shingles_of: Sequence[list[set[str]]]) -> dict[int, NearDuplicate]:
+    """Return the train texts that hold a test text whole, or stand in one, each with one such text.
+
+    A text that stands in another shares its rarest shingle with it; only texts that do are compared.
+
+    Args:
+        words: of the train texts, and of the test texts.
+        shingles_of: likewise, less the common ones.
+    """
+    where: tuple[dict[str, list[int]], ...] = ({}, {})
+    for index, side in zip(where, shingles_of, strict=True):
+        for place, shingles in enumerate(side):
+            for shingle in shingles:
+                index.setdefault(shingle, []).append(place)
+    lines = [[f" {' '.join(text)} " for text in texts] for texts in words]
+    found: dict[int, NearDuplicate] = {}
+    for inner, outer in ((0, 1), (1, 0)):
+        for place, shingles in enumerate(shingles_of[inner]):
+            if len(shingles) < _MIN_SHINGLES or len(words[inner][place]) < _WHOLE:
+                continue
+            rarest = min(shingles, key=lambda shingle: len(where[outer].get(shingle, ())))
+            for other in where[outer].get(rarest, ()):
+                pair = (place, other) if inner == 0 else (other, place)
+                if lines[inner][place] in lines[outer][other] and pair[0] not in found:
+                    found[pair[0]] = NearDuplicate(*pair, 1.0)
+    return found
+
+
+def _shingles(words: Sequence[str]) -> set[str]:
     return {" ".join(words[start : start + _SHINGLE]) for start in range(max(1, len(words) - _SHINGLE + 1))}
 
 

@@ -1,6 +1,7 @@
 """Reading benchmark results in any known format."""
 
 import inspect
+import logging
 from collections.abc import Iterable
 from dataclasses import fields
 from itertools import islice
@@ -9,29 +10,51 @@ from typing import Any
 
 from ..modeling.errors import ResultsError, did_you_mean
 from .readers import hf_datasets, readers, table
-from .readers.text import read_text
+from .readers.frames import SUFFIXES, load_table, tidy
+from .readers.text import head_of, lines_of, read_text, suffix_of
 from .results import BenchmarkResults
+
+logger = logging.getLogger(__name__)
 
 _HEAD = 20_000  # characters that a reader sees of a file
 _SEEN = 20  # files of a folder that are looked at
+_BINARY = (".parquet", ".xlsx", ".pkl", ".arrow")  # known by their suffix: there is no text in them to look at
 
 
-def detect(path: Path) -> str:
-    """The format of a file or folder, by its content.
+def detect(path: Path, options: Iterable[str] = ()) -> str:
+    """Return the format of a file or folder, by its content.
+
+    Args:
+        path: the file or folder.
+        options: names of options that are to be given to its reader: of several readers that know the file, the first
+            that has them is taken. So `--set query=question` reads any records as a table.
 
     Raises:
         ResultsError: no reader knows it.
     """
+    options, found = set(options), []
     if hf_datasets.is_saved_dataset(path):
         return "datasets"
     files = [path] if path.is_file() else islice((file for file in sorted(path.rglob("*")) if file.is_file()), _SEEN)
     for file in files:
-        with file.open("rb") as stream:
-            head = stream.read(_HEAD).decode("utf-8", "replace").removeprefix("\ufeff")
+        head = "" if suffix_of(file) in _BINARY else head_of(file, _HEAD)
         for name, reader in readers().items():
-            if hasattr(reader, "recognises") and reader.recognises(file, head):
-                return name
+            if hasattr(reader, "recognises") and _recognises(reader, file, head):
+                if options <= set(_options(name)):
+                    return name
+                found.append(name)
+    if found:
+        return found[0]
     raise ResultsError(f"{path}: no format known here; say which with --format: {', '.join(readers())}")
+
+
+def _recognises(reader: Any, file: Path, head: str) -> bool:
+    """Ask a reader; one that fails at a file does not know it."""
+    try:
+        return bool(reader.recognises(file, head))
+    except Exception:  # of csv, of pickles, of other packages' readers
+        logger.debug("%s failed to look at %s", reader, file, exc_info=True)
+        return False
 
 
 def _reader(format: str) -> Any:  # noqa: A002
@@ -60,7 +83,7 @@ def read_results(path: Path | str, format: str = "auto", **options: Any) -> Benc
     if not path.exists():
         raise ResultsError(f"{path}: no such file or folder; expected benchmark results")
     if format == "auto":
-        format = detect(path)  # noqa: A001
+        format = detect(path, options)  # noqa: A001
         _check_options(format, options)
     return _reader(format).read(path, **options)
 
@@ -109,13 +132,13 @@ def read_queries(path: Path) -> list[str]:
     """
     if not path.exists():
         raise ResultsError(f"{path}: no such file; expected one question a line, or a table with a column 'query'")
-    if path.suffix in table.SUFFIXES:
-        frame = table.load_table(path)
+    if suffix_of(path) in SUFFIXES:
+        frame = load_table(path, texts=("query",))
         if "query" not in frame:
             raise ResultsError(f"{path}: no column 'query', {did_you_mean('query', map(str, frame.columns))}")
         found = frame["query"].dropna().astype(str).tolist()
     else:
-        found = [line for line in read_text(path).splitlines() if line.strip()]
+        found = [tidy(line) for _, line in lines_of(read_text(path))]
     if not found:
         raise ResultsError(f"{path}: empty, no question in it")
     return found

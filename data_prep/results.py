@@ -1,5 +1,6 @@
 """Benchmark results: which model answered which query how well."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -9,11 +10,15 @@ import pandas as pd
 
 from ..modeling.errors import ResultsError, did_you_mean
 from . import SPLITS
+from .leaks import normalise
 
 if TYPE_CHECKING:
     from ..modeling.pool import ExpertPool
 
+logger = logging.getLogger(__name__)
+
 QUERY_COLUMNS = ("id", "prompt", "benchmark", "subject", "split")
+MESSAGES = "messages"
 HoldOut = tuple[str, Sequence[str]]
 """What to test on that was never trained on: `("benchmark", names)` or `("subject", names)`."""
 
@@ -24,7 +29,8 @@ class BenchmarkResults:
 
     Attributes:
         queries: one row a query with the columns `id` (unique), `prompt` (the question as text), `benchmark`, `subject`
-            and `split` (`train`, `validation`, `test` or None where the files do not say).
+            and `split` (`train`, `validation`, `test` or None where the files do not say). Where queries are
+            conversations there is a column `messages` too, None for those of one user message.
         models: M names.
         scores: `[N, M]` in [0, 1]; NaN where a model was not measured on a query.
         costs: `[N, M]` USD per query, or None where nothing is known.
@@ -60,7 +66,8 @@ class BenchmarkResults:
         absent = [column for column in QUERY_COLUMNS if column not in self.queries]
         if absent:
             raise ResultsError(f"queries lack the column {absent[0]!r}; expected {', '.join(QUERY_COLUMNS)}")
-        queries = self.queries.loc[:, list(QUERY_COLUMNS)].reset_index(drop=True).astype(object)
+        more = [MESSAGES] if MESSAGES in self.queries else []
+        queries = self.queries.loc[:, [*QUERY_COLUMNS, *more]].reset_index(drop=True).astype(object)
         self.queries = queries.where(queries.notna(), None)  # pandas' string columns would hold NaN
         self._check_values()
 
@@ -77,7 +84,7 @@ class BenchmarkResults:
             row, column = wrong[0]
             raise ResultsError(
                 f"query {self.queries['id'][row]!r}, model {self.models[column]!r}: score {self.scores[row, column]:g} "
-                "is outside [0, 1]; scale scores first"
+                "is outside [0, 1]; tables are scaled by --set scale=100"
             )
         if self.costs is not None:
             with np.errstate(invalid="ignore"):
@@ -189,6 +196,7 @@ class BenchmarkResults:
 
         Sides that the files state are kept. Where no file states a test side, `test` of each benchmark's queries become
         it; where some do, of those benchmarks of which nothing is stated. Validation likewise, from train.
+        Queries of the same text go to one side, unless files state otherwise.
 
         Args:
             validation: share of train, drawn at random within each benchmark, subjects in proportion.
@@ -213,7 +221,19 @@ class BenchmarkResults:
             for name, group in queries[queries["split"] == "train"].groupby("benchmark", sort=True, dropna=False):
                 if side not in given or name in silent:
                     queries.loc[_draw(group["subject"], share, rng), "split"] = side
+        _unite(queries, self.queries["split"].isna().to_numpy())
         return replace(self, queries=queries)
+
+    def without_lone_side(self) -> "BenchmarkResults":
+        """Return the results without their sides where the files state one and the same for all queries.
+
+        Published results are often of a test side alone: with that as ours, nothing could be learnt.
+        """
+        sides = self.queries["split"]
+        if sides.isna().any() or sides.nunique() != 1:
+            return self
+        logger.info("the files call all queries %s: train, validation and test are drawn anew", sides.iloc[0])
+        return replace(self, queries=self.queries.assign(split=None))
 
     def _without(self, hold_out: HoldOut) -> "BenchmarkResults":
         """Queries of the named benchmarks or subjects as the test side, the others without theirs."""
@@ -227,6 +247,16 @@ class BenchmarkResults:
         queries = kept.queries.copy()
         queries.loc[queries[field].isin(names), "split"] = "test"
         return replace(kept, queries=queries)
+
+    def shared(self) -> np.ndarray:
+        """Return how many queries each two models were both measured on, `[M, M]`; of one model with itself its own."""
+        known = (~np.isnan(self.scores)).astype(np.float32)
+        return (known.T @ known).astype(int)
+
+    def coverage(self) -> pd.DataFrame:
+        """Return the share of each benchmark's queries (rows) that each model (columns) was measured on."""
+        known = pd.DataFrame(~np.isnan(self.scores), columns=self.models)
+        return known.groupby(self.queries["benchmark"].to_numpy(), sort=True).mean()
 
     def summary(self) -> pd.DataFrame:
         """Mean score per benchmark (rows) and model (columns), with the number of queries first."""
@@ -246,6 +276,21 @@ def blank_contaminated(
         if model in models:
             scores[names == benchmark, models.index(model)] = np.nan
     return scores
+
+
+def _unite(queries: pd.DataFrame, drawn: np.ndarray) -> None:
+    """Put queries of one text on one side, in place: that of one whose side is stated, else that of the first.
+
+    Args:
+        queries: with their sides.
+        drawn: `[N]` bool, whose side no file states.
+    """
+    texts = queries["prompt"].map(normalise)
+    for _, group in queries[texts.duplicated(keep=False).to_numpy()].groupby(texts, sort=False):
+        free = drawn[group.index]
+        side = group["split"].to_numpy()
+        if free.any() and len(set(side)) > 1:
+            queries.loc[group.index[free], "split"] = side[0] if free.all() else side[~free][0]
 
 
 def _draw(subjects: pd.Series, share: float, rng: np.random.Generator) -> np.ndarray:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from ..modeling.errors import ExpertokenError, ResultsError, did_you_mean, one_line
 from ..modeling.experts import SELF, Expert
 from ..modeling.files import PRODUCTS, atomic_folder, check_product, recover_folder
 from ..modeling.pool import ExpertPool
+from ..modeling.utility import utility
 from . import SPLITS
-from .labels import Labelling, filled_costs, label, utility
+from .contexts import copies, origin_of
+from .labels import Labelling, absent, filled_costs, label
 from .leaks import LEAKS, handle_leaks
-from .results import BenchmarkResults, HoldOut, blank_contaminated
+from .results import MESSAGES, BenchmarkResults, HoldOut, blank_contaminated
 
 if TYPE_CHECKING:
-    import pandas as pd
     from datasets import Dataset, DatasetDict
 
     from ..modeling.chat import Query
@@ -67,6 +69,7 @@ class Supervision:
     data: "DatasetDict"
     pool: ExpertPool
     info: SupervisionInfo
+    _absent: dict[str, np.ndarray] | None = field(default=None, init=False, repr=False)
 
     def side(self, name: str) -> "Dataset":
         """One side.
@@ -82,15 +85,20 @@ class Supervision:
             )
         return self.data[name]
 
-    def arrays(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What is learnt from a side: targets `[N, C]`, utilities `[N, C]` and weights `[N]`, float32.
+    def arrays(self, name: str, *, utilities: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return what is learnt from a side: targets `[N, C]`, utilities `[N, C]` and weights `[N]`, float32.
 
-        Utilities are the scores, less lambda times cost where the labels count costs, and NaN where a candidate is
-        contaminated with the benchmark.
+        Utilities are the scores, less lambda times cost where the labels count costs. A candidate without any score in
+        a benchmark scores 0 there; a score that is merely unknown, or of a contaminated pair, is NaN.
+
+        Args:
+            name: name of the side.
+            utilities: whether costs are taken off.
         """
         part = self.side(name).with_format("numpy")
-        weight = self.info.labelling.get("cost_weight", 0.0)
-        known = utility(self.scores(name), self._paid(name) if weight else None, weight)
+        weight = self.info.labelling.get("cost_weight", 0.0) if utilities else 0.0
+        known = np.where(self.absent(name), np.float32(0), self.scores(name))
+        known = utility(known, self._paid(name) if weight else None, weight)
         contaminated = self.info.labelling.get("contaminated", ())
         known = blank_contaminated(known, self.benchmarks(name), self.info.candidates, contaminated)
         return np.asarray(part["target"], np.float32), known, np.asarray(part["weight"], np.float32)
@@ -136,6 +144,49 @@ class Supervision:
     def scores(self, name: str) -> np.ndarray:
         """Scores of a side as measured, `[N, C]` float32, NaN where a candidate was not: what evaluation counts."""
         return np.array(self.side(name).with_format("numpy")["scores"], np.float32)
+
+    def absent(self, name: str) -> np.ndarray:
+        """Return where a candidate of a side has no score in the whole benchmark, on any side, `[N, C]` bool."""
+        if self._absent is None:
+            sides = [side for side in SPLITS if len(self.data[side])]
+            everywhere = absent(
+                np.concatenate([self.scores(side) for side in sides]),
+                np.concatenate([self.benchmarks(side) for side in sides]),
+            )
+            ends = np.cumsum([len(self.data[side]) for side in sides])[:-1]
+            self._absent = dict(zip(sides, np.split(everywhere, ends), strict=True))
+        return self._absent[name]
+
+    def origins(self, name: str) -> np.ndarray:
+        """Return the id of each query of a side, of a copy in a context that of its question, `[N]`."""
+        return np.array([origin_of(key) for key in self.side(name)["id"]], dtype=object)
+
+    def subjects(self, name: str) -> np.ndarray | None:
+        """Return benchmark and subject of each query of a side, `[N]`; None where a query has no subject."""
+        side = self.side(name)
+        if any(subject is None for subject in side["subject"]):
+            return None
+        return np.array([f"{b}/{s}" for b, s in zip(side["benchmark"], side["subject"], strict=True)], dtype=object)
+
+    def measured(self) -> dict[str, int]:
+        """Return on how many queries of the learning sides each candidate has a usable score, without copies."""
+        sides = [side for side in SPLITS if side != "test" and len(self.data[side])]
+        own = {side: np.array([origin_of(key) == key for key in self.data[side]["id"]]) for side in sides}
+        flagged = self.info.labelling.get("contaminated", ())
+        clean = {
+            side: blank_contaminated(self.scores(side), self.benchmarks(side), self.info.candidates, flagged)
+            for side in sides
+        }
+        counts = sum((~np.isnan(clean[side][own[side]])).sum(0) for side in sides)
+        return dict(zip(self.info.candidates, np.asarray(counts).tolist(), strict=True))
+
+    def usd_per_query(self) -> dict[str, float]:
+        """Return the mean USD of each candidate's answers on the learning sides, as far as costs are known."""
+        found = [self._costs(side) for side in SPLITS if side != "test" and len(self.data[side])]
+        costs = np.concatenate(found)
+        known = ~np.isnan(costs)
+        means = np.nansum(costs, 0) / np.maximum(known.sum(0), 1)
+        return {n: float(means[i]) for i, n in enumerate(self.info.candidates) if known[:, i].any()}
 
     def costs(self, name: str) -> np.ndarray | None:
         """USD of each candidate's answers `[N, C]` of a side, NaN where not known; None where nothing is known."""
@@ -281,6 +332,29 @@ def select_candidates(results: BenchmarkResults, pool: ExpertPool) -> BenchmarkR
     return replace(chosen, models=pool.names, contaminated=contaminated)
 
 
+def check_shared(results: BenchmarkResults) -> None:
+    """Tell of candidates that share no query with any other: nothing says who is better where they are.
+
+    Raises:
+        ResultsError: there are several candidates, and that holds for all of them.
+    """
+    shared = results.shared()
+    alone = [name for index, name in enumerate(results.models) if shared[index].sum() == shared[index, index]]
+    if len(results.models) < 2 or not alone:
+        return
+    kinds = results.coverage()
+    where = "; ".join(f"{name} on {', '.join(map(str, kinds.index[kinds[name] > 0][:3]))}" for name in alone[:4])
+    told = f"no query was answered by {alone[0]} and by another candidate" if len(alone) == 1 else (
+        f"{len(alone)} of {len(results.models)} candidates share no query with any other"
+    )  # fmt: skip
+    if len(alone) == len(results.models):
+        raise ResultsError(
+            f"{told} ({where}): nothing says who is better. If questions are the same in several files, they need the "
+            "same 'benchmark' and text, or the same 'id', in each"
+        )
+    logger.warning("%s (%s): only the benchmark's name tells them apart", told, where)
+
+
 def build_supervision(
     results: BenchmarkResults,
     pool: ExpertPool | None = None,
@@ -292,6 +366,7 @@ def build_supervision(
     test: float = 0.2,
     seed: int = 0,
     hold_out: HoldOut | None = None,
+    contexts: float = 0.0,
 ) -> Supervision:
     """Label benchmark results.
 
@@ -306,6 +381,8 @@ def build_supervision(
         test: share of all that becomes test, where the results name no test side.
         seed: of those draws.
         hold_out: benchmarks or subjects that are the test side instead, see `BenchmarkResults.split`.
+        contexts: share of the train and validation questions that get a copy in a context (`contexts.CONTEXTS` in
+            turn), so that rows learn what of a chat to ignore and what a follow-up is about.
 
     Raises:
         ResultsError: results of a candidate are missing.
@@ -323,7 +400,8 @@ def build_supervision(
     labelling = Labelling(labelling) if isinstance(labelling, str) else labelling
     pool = pool or pool_of(results)
     results = select_candidates(results, pool)
-    results = results.split(validation=validation, test=test, seed=seed, hold_out=hold_out)
+    check_shared(results)
+    results = results.without_lone_side().split(validation=validation, test=test, seed=seed, hold_out=hold_out)
     if near_duplicates is None:
         near_duplicates = "keep" if find_spec("datasketch") else "ignore"
     kept, found = handle_leaks(results.queries, leaks, near_duplicates)
@@ -340,12 +418,17 @@ def build_supervision(
         costs=results.costs,
         self_index=len(pool) if pool.has_self else None,
         names=pool.names,
+        missing=absent(results.scores, results.queries["benchmark"]),
     )
     if not weights[side == "train"].any():
         raise ResultsError("every candidate scores alike on every train query; there is nothing to learn from")
-    messages = user_messages(results.queries["prompt"])
-    data = make_datasets(results.queries, messages, results.scores, results.costs, targets, weights)
-    recorded = asdict(labelling) | {"validation": validation, "test": test, "seed": seed}
+    messages, queries = messages_of(results.queries), results.queries
+    rows, copied, conversations = copies(queries, messages, contexts, seed)
+    queries, messages = pd.concat([queries, copied], ignore_index=True), messages + conversations
+    rows = np.concatenate([np.arange(len(results)), rows]).astype(int)
+    costs = None if results.costs is None else results.costs[rows]
+    data = make_datasets(queries, messages, results.scores[rows], costs, targets[rows], weights[rows])
+    recorded = asdict(labelling) | {"validation": validation, "test": test, "seed": seed, "contexts": contexts}
     recorded["hold_out"] = None if hold_out is None else [hold_out[0], list(hold_out[1])]
     recorded["contaminated"] = sorted(list(pair) for pair in results.contaminated)
     info = SupervisionInfo(pool.names, pool.has_self, recorded, {k: len(part) for k, part in data.items()}, found)
@@ -354,9 +437,15 @@ def build_supervision(
     return supervision
 
 
-def user_messages(prompts: Iterable[str]) -> list[list[dict[str, Any]]]:
-    """Return each prompt as a conversation of one user message, in content parts."""
-    return [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in prompts]
+def messages_of(queries: "pd.DataFrame") -> list[list[dict[str, Any]]]:
+    """Return each query as a conversation, in content parts: its messages, or its prompt as one user message."""
+    own = queries[MESSAGES] if MESSAGES in queries else [None] * len(queries)
+    return [
+        [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        if messages
+        else [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
+        for prompt, messages in zip(queries["prompt"], own, strict=True)
+    ]
 
 
 def make_datasets(

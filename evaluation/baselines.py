@@ -1,10 +1,13 @@
-"""Routers that the composite has to beat, from well-kept libraries, on the very features that it uses itself.
+"""Routers that the composite has to beat, from well-kept libraries, and rivals that would explain its gain away.
 
-Each learns to expect every candidate's score from the meta LLM's cached state of the query and chooses the best. What
-it has to choose (neighbours, strength, size) it chooses on the validation side, as the composite does.
+Each learns to expect every candidate's score and chooses the best: from the meta LLM's cached states, the very features
+that the composite has; from the question's words; from the name of its benchmark alone; from the states of a model that
+was never trained. What it has to choose (neighbours, strength, size) it chooses on the validation side, as the
+composite does.
 """
 
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,10 +15,17 @@ from typing import Any
 
 import numpy as np
 
+from ..data_prep.labels import fill_unknown
 from ..modeling.errors import ExpertokenError, one_line, require_extra
 
 _SEED = 0
 _ENOUGH = 50
+_NEIGHBOURS = 50
+_CELLS = 10_000_000  # scores of neighbours at a time: 80 MB
+_COMPONENTS = 64
+_MEMBERS = 5
+_RANKING_STEPS = 300
+_RANKED = 32  # candidates of one step: pairs are as many as their square
 
 
 @dataclass(frozen=True)
@@ -24,31 +34,47 @@ class Side:
 
     Attributes:
         features: `[N, d]`.
-        scores: `[N, C]`, NaN where not measured.
+        scores: `[N, C]`, NaN where unknown.
         benchmarks: `[N]` names.
+        subjects: `[N]` names, empty where a query has none; None where no method asks for them.
+        prompts: `[N]` texts; None likewise.
+        middle: `[N, d]` states of the model's middle layer at the last token; those of `features` where None.
+        untrained: `[N, d]` states of the same model with weights at random, or None.
     """
 
     features: np.ndarray
     scores: np.ndarray
     benchmarks: np.ndarray
+    subjects: np.ndarray | None = None
+    prompts: np.ndarray | None = None
+    middle: np.ndarray | None = None
+    untrained: np.ndarray | None = None
+
+    @property
+    def filled(self) -> np.ndarray:
+        """Scores without gaps, since regressors can't leave cells out; see `labels.fill_unknown`."""
+        return fill_unknown(self.scores, self.benchmarks)
 
     def __add__(self, other: "Side") -> "Side":
         """The queries of both."""
-        ours, theirs = vars(self).values(), vars(other).values()
-        return Side(*(np.concatenate(pair) for pair in zip(ours, theirs, strict=True)))
+        joined: dict[str, Any] = {
+            name: None if ours is None else np.concatenate([ours, getattr(other, name)])
+            for name, ours in vars(self).items()
+        }
+        return Side(**joined)
+
+    @classmethod
+    def asked(cls, features: np.ndarray) -> "Side":
+        """Return queries of which nothing but the features `[N, d]` is known."""
+        return cls(features, np.zeros((len(features), 0)), np.full(len(features), ""))
 
 
-Predictor = Callable[[np.ndarray], np.ndarray]
-"""From features `[N, d]` to expected scores `[N, C]`."""
-
-
-def _filled(scores: np.ndarray) -> np.ndarray:
-    """Scores with each candidate's mean where it was not measured: regressors can't leave cells out."""
-    return np.where(np.isnan(scores), means_of(scores), scores)
+Predictor = Callable[[Side], np.ndarray]
+"""From a side, its scores unread, to expected scores `[N, C]`."""
 
 
 def means_of(scores: np.ndarray) -> np.ndarray:
-    """Mean of each candidate's measured scores, 0 for one without any, as everywhere."""
+    """Return the mean of each candidate's known scores, 0 for one without any."""
     count = (~np.isnan(scores)).sum(0)
     return np.nan_to_num(scores).sum(0) / np.maximum(count, 1)
 
@@ -64,13 +90,164 @@ def _unit(features: np.ndarray) -> np.ndarray:
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
+def _table(predicted: np.ndarray, side: Side) -> np.ndarray:
+    """Return predictions as `[N, C]`: of one candidate scikit-learn gives `[N]`."""
+    return np.reshape(predicted, (len(side.benchmarks), -1))
+
+
+def _given(values: np.ndarray | None) -> np.ndarray:
+    assert values is not None, "a method asks for what the side was made without"
+    return values
+
+
+def names(train: Side, prior: float) -> Predictor:
+    """A table of means by benchmark and subject: what the name of the data set alone is worth.
+
+    A subject is topped up with `prior` queries of its benchmark's mean. A benchmark that is not in the table has the
+    mean of all.
+    """
+    subjects = _given(train.subjects)
+    kinds = {name: means_of(train.scores[train.benchmarks == name]) for name in np.unique(train.benchmarks)}
+    overall = means_of(train.scores)
+    table = {}
+    for name, subject in {*zip(train.benchmarks, subjects, strict=True)}:
+        inside = train.scores[(train.benchmarks == name) & (subjects == subject)]
+        known = (~np.isnan(inside)).sum(0)
+        table[name, subject] = (np.nan_to_num(inside).sum(0) + prior * kinds[name]) / (known + prior)
+    return lambda side: np.stack(
+        [table.get(key, kinds.get(key[0], overall)) for key in zip(side.benchmarks, _given(side.subjects), strict=True)]
+    )
+
+
+def words(train: Side, alpha: float) -> Predictor:
+    """Ridge regression of the scores on TF-IDF of the words: what needs no LLM at all."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import Ridge
+
+    vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")  # noqa: S106 - of words
+    try:
+        model = Ridge(alpha=alpha, solver="sparse_cg").fit(
+            vectorizer.fit_transform(_given(train.prompts)), train.filled
+        )
+    except ValueError:  # no words: texts of another script's signs, or ids of nothing but punctuation
+        overall = means_of(train.scores)
+        return lambda side: np.tile(overall, (len(side.benchmarks), 1))
+    return lambda side: _table(model.predict(vectorizer.transform(_given(side.prompts))), side)
+
+
+def guarded_knn(train: Side, bar: float) -> Predictor:
+    """Neighbours that leave the best single candidate only where the neighbours are sure of another.
+
+    Sure: the mean difference of their scores is over `bar` of its standard errors, paired over the neighbours.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    filled = train.filled
+    # As best single is: the mean over benchmarks, each counting alike.
+    kinds = np.unique(train.benchmarks)
+    overall = np.mean([means_of(train.scores[train.benchmarks == kind]) for kind in kinds], 0)
+    single, count = int(overall.argmax()), min(_NEIGHBOURS, len(train.features))
+    index = NearestNeighbors(n_neighbors=count).fit(_unit(train.features))
+
+    def expected(features: np.ndarray) -> np.ndarray:
+        found = filled[index.kneighbors(features, return_distance=False)]  # [N, k, C]
+        ahead = found - found[:, :, single, None]
+        sure = ahead.mean(1) > bar * ahead.std(1) / np.sqrt(count) + 1e-9
+        means = found.mean(1)
+        # Who is not surely better is expected to be just below the best single.
+        below = np.minimum(means, means[:, single, None] - 1e-6)
+        below[:, single] = means[:, single]
+        return np.where(sure, means, below)
+
+    def predict(side: Side) -> np.ndarray:
+        asked = _unit(side.features)
+        parts = np.array_split(asked, 1 + len(asked) * count * len(overall) // _CELLS)
+        return np.concatenate([expected(part) for part in parts])
+
+    return predict
+
+
+def _perceptron(features: np.ndarray, scores: np.ndarray, width: int, seed: int) -> Any:
+    """Return a fitted perceptron with one hidden layer, stopped early."""
+    from sklearn.neural_network import MLPRegressor
+
+    enough = len(features) >= _ENOUGH  # a tenth of them is what it stops on
+    options = {"alpha": 1e-2, "early_stopping": enough, "max_iter": 200, "random_state": seed}
+    model = MLPRegressor(hidden_layer_sizes=(width,), **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # not converged: stopped early on purpose
+        return model.fit(features, scores)
+
+
+def ensemble(train: Side, width: int) -> Predictor:
+    """The prefill router's recipe (arXiv 2603.20895): a middle layer's last state, scaled, PCA, small MLPs' mean."""
+    from sklearn.decomposition import PCA
+
+    def read(side: Side) -> np.ndarray:
+        return side.features if side.middle is None else side.middle
+
+    scaler, scaled = _scaled(read(train))
+    kept = PCA(min(_COMPONENTS, *scaled.shape), random_state=_SEED).fit(scaled)
+    reduced = kept.transform(scaled)
+    models = [_perceptron(reduced, train.filled, width, seed) for seed in range(_MEMBERS)]
+
+    def predict(side: Side) -> np.ndarray:
+        asked = kept.transform(scaler.transform(read(side)))
+        return np.mean([_table(model.predict(asked), side) for model in models], 0)
+
+    return predict
+
+
+def ranking(train: Side, decay: float) -> Predictor:
+    """A linear scorer with a pairwise ranking loss (EquiRouter, arXiv 2602.03478): who is better, not by how much.
+
+    `mean over pairs i, j with y_i > y_j of (y_i - y_j) log(1 + exp(s_j - s_i))`. Of large pools each step takes some
+    candidates at random. The scores that it gives rank candidates; what they are worth it does not know.
+    """
+    import torch
+
+    scaler, scaled = _scaled(train.features)
+    states = torch.from_numpy(np.column_stack([scaled, np.ones(len(scaled))]).astype(np.float32))
+    wanted = torch.from_numpy(train.filled.astype(np.float32))
+    count = wanted.shape[1]
+    generator = torch.Generator().manual_seed(_SEED)
+    weights = torch.zeros(states.shape[1], count, requires_grad=True)
+    optimizer = torch.optim.AdamW([weights], lr=1e-2, weight_decay=decay)
+    for _ in range(_RANKING_STEPS):
+        rows = torch.randint(len(states), (min(len(states), 1024),), generator=generator)
+        some = torch.randperm(count, generator=generator)[:_RANKED]
+        scores, truth = states[rows] @ weights[:, some], wanted[rows][:, some]
+        lead = (truth[:, :, None] - truth[:, None, :]).clamp(min=0)
+        loss = (lead * torch.nn.functional.softplus(scores[:, None, :] - scores[:, :, None])).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found = weights.detach().numpy()
+
+    def predict(side: Side) -> np.ndarray:
+        asked = scaler.transform(side.features)
+        scores = np.column_stack([asked, np.ones(len(asked))]) @ found
+        return torch.from_numpy(scores).softmax(1).numpy()
+
+    return predict
+
+
+def untrained(train: Side, alpha: float) -> Predictor:
+    """Ridge regression on the states of the same model with weights at random: what its training is worth."""
+    from sklearn.linear_model import Ridge
+
+    scaler, scaled = _scaled(_given(train.untrained))
+    model = Ridge(alpha=alpha).fit(scaled, train.filled)
+    return lambda side: _table(model.predict(scaler.transform(_given(side.untrained))), side)
+
+
 def knn(train: Side, neighbours: int) -> Predictor:
     """Mean scores of the nearest train queries by cosine (arXiv 2309.15789; a strong baseline, arXiv 2505.12601)."""
     from sklearn.neighbors import KNeighborsRegressor
 
     count = min(neighbours, len(train.features))
-    model = KNeighborsRegressor(n_neighbors=count).fit(_unit(train.features), _filled(train.scores))
-    return lambda features: model.predict(_unit(features))
+    model = KNeighborsRegressor(n_neighbors=count).fit(_unit(train.features), train.filled)
+    return lambda side: model.predict(_unit(side.features))
 
 
 def linear(train: Side, alpha: float) -> Predictor:
@@ -78,22 +255,15 @@ def linear(train: Side, alpha: float) -> Predictor:
     from sklearn.linear_model import Ridge
 
     scaler, scaled = _scaled(train.features)
-    model = Ridge(alpha=alpha).fit(scaled, _filled(train.scores))
-    return lambda features: model.predict(scaler.transform(features))
+    model = Ridge(alpha=alpha).fit(scaled, train.filled)
+    return lambda side: model.predict(scaler.transform(side.features))
 
 
 def mlp(train: Side, width: int) -> Predictor:
     """A perceptron with one hidden layer, stopped early."""
-    from sklearn.neural_network import MLPRegressor
-
     scaler, scaled = _scaled(train.features)
-    enough = len(train.features) >= _ENOUGH  # a tenth of them is what it stops on
-    options = {"alpha": 1e-2, "early_stopping": enough, "max_iter": 200, "random_state": _SEED}
-    model = MLPRegressor(hidden_layer_sizes=(width,), **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # not converged: stopped early on purpose
-        model.fit(scaled, _filled(train.scores))
-    return lambda features: np.atleast_2d(model.predict(scaler.transform(features))).reshape(len(features), -1)
+    model = _perceptron(scaled, train.filled, width, _SEED)
+    return lambda side: _table(model.predict(scaler.transform(side.features)), side)
 
 
 def clusters(train: Side, count: int) -> Predictor:
@@ -109,7 +279,7 @@ def clusters(train: Side, count: int) -> Predictor:
         known = (~np.isnan(inside)).sum(0)
         # One query of the overall mean tops each cluster up: a tiny cluster has no winner of its own.
         means[cluster] = (np.nan_to_num(inside).sum(0) + overall) / (known + 1)
-    return lambda features: means[model.predict(_unit(features))]
+    return lambda side: means[model.predict(_unit(side.features))]
 
 
 def factors(train: Side, rank: int) -> Predictor:
@@ -119,48 +289,60 @@ def factors(train: Side, rank: int) -> Predictor:
     the least squares solution has a closed form, its gradient descent in the papers does not differ in the model.
     """
     scaler, scaled = _scaled(train.features)
-    scores = _filled(train.scores)
+    scores = train.filled
     bias = scores.mean(0)
     gram = scaled.T @ scaled + 100.0 * np.eye(scaled.shape[1])
     full = np.linalg.solve(gram, scaled.T @ (scores - bias))
     _, _, right = np.linalg.svd(scaled @ full, full_matrices=False)
     kept = right[:rank]
-    return lambda features: bias + (scaler.transform(features) @ full) @ kept.T @ kept
+    return lambda side: bias + (scaler.transform(side.features) @ full) @ kept.T @ kept
 
 
 METHODS: dict[str, tuple[Callable[..., Predictor], tuple[Any, ...]]] = {
+    "names": (names, (1.0, 10.0, 100.0)),
+    "words": (words, (0.3, 1.0, 3.0, 10.0)),
     "kNN": (knn, (5, 20, 50, 100)),
+    "guarded-kNN": (guarded_knn, (1.0, 2.0, 3.0)),
     "linear": (linear, (1e2, 1e3, 1e4, 1e5)),
     "MLP": (mlp, (32, 128)),
+    "ensemble": (ensemble, (32, 128)),
+    "ranking": (ranking, (0.01, 0.1, 1.0)),
     "clusters": (clusters, (4, 8, 16, 32, 64)),
     "factors": (factors, (1, 2, 4)),
+    "untrained": (untrained, (1e2, 1e3, 1e4, 1e5)),
 }
 """Name to (method, the settings that validation chooses from)."""
 
+ON_REQUEST = ("untrained",)
+"""Methods that are not among all: a second model in memory, and a pass of its own over all queries."""
+
 
 def predict(
-    name: str, train: Side, validation: Side, features: np.ndarray, score: Callable[[np.ndarray, Side], float]
-) -> tuple[np.ndarray, Any]:
+    name: str, train: Side, validation: Side, asked: Side, score: Callable[[np.ndarray, Side], float]
+) -> tuple[np.ndarray, Any, float]:
     """Expected scores of a baseline, with the setting that was best on validation, fitted again on both sides.
 
     Args:
         name: a key of `METHODS`.
         train: what is learnt from.
         validation: what the setting is chosen on.
-        features: `[N, d]` of the queries to predict.
+        asked: the queries to predict.
         score: of choices `[N]` on a side.
 
     Returns:
-        `[N, C]`, and the setting.
+        `[N, C]`, the setting, and the seconds that the prediction took.
 
     Raises:
         ImportError: the extra `eval` is not installed.
     """
     require_extra("sklearn", "eval")
     method, settings = METHODS[name]
-    reached = {s: score(method(train, s)(validation.features).argmax(1), validation) for s in settings}
+    reached = {s: score(method(train, s)(validation).argmax(1), validation) for s in settings}
     best = max(settings, key=reached.__getitem__)
-    return method(train + validation, best)(features), best
+    predictor = method(train + validation, best)
+    started = time.perf_counter()
+    predicted = predictor(asked)
+    return predicted, best, time.perf_counter() - started
 
 
 def check_model(model: str) -> None:
@@ -243,7 +425,7 @@ def encoder(
             train_sampling_strategy="group_by_length",
             use_cpu=not torch.accelerator.is_available(),
         )
-        learnt: Any = examples("train", _filled(train.scores))
+        learnt: Any = examples("train", train.filled)
         trainer = Trainer(network, arguments, data_collator=collate, train_dataset=learnt)
         trainer.train()
         asked: Any = examples("test", None)

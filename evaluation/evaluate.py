@@ -1,5 +1,6 @@
 """The composite on one side of a supervision, beside everything it has to beat."""
 
+import copy
 import logging
 import resource
 import subprocess
@@ -12,22 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
+from ..data_prep.labels import fill_unknown
 from ..data_prep.supervision import Supervision, supervision_of
 from ..modeling.composite import Composite, load_composite, read_manifest
 from ..modeling.errors import ExpertokenError, did_you_mean
 from ..modeling.fingerprint import library_versions
+from ..modeling.meta import MetaLLM
+from ..modeling.state import StateSpec
+from ..modeling.states import cached_states
 from . import baselines as learnt
 from . import metrics
-from .report import CalibrationBin, Gain, Report, Result
+from .chats import in_chats
+from .report import BLIND, CalibrationBin, Gain, Report, Result
 from .report_metrics import add_calibration, add_pair, add_scores, add_trade_offs
 from .robustness import robustness as measure_robustness
 from .splits import RouterResult, Split, expected_costs, read_split
 
 logger = logging.getLogger(__name__)
 
-_PARTIAL_ORACLE = 0.5
+_HALF = 0.5  # the p of RouterEval's r_o(p)
 _CURVE_RESAMPLES = 1000  # resamples of metrics that are not means: each of them costs a curve
 _FOLD = 5  # where there is one side to learn from, every n-th query of it is validation
 
@@ -42,23 +49,28 @@ def evaluate(
     encoder: str | None = None,
     encoder_epochs: int = 3,
     robustness: int = 0,
+    contexts: int = 0,
     resamples: int = 5000,
     trust_remote_code: bool = False,
 ) -> Report:
     """Score a composite against every single candidate, simple and learnt baselines and the per-query oracle.
 
-    A candidate that was not measured on a query scores 0 there; queries that nobody was measured on are left out.
+    A candidate whose score on a query is unknown counts with its mean in the benchmark, in which it scores 0 where it
+    has no score at all. Queries that nobody was measured on are left out.
 
     Args:
         composite: a folder, or a loaded one.
         data: a supervision folder, or a loaded one; the one it was trained on where not given (folders only).
         split: which side.
-        baselines: names from `baselines.METHODS`. Where not given, all of them if scikit-learn is installed.
+        baselines: names from `baselines.METHODS`. Where not given, all of them but those `ON_REQUEST`, if scikit-learn
+            is installed.
         embedder: a sentence-transformers model (hub id or folder) that gives the baselines their features; the meta
             LLM's states, which the composite has too, where not given.
         encoder: also fine-tune this encoder (hub id or folder) as a baseline; takes its time.
         encoder_epochs: of that, over the train side.
         robustness: on how many queries to try changes of the text; 0 leaves that out.
+        contexts: on how many queries to ask in a chat: behind system prompts, after earlier turns, as a follow-up; 0
+            leaves that out.
         resamples: of the bootstrap.
         trust_remote_code: allow the base model's repository to run its own code.
 
@@ -66,6 +78,9 @@ def evaluate(
         ExpertokenError: the supervision lacks the side, or a candidate of the composite.
     """
     started = time.perf_counter()
+    for name, value, least in (("robustness", robustness, 0), ("contexts", contexts, 0), ("resamples", resamples, 1)):
+        if value < least:
+            raise ExpertokenError(f"{name}: expected {least} or more, got {value}")
     if not isinstance(composite, Composite | Path | str):
         kind = type(composite).__name__
         raise ExpertokenError(f"composite: expected a folder or a `Composite` (`CompositeModel` has one), got {kind}")
@@ -73,14 +88,11 @@ def evaluate(
     folder = None if isinstance(composite, Composite) else Path(composite)
     supervision = _supervision(folder, data)
     supervision.side(split)  # a misspelt split or baseline is an error before anything is loaded
-    if unknown := [name for name in baselines or () if name not in learnt.METHODS]:
-        raise ExpertokenError(f"no baseline {unknown[0]!r}, {did_you_mean(unknown[0], learnt.METHODS)}")
-    for model in filter(None, (embedder, encoder)):
-        learnt.check_model(model)
+    _check_baselines(baselines or (), embedder, encoder)
     if not isinstance(composite, Composite):
         composite = load_composite(composite, trust_remote_code=trust_remote_code)
     if baselines is None:
-        baselines = list(learnt.METHODS) if find_spec("sklearn") else []
+        baselines = [name for name in learnt.METHODS if name not in learnt.ON_REQUEST] if find_spec("sklearn") else []
     names = composite.pool.names
     test, known = _splits(composite, supervision, split, states=bool(baselines) and not embedder)
     expected_cost = expected_costs(known, test)
@@ -89,18 +101,20 @@ def evaluate(
     decided = _decided(composite, test)
     chosen = decided.chosen
     routers = {"composite": test.choose(chosen, "composite", predicted=decided.expected)}
-    routers |= {name: test.choose(np.full(len(chosen), index), "expert") for index, name in enumerate(names)}
+    routers |= {name: test.single(index) for index, name in enumerate(names)}
     routers |= _simple(names, known, test)
-    routers |= _learnt(baselines, embedder, (encoder, encoder_epochs), known, test)
+    routers[BLIND] = _blind(chosen, test)
+    routers |= _learnt(composite.meta, baselines, embedder, (encoder, encoder_epochs), known, test)
     routers["oracle"] = test.choose(metrics.oracle(test.scores, test.costs), "bound")
     judged, confidence, outcome = _judged(decided, routers["composite"], test)
+    solved = test.scores.max(1) > 0  # a query that nobody solved has no right choice
     report = Report(
         results=_results(routers, test.benchmarks, resamples),
         share_of_queries={name: float((chosen == index).mean()) for index, name in enumerate(names)},
         queries_by_benchmark={
             str(n): int(c) for n, c in zip(*np.unique(test.benchmarks, return_counts=True), strict=True)
         },
-        confusion_matrix=metrics.confusion(test.targets, chosen).tolist(),
+        confusion_matrix=metrics.confusion(test.targets[solved], chosen[solved]).tolist(),
         calibration_bins=[CalibrationBin(*part) for part in metrics.calibration(confidence, outcome)],
     )
     counts = metrics.resample_counts(test.benchmarks, min(resamples, _CURVE_RESAMPLES))
@@ -109,9 +123,14 @@ def evaluate(
         add_calibration(report, confidence, outcome, counts[:, judged])
     add_pair(report, routers, known, test, counts)
     if test.costs is not None:
-        add_trade_offs(report, routers, test, expected_cost, counts)
+        served = np.stack([composite.chooser.usd(int(length)) for length in test.lengths])
+        add_trade_offs(report, routers, test, expected_cost, served, counts)
     if robustness:
         report.robustness = _robustness(composite, test, robustness)
+    if contexts:
+        report.chats = [asdict(chat) for chat in in_chats(composite, test, test.messages, contexts)]
+    if split != "test":
+        report.findings.append(f"The composite may have been fitted on the {split} side: its figures are in-sample.")
     report.settings = {
         "split": split,
         "queries": len(chosen),
@@ -124,6 +143,16 @@ def evaluate(
         "peak_memory_gib": round(_peak_gib(), 2),
     }
     return report
+
+
+def _check_baselines(names: Sequence[str], embedder: str | None, encoder: str | None) -> None:
+    """Raise ExpertokenError where a baseline is not known, or can't be learnt so."""
+    if unknown := [name for name in names if name not in learnt.METHODS]:
+        raise ExpertokenError(f"no baseline {unknown[0]!r}, {did_you_mean(unknown[0], learnt.METHODS)}")
+    if embedder and "untrained" in names:
+        raise ExpertokenError("--baselines untrained: found an --embedder, which is trained; leave one of the two out")
+    for model in filter(None, (embedder, encoder)):
+        learnt.check_model(model)
 
 
 @dataclass(frozen=True)
@@ -152,11 +181,15 @@ class _Decided:
 
 
 def _decided(composite: Composite, test: Split) -> _Decided:
+    """Return the decisions that are served: by the composite's own policy, which may weigh costs."""
     probabilities = np.exp(test.logits - test.logits.max(1, keepdims=True))
     probabilities /= probabilities.sum(1, keepdims=True)
-    of_correctness = composite.manifest.training.get("objective") == "correctness"
-    expected = _chances(test.logits, with_self=composite.pool.has_self) if of_correctness else probabilities
-    return _Decided(test.logits.argmax(1), probabilities, expected, of_correctness)
+    chances = composite.chooser.chances
+    # That differences of logits choose the same candidate says little of what is lost with another: weighing costs
+    # against chances is worth 0.085 of APGR on RouteLLM's data (docs/results.md).
+    expected = 1 / (1 + np.exp(-test.logits)) if chances else probabilities
+    chosen = composite.chosen(torch.from_numpy(test.logits), test.lengths)
+    return _Decided(chosen, probabilities, expected, chances)
 
 
 def _judged(decided: _Decided, ours: RouterResult, test: Split) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -168,7 +201,8 @@ def _judged(decided: _Decided, ours: RouterResult, test: Split) -> tuple[np.ndar
     chosen = decided.chosen
     judged = np.arange(len(chosen)) if decided.of_correctness else np.flatnonzero(test.weights)
     outcome = ours.values if decided.of_correctness else test.targets[np.arange(len(chosen)), chosen]
-    return judged, decided.expected.max(1)[judged], outcome[judged]
+    confidence = decided.expected[np.arange(len(chosen)), chosen]
+    return judged, confidence[judged], outcome[judged]
 
 
 def _splits(composite: Composite, supervision: Supervision, split: str, *, states: bool) -> tuple[Split, list[Split]]:
@@ -188,7 +222,7 @@ def _splits(composite: Composite, supervision: Supervision, split: str, *, state
 def _robustness(composite: Composite, test: Split, count: int) -> list[dict[str, Any]]:
     place = np.random.default_rng(0).permutation(len(test.prompts))[:count]
     prompts = [test.prompts[index] for index in place]
-    found = measure_robustness(composite.meta, prompts, test.scores[place], with_self=composite.pool.has_self)
+    found = measure_robustness(composite.meta, prompts, test.scores[place])
     return [asdict(entry) for entry in found]
 
 
@@ -203,15 +237,6 @@ def _origin(composite: Composite, supervision: Supervision) -> dict[str, Any]:
     }
 
 
-def _chances(logits: np.ndarray, *, with_self: bool) -> np.ndarray:
-    """Each candidate's probability of being right, `[N, C]`, as the objective `correctness` means it (of self, 1/2).
-
-    Differences of logits choose the same candidate, but say little about what is lost with another: that costs are
-    weighed against these is worth 0.085 of APGR on RouteLLM's data (docs/results.md).
-    """
-    return 1 / (1 + np.exp((logits[:, -1:] if with_self else 0.0) - logits))
-
-
 def _supervision(folder: Path | None, data: Supervision | Path | str | None) -> Supervision:
     if isinstance(data, Supervision):
         return data
@@ -224,50 +249,88 @@ def _supervision(folder: Path | None, data: Supervision | Path | str | None) -> 
 
 def _results(routers: dict[str, RouterResult], benchmarks: np.ndarray, resamples: int) -> list[Result]:
     ours = routers["composite"].values
-    rows = []
+    rows: list[Result] = []
     for name, router in routers.items():
+        known = ~np.isnan(router.values)  # an expert alone has benchmarks in which it has no score
+        if not known.any():
+            logger.warning("%s has no score in any benchmark of this side; it has no line", name)
+            continue
+        values, kinds = router.values[known], benchmarks[known]
         row = Result(
             name,
             router.kind,
-            metrics.mean_over_benchmarks(router.values, benchmarks),
-            metrics.bootstrap_interval(router.values, benchmarks, resamples=resamples),
-            metrics.benchmark_means(router.values, benchmarks),
+            metrics.mean_over_benchmarks(values, kinds),
+            metrics.bootstrap_interval(values, kinds, resamples=resamples),
+            metrics.benchmark_means(values, kinds),
             # A mean over the queries whose cost happens to be known would be another router's.
             None if router.costs is None or np.isnan(router.costs).any() else float(router.costs.mean()),
             hyperparameter=router.setting,
+            coverage=router.coverage,
+            milliseconds=None if router.seconds is None else 1000 * router.seconds / len(values),
         )
         if name != "composite":
-            difference = ours - router.values
+            difference = ours[known] - values
             row.composite_gain = Gain(
-                metrics.mean_over_benchmarks(difference, benchmarks),
-                metrics.bootstrap_interval(difference, benchmarks, resamples=resamples),
-                metrics.paired_p_value(difference, benchmarks, resamples=resamples),
+                metrics.mean_over_benchmarks(difference, kinds),
+                metrics.bootstrap_interval(difference, kinds, resamples=resamples),
+                metrics.paired_p_value(difference, kinds, resamples=resamples),
             )
         rows.append(row)
+    held = [(row, row.composite_gain) for row in rows if row.composite_gain and row.kind in ("baseline", "router")]
+    for (row, gain), p_value in zip(held, metrics.holm([gain.p_value for _, gain in held]), strict=True):
+        row.composite_gain = replace(gain, p_holm=p_value)
     return rows
+
+
+def _blind(chosen: np.ndarray, test: Split) -> RouterResult:
+    """Return what the composite's shares of traffic are worth where the query plays no part, in expectation."""
+    return _mixture(np.bincount(chosen, minlength=test.scores.shape[1]) / len(chosen), test)
+
+
+def _mixture(shares: np.ndarray, test: Split) -> RouterResult:
+    """Return what is expected of a candidate drawn by shares `[C]` among those that are candidates for the query."""
+    weights = shares * ~test.absent
+    lost = weights.sum(1) == 0
+    weights[lost] = ~test.absent[lost]
+    weights /= weights.sum(1, keepdims=True)
+    costs = None if test.costs is None else np.where(weights > 0, test.costs * weights, 0.0).sum(1)
+    return RouterResult("baseline", (test.scores * weights).sum(1), costs)
 
 
 def _simple(names: list[str], known: list[Split], test: Split) -> dict[str, RouterResult]:
     """Best single and best per dataset (both chosen on train and validation), random, and half an oracle."""
-    scores = np.concatenate([side.scores for side in known])
     benchmarks = np.concatenate([side.benchmarks for side in known])
+    scores = fill_unknown(np.concatenate([side.raw for side in known]), benchmarks)
     kinds = np.unique(benchmarks)
     means = np.stack([scores[benchmarks == name].mean(0) for name in kinds])
     single = int(means.mean(0).argmax())
     best_of = {name: int(row.argmax()) for name, row in zip(kinds, means, strict=True)}
     per_dataset = np.array([best_of.get(name, single) for name in test.benchmarks])
-    half = metrics.partial_oracle(test.scores, _PARTIAL_ORACLE, test.costs)
-    costs = None if test.costs is None else test.costs.mean(1)
+    random = _mixture(np.ones(len(names)), test)
+    every = np.arange(len(test.raw))
+    best = metrics.oracle(test.scores, test.costs)
+    half_costs = (
+        None
+        if random.costs is None or test.costs is None
+        else metrics.mixed(test.costs[every, best], random.costs, _HALF)
+    )
     return {
         f"best single ({names[single]})": test.choose(np.full(len(test.raw), single), "baseline"),
         "best per dataset": test.choose(per_dataset, "baseline"),
-        "random": RouterResult("baseline", test.scores.mean(1), costs),
-        f"half oracle, r_o({_PARTIAL_ORACLE})": test.choose(half, "bound"),
+        "random": random,
+        f"half oracle, r_o({_HALF})": RouterResult(
+            "bound", metrics.mixed(test.scores.max(1), random.values, _HALF), half_costs
+        ),
     }
 
 
 def _learnt(
-    names: Sequence[str], embedder: str | None, encoder: tuple[str | None, int], known: list[Split], test: Split
+    meta: MetaLLM,
+    names: Sequence[str],
+    embedder: str | None,
+    encoder: tuple[str | None, int],
+    known: list[Split],
+    test: Split,
 ) -> dict[str, RouterResult]:
     """Routers from libraries, on the same states or on an embedder's."""
     if len(known) == 1:
@@ -278,20 +341,30 @@ def _learnt(
     if embedder and names:
         every = learnt.embed(embedder, [prompt for side in sides for prompt in side.prompts])
         features = np.split(every, np.cumsum([len(side.prompts) for side in sides])[:-1])
-    train, validation = (
-        learnt.Side(found, side.raw, side.benchmarks) for found, side in zip(features[:2], known, strict=True)
+    none: list[Any] = [None] * len(sides)
+    middle = none
+    if "ensemble" in names and not embedder:
+        try:
+            middle = _states_of(_at_the_middle(meta), sides)
+        except ExpertokenError as error:
+            logger.warning("no baseline `ensemble`, which reads the middle layer: %s", error)
+            names = [name for name in names if name != "ensemble"]
+    raw = _states_of(_untrained(meta), sides) if "untrained" in names else none
+    train, validation, asked = (
+        learnt.Side(found, side.raw, side.benchmarks, side.subjects, np.array(side.prompts, dtype=object), *more)
+        for found, side, *more in zip(features, sides, middle, raw, strict=True)
     )
 
     def score(chosen: np.ndarray, side: learnt.Side) -> float:
-        got = metrics.chosen_scores(np.nan_to_num(side.scores), chosen)
-        return metrics.mean_over_benchmarks(got, side.benchmarks)
+        return metrics.mean_over_benchmarks(metrics.chosen_scores(side.filled, chosen), side.benchmarks)
 
     found = {}
     bar = tqdm(names, desc="baselines", unit="router", leave=False, disable=not names)
     for name in bar:
         bar.set_postfix_str(name)
-        predicted, setting = learnt.predict(name, train, validation, features[-1], score)
-        found[name] = test.choose(predicted.argmax(1), "router", predicted=predicted, setting=setting)
+        predicted, setting, seconds = learnt.predict(name, train, validation, asked, score)
+        more = {"predicted": predicted, "setting": setting, "seconds": seconds}
+        found[name] = test.choose(predicted.argmax(1), "router", **more)
     model, epochs = encoder
     if model:
         texts = {"train": known[0].prompts, "test": test.prompts}
@@ -299,6 +372,35 @@ def _learnt(
         setting = f"{model}, {epochs} epochs"
         found["encoder"] = test.choose(predicted.argmax(1), "router", predicted=predicted, setting=setting)
     return found
+
+
+def _at_the_middle(meta: MetaLLM) -> MetaLLM:
+    """Return the meta LLM, without an adapter, as it reads its middle layer.
+
+    Raises:
+        ExpertokenError: its layers can't be read.
+    """
+    middle = copy.copy(meta)
+    middle.read_at(StateSpec(max(1, meta.layers // 2)), 1)
+    return middle
+
+
+def _untrained(meta: MetaLLM) -> MetaLLM:
+    """Return the meta LLM with weights at random, read at the same state."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": meta.head.weight.dtype, "trust_remote_code": meta.source.trust_remote_code}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(meta.plain.config, **options).to(meta.device).eval()
+    found = MetaLLM(model, meta.tokenizer, meta.source, 1, state=meta.state)
+    found.view = meta.view
+    return found
+
+
+def _states_of(meta: MetaLLM, sides: Sequence[Split]) -> list[np.ndarray]:
+    found = cached_states(meta, [query for side in sides for query in side.queries], label="baselines' states")
+    return np.split(np.asarray(found.hidden), np.cumsum([len(side.queries) for side in sides])[:-1])
 
 
 def _peak_gib() -> float:

@@ -28,6 +28,21 @@ REFERENCE_SCORES = {
 }
 """RouterEval's reference accuracies (arXiv 2503.10657), of GPT-4 or another strong model, per benchmark."""
 
+_FAMILIES = (
+    "hellaswag",
+    "truthfulqa",
+    "winogrande",
+    "gsm8k",
+    "ifeval",
+    "mmlu_pro",
+    "bbh",
+    "gpqa",
+    "math",
+    "musr",
+    "arc",
+)
+"""Beginnings of the names of a benchmark's parts, as in the Open LLM Leaderboard."""
+
 _ALIASES = {
     "arc_challenge": "arc",
     "arc_c": "arc",
@@ -44,7 +59,14 @@ _ALIASES = {
 def reference_score(benchmark: str) -> float | None:
     """RouterEval's reference accuracy on a benchmark, however its files spell the name; None for others."""
     name = re.sub(r"[^a-z0-9]+", "_", benchmark.lower()).strip("_")
-    return REFERENCE_SCORES.get(_ALIASES.get(name, name))
+    # RouterEval's raw files have the leaderboard's names: harness_arc_challenge_25, leaderboard_bbh_navigate.
+    bare, prefixes = re.subn(r"^(harness|leaderboard)_", "", name)
+    if prefixes:
+        bare = re.sub(r"_\d+$", "", bare)
+        if bare.startswith("hendryckstest"):
+            bare = "mmlu"
+        bare = next((family for family in _FAMILIES if bare == family or bare.startswith(f"{family}_")), bare)
+    return REFERENCE_SCORES.get(_ALIASES.get(bare, bare))
 
 
 RIGHT = 0.5
@@ -89,6 +111,15 @@ def paired_p_value(difference: np.ndarray, benchmarks: Names, *, resamples: int 
     means = _resampled(difference, benchmarks, resamples, seed)
     share = min((means <= 0).mean(), (means >= 0).mean())
     return float(min(1.0, max(2 * share, 1 / resamples)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for their number (Holm 1979): each rejection holds for all of them together."""
+    order = np.argsort(p_values)
+    adjusted = np.empty(len(order))
+    scaled = np.asarray(p_values, dtype=float)[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(scaled))
+    return adjusted.tolist()
 
 
 def _resampled(values: np.ndarray, benchmarks: Names, resamples: int, seed: int) -> np.ndarray:
@@ -150,11 +181,15 @@ def oracle(scores: np.ndarray, costs: np.ndarray | None = None) -> np.ndarray:
     return np.where(best, paid, np.inf).argmin(1)
 
 
-def partial_oracle(scores: np.ndarray, p: float, costs: np.ndarray | None = None, seed: int = 0) -> np.ndarray:
-    """RouterEval's r_o(p): the best candidate with probability p, else one at random; choices `[N]`."""
-    rng = np.random.default_rng(seed)
-    guess = rng.integers(scores.shape[1], size=len(scores))
-    return np.where(rng.random(len(scores)) < p, oracle(scores, costs), guess)
+def mixed(oracle: np.ndarray, random: np.ndarray, p: float) -> np.ndarray:
+    """Return the expectation of RouterEval's r_o(p): the oracle with probability p, else a candidate at random.
+
+    Args:
+        oracle: `[N]` scores (or costs) of the oracle.
+        random: `[N]` means over the candidates.
+        p: probability of the oracle.
+    """
+    return p * oracle + (1 - p) * random
 
 
 @dataclass(frozen=True)
@@ -241,7 +276,7 @@ def trade_off(
         predicted: `[N, C]` scores that the router expects.
         scores: `[N, C]` as measured.
         costs: `[N, C]` USD as measured.
-        expected: `[C]` USD that each candidate costs on average: what a router may know beforehand.
+        expected: `[C]` or `[N, C]` USD that a router may know beforehand.
         weights: lambdas, score per USD.
     """
     rows = np.arange(len(scores))
@@ -328,6 +363,19 @@ def calibration_errors(confidence: np.ndarray, outcome: np.ndarray, counts: np.n
     """Expected calibration error (arXiv 1706.04599) in each resample, `[R]`; see `resample_counts`."""
     gaps = [np.abs(counts[:, rows] @ (confidence - outcome)[rows]) for rows in _bins(confidence, bins)]
     return np.sum(gaps, axis=0) / counts.sum(1)
+
+
+def calibration_floor(confidence: np.ndarray, bins: int = 15, draws: int = 200, seed: int = 0) -> float:
+    """Return the calibration error that perfect probabilities would show on so many queries, by chance alone.
+
+    Outcomes are drawn from the confidences themselves; the error is a mean of absolute values and is never 0.
+    """
+    once, rng = np.ones((1, len(confidence))), np.random.default_rng(seed)
+    found = [
+        calibration_errors(confidence, (rng.random(len(confidence)) < confidence).astype(float), once, bins)[0]
+        for _ in range(draws)
+    ]
+    return float(np.mean(found))
 
 
 def _bins(confidence: np.ndarray, bins: int) -> Iterator[np.ndarray]:

@@ -1,19 +1,22 @@
 """The report as pictures: scores, shares, experts by benchmark, calibration, cost against quality."""
 
 import itertools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..modeling.errors import require_extra
+from ..modeling.errors import one_line, require_extra
 from ..modeling.files import atomic_file
 from .report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 
 _COLOURS = {
     "composite": "#1b6ca8",
@@ -33,33 +36,40 @@ def draw_report(report: Report, folder: Path | str) -> list[Path]:
         folder: where to.
 
     Returns:
-        the files; a picture there is nothing to draw for is left out.
+        the files; a picture is left out where there is nothing to draw for it, or, with a warning, where it fails.
 
     Raises:
         ImportError: the `eval` extra is not installed.
     """
     matplotlib = require_extra("matplotlib", "eval")
     matplotlib.use("Agg")
+    require_extra("matplotlib.pyplot", "eval")
     drawn = []
     for name, draw, there in (
         ("scores", draw_scores, True),
+        ("gains", draw_gains, True),
         ("experts", draw_experts, len(report.queries_by_benchmark) > 1),
         ("shares", draw_shares, True),
         ("reliability", draw_reliability, bool(report.calibration_bins)),
         ("cost", draw_costs, bool(report.cost_quality_curves)),
     ):
-        if there:
+        if not there:
+            continue
+        open_before = set(matplotlib.pyplot.get_fignums())  # in a notebook, somebody else's
+        try:
             drawn.append(_save(draw, report, Path(folder) / f"{name}.png"))
+        except Exception as error:  # of matplotlib: a picture is worth less than the report
+            logger.warning("the picture %s.png could not be drawn (%s)", name, one_line(error))
+        finally:
+            for figure in set(matplotlib.pyplot.get_fignums()) - open_before:
+                matplotlib.pyplot.close(figure)
     return drawn
 
 
 def _save(draw: "Callable[[Report], Figure]", report: Report, path: Path) -> Path:
-    from matplotlib import pyplot
-
     figure = draw(report)
     with atomic_file(path) as aside:
         figure.savefig(aside, format="png", dpi=150)
-    pyplot.close(figure)
     return path
 
 
@@ -76,8 +86,9 @@ def draw_scores(report: Report) -> "Figure":
     rows = [*rows[::-1], *singles[-_MOST_LABELS:]]
     rows.sort(key=lambda row: row.mean_score)
     means = [100 * row.mean_score for row in rows]
-    low = [100 * (row.mean_score - row.mean_score_interval[0]) for row in rows]
-    high = [100 * (row.mean_score_interval[1] - row.mean_score) for row in rows]
+    # An interval without a width, as of an expert that is right on all of a benchmark, may miss the mean by a rounding.
+    low = [max(0.0, 100 * (row.mean_score - row.mean_score_interval[0])) for row in rows]
+    high = [max(0.0, 100 * (row.mean_score_interval[1] - row.mean_score)) for row in rows]
     figure, axes = pyplot.subplots(figsize=(8, 0.32 * len(rows) + 1.2), layout="constrained")
     axes.barh(
         [row.name for row in rows],
@@ -100,20 +111,40 @@ def draw_scores(report: Report) -> "Figure":
     return figure
 
 
+def draw_gains(report: Report) -> "Figure":
+    """What the composite gains over each other way to answer, paired on the same queries."""
+    from matplotlib import pyplot
+
+    rows = [row for row in report.shown() if row.composite_gain is not None][::-1]
+    gains = [row.composite_gain for row in rows if row.composite_gain is not None]
+    means = np.array([100 * gain.difference for gain in gains])
+    bounds = 100 * np.array([gain.interval for gain in gains])
+    figure, axes = pyplot.subplots(figsize=(8, 0.28 * len(rows) + 1.2), layout="constrained")
+    axes.axvline(0, color="#444444", linewidth=1)
+    axes.hlines(range(len(rows)), *bounds.T, color=[_COLOURS[row.kind] for row in rows], linewidth=2)
+    axes.scatter(means, range(len(rows)), color=[_COLOURS[row.kind] for row in rows], zorder=3)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.set_xlabel("gain of the composite, points (95 % interval of each line alone, paired)")
+    _plain(axes)
+    return figure
+
+
 def draw_experts(report: Report) -> "Figure":
     """Scores of every candidate and of the composite on every benchmark."""
     from matplotlib import pyplot
 
     rows = [report.composite, *(row for row in report.shown() if row.kind == "expert")]
     names = list(report.queries_by_benchmark)[:_MOST_LABELS]
-    values = 100 * np.array([[row.score_by_benchmark[name] for name in names] for row in rows])
+    values = 100 * np.array([[row.score_by_benchmark.get(name, np.nan) for name in names] for row in rows])
     figure, axes = pyplot.subplots(figsize=(0.75 * len(names) + 3.2, 0.36 * len(rows) + 1.6), layout="constrained")
     image = axes.imshow(values, cmap="YlGnBu", aspect="auto")
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
-    best = values[1:].argmax(0) + 1
-    dark = (values.min() + values.max()) / 2
+    best = np.nan_to_num(values[1:], nan=-1.0).argmax(0) + 1
+    dark = (np.nanmin(values) + np.nanmax(values)) / 2
     for (y, x), value in np.ndenumerate(values):
+        if np.isnan(value):  # not measured
+            continue
         weight = "bold" if y in (0, best[x]) else "normal"
         axes.text(
             x, y, f"{value:.0f}", ha="center", va="center", color="white" if value > dark else "black",
@@ -187,9 +218,8 @@ def draw_costs(report: Report) -> "Figure":
     experts = [row for row in report.results if row.kind == "expert"]
     priced = [(row, 1000 * row.usd_per_query) for row in experts if row.usd_per_query is not None]
     for row, cost in priced:
-        quality = 100 * np.average(
-            list(row.score_by_benchmark.values()), weights=list(report.queries_by_benchmark.values())
-        )
+        counts = [report.queries_by_benchmark[name] for name in row.score_by_benchmark]
+        quality = 100 * np.average(list(row.score_by_benchmark.values()), weights=counts)
         axes.scatter(cost, quality, color=_COLOURS["expert"], zorder=3)
         if row.name in named:
             axes.annotate(row.name, (cost, quality), fontsize=7, xytext=(4, -7), textcoords="offset points")

@@ -9,8 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from ..modeling.errors import ExpertokenError, did_you_mean
 from ..modeling.files import atomic_file
 
+BLIND = "blind mixture"
+"""Name of the line that sends the composite's share of queries to each candidate, whatever they ask."""
+
+_TRIVIAL = ("names", "words", "untrained", BLIND)
 _SURE = 0.05
 _BOUNDS = (_SURE / 2, 1 - _SURE / 2)
 _MOST_EXPERTS = 30  # lines that a table has room for
@@ -24,11 +29,19 @@ class Gain:
         difference: difference of the mean scores.
         interval: 95 % interval of the difference, bootstrap within benchmarks.
         p_value: two-sided p-value that the difference is zero.
+        p_holm: the same, adjusted for the number of baselines and routers that the composite is held against (Holm);
+            None for experts alone and bounds.
     """
 
     difference: float
     interval: tuple[float, float]
     p_value: float
+    p_holm: float | None = None
+
+    @property
+    def p(self) -> float:
+        """The p-value to judge by."""
+        return self.p_value if self.p_holm is None else self.p_holm
 
 
 @dataclass
@@ -44,6 +57,8 @@ class Result:
         usd_per_query: mean cost, None where not known.
         composite_gain: gain of the composite over this one; None for the composite.
         hyperparameter: value that a learnt router chose on validation.
+        coverage: share of the queries on which the candidate that it chose was measured; None where nothing is chosen.
+        milliseconds: that a learnt router takes per query, its features at hand.
     """
 
     name: str
@@ -54,6 +69,8 @@ class Result:
     usd_per_query: float | None = None
     composite_gain: Gain | None = None
     hyperparameter: Any = None
+    coverage: float | None = None
+    milliseconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,7 @@ class Report:
         calibration_bins: confidence and outcome.
         cost_quality_curves: for each router the hull of its trade-off: `usd_per_query` and `mean_score`.
         robustness: for each change of the text: share of decisions flipped, score lost, queries.
+        chats: for each context of a chat: score, change against the bare question, share of the same choices.
         settings: what was evaluated, on what data, with which versions, and how long it took.
     """
 
@@ -99,6 +117,7 @@ class Report:
     calibration_bins: list[CalibrationBin] = field(default_factory=list)
     cost_quality_curves: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     robustness: list[dict[str, Any]] = field(default_factory=list)
+    chats: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -107,8 +126,15 @@ class Report:
         return self.results[0]
 
     def row(self, name: str) -> Result:
-        """Return a result by name."""
-        return next(row for row in self.results if row.name == name)
+        """Return a result by name.
+
+        Raises:
+            ExpertokenError: there is none of that name.
+        """
+        found = {row.name: row for row in self.results}
+        if name not in found:
+            raise ExpertokenError(f"the report has no line {name!r}, {did_you_mean(name, found)}")
+        return found[name]
 
     def add(self, name: str, value: float, resampled: np.ndarray | None = None) -> None:
         """Add a metric, with the interval of its resampled values; one that is not finite is left out."""
@@ -127,9 +153,9 @@ class Report:
         return [row for row in self.results if row.kind != "expert" or row.name not in left_out]
 
     def verdict(self) -> list[str]:
-        """Return sentences on where the composite wins: over best single, best per dataset, best router."""
-        rivals = [row for row in self.results if row.name.startswith("best ")]
-        routers = [row for row in self.results if row.kind == "router"]
+        """Return sentences on where the composite wins: over the baselines, what is trivial, and the best router."""
+        rivals = [row for row in self.results if row.name.startswith("best ") or row.name in _TRIVIAL]
+        routers = [row for row in self.results if row.kind == "router" and row.name not in _TRIVIAL]
         if routers:
             rivals.append(max(routers, key=lambda row: row.mean_score))
         return [_sentence(row) for row in rivals] + self.findings
@@ -150,21 +176,25 @@ class Report:
         """Return the report as Markdown, with links to the pictures beside it."""
         lines = ["# Evaluation", "", *(f"- {sentence}" for sentence in self.verdict()), ""]
         lines += [f"![{name.removesuffix('.png')}]({name})" for name in pictures or ()] + [""]
-        lines += self._scores() + self._metrics() + self._confusion() + self._robustness()
+        lines += self._scores() + self._metrics() + self._confusion() + self._chats() + self._robustness()
         lines += ["## Settings", "", "```json", json.dumps(self.settings, indent=2), "```", ""]
         return "\n".join(lines)
 
     def _scores(self) -> list[str]:
         priced = any(row.usd_per_query is not None for row in self.results)
+        gaps = any(row.coverage is not None and row.coverage < 1 for row in self.results)
+        timed = any(row.milliseconds is not None for row in self.results)
         head = [
             "",
             "mean",
             "95 % interval",
-            *self.queries_by_benchmark,
+            *(f"{name} (n = {count})" for name, count in self.queries_by_benchmark.items()),
+            *(["measured"] if gaps else []),
             *(["USD per 1000"] if priced else []),
             "share",
             "gain",
             "p",
+            *(["ms"] if timed else []),
         ]
         body = []
         for row in self.shown():
@@ -173,22 +203,37 @@ class Report:
                 f"{100 * row.mean_score:.2f}",
                 "{:.1f} to {:.1f}".format(*(100 * v for v in row.mean_score_interval)),
             ]
-            cells += [f"{100 * row.score_by_benchmark[name]:.1f}" for name in self.queries_by_benchmark]
+            means = (row.score_by_benchmark.get(name) for name in self.queries_by_benchmark)
+            cells += ["" if mean is None else f"{100 * mean:.1f}" for mean in means]
+            if gaps:
+                cells.append("" if row.coverage is None else f"{100 * row.coverage:.0f} %")
             if priced:
                 cells.append("" if row.usd_per_query is None else f"{1000 * row.usd_per_query:.3f}")
             share = self.share_of_queries.get(row.name)
             cells.append("" if share is None else f"{100 * share:.0f} %")
             gain = row.composite_gain
             cells.append("" if gain is None else "{} ({})".format(*_points(gain, 1)))
-            cells.append("" if gain is None else _p(gain.p_value).removeprefix("p = ").removeprefix("p "))
+            cells.append("" if gain is None else _p(gain.p).removeprefix("p = ").removeprefix("p "))
+            if timed:
+                cells.append("" if row.milliseconds is None else f"{row.milliseconds:.2f}")
             body.append(cells)
-        count = ", ".join(f"{name} {size}" for name, size in self.queries_by_benchmark.items())
         text = (
-            f"Percent; queries: {count}. The mean is over benchmarks, each counting alike. Best single and best per "
-            "dataset were chosen on train and validation; the half oracle knows the best candidate of every other "
-            "query. The share is of queries the composite sends there; the gain is the composite's over the line, "
-            "paired on the same queries."
+            "Percent; n is the number of queries. The mean is over benchmarks, each counting alike. Best single and "
+            "best per dataset were chosen on train and validation; the half oracle has the best candidate with "
+            "probability 1/2 and one at random otherwise, in expectation. The share is of queries the composite sends "
+            "there; the gain is the composite's over the line, paired on the same queries, its interval for this line "
+            "alone; p is adjusted for the number of baselines and routers (Holm). The blind mixture sends each "
+            "candidate as many queries as the composite does, whatever they ask; `names` knows the name of the "
+            "benchmark and the subject alone, `words` the words of the question."
         )
+        if timed:
+            text += " Milliseconds are a learnt router's own, per query, its features at hand."
+        if gaps:
+            text += (
+                " Measured is the share of the queries on which the candidate chosen has a score. Elsewhere its mean "
+                "in the benchmark counts. A benchmark in which a model has no score is left out of its own line, and "
+                "there it counts as wrong where a router chooses it."
+            )
         return ["## Scores", "", text, "", *_table(head, body), ""]
 
     def _metrics(self) -> list[str]:
@@ -214,6 +259,22 @@ class Report:
         rows = [[name, *(f"{v:.0f}" for v in row)] for name, row in zip(names, self.confusion_matrix, strict=True)]
         return ["## Labels (down) and choices (across), queries", "", *_table(["", *names], rows), ""]
 
+    def _chats(self) -> list[str]:
+        rows = [
+            [
+                entry["context"],
+                f"{100 * entry['score']:.1f}",
+                f"{100 * entry['change']:+.1f}",
+                "{:+.1f} to {:+.1f}".format(*(100 * bound for bound in entry["interval"])),
+                f"{100 * entry['same_choice']:.0f} %",
+                str(entry["queries"]),
+            ]
+            for entry in self.chats
+        ]
+        head = ["context", "score", "change", "95 % interval", "same choice", "queries"]
+        text = "The same questions in a chat. A follow-up says nothing by itself and is about the question before it."
+        return ["## In chats", "", text, "", *_table(head, rows), ""] if rows else []
+
     def _robustness(self) -> list[str]:
         rows = [
             [
@@ -238,8 +299,8 @@ def _sentence(row: Result) -> str:
     gain = row.composite_gain
     assert gain is not None
     points, interval = _points(gain, 2)
-    told = f"{points} points ({interval}, {_p(gain.p_value)})"
-    if gain.p_value >= _SURE:
+    told = f"{points} points ({interval}, {_p(gain.p)})"
+    if gain.p >= _SURE:
         return f"Not told apart from {row.name}: {told}."
     return f"{'Better' if gain.difference > 0 else 'WORSE'} than {row.name}: {told}."
 

@@ -83,7 +83,6 @@ def robustness(
     prompts: Sequence[str],
     scores: np.ndarray,
     *,
-    with_self: bool,
     seed: int = 0,
 ) -> list[Robustness]:
     """Decisions on changed texts against those on the texts as they are.
@@ -91,17 +90,16 @@ def robustness(
     Args:
         meta: the meta LLM with its rows.
         prompts: N questions.
-        scores: `[N, C]`, 0 where not measured.
-        with_self: whether self is a candidate.
+        scores: `[N, C]` without gaps.
         seed: of the changes.
     """
 
     def logits(texts: Sequence[str]) -> np.ndarray:
         queries = [meta.encode(text) for text in texts]
-        found = np.empty((len(texts), len(meta.rows) + int(with_self)), dtype=np.float32)
+        found = np.empty((len(texts), len(meta.rows)), dtype=np.float32)
         batches = run_batches(
             [len(query) for query in queries],
-            lambda batch: meta.candidate_logits([queries[row] for row in batch], with_self=with_self),
+            lambda batch: meta.candidate_logits([queries[row] for row in batch]),
             label="robustness",
         )
         for batch, part in batches:
@@ -123,7 +121,7 @@ def robustness(
     for name, change in tqdm(CHANGES.items(), desc="robustness", unit="change", leave=False):
         found += compare(name, [change(prompts[i], random.Random(seed + i)) for i in range(len(prompts))])
     attacked = min(_ATTACKED, len(prompts) // 2)
-    if attacked and len(meta.rows) + int(with_self) > 1:
+    if attacked and len(meta.rows) > 1:
         gadget = adversarial_suffix(logits, prompts[:attacked], plain[:attacked], meta.tokenizer, random.Random(seed))
         found += compare("adversarial suffix", [f"{text} {gadget}" for text in prompts], attacked)
     return found

@@ -83,9 +83,9 @@ def select(
     if labelled is not None:
         texts, scores = labelled
         extra = np.asarray(states_of(loaded.meta, list(texts), label="labelled states").hidden)
-        trust = _corrected(trust, knn(known, _NEIGHBOURS)(extra), scores)
+        trust = _corrected(trust, knn(known, _NEIGHBOURS)(Side.asked(extra)), scores)
         examples = known + Side(extra, scores, np.full(len(extra), "(task)"))
-    predicted = knn(examples, _NEIGHBOURS)(states)
+    predicted = knn(examples, _NEIGHBOURS)(Side.asked(states))
     s1, s2 = predicted.mean(0), (predicted > _RIGHT).mean(0)
     s3 = s2 * trust + (1 - s2) * (1 - trust)
     kinds = np.unique(known.benchmarks)
@@ -104,7 +104,7 @@ def _known(loaded: Composite, supervision: Supervision) -> Side:
         np.asarray(states_of(loaded.meta, supervision.side(name)["messages"], label=f"{name} states").hidden)
         for name in sides
     ]
-    scores = [supervision.scores(name)[:, columns] for name in sides]
+    scores = [np.where(supervision.absent(name), 0, supervision.scores(name))[:, columns] for name in sides]
     benchmarks = [supervision.benchmarks(name) for name in sides]
     return Side(np.concatenate(features), np.concatenate(scores), np.concatenate(benchmarks))
 
@@ -131,7 +131,7 @@ def _observed(known: Side) -> tuple[np.ndarray, np.ndarray]:
             if not held.any():
                 continue
             rest = Side(known.features[~held], known.scores[~held], known.benchmarks[~held])
-            predicted = knn(rest, _NEIGHBOURS)(known.features[held]) > _RIGHT
+            predicted = knn(rest, _NEIGHBOURS)(Side.asked(known.features[held])) > _RIGHT
             measured = ~np.isnan(known.scores[held])
             right = (predicted == (known.scores[held] > _RIGHT)) & measured
             distances.append(_distance(known.features[held], rest.features))

@@ -3,15 +3,17 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from ..data_prep.labels import fill_unknown
 from ..data_prep.supervision import Supervision
-from ..modeling.chat import text_of
+from ..modeling.chat import Query, text_of
 from ..modeling.composite import Composite
 from ..modeling.errors import ExpertokenError
-from ..modeling.states import state_logits, states_of
+from ..modeling.states import cached_states, state_logits
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,8 @@ class RouterResult:
         costs: `[N]` USD on each query, NaN where a candidate without a known cost was chosen; None without any costs.
         predicted: `[N, C]` what a router expects of the candidates, for the trade-off of cost and quality.
         setting: what was chosen on validation.
+        coverage: share of the queries on which the candidate chosen was measured; None for a router without choices.
+        seconds: that a learnt router took to choose on all N, its features at hand.
     """
 
     kind: str
@@ -33,6 +37,8 @@ class RouterResult:
     costs: np.ndarray | None = None
     predicted: np.ndarray | None = None
     setting: Any = None
+    coverage: float | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -40,41 +46,66 @@ class Split:
     """One side of the supervision, in the order of the composite's candidates.
 
     Attributes:
-        raw: scores `[N, C]`, NaN where not measured.
+        raw: scores `[N, C]`: 0 where a candidate has none in the benchmark, NaN where its score is unknown.
+        absent: where a candidate has no score in the benchmark, `[N, C]` bool.
         costs: `[N, C]` USD, or None.
         benchmarks: `[N]` names.
+        subjects: `[N]` names, empty where a query has none.
         features: `[N, d]` of the meta LLM.
         logits: `[N, C]` of the composite.
         targets: `[N, C]` of the labels.
         weights: `[N]` of the labels; 0 where a query says nothing about who should answer.
+        lengths: tokens of each conversation, `[N]`.
+        queries: the conversations as the meta LLM reads them; empty without states.
+        messages: the conversations.
         prompts: the last message of each conversation.
     """
 
     raw: np.ndarray
+    absent: np.ndarray
     costs: np.ndarray | None
     benchmarks: np.ndarray
+    subjects: np.ndarray
     features: np.ndarray
     logits: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
+    lengths: np.ndarray
+    queries: list[Query]
+    messages: list[list[dict[str, Any]]]
     prompts: list[str]
 
-    @property
+    @cached_property
     def scores(self) -> np.ndarray:
-        """Scores with 0 where not measured."""
-        return np.nan_to_num(self.raw)
+        """Scores without gaps: an unknown one is the candidate's mean in the benchmark; see `labels.fill_unknown`."""
+        return fill_unknown(self.raw, self.benchmarks)
+
+    @property
+    def measured(self) -> np.ndarray:
+        """Where a candidate was measured, `[N, C]` bool."""
+        return ~np.isnan(self.raw) & ~self.absent
 
     def choose(self, chosen: np.ndarray, kind: str, **more: Any) -> RouterResult:
         """Return the result of these choices."""
         rows = np.arange(len(chosen))
-        return RouterResult(
-            kind, self.scores[rows, chosen], None if self.costs is None else self.costs[rows, chosen], **more
-        )
+        costs = None if self.costs is None else self.costs[rows, chosen]
+        coverage = float(self.measured[rows, chosen].mean())
+        return RouterResult(kind, self.scores[rows, chosen], costs, coverage=coverage, **more)
+
+    def single(self, index: int) -> RouterResult:
+        """Return the result of one candidate alone; NaN in benchmarks in which it has no score."""
+        found = self.choose(np.full(len(self.raw), index), "expert")
+        return replace(found, values=np.where(self.absent[:, index], np.nan, found.values))
 
     def take(self, rows: np.ndarray) -> "Split":
         """Some of its queries."""
         arrays = {key: value[rows] for key, value in vars(self).items() if isinstance(value, np.ndarray)}
-        return replace(self, **arrays, prompts=[self.prompts[int(row)] for row in rows])
+        lists: dict[str, Any] = {
+            key: [value[int(row)] for row in rows]
+            for key, value in vars(self).items()
+            if isinstance(value, list) and value
+        }
+        return replace(self, **arrays, **lists)
 
 
 def read_split(composite: Composite, supervision: Supervision, name: str, *, states: bool = True) -> Split:
@@ -92,6 +123,7 @@ def read_split(composite: Composite, supervision: Supervision, name: str, *, sta
     columns = supervision.columns_of(composite.pool.names)
     side = supervision.side(name)
     raw, costs = supervision.scores(name)[:, columns], supervision.costs(name)
+    absent = supervision.absent(name)[:, columns]
     kept = np.flatnonzero(~np.isnan(raw).all(1))
     if not len(kept):
         raise ExpertokenError(f"no candidate of the composite was measured on the {name} side; nothing to compare")
@@ -99,20 +131,28 @@ def read_split(composite: Composite, supervision: Supervision, name: str, *, sta
         logger.warning("%d queries that no candidate was measured on are left out", len(raw) - len(kept))
     messages = side["messages"]
     hidden = logits = np.zeros((len(raw), 0), np.float32)
+    lengths = np.zeros(len(raw), dtype=int)
+    queries: list[Query] = []
     if states:
         meta = composite.meta
-        found = states_of(meta, messages, label=f"{name} states")
-        hidden = np.asarray(found.hidden)
-        logits = state_logits(meta.rows, found, meta.transform, with_self=composite.pool.has_self).numpy()
+        queries = supervision.queries(name, meta)
+        found = cached_states(meta, queries, label=f"{name} states")
+        hidden, lengths = np.asarray(found.hidden), np.array([len(query) + query.cut for query in queries])
+        logits = state_logits(meta.rows, found, meta.transform).numpy()
     targets, _, weights = supervision.arrays(name)
     return Split(
-        raw[kept],
+        np.where(absent, 0, raw)[kept],
+        absent[kept],
         None if costs is None else costs[kept][:, columns],
         supervision.benchmarks(name)[kept],
+        np.array([subject or "" for subject in side["subject"]], dtype=str)[kept],
         hidden[kept],
         logits[kept],
         targets[kept][:, columns],
         weights[kept],
+        lengths[kept],
+        [queries[int(row)] for row in kept] if states else [],
+        [messages[int(row)] for row in kept],
         [text_of(messages[int(row)][-1]) for row in kept],
     )
 

@@ -20,7 +20,7 @@ from ..modeling.errors import (
     did_you_mean,
     one_line,
 )
-from ..modeling.pool import ExpertPool
+from ..modeling.policy import Chooser, Policy
 from .backends.local import LOADERS
 from .backends.models import LocalModels
 from .breaker import Breaker
@@ -28,7 +28,6 @@ from .decider import Decision
 from .handover import HandOver
 from .loop import BackgroundLoop
 from .observer import Answered, Observer, Spent
-from .policy import Policy
 from .reply import Attempt, Failed, HandedOver, Reply, ReplyStream, Turn, Whole
 
 logger = logging.getLogger(__name__)
@@ -43,22 +42,21 @@ class AnsweringModel(ABC):
     event loop.
 
     Attributes:
-        longest: tokens of a conversation that the meta LLM reads.
         limit: tokens of a conversation that an operator allows, whoever answers; None for no limit of his.
         local_models: that are held in this process, or None.
 
     Args:
-        pool: the candidates.
+        chooser: chooses among the candidates.
         policy: how one is chosen where a request says nothing else.
         observer: is told what happens.
     """
 
-    longest: int = 2**31
     limit: int | None = None
     local_models: LocalModels | None = None
 
-    def __init__(self, pool: ExpertPool, policy: Policy | None, observer: Observer | None) -> None:
-        self.pool, self.policy, self.observer = pool, policy or Policy(), observer or Observer()
+    def __init__(self, chooser: Chooser, policy: Policy | None, observer: Observer | None) -> None:
+        self.chooser, self.policy, self.observer = chooser, policy or Policy(), observer or Observer()
+        self.pool = pool = chooser.pool
         self._backends: dict[str, Backend] = {}
         self._breakers = {name: Breaker() for name in pool.names}
 
@@ -139,7 +137,7 @@ class AnsweringModel(ABC):
         """Answer a conversation.
 
         Args:
-            conversation: a string, or messages with `role` and `content`; the decision reads all of it.
+            conversation: a string, or messages with `role` and `content`; the decision reads its view of it.
             policy: how a candidate is chosen; the composite's own where None.
             **generation: see `Generation` (`max_new_tokens`, `temperature`, `top_p`, `seed`, `stop`, ...).
 

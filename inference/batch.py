@@ -7,24 +7,25 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..modeling.backend import Generation, Piece
 from ..modeling.chat import Message, as_messages
 from ..modeling.dispatch import Dispatch
-from ..modeling.errors import ExpertFailedError, ExpertokenError, NoAnswerError, one_line
+from ..modeling.errors import ExpertFailedError, ExpertokenError, one_line
 from ..modeling.files import atomic_file
+from ..modeling.policy import Policy
 from ..modeling.stops import StopTexts
 from .answering import AnsweringModel
 from .decider import Decision
 from .loop import BackgroundLoop
-from .policy import Policy
 from .reply import Reply
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def generate_file(
         raise ExpertokenError(f"{out}: is there already, and whole; --overwrite answers everything anew")
     counts: Counter[str] = Counter()
     failed = False
-    with _Answers(part) as answers:
+    with _alone(out), _Answers(part) as answers:
         left = sum(key not in answers for key in keys)
         if len(answers) and left == len(keys):
             logger.warning("%s: is of another call (other options, or another composite), and of no use to this", part)
@@ -95,12 +96,30 @@ def generate_file(
         with atomic_file(out) as aside, aside.open("wb") as stream:
             for key, row in zip(keys, _rows(source), strict=True):
                 answer = answers[key]
-                stream.write(_line(row | answer))
+                # The error of an earlier run, whose output this may be, is none of this answer.
+                stream.write(_line({name: value for name, value in row.items() if name != "error"} | answer))
                 counts[answer.get("expert") or "nobody"] += 1
                 failed = failed or "error" in answer
     if not failed:
         part.unlink()
     return dict(counts)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep a second run on the same file out, as long as this one writes it.
+
+    Raises:
+        ExpertokenError: another run writes it.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
+    try:
+        with lock:
+            yield
+            Path(lock.lock_file).unlink(missing_ok=True)
+    except Timeout:
+        raise ExpertokenError(f"{out}: another run is writing it; wait for its end, or name another file") from None
 
 
 class _Answers:
@@ -260,7 +279,7 @@ async def _each(
             try:
                 async for _ in stream.pieces():
                     pass
-            except NoAnswerError as error:
+            except ExpertokenError as error:
                 return place, {"answer": stream.reply.text or None, "expert": None, "error": str(error)}
             return place, _told(stream.reply)
 

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from ..modeling.errors import ExpertokenError
+from ..modeling.policy import Policy
 from ..modeling.states import cached_states, encode_all, state_logits
 from .composite_model import CompositeModel
-from .policy import OUTPUT_TOKENS, Policy, request_cost
 
 _BEYOND = 1.001
 _NEAR = 0.02  # of a share that was asked for
@@ -25,14 +25,14 @@ class Calibration:
         prompts: how many they were.
         share: of requests that experts answer instead of the default.
         cost: USD a request, expected.
-        before: the same cost without a policy; None where a price is missing.
+        before: the same cost without a policy.
     """
 
     policy: Policy
     prompts: int
     share: float
-    cost: float | None
-    before: float | None
+    cost: float
+    before: float
 
 
 def calibrate(
@@ -51,25 +51,25 @@ def calibrate(
         composite: whose policy is to be found.
         prompts: as its users ask.
         share: of requests that may go to another candidate than the default, 0 to 1.
-        cost: USD that a request may cost on average, as the pool's prices say.
+        cost: USD that a request may cost on average, as `utility.expected_usd` expects.
         default: who answers below the threshold; self where None.
 
     Raises:
-        ExpertokenError: both or none of the two are given, the target can't be reached, or a price is missing.
+        ExpertokenError: both or none of the two are given, the target can't be reached, no cost is known, or
+            costs can't be weighed: see `Chooser.candidates`.
     """
     if (share is None) == (cost is None):
         raise ExpertokenError("calibrate: give either --share or --cost")
-    base = Policy(default=default)
-    base.candidates(composite.pool)  # a wrong name is told before anything is computed
+    base = replace(composite.composite.trained_policy, default=default)
+    # Before the forward passes, so that a wrong name costs none.
+    composite.chooser.candidates(replace(base, cost_weight=1.0) if cost is not None else base)
     meta = composite.meta
     queries = encode_all(meta, prompts, "prompts")
-    lengths = np.array([len(query) for query in queries])
-    if lengths.max() > composite.longest:
-        raise ExpertokenError(f"a prompt has {lengths.max()} tokens; at most {composite.longest} are read")
+    lengths = np.array([len(query) + query.cut for query in queries])
     states = cached_states(meta, queries, label="prompts")
-    logits = state_logits(meta.rows, states, meta.transform, with_self=composite.pool.has_self)
+    logits = state_logits(meta.rows, states, meta.transform)
     if share is not None:
-        policy = _for_share(composite, base, logits, lengths, share)
+        policy = _for_share(composite, base, logits, share)
     elif cost is not None:
         policy = _for_cost(composite, base, logits, lengths, cost)
     chosen = _choices(composite, policy, logits, lengths)
@@ -84,30 +84,27 @@ def calibrate(
         policy,
         len(prompts),
         reached,
-        _cost(composite, chosen, lengths),
-        _cost(composite, _choices(composite, Policy(), logits, lengths), lengths),
+        _spent(composite, chosen, lengths),
+        _spent(composite, _choices(composite, composite.composite.trained_policy, logits, lengths), lengths),
     )
 
 
 def _choices(composite: CompositeModel, policy: Policy, logits: torch.Tensor, lengths: np.ndarray) -> list[str]:
-    policy.candidates(composite.pool)
     return [
-        policy.choose(composite.pool, row, prompt_tokens=int(length)).expert
+        composite.chooser.choose(policy, row, prompt_tokens=int(length)).expert
         for row, length in zip(logits, lengths, strict=True)
     ]
 
 
-def _for_share(
-    composite: CompositeModel, base: Policy, logits: torch.Tensor, lengths: np.ndarray, share: float
-) -> Policy:
+def _for_share(composite: CompositeModel, base: Policy, logits: torch.Tensor, share: float) -> Policy:
     if not 0 <= share <= 1:
         raise ExpertokenError(f"--share {share}: expected a number from 0 to 1")
     default = base.fallback(composite.pool)
     if default is None:
         raise ExpertokenError("--share: self is no candidate of this composite; name who answers instead, --default")
     best = []  # of the prompts that somebody else than the default is the best on
-    for row, length in zip(logits, lengths, strict=True):
-        shares = base.shares(composite.pool, row, prompt_tokens=int(length))
+    for row in logits:
+        shares = composite.chooser.shares(base, row)
         winner = max(shares, key=shares.__getitem__)
         if winner != default:
             best.append(shares[winner])
@@ -130,10 +127,6 @@ def _for_cost(
     def spent(weight: float) -> float:
         return _spent(composite, _choices(composite, replace(base, cost_weight=weight), logits, lengths), lengths)
 
-    if not any(expert.cost for expert in composite.pool.candidates):
-        raise ExpertokenError("--cost: no candidate has a `cost` (USD per million tokens) in the pool")
-    for expert in composite.pool.candidates:
-        request_cost(expert, 1, 1)  # names the one whose price is missing
     if spent(0.0) <= cost:
         return base
     high = 1.0
@@ -151,21 +144,7 @@ def _for_cost(
 
 
 def _spent(composite: CompositeModel, chosen: Sequence[str], lengths: np.ndarray) -> float:
-    """Return USD a request on average.
-
-    Raises:
-        ExpertokenError: a price is missing.
-    """
-    costs = [
-        request_cost(composite.pool[name], int(length), OUTPUT_TOKENS)
-        for name, length in zip(chosen, lengths, strict=True)
-    ]
+    """Return expected USD a request on average."""
+    place = {name: index for index, name in enumerate(composite.pool.names)}
+    costs = [composite.chooser.usd(int(length))[place[name]] for name, length in zip(chosen, lengths, strict=True)]
     return float(np.mean(costs))
-
-
-def _cost(composite: CompositeModel, chosen: Sequence[str], lengths: np.ndarray) -> float | None:
-    """Return USD a request on average, or None where a price is missing."""
-    try:
-        return _spent(composite, chosen, lengths)
-    except ExpertokenError:
-        return None

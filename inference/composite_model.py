@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from ..modeling.backend import Backend, Generation, Opening, Piece, Timeouts
-from ..modeling.chat import Message, is_media
+from ..modeling.chat import Message, encode_text, is_media
 from ..modeling.composite import Composite, load_composite
 from ..modeling.errors import ExpertokenError, NoAnswerError, OutOfMemoryError, one_line
 from ..modeling.hub import push
-from ..modeling.loading import context_length, end_ids
+from ..modeling.loading import end_ids
+from ..modeling.policy import Policy, last_answerer
 from ..modeling.saving import save_composite
 from ..modeling.source import Source
 from .answering import AnsweringModel
@@ -27,10 +28,11 @@ from .backends.models import LocalModels
 from .decider import Decider, Decision, OwnStart, Question
 from .handover import HandOver, Watch
 from .observer import Observer
-from .policy import Policy, last_answerer
 from .reply import Turn
 
 logger = logging.getLogger(__name__)
+
+_COUNTED = 65_536  # characters
 
 
 class CompositeModel(AnsweringModel):
@@ -69,12 +71,15 @@ class CompositeModel(AnsweringModel):
     ) -> None:
         self.composite = composite
         self.meta, self.manifest = composite.meta, composite.manifest
-        super().__init__(
-            composite.pool, policy or Policy.parse((self.manifest.calibration or {}).get("policy")), observer
-        )
+        super().__init__(composite.chooser, policy or composite.policy, observer)
         trained = self.manifest.training.get("dispatch") == "anywhere"
         self.anywhere = self.pool.has_self and (trained if anywhere is None else anywhere)
-        self._positions = self.longest = context_length(self.meta.plain)
+        if self.anywhere and self.meta.state.layer is not None:
+            raise ExpertokenError(
+                f"anywhere: expected a composite whose rows read the head, found --state {self.meta.state}; positions "
+                "inside an answer are decided where its tokens are written"
+            )
+        self._positions = self.meta.positions
         pins = {name: self._source(name) for name in pinned}
         if remote := [name for name, source in pins.items() if source is None]:
             raise ExpertokenError(f"{', '.join(remote)}: can't be pinned in memory, since others hold it")
@@ -132,8 +137,13 @@ class CompositeModel(AnsweringModel):
         return f"{self.meta.base_fingerprint}-{rows}-{self.manifest.training.get('validation_score')}"
 
     def count(self, text: str) -> int:
-        """Tokens of a text, as the meta LLM reads it; where a backend does not count its own."""
-        return len(self.meta.tokenizer(text, add_special_tokens=False).input_ids)
+        """Tokens of a text, as the meta LLM reads it; where a backend does not count its own.
+
+        Of a long text about: other answers wait for this one's count.
+        """
+        head = text[:_COUNTED]
+        found = len(encode_text(self.meta.tokenizer, head).input_ids)
+        return found if len(text) <= _COUNTED else found * len(text) // _COUNTED
 
     def observe(self, observer: Observer) -> None:
         """Tell another observer from now on."""
@@ -172,20 +182,19 @@ class CompositeModel(AnsweringModel):
 
     def _question(self, messages: Sequence[Message], policy: Policy | None, *, answer: bool = False) -> Question:
         policy = policy or self.policy
-        policy.candidates(self.pool)  # a mistake in it is told before anything is computed
-        # Limited here, since one that is too long can take others down with its forward pass. One position is the
-        # answer's.
-        most = min(self.longest, self._positions - 1, self.limit or self.longest)
-        query = self.meta.encode(self._unnamed(messages), most)
+        self.chooser.candidates(policy)  # a mistake in it is told before anything is computed
+        query = self.meta.encode(self._unnamed(messages))
+        self._check_length(len(query) + query.cut, self.limit)
         last = last_answerer(messages, self.pool)
         if answer and policy.sticky > 0 and last:  # most likely, so that its model may come while this is decided
             self.prepare(last)
         # A decision reads `[image_url]` for an image; an answer must not.
-        answer = answer and not any(is_media(message) for message in messages)
-        return Question(query, partial(policy.choose, self.pool, prompt_tokens=len(query), last=last), answer)
+        answer = answer and query.whole and not any(is_media(message) for message in messages)
+        choose = partial(self.chooser.choose, policy, prompt_tokens=len(query) + query.cut, last=last)
+        return Question(query, choose, answer)
 
     def _question_or_decision(self, messages: Sequence[Message], policy: Policy) -> Question | Decision:
-        names = policy.candidates(self.pool)
+        names = self.chooser.candidates(policy)
         if len(names) == 1 and names[0] != self._self_name:  # self needs the forward pass for its answer
             return self._undisputed(messages, names[0])
         return self._question(messages, policy, answer=True)
@@ -196,6 +205,7 @@ class CompositeModel(AnsweringModel):
         """One candidate's answer, or what it adds to an answer that was begun."""
         # Not where something is out already, or was: self goes on from that as everybody does.
         first = name == self._self_name and name == decision.dispatch.expert and not (turn.begun or turn.handed_over)
+        first = first and decision.whole  # of a view, nothing can be gone on with
         if first:
             generation = within(generation, self._positions - decision.prompt_tokens)
         if first and self.anywhere and decision.choose is not None and not any(map(is_media, messages)):

@@ -15,8 +15,9 @@ import torch
 
 from ..modeling.batching import run_batches
 from ..modeling.chat import Query
-from ..modeling.dispatch import Dispatch, candidate_logits, dispatch_forward
+from ..modeling.dispatch import Dispatch, candidate_logits, dispatch_forward, pooled_logits
 from ..modeling.meta import MetaLLM
+from ..modeling.state import Enough
 from .observer import Observer
 
 if TYPE_CHECKING:
@@ -46,10 +47,11 @@ class Decision:
 
     Attributes:
         dispatch: who is asked.
-        prompt_tokens: of the conversation, as the meta LLM reads it.
+        prompt_tokens: of the conversation, also those that the decision did not read.
         seconds: from the question to the decision, waiting included.
         own: where self was chosen and can go on from here.
         choose: from the candidates' logits `[C]`, as it was decided; for positions inside self's answer.
+        whole: whether the decision read the conversation as it is, see `Query.whole`.
     """
 
     dispatch: Dispatch
@@ -57,6 +59,7 @@ class Decision:
     seconds: float
     own: OwnStart | None = None
     choose: Callable[[torch.Tensor], Dispatch] | None = None
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -181,21 +184,40 @@ class Decider:
     @torch.inference_mode()
     def _pass(self, questions: Sequence[Question], started: Sequence[float]) -> list[Decision | Exception]:
         """Decide in one forward pass; a question whose policy fails gets the error."""
-        logits, inputs, cache = self._forward(questions)
-        candidates = candidate_logits(logits, self.meta.vocab_size, with_self=self.self_name is not None).cpu()
+        chosen: list[Dispatch | Exception] = []
+
+        def choose(candidates: torch.Tensor) -> bool:
+            """Choose for each question; return whether self goes on from this pass for one of them."""
+            for row, question in enumerate(questions):
+                try:
+                    chosen.append(question.choose(candidates[row]))
+                except Exception as error:
+                    chosen.append(error)
+            return any(self._goes_on(question, choice) for question, choice in zip(questions, chosen, strict=True))
+
+        inputs = self.meta.pad([question.query for question in questions])
+        start = self._forward(questions, inputs, choose)
         found: list[Decision | Exception] = []
-        for row, question in enumerate(questions):
+        for row, (question, dispatch) in enumerate(zip(questions, chosen, strict=True)):
+            if isinstance(dispatch, Exception):
+                found.append(dispatch)
+                continue
             try:
-                dispatch = question.choose(candidates[row])
                 own = None
-                if cache is not None and question.answer and dispatch.expert == self.self_name:
-                    own = self._own_start(logits, inputs, cache, row)
+                if start is not None and self._goes_on(question, dispatch):
+                    own = self._own_start(start[0], inputs, start[1], row)
                 seconds = time.perf_counter() - started[row]
                 self.observer.decided(dispatch, seconds, len(questions))
-                found.append(Decision(dispatch, len(question.query), seconds, own, question.choose))
+                query = question.query
+                read = len(query) + query.cut
+                found.append(Decision(dispatch, read, seconds, own, question.choose, query.whole))
             except Exception as error:
                 found.append(error)
         return found
+
+    def _goes_on(self, question: Question, choice: Dispatch | Exception) -> bool:
+        """Whether self's answer begins with what the decision has computed."""
+        return question.answer and isinstance(choice, Dispatch) and choice.expert == self.self_name
 
     def _own_start(self, logits: torch.Tensor, inputs: dict[str, Any], cache: Any, row: int) -> OwnStart | None:
         """None where many wait for their turn already, each with a cache: those read the conversation again."""
@@ -208,19 +230,38 @@ class Decider:
         self._starts.add(start)
         return start
 
-    def _forward(self, questions: Sequence[Question]) -> tuple[torch.Tensor, dict[str, Any], Any]:
+    def _forward(
+        self, questions: Sequence[Question], inputs: dict[str, Any], choose: Callable[[torch.Tensor], bool]
+    ) -> tuple[torch.Tensor, Any] | None:
+        """Run the pass that decides; return its logits and KV cache where self may go on from them.
+
+        Args:
+            questions: N questions.
+            inputs: their batch.
+            choose: is given the candidates' logits `[N, C]`, and returns whether self goes on.
+        """
         from transformers import DynamicCache
 
-        inputs = self.meta.pad([question.query for question in questions])
+        meta = self.meta
         # Where LoRA was trained for dispatching, self is the model without it, and this cache is of no use to it.
-        kept = self.self_name is not None and not self.meta.adapted and any(q.answer for q in questions)
-        if not kept:
-            logits, _ = dispatch_forward(self.meta.model, **inputs, use_cache=False)
-            return logits, inputs, None
+        kept = self.self_name is not None and not meta.adapted and any(q.answer for q in questions)
         # Made from the config, so that sliding-window layers get the cache they need.
-        cache = DynamicCache(config=self.meta.plain.config)
-        logits, _ = dispatch_forward(self.meta.model, **inputs, past_key_values=cache, use_cache=True)
-        return logits, inputs, cache
+        cache = DynamicCache(config=meta.plain.config) if kept else None
+        options: dict[str, Any] = {"past_key_values": cache, "use_cache": True} if kept else {}
+        if not kept or meta.state.layer is None:
+            logits, _ = dispatch_forward(meta.model, **inputs, pooling=meta.state.pooling, **options)
+            choose(candidate_logits(logits, meta.first_candidate).cpu())
+            return (logits, cache) if kept else None
+
+        def decide(_layer: int, hidden: torch.Tensor) -> None:
+            logits = pooled_logits(meta.head(hidden), inputs["attention_mask"], meta.state.pooling)
+            if not choose(candidate_logits(logits, meta.first_candidate).cpu()):
+                raise Enough
+
+        output = None
+        with meta.reader.reading([meta.state.layer], decide):
+            output, _ = dispatch_forward(meta.plain, **inputs, **options)
+        return None if output is None else (output, cache)
 
 
 def _drain(waiting: queue.SimpleQueue) -> Iterator[Any]:

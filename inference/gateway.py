@@ -26,10 +26,11 @@ import torch
 import yaml
 
 from ..modeling.backend import Backend, Generation, Opening, Piece, Timeouts
-from ..modeling.chat import Message, apart, plain
+from ..modeling.chat import Message, apart, plain, text_of
 from ..modeling.dispatch import Dispatch
 from ..modeling.errors import ExpertFailedError, ExpertokenError, NoAnswerError, RequestRefusedError, one_line
 from ..modeling.experts import Expert
+from ..modeling.policy import Chooser, Policy, last_answerer
 from ..modeling.pool import ExpertPool
 from .answering import AnsweringModel
 from .backends.endpoint import ENDPOINT, EndpointBackend
@@ -37,11 +38,11 @@ from .breaker import Breaker
 from .decider import Decision
 from .loop import BackgroundLoop
 from .observer import Observer
-from .policy import Policy, last_answerer
 
 logger = logging.getLogger(__name__)
 
 _CHARACTERS = 4  # of a token, where nobody here can count them
+_REQUEST = 4000  # characters of a request that are asked about alone: any meta LLM reads those
 _CONCURRENT = 16  # decisions on a file
 _NEVER = math.log(1e-12)
 _META_KEYS = ("model", "base_url", "api_key_env", "top_logprobs", "token_ids", "control_tokens")
@@ -84,7 +85,7 @@ class GatewayModel(AnsweringModel):
                 f"a gateway holds no models: {', '.join(given)}; put local experts behind a server of their own "
                 f"(`backend: {ENDPOINT.name}`)"
             )
-        super().__init__(pool, policy, observer)
+        super().__init__(Chooser(pool), policy, observer)
         if not pool.has_self:
             logger.warning("without `self` in the pool nothing holds the experts' tokens above the ordinary ones")
         elif not token_ids:
@@ -92,8 +93,9 @@ class GatewayModel(AnsweringModel):
         self.top_logprobs, self._opening = top_logprobs, Opening(timeouts=timeouts or Timeouts())
         self._endpoint = EndpointBackend(meta, timeouts)
         self._breaker = Breaker()
+        self._ids = dict(token_ids or {})
         self._sane = partial(_sane, control=tuple(control_tokens))
-        self._self = _Self(self._endpoint, {str(place): -100 for place in (token_ids or {}).values()}, self._sane)
+        self._self = _Self(self._endpoint, {str(place): -100 for place in self._ids.values()}, self._sane)
 
     @classmethod
     def from_yaml(cls, path: Path | str, **options: Any) -> "GatewayModel":
@@ -178,7 +180,7 @@ class GatewayModel(AnsweringModel):
             NoAnswerError: the meta LLM's server can't be asked, and nobody is named for that.
         """
         policy = policy or self.policy
-        names = policy.candidates(self.pool)
+        names = self.chooser.candidates(policy)
         if len(names) == 1:
             return self._undisputed(messages, names[0])
         self._check_length(self._about(messages), self.limit)
@@ -186,7 +188,7 @@ class GatewayModel(AnsweringModel):
         if not self._breaker.admits():
             return self._undecided(messages, policy, "it failed too often of late", started)
         try:
-            logits, tokens = await self._ask_meta(self._unnamed(messages))
+            logits, tokens = await self._ask_meta_somehow(self._unnamed(messages))
         except RequestRefusedError as error:
             self._breaker.left()
             raise ExpertokenError(f"the meta LLM does not take the conversation: {error}") from error
@@ -200,14 +202,14 @@ class GatewayModel(AnsweringModel):
             raise
         self._breaker.succeeded()
         last = last_answerer(messages, self.pool)
-        dispatch = policy.choose(self.pool, logits, prompt_tokens=tokens, last=last)
+        dispatch = self.chooser.choose(policy, logits, prompt_tokens=tokens, last=last)
         seconds = time.perf_counter() - started
         self.observer.decided(dispatch, seconds, 1)
         return Decision(dispatch, tokens, seconds)
 
     def _undecided(self, messages: Sequence[Message], policy: Policy, reason: str, started: float) -> Decision:
         """The answer of who is named for what is uncertain, be it everything. Errors as in `adecide`."""
-        names = policy.candidates(self.pool)
+        names = self.chooser.candidates(policy)
         reason = f"the meta LLM can't be asked: {reason}"
         if policy.default not in names or policy.default == self.pool.self_name:  # self is the same server
             self.observer.lost()
@@ -218,10 +220,34 @@ class GatewayModel(AnsweringModel):
         dispatch = Dispatch(policy.default, {policy.default: 1.0}, f"{reason}: {policy.default} answers", ranking)
         return Decision(dispatch, self._about(messages), time.perf_counter() - started)
 
+    async def _ask_meta_somehow(self, messages: Sequence[Message]) -> tuple[torch.Tensor, int]:
+        """As `_ask_meta`; where its server refuses the conversation, by the newest request alone.
+
+        It may be too long for the meta LLM, or have roles that its template does not take, and an expert may read it
+        all the same.
+        """
+        try:
+            return await self._ask_meta(messages)
+        except RequestRefusedError:
+            request = next((m for m in reversed(messages) if m["role"] == "user"), messages[-1])
+            text = text_of(request, placeholders=True)[-_REQUEST:]
+            if len(messages) == 1 and text == request.get("content"):
+                raise
+            logits, tokens = await self._ask_meta([{"role": "user", "content": text}])
+            return logits, max(tokens, self._about(messages))
+
     async def _ask_meta(self, messages: Sequence[Message]) -> tuple[torch.Tensor, int]:
         """Return the candidates' logits `[C]` (their log-probabilities) and the number of prompt tokens."""
         first = await self._endpoint.first_token(self._sane(messages), self.top_logprobs)
-        found = [first.logprobs.get(expert.token, _NEVER) for expert in self.pool]
+        found = [
+            first.logprobs.get(expert.token, first.by_id.get(self._ids.get(expert.name, -1), _NEVER))
+            for expert in self.pool
+        ]
+        unknown = [place for place in first.unnamed if place is None or not self._ids]
+        if max(found) == _NEVER and unknown:  # or self would win every decision
+            raise ExpertFailedError(
+                "its endpoint tells neither the text nor a known id of the tokens; name the ids as meta.token_ids"
+            )
         if self.pool.has_self:
             ordinary = 1 - sum(math.exp(value) for value in found)
             found.append(math.log(max(ordinary, 1e-12)))

@@ -73,7 +73,7 @@ class Watch:
         logits = self._read_along(input_ids) if self.meta.adapted else self.meta.transform(self._head_logits())
         if input_ids.shape[1] <= self.start:
             return None
-        candidates = candidate_logits(logits, self.meta.vocab_size, with_self=True)[0].cpu()
+        candidates = candidate_logits(logits, self.meta.first_candidate)[0].cpu()
         dispatch = self.choose(candidates)
         return None if dispatch.expert == self.self_name else dispatch
 

@@ -1,11 +1,33 @@
 """An event loop in a thread of its own, for callers that have none: answers are asynchronous inside."""
 
 import asyncio
+import atexit
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+_AT_EXIT = 5.0  # seconds that the program's end waits for a thread that is about to end
+_ending: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+def start_daemon(thread: threading.Thread) -> None:
+    """Start a daemon thread that the program's end waits for, a little.
+
+    A daemon thread that comes back from torch's code while the interpreter ends is torn down in the midst of it, and
+    the process aborts (seen once in six runs of the demo).
+    """
+    _ending.add(thread)
+    thread.start()
+
+
+@atexit.register
+def _wait() -> None:
+    for thread in list(_ending):
+        thread.join(_AT_EXIT)
 
 
 class BackgroundLoop:

@@ -1,7 +1,7 @@
 """An answer: while it is being given, and as it was given."""
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from ..modeling.backend import Generation, Piece
@@ -29,6 +29,8 @@ class Reply:
         seconds: from the decision to the end.
         handed_over: the decision inside self's answer by which an expert went on with it, or None.
         handed_over_after: characters that self had written then.
+        thought: what the models thought, by the name under which their servers sent it.
+        details: further counts of tokens, as servers gave them (`completion_tokens_details`, ...).
     """
 
     text: str
@@ -44,6 +46,8 @@ class Reply:
     seconds: float = 0.0
     handed_over: Dispatch | None = None
     handed_over_after: int = 0
+    thought: Mapping[str, str] = field(default_factory=dict)
+    details: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 class ReplyStream:
@@ -133,6 +137,16 @@ class Attempt:
     outcome: Whole | HandedOver | Failed | None = None
 
 
+def added(known: Mapping[str, Mapping[str, int]], more: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    """Return the sum of two sets of counts by group and name."""
+    groups = dict.fromkeys([*known, *more])
+    found = {}
+    for group in groups:
+        one, other = known.get(group, {}), more.get(group, {})
+        found[group] = {name: one.get(name, 0) + other.get(name, 0) for name in dict.fromkeys([*one, *other])}
+    return found
+
+
 class Turn:
     """An answer while it comes into being, whoever gives it.
 
@@ -210,9 +224,16 @@ class Turn:
         if not self.begun and (text or piece.tool_calls):
             self.stream.reply = replace(self.stream.reply, first=self.elapsed)
         self.calls = self.calls or bool(piece.tool_calls)
-        if text or piece.tool_calls or piece.logprobs:
-            self.stream.reply = replace(self.stream.reply, text=self.text + text)
-            yield replace(piece, text=text, finish=None, usage=None)
+        reply = self.stream.reply
+        if piece.details:
+            reply = replace(reply, details=added(reply.details, piece.details))
+        if piece.thought:
+            known = reply.thought
+            more = {name: known.get(name, "") + part for name, part in piece.thought.items()}
+            reply = replace(reply, thought={**known, **more})
+        self.stream.reply = replace(reply, text=self.text + text)
+        if text or piece.tool_calls or piece.logprobs or piece.thought:
+            yield replace(piece, text=text, finish=None, usage=None, details=None)
 
     def end(self) -> Piece:
         """The last piece of a whole answer."""

@@ -99,11 +99,12 @@ class TerminalChat:
             markup=False,
         )
         width = max(map(len, self.last.dispatch.probabilities))
-        probabilities = self.last.dispatch.probabilities
+        probabilities, chances = self.last.dispatch.probabilities, self.last.dispatch.chances
         for name in sorted(probabilities, key=probabilities.__getitem__, reverse=True):
-            probability = self.last.dispatch.probabilities[name]
+            probability = probabilities[name]
             bar = "█" * round(30 * probability)
-            self.console.print(f"  {name:<{width}}  {probability:6.1%}  {bar}", markup=False)
+            chance = f"  right: {chances[name]:.0%}" if chances else ""
+            self.console.print(f"  {name:<{width}}  {probability:6.1%}  {bar}{chance}", markup=False)
 
     def _experts(self) -> None:
         table = Table("name", "backend", "model", "good at")

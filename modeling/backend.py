@@ -74,6 +74,9 @@ class Piece:
         finish: why the answer ended (stop, length, tool_calls, content_filter); with its last piece.
         usage: prompt tokens and completion tokens, where the backend counts them; with one of the last pieces. What is
             not two counts becomes None: a server that counts wrongly has answered all the same.
+        thought: more of what the model thinks before it answers, by the name under which its server sends that
+            (`reasoning_content`, `reasoning`); no part of the answer.
+        details: further counts beside the usage, by their names in OpenAI's API (`prompt_tokens_details`, ...).
     """
 
     text: str = ""
@@ -81,6 +84,8 @@ class Piece:
     logprobs: dict[str, Any] | None = None
     finish: str | None = None
     usage: tuple[int, int] | None = None
+    thought: Mapping[str, str] | None = None
+    details: Mapping[str, Mapping[str, int]] | None = None
 
     def __post_init__(self) -> None:
         if self.usage is not None:

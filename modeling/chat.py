@@ -1,7 +1,9 @@
 """Conversations as token ids, safe against users who type control tokens."""
 
+import datetime
 import hashlib
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 from .errors import ExpertFailedError, ExpertokenError, one_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 """One chat message: `role` (system, user, assistant or tool) and `content`, a text or a list of parts.
@@ -41,12 +43,21 @@ class Query:
     Attributes:
         ids: token ids `[T]`.
         media: parts that are no text, in the order of their placeholders in `ids`.
-        cut: tokens of the conversation that were left out.
+        cut: tokens of the conversation that were left out, about.
+        folded: whether roles were changed for the chat template's sake.
+        dated: whether the chat template prints a date, which is another one than today.
     """
 
     ids: Ids
     media: tuple[Media, ...] = ()
     cut: int = 0
+    folded: bool = False
+    dated: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is the conversation as it is, so that an answer may go on from it."""
+        return not (self.cut or self.folded or self.dated)
 
     @classmethod
     def of(cls, ids: Sequence[int]) -> "Query":
@@ -157,9 +168,17 @@ def text_of(message: Message, *, placeholders: bool = False) -> str:
 _AS = {"developer": "system"}  # OpenAI's newer name for it, which templates don't know
 
 
+_CONTROL: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, list[str]]]" = WeakKeyDictionary()
+
+
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """What in a text would be one of the tokenizer's added tokens, and not what is written there."""
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+    """Return what in a text would be one of the tokenizer's added tokens, and not what is written there."""
+    size = len(tokenizer)
+    known = _CONTROL.get(tokenizer)
+    if known is None or known[0] != size:  # building the list takes milliseconds where there are thousands
+        found = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+        _CONTROL[tokenizer] = known = (size, found)
+    return known[1]
 
 
 _EXPERT = "<|expert:"
@@ -189,6 +208,7 @@ def encode_chat(
     begun: str = "",
     placeholders: bool = False,
     most: int | None = None,
+    today: datetime.date | None = None,
 ) -> list[int]:
     """Token ids of a conversation up to the dispatch position: the end of the template's generation prompt.
 
@@ -202,6 +222,7 @@ def encode_chat(
         begun: an answer that is to be continued; the ids end behind it then.
         placeholders: see `text_of`.
         most: tokens; None for no limit.
+        today: what the template prints where it prints the date; None for the present.
 
     Raises:
         ExpertokenError: the template refuses the conversation, or it is longer than `most`.
@@ -218,6 +239,9 @@ def encode_chat(
     # template puts together from pieces (Phi-4-mini: '<|' + role + '|>').
     tokenizer.chat_control_tokens = control_tokens(tokenizer)
     messages = plain(as_messages(conversation), placeholders=placeholders)
+    dated: dict[str, Any] = (
+        {} if today is None or not prints_date(tokenizer) else {"chat_template": _dated(tokenizer, today)}
+    )
     begun = begun if begun.strip() else ""  # blanks alone are nothing to go on from, and templates trim them
     characters = sum(len(message["content"]) for message in messages)
     if most is not None and characters > most * _longest_token(tokenizer):  # seconds of work, only to be refused
@@ -225,13 +249,15 @@ def encode_chat(
             f"the conversation has {characters} characters, and so more than {most} tokens; at most {most} are read"
         )
     try:
-        ids: Any = tokenizer.apply_chat_template(
-            [*messages, {"role": "assistant", "content": begun}] if begun else messages,
-            add_generation_prompt=not begun,
-            continue_final_message=bool(begun),
-            return_dict=False,
-            sanitize_control_tokens=True,
-        )
+        with _turn(tokenizer):
+            ids: Any = tokenizer.apply_chat_template(
+                [*messages, {"role": "assistant", "content": begun}] if begun else messages,
+                add_generation_prompt=not begun,
+                continue_final_message=bool(begun),
+                return_dict=False,
+                sanitize_control_tokens=True,
+                **dated,
+            )
     except (TemplateError, ValueError) as error:
         # Templates refuse what their model was not trained for: a system message, two user messages in a row.
         raise ExpertokenError(
@@ -247,15 +273,43 @@ def encode_chat(
     return ids
 
 
-def read_query(
-    tokenizer: "PreTrainedTokenizerBase",
-    conversation: str | Sequence[Message],
-    vocab_size: int,
-    *,
-    most: int | None = None,
-) -> Query:
-    """Return a conversation as the meta LLM reads it. Arguments and errors as in `encode_chat`."""
-    return Query.of(encode_chat(tokenizer, conversation, vocab_size, placeholders=True, most=most))
+_NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+
+
+def _dated(tokenizer: "PreTrainedTokenizerBase", today: datetime.date) -> str:
+    """Return the chat template with a date in place of the present one. The function itself can't be given to it."""
+    return _NOW.sub(lambda call: repr(today.strftime(call[2])), str(tokenizer.chat_template))
+
+
+def prints_date(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return whether the chat template prints the date."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, offsets: bool = False) -> "BatchEncoding":
+    """Return a text's `input_ids`, without control tokens: what looks like one is text, as in `encode_chat`.
+
+    Args:
+        tokenizer: fast, where offsets are asked for.
+        text: what a user wrote, or part of it.
+        offsets: whether to return each token's `offset_mapping` too, in characters.
+    """
+    with _turn(tokenizer):
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=offsets)
+
+
+_TURNS: "WeakKeyDictionary[PreTrainedTokenizerBase, threading.Lock]" = WeakKeyDictionary()
+_TURNS_LOCK = threading.Lock()
+
+
+def _turn(tokenizer: "PreTrainedTokenizerBase") -> threading.Lock:
+    """Return the lock under which a tokenizer encodes.
+
+    How it reads control tokens is a setting of the tokenizer. Between setting it and encoding, another thread may set
+    it otherwise: then a chat template's control tokens are read as text.
+    """
+    with _TURNS_LOCK:
+        return _TURNS.setdefault(tokenizer, threading.Lock())
 
 
 _LONGEST: "WeakKeyDictionary[PreTrainedTokenizerBase, int]" = WeakKeyDictionary()

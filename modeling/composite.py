@@ -2,25 +2,31 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from os.path import relpath
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from .dispatch import gives_chances
 from .errors import ExpertokenError
 from .files import PRODUCTS, atomic_file, local_folder, recover_folder
-from .fingerprint import describe_dtype, library_versions
+from .fingerprint import describe_dtype, fingerprints, library_versions, same_model
 from .loading import as_device, load_tokenizer
 from .meta import MetaLLM
 from .model_card import model_card
+from .policy import Chooser, Policy
 from .pool import ExpertPool
 from .source import Source, is_path
+from .state import HEAD, StateSpec
+from .view import View
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ROWS_FILE, POOL_FILE, MANIFEST_FILE = "expert_tokens.safetensors", "experts.yaml", PRODUCTS["composite"]
 ADAPTER_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -39,7 +45,9 @@ class Manifest:
         experts: names in token order.
         training: method, objective, labelling, regularisation and what they achieved.
         data: path and fingerprint of the supervision.
-        calibration: what `expertoken calibrate` set: `policy` (see `inference.policy`), and on what.
+        decision: what a decision reads, `view` (see `view.View`) and `state` (see `state.StateSpec`), and `policy`
+            where the labels came with one.
+        calibration: what `expertoken calibrate` set: `policy` (see `modeling.policy`), and on what.
         versions: of the libraries that wrote it.
         format_version: of the folder.
     """
@@ -48,6 +56,7 @@ class Manifest:
     experts: list[str]
     training: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    decision: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     versions: dict[str, Any] = field(default_factory=library_versions)
     format_version: int = FORMAT_VERSION
@@ -61,6 +70,40 @@ class Composite:
     pool: ExpertPool
     manifest: Manifest
 
+    @property
+    def chooser(self) -> Chooser:
+        """What chooses among the candidates from their logits."""
+        training = self.manifest.training
+        return Chooser(self.pool, gives_chances(training.get("objective")), training.get("usd_per_query", {}))
+
+    def chosen(self, logits: torch.Tensor, prompt_tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return the candidate that is served for each of N queries, `[N]`: by the composite's own policy.
+
+        Args:
+            logits: `[N, C]`.
+            prompt_tokens: tokens of each query, for its cost.
+        """
+        chooser, policy = self.chooser, self.policy
+        if policy == Policy():
+            return logits.argmax(-1).numpy()
+        place = {name: index for index, name in enumerate(self.pool.names)}
+        return np.array(
+            [
+                place[chooser.choose(policy, row, prompt_tokens=int(length)).expert]
+                for row, length in zip(logits, prompt_tokens, strict=True)
+            ]
+        )
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that is served: what was calibrated, over what came with the labels."""
+        return Policy.parse((self.manifest.calibration or {}).get("policy"), self.trained_policy)
+
+    @property
+    def trained_policy(self) -> Policy:
+        """The policy that came with the labels: what a USD was worth in them."""
+        return Policy.parse(self.manifest.decision.get("policy"))
+
 
 def describe_base(meta: MetaLLM) -> dict[str, Any]:
     """The manifest's `base` for a meta LLM."""
@@ -72,34 +115,34 @@ def describe_base(meta: MetaLLM) -> dict[str, Any]:
         "dtype": describe_dtype(meta.model),
         "device": meta.device.type,
         "quantization": meta.quantization,
-        "fingerprint": meta.base_fingerprint,
+        "fingerprint": fingerprints(meta.plain),
         "vocab_size": meta.vocab_size,
         "hidden_size": meta.head.in_features,
     }
 
 
 def write_rows(rows: torch.Tensor, names: list[str], path: Path) -> None:
-    """Write `[K, d]` rows; the same rows and names always give the same bytes.
+    """Write the candidates' rows `[C, d]`; the same rows and names always give the same bytes.
 
     Hence one metadata entry: safetensors writes several in an order that differs from run to run.
     """
     from safetensors.torch import save
 
-    path.write_bytes(save({"expert_rows": rows.float().contiguous()}, metadata={"experts": json.dumps(names)}))
+    path.write_bytes(save({"expert_rows": rows.float().contiguous()}, metadata={"candidates": json.dumps(names)}))
 
 
 def read_rows(path: Path, names: list[str], width: int) -> torch.Tensor:
-    """Read `[K, d]` rows.
+    """Read the candidates' rows `[C, d]`.
 
     Raises:
-        ExpertokenError: the file is missing, damaged, or not of these experts.
+        ExpertokenError: the file is missing, damaged, or not of these candidates.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             rows = file.get_tensor("expert_rows")
-            stored = json.loads((file.metadata() or {}).get("experts", "[]"))
+            stored = json.loads((file.metadata() or {}).get("candidates", "[]"))
     except (FileNotFoundError, SafetensorError, OSError, ValueError) as error:
         raise ExpertokenError(
             f"{path}: missing or damaged ({error}); restore it or train the composite again"
@@ -113,10 +156,9 @@ def read_rows(path: Path, names: list[str], width: int) -> torch.Tensor:
 
 
 def probe_logits(composite: Composite) -> torch.Tensor:
-    """Return the candidates' logits on fixed prompts, `[3, C]`, which a reload has to repeat."""
+    """Return the candidates' logits and Z on fixed prompts, `[3, C + 1]`, which a reload has to repeat."""
     meta = composite.meta
-    # With Z, whether or not self is a candidate: it shows a changed base.
-    return torch.cat([meta.candidate_logits([meta.encode(text)], with_self=True) for text in _PROBES])
+    return torch.cat([meta.probe([meta.encode(text)]) for text in _PROBES])
 
 
 @dataclass(frozen=True)
@@ -124,9 +166,9 @@ class Trained:
     """What training changed, whole: under ZeRO-3 and FSDP2 it is spread over the processes.
 
     Attributes:
-        rows: `[K, d]` float32.
+        rows: `[C, d]` float32.
         adapter: LoRA's weights, or None.
-        probes: logits `[3, C]` that a reload has to repeat, or None.
+        probes: logits `[3, C + 1]` that a reload has to repeat, or None.
     """
 
     rows: torch.Tensor
@@ -152,10 +194,10 @@ def write_composite(composite: Composite, folder: Path, trained: Trained) -> Non
     from safetensors.torch import save_file
 
     meta, pool, manifest = composite.meta, composite.pool, composite.manifest
-    names = [expert.name for expert in pool]
-    manifest.experts = names
-    write_rows(trained.rows, names, folder / ROWS_FILE)
+    manifest.experts = [expert.name for expert in pool]
+    write_rows(trained.rows, pool.names, folder / ROWS_FILE)
     pool.to_yaml(folder / POOL_FILE)
+    manifest.decision = manifest.decision | {"view": asdict(meta.view), "state": str(meta.state)}
     document = asdict(manifest)
     document["base"]["model"] = portable(meta.source.model, folder)
     if "path" in manifest.data:
@@ -194,7 +236,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read `expertoken.json`.
 
     Raises:
-        ExpertokenError: `path` holds no composite, or one of another format.
+        ExpertokenError: `path` holds no composite, one of another format, or what was changed by hand.
     """
     recover_folder(path)
     file = path / MANIFEST_FILE
@@ -210,6 +252,9 @@ def read_manifest(path: Path) -> Manifest:
         raise ExpertokenError(
             f"{file}: expected format_version {FORMAT_VERSION}, got {version!r}; use a matching release"
         )
+    for name in ("base", "training", "data", "decision"):
+        if not isinstance(document.get(name, {}), dict):
+            raise ExpertokenError(f"{file}: {name}: expected a mapping, got {document[name]!r}; it was changed by hand")
     return Manifest(**{item.name: document[item.name] for item in fields(Manifest) if item.name in document})
 
 
@@ -268,8 +313,8 @@ def load_composite(
             f"{given}: would have keys of this machine sent to addresses that it names ({'; '.join(asked)}); say "
             "send_keys=True (--send-keys) if you trust it"
         )
-    names = [expert.name for expert in pool]
-    rows = read_rows(path / ROWS_FILE, names, base["hidden_size"])
+    state = StateSpec.parse(manifest.decision.get("state", HEAD))
+    rows = read_rows(path / ROWS_FILE, pool.names, state.parts * base["hidden_size"])
     model = _resolved(base["model"], path)
     if is_path(model) and not Path(model).exists():
         raise ExpertokenError(
@@ -277,14 +322,18 @@ def load_composite(
             f"{path / MANIFEST_FILE} (`base.model`)"
         )
     source = Source(model, base.get("revision"), trust_remote_code)
-    meta = MetaLLM.from_pretrained(source, len(pool), device=device, dtype=dtype, quantization=base.get("quantization"))
+    meta = MetaLLM.from_pretrained(
+        source, len(pool.names), device=device, dtype=dtype, quantization=base.get("quantization"), state=state
+    )
     meta.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    meta.view = View(**manifest.decision.get("view", {}))
     if "path" in manifest.data:
         manifest.data["path"] = _resolved(manifest.data["path"], path)
-    if meta.vocab_size != base["vocab_size"] or meta.base_fingerprint != base["fingerprint"]:
+    if meta.vocab_size != base["vocab_size"] or not same_model(meta.plain, base["fingerprint"]):
         raise ExpertokenError(
-            f"{path}: was trained on another base model than {source.model} is now (fingerprint {base['fingerprint']}, "
-            f"found {meta.base_fingerprint}); give it the original, or train again"
+            f"{path}: was trained on another base model than {source.model} is now (fingerprint "
+            f"{next(iter(base['fingerprint'].values()))}, found {meta.base_fingerprint}); give it the original, or "
+            "train again"
         )
     if (path / ADAPTER_FILE).exists():
         meta.load_adapter(path)

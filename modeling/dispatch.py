@@ -6,6 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .state import last_positions, pooled
+
+
+def gives_chances(objective: str | None) -> bool:
+    """Return whether rows trained for an objective give each candidate's chance of being right, `sigmoid(logit)`."""
+    return objective == "correctness"
+
 
 @dataclass(frozen=True)
 class Dispatch:
@@ -14,6 +21,8 @@ class Dispatch:
     Attributes:
         expert: name of the candidate chosen.
         probabilities: of every candidate by name, in pool order; they sum to 1.
+        chances: calibrated probability that each candidate's answer is right, by name. None where the composite was
+            trained for another objective than `correctness` and so has no such estimate.
         reason: one line for people.
         ranking: who is asked, in order: the one chosen, then who is next when it fails.
     """
@@ -22,27 +31,27 @@ class Dispatch:
     probabilities: dict[str, float]
     reason: str
     ranking: tuple[str, ...]
+    chances: dict[str, float] | None = None
 
     @classmethod
-    def from_probabilities(cls, names: list[str], probabilities: torch.Tensor) -> "Dispatch":
-        """Choose the most probable candidate.
+    def from_logits(cls, names: list[str], logits: torch.Tensor, *, chances: bool = False) -> "Dispatch":
+        """Choose the candidate with the greatest logit.
+
+        `p(k) = exp(l_k) / sum_j exp(l_j)` over the candidates. Under the objective `correctness` a logit is the
+        log-odds of being right, so the most probable candidate is the one with the best chance.
 
         Args:
-            names: of the candidates.
-            probabilities: `[C]`.
+            names: names of the candidates.
+            logits: `[C]`.
+            chances: whether a logit is the log-odds of being right.
         """
-        table = dict(zip(names, probabilities.tolist(), strict=True))
+        table = dict(zip(names, logits.softmax(-1).tolist(), strict=True))
         ranking = tuple(sorted(table, key=table.__getitem__, reverse=True))
         reason = f"{ranking[0]} has probability {table[ranking[0]]:.2f}"
         if len(ranking) > 1:
             reason += f", next is {ranking[1]} with {table[ranking[1]]:.2f}"
-        return cls(ranking[0], table, reason, ranking)
-
-
-def last_positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Index of each row's last real token, `[N]`, whichever side is padded."""
-    length = attention_mask.shape[1]
-    return length - 1 - attention_mask.flip(1).argmax(1)
+        right = dict(zip(names, logits.sigmoid().tolist(), strict=True)) if chances else None
+        return cls(ranking[0], table, reason, ranking, right)
 
 
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -51,9 +60,9 @@ def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def dispatch_forward(
-    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, **forward: Any
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, pooling: str = "last", **forward: Any
 ) -> tuple[torch.Tensor, Any]:
-    """One forward pass that computes logits at the dispatch positions only.
+    """One forward pass that computes logits at the dispatch positions only, or their means over all positions.
 
     Not the backbone followed by the head: that would miss the soft-capping and scales that models apply in between.
 
@@ -61,11 +70,17 @@ def dispatch_forward(
         model: a causal LM whose head is an `ExpertHead`, wrapped (PEFT, DDP, DeepSpeed) or not.
         input_ids: `[N, T]`, padded on either side.
         attention_mask: `[N, T]`.
-        **forward: passed to the model's forward (a cache, for instance).
+        pooling: see `state.StateSpec`; a model that is not cut is read at its last token.
+        **forward: passed to the model's forward. There is no KV cache where none is given.
 
     Returns:
-        logits `[N, V + K]` and the model's output.
+        logits `[N, V + C]`, without the vocabulary's where the model is cut, and the model's output.
     """
+    forward = {"use_cache": False} | forward
+    if pooling != "last":
+        positions = position_ids(attention_mask)
+        output = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, **forward)
+        return pooled_logits(output.logits, attention_mask, pooling), output
     last = last_positions(attention_mask)
     keep, column = last.unique(return_inverse=True)
     output = model(
@@ -78,27 +93,35 @@ def dispatch_forward(
     return output.logits[torch.arange(len(input_ids), device=last.device), column], output
 
 
-def candidate_logits(logits: torch.Tensor, vocab_size: int, *, with_self: bool) -> torch.Tensor:
-    """Logits over the candidates: the experts', then Z, the log of the ordinary vocabulary's mass, for self.
+def pooled_logits(logits: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Return the candidates' logits from those at all positions: a mean of products is the product of the mean.
 
     Args:
-        logits: `[..., V + K]`.
-        vocab_size: V.
-        with_self: whether self is a candidate.
+        logits: `[N, T, C]`; for `both` `[N, T, 2C]`, those of the rows' first halves, then of their second.
+        attention_mask: `[N, T]`.
+        pooling: see `state.StateSpec`.
 
     Returns:
-        `[..., K + 1]` with self, `[..., K]` without, float32.
+        `[N, C]`.
     """
-    experts = logits[..., vocab_size:].float()
-    if not with_self:
-        return experts
-    ordinary = logits[..., :vocab_size].float().logsumexp(-1, keepdim=True)
-    return torch.cat([experts, ordinary], dim=-1)
+    if pooling != "both":
+        return pooled(logits, attention_mask, pooling)
+    last, mean = logits.chunk(2, -1)
+    return pooled(last, attention_mask, "last") + pooled(mean, attention_mask, "mean")
 
 
-def dispatch_distribution(logits: torch.Tensor, vocab_size: int, *, with_self: bool) -> torch.Tensor:
-    """`p(k) = exp(l_k) / (exp(Z) + sum_j exp(l_j))` and `p(self) = exp(Z) / (...)`; over experts alone without self.
+def candidate_logits(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Return the candidates' logits: the experts', then self's where it is a candidate.
 
-    Shapes as in `candidate_logits`.
+    Self has a row of its own. Deciding by Z, the log of the ordinary vocabulary's mass, was rejected: Z moves with the
+    conversation (an earlier turn raises it by one nat on SmolLM2) while the experts' rows do not, and a chance of being
+    right can't be read from it.
+
+    Args:
+        logits: `[..., V + C]`.
+        vocab_size: V; 0 where the model is cut.
+
+    Returns:
+        `[..., C]` float32.
     """
-    return candidate_logits(logits, vocab_size, with_self=with_self).softmax(-1)
+    return logits[..., vocab_size:].float()

@@ -30,6 +30,12 @@ class LogitTransform:
             softcap=getattr(config, "final_logit_softcapping", None),
         )
 
+    def inverse(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the products `w·h` that give these logits, of any shape; not finite at the cap and beyond it."""
+        if self.softcap is not None:
+            logits = torch.atanh(logits / self.softcap) * self.softcap
+        return logits / self.scale
+
     def __call__(self, products: torch.Tensor) -> torch.Tensor:
         """Logits from the head's plain products `w·h`, of any shape."""
         logits = products * self.scale

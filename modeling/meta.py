@@ -1,6 +1,8 @@
 """The meta LLM: a causal LM, its tokenizer, and the head that holds the expert tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,36 +10,43 @@ import numpy as np
 import torch
 from torch import nn
 
-from .chat import Message, Query, read_query
-from .dispatch import candidate_logits, dispatch_forward
+from .chat import Message, Query, encode_text
+from .dispatch import candidate_logits, dispatch_forward, position_ids
 from .errors import ExpertokenError, one_line
 from .fingerprint import fingerprint
 from .head import ExpertHead, install_head, output_head
 from .initialization import initial_row
-from .loading import load_causal_lm, share_weights
+from .loading import context_length, load_causal_lm, share_weights
 from .logits import LogitTransform
-from .sharding import full_shape, overwrite, whole
+from .sharding import full_shape, is_split, overwrite, whole
 from .source import Source
+from .state import HEAD, Enough, LayerReader, StateSpec, cut, number_of_layers, pooled
+from .view import View
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class MetaLLM:
-    """A causal LM whose head holds one row per expert.
+    """A causal LM whose head holds one row per candidate.
 
     Args:
         model: the causal LM (its head is replaced by an `ExpertHead`).
         tokenizer: with a chat template.
         source: where the model came from, as composites record it.
-        num_experts: K.
+        num_candidates: C, the experts and self where it is a candidate.
         quantization: of the model, or None.
+        state: which state decides.
 
     Attributes:
-        vocab_size: V, the rows of the original head; expert k has the id `V + k`.
+        vocab_size: V, the rows of the original head.
+        model: what decides: the model with the expert rows on its head, cut above the layer that they read.
         plain: the same weights with the original head and without LoRA, for experts on the same base.
-        base_fingerprint: of the model before anything was trained.
-        transform: what the model does to logits behind its head.
+        base_fingerprint: fingerprint of the model before anything was trained.
+        transform: what is done to logits behind the head.
+        state: which state decides.
+        view: what of a conversation the decision reads.
+        positions: longest context of the model in tokens, prompt and answer together.
     """
 
     def __init__(
@@ -45,36 +54,105 @@ class MetaLLM:
         model: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
         source: Source,
-        num_experts: int,
+        num_candidates: int,
         quantization: str | None = None,
+        state: StateSpec = StateSpec(),  # noqa: B008 - frozen
     ) -> None:
         self.plain = model
         self.quantization = quantization
         self.base_fingerprint = fingerprint(model)
-        self.model: PreTrainedModel = share_weights(model)
         self.tokenizer = tokenizer
         self.source = source
         self.vocab_size = full_shape(output_head(model).weight)[0]
-        self.transform = LogitTransform.of(model.config)
-        install_head(self.model, num_experts)
+        self.view = View()
+        self.positions = context_length(model)
+        self.read_at(state, num_candidates)
+
+    def read_at(self, state: StateSpec, num_candidates: int) -> None:
+        """Let another state decide. The rows are zeros again, and an adapter is gone.
+
+        Args:
+            state: which.
+            num_candidates: C.
+
+        Raises:
+            ExpertokenError: the model has no such layer, or no list of layers.
+        """
+        self.state = state
+        self.model: PreTrainedModel = share_weights(self.plain)
+        if state.layer is not None:
+            cut(self.model, state.layer)
+        self.transform = LogitTransform.of(self.model.config) if state.layer is None else LogitTransform()
+        install_head(self.model, num_candidates, vocabulary=state.layer is None, parts=state.parts)
+        if state.layer is not None and not is_split(self.model):
+            self._check_cut(state.layer)
+            # Not in there: rows that were made in inference mode could not be trained.
+            self.rows = torch.zeros(num_candidates, self.row_width)
+
+    @torch.inference_mode()
+    def _check_cut(self, layer: int) -> None:
+        """See on two tokens that the cut model gives plain products of the states that the whole one has there.
+
+        Raises:
+            ExpertokenError: it does not, or can't run.
+        """
+        batch = {
+            key: torch.ones((1, 2), dtype=torch.long, device=self.device) for key in ("input_ids", "attention_mask")
+        }
+        rows = torch.randn(self.head.expert_rows.shape, generator=torch.Generator().manual_seed(0))
+        why = "its logits or its states are others than those of the whole model"
+        try:
+            self.rows = rows
+            with self._head_input() as read:
+                logits = self.model(**batch, use_cache=False).logits
+            whole = self._behind(batch, [layer])[layer]
+            pairs = (
+                (self.head(read[0]), logits),
+                (pooled(read[0].float(), batch["attention_mask"], "both"), whole),
+            )
+            sound = all(
+                torch.allclose(one.float(), two.to(one.device).float(), rtol=2e-2, atol=1e-3) for one, two in pairs
+            )
+        except Exception as error:  # architectures refuse a part of themselves each in its own way
+            sound, why = False, one_line(error)
+        if not sound:
+            raise ExpertokenError(
+                f"{type(self.plain).__name__}: can't be read at layer {layer} ({why}); pass --state {HEAD}"
+            )
 
     @classmethod
     def from_pretrained(
         cls,
         source: Source | str,
-        num_experts: int,
+        num_candidates: int,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         quantization: str | None = None,
         attention: str | None = None,
+        state: StateSpec = StateSpec(),  # noqa: B008 - frozen
     ) -> "MetaLLM":
-        """Load a causal LM and give it `num_experts` expert rows (zeros). Arguments and errors as `load_causal_lm`."""
+        """Load a causal LM and give it `num_candidates` rows (zeros). Arguments and errors as `load_causal_lm`."""
         source = Source(source) if isinstance(source, str) else source
         model, tokenizer = load_causal_lm(
             source, device=device, dtype=dtype, quantization=quantization, attention=attention
         )
-        return cls(model, tokenizer, source, num_experts, quantization)
+        return cls(model, tokenizer, source, num_candidates, quantization, state)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers of the whole model."""
+        return number_of_layers(self.plain)
+
+    @property
+    def first_candidate(self) -> int:
+        """Column of the first candidate among the logits: behind the vocabulary's V, where those are computed."""
+        return self.vocab_size if self.head.vocabulary else 0
+
+    @property
+    def row_width(self) -> int:
+        """Width of a row: d, or 2d where it reads two states."""
+        return self.state.parts * self.head.in_features
 
     @property
     def adapted(self) -> bool:
@@ -94,7 +172,7 @@ class MetaLLM:
 
     @property
     def rows(self) -> torch.Tensor:
-        """A copy of the expert rows, `[K, d]` float32 on the CPU."""
+        """A copy of the candidates' rows, `[C, P d]` float32 on the CPU; P is 2 where they read two states."""
         return whole(self.head.expert_rows).float()
 
     @rows.setter
@@ -123,14 +201,15 @@ class MetaLLM:
             overwrite(parameter, state[name])
 
     def initial_row(self, description: str) -> torch.Tensor:
-        """Return the first value of an expert's row, `[d]`; see `initialization.initial_row`."""
-        return initial_row(self.plain, self.tokenizer(description, add_special_tokens=False).input_ids)
+        """Return the first value of an expert's row, `[P d]`; see `initialization.initial_row`."""
+        row = initial_row(self.plain, encode_text(self.tokenizer, description).input_ids)
+        return row.repeat(self.state.parts)
 
-    def encode(self, conversation: str | Sequence[Message], most: int | None = None) -> Query:
-        """Return a conversation as a query that ends at the dispatch position; see `chat.read_query`."""
-        return read_query(self.tokenizer, conversation, self.vocab_size, most=most)
+    def encode(self, conversation: str | Sequence[Message]) -> Query:
+        """Return a conversation as a query that ends at the dispatch position; see `view.View.read`."""
+        return self.view.read(self.tokenizer, conversation, self.vocab_size, self.positions - 1)
 
-    def pad(self, queries: Sequence[Query], device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
+    def pad(self, queries: Sequence[Query], device: torch.device | str | None = None) -> dict[str, Any]:
         """Return a left-padded batch: `input_ids` and `attention_mask`, `[N, T]` each.
 
         Left, so that all dispatch positions fall into one column and one row of logits per query is computed.
@@ -151,22 +230,64 @@ class MetaLLM:
 
     @torch.inference_mode()
     def states(self, queries: Sequence[Query]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what a decision depends on besides the rows: h `[N, d]` and Z `[N]`, float32 on the CPU.
+        """Return what a decision depends on besides the rows, float32 on the CPU.
+
+        Returns:
+            the state h `[N, d]` and Z `[N]`. Where the model is cut, the last token's state beside the mean, `[N, 2d]`,
+            and zeros: it has no Z.
 
         Raises:
             ExpertokenError: the model does something to its logits that `LogitTransform` does not know.
         """
-        captured: list[torch.Tensor] = []
+        batch = self.pad(queries)
+        if self.state.layer is not None:
+            with self._head_input() as read:
+                self.model(**batch, position_ids=position_ids(batch["attention_mask"]), use_cache=False)
+            both = pooled(read[0].float(), batch["attention_mask"], "both")
+            return both.cpu(), torch.zeros(len(both))
+        with self._head_input() as read:
+            logits, _ = dispatch_forward(self.model, **batch)
         # The batch is padded on the left, so the head sees one position per row: `[N, 1, d]`.
-        hook = self.head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0][:, 0]))
-        try:
-            logits, _ = dispatch_forward(self.model, **self.pad(queries))
-        finally:
-            hook.remove()
-        hidden = captured[0]
+        hidden = read[0][:, 0]
         vocabulary = logits[:, : self.vocab_size].float()
         self._check_transform(hidden, vocabulary)
         return hidden.float().cpu(), vocabulary.logsumexp(-1).cpu()
+
+    @contextmanager
+    def _head_input(self) -> Iterator[list[torch.Tensor]]:
+        """Give a list that gets what the head reads in each pass."""
+        read: list[torch.Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        try:
+            yield read
+        finally:
+            hook.remove()
+
+    @torch.inference_mode()
+    def states_behind(self, queries: Sequence[Query], layers: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Return the states behind several layers of the plain model in one pass, by layer.
+
+        Returns:
+            for each layer `[N, 2d]` float32 on the CPU: the last token's beside the mean.
+        """
+        return self._behind(self.pad(queries), layers)
+
+    def _behind(self, batch: dict[str, Any], layers: Sequence[int]) -> dict[int, torch.Tensor]:
+        found = {}
+
+        def keep(layer: int, hidden: torch.Tensor) -> None:
+            found[layer] = pooled(hidden.float(), batch["attention_mask"], "both").cpu()
+            if layer == max(layers):
+                raise Enough
+
+        with self.reader.reading(layers, keep):
+            self.plain(**batch, position_ids=position_ids(batch["attention_mask"]), use_cache=False, logits_to_keep=1)
+        return found
+
+    @cached_property
+    def reader(self) -> LayerReader:
+        """Reads layers of the plain model while it runs."""
+        return LayerReader(self.plain)
 
     def _check_transform(self, hidden: torch.Tensor, vocabulary: torch.Tensor) -> None:
         sample = slice(0, 8)
@@ -181,10 +302,22 @@ class MetaLLM:
             )
 
     @torch.inference_mode()
-    def candidate_logits(self, queries: Sequence[Query], *, with_self: bool) -> torch.Tensor:
-        """Return logits over the candidates, `[N, C]` float32 on the CPU."""
+    def candidate_logits(self, queries: Sequence[Query]) -> torch.Tensor:
+        """Return logits of the candidates, `[N, C]` float32 on the CPU."""
+        logits, _ = dispatch_forward(self.model, **self.pad(queries), pooling=self.state.pooling)
+        return candidate_logits(logits, self.first_candidate).cpu()
+
+    @torch.inference_mode()
+    def probe(self, queries: Sequence[Query]) -> torch.Tensor:
+        """Return the candidates' logits and Z, `[N, C + 1]` float32 on the CPU: Z changes with the base.
+
+        Without Z where the model is cut.
+        """
+        if self.state.layer is not None:
+            return self.candidate_logits(queries)
         logits, _ = dispatch_forward(self.model, **self.pad(queries))
-        return candidate_logits(logits, self.vocab_size, with_self=with_self).cpu()
+        mass = logits[:, : self.vocab_size].float().logsumexp(-1, keepdim=True)
+        return torch.cat([candidate_logits(logits, self.vocab_size), mass], -1).cpu()
 
     def load_adapter(self, folder: Path) -> None:
         """Put a PEFT LoRA adapter on the backbone (the head is left alone).

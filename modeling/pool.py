@@ -14,7 +14,10 @@ from .experts import DEFAULT_KIND, SELF, Expert, ExpertKind, kind_names, kind_of
 from .files import atomic_file
 from .source import is_path
 
-RESERVED = ("composite", "random", "oracle", "kNN", "linear", "MLP", "clusters", "factors", "encoder")
+RESERVED = (
+    "composite", "random", "oracle", "names", "words", "kNN", "guarded-kNN", "linear", "MLP", "ensemble", "ranking",
+    "clusters", "factors", "untrained", "encoder",
+)  # fmt: skip
 """Names that reports use themselves."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -126,8 +129,8 @@ def _cost_mistakes(cost: Any, place: str) -> list[str]:
 class ExpertPool:
     """The ordered set of experts of one composite; expert k has the token id `V + k`.
 
-    An entry with `backend: self` makes the meta LLM a candidate of its own ("no expert"). It has no token: its
-    probability is the mass of the ordinary vocabulary.
+    An entry with `backend: self` makes the meta LLM a candidate of its own ("no expert"). It has no
+    token, but a row of its own that decides.
 
     Args:
         experts: experts in order, at most one of them with backend `self`.

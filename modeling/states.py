@@ -3,45 +3,40 @@
 With a frozen meta LLM they do not depend on the expert rows, so one forward pass over the data is the whole price of
 training, evaluating, calibrating, and adding an expert later.
 
-The cache is a folder per model (weights, dtype) of blocks; a block is a set of memory-mapped arrays for the queries
-that were new when it was made. Queries are known by `Query.key`, so data, template and tokenizer all count, and a set
-that grows by some queries costs only those.
+Queries are known by `Query.key`, so data, template and tokenizer all count, and a set that grows by some queries costs
+only those. `state_cache` keeps them on disk.
 """
 
-import hashlib
 import logging
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
-from filelock import FileLock
 from tqdm.auto import tqdm
 
 from .batching import MAX_TOKENS, run_batches, token_batches
 from .chat import Message, Query
 from .distributed import ALONE, Team
-from .errors import ExpertokenError
-from .files import atomic_folder, cache_folder
+from .errors import ExpertokenError, one_line
 from .fingerprint import describe_dtype, fingerprint
 from .logits import LogitTransform
 from .meta import MetaLLM
 from .sharding import is_split
+from .state_cache import Block, Place, StateCache, gather, room_for, tensor_of
 
 logger = logging.getLogger(__name__)
 
 CHUNK = 16384
 """States of one step over cached ones: 16384 x 4096 float32 are 256 MiB."""
 
-_FORMAT = 1
-_BLOCK = 4096  # bytes, no larger than any file system's
-_MARK_SECONDS = 5.0  # so much work at most is done twice after a SIGKILL
-_IN_MEMORY = 2**30  # bytes of gathered states that are kept in memory; larger ones go to a temporary file
+_FORMAT = 2
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,8 +44,8 @@ class States:
     """States of N queries.
 
     Attributes:
-        hidden: h, `[N, d]` float32, memory-mapped where it can be.
-        log_mass: Z, `[N]` float32.
+        hidden: h, `[N, P d]` float32 (P as in `state.StateSpec`), memory-mapped where it can be.
+        log_mass: Z, `[N]` float32; zeros where the model is cut.
         computed: how many of the N were computed just now (the others came from the cache).
         seconds: that took.
     """
@@ -62,48 +57,6 @@ class States:
 
     def __len__(self) -> int:
         return len(self.log_mass)
-
-
-class _Block:
-    """The arrays of one block."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.hashes, self.hidden, self.log_mass, self.done = (
-            np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("hashes", "hidden", "log_mass", "done")
-        )
-
-    @staticmethod
-    def create(folder: Path, hashes: list[bytes], width: int) -> None:
-        count = len(hashes)
-        with atomic_folder(folder) as aside:
-            np.save(aside / "hashes.npy", np.array(hashes, dtype="V16"))
-            np.lib.format.open_memmap(aside / "hidden.npy", mode="w+", dtype=np.float32, shape=(count, width)).flush()
-            _allocate(aside / "hidden.npy")
-            np.save(aside / "log_mass.npy", np.zeros(count, dtype=np.float32))
-            np.save(aside / "done.npy", np.zeros(count, dtype=np.uint8))
-
-    def mark_done(self, rows: list[int]) -> None:
-        """Values first, then the marks: after a power loss no mark may stand over values that were lost."""
-        for array in (self.hidden, self.log_mass):
-            array.flush()
-        self.done[rows] = 1
-        self.done.flush()
-
-
-def _allocate(file: Path) -> None:
-    """Give a sparse file its blocks: on a full disk it would kill the process (SIGBUS) amid the forward pass."""
-    with file.open("r+b") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(stream.fileno(), 0, size)
-            return
-        # macOS has no such call. A block is allocated when something is written into it: its own first byte.
-        for start in range(0, size, _BLOCK):
-            stream.seek(start)
-            byte = stream.read(1)
-            stream.seek(start)
-            stream.write(byte)
 
 
 def encode_all(
@@ -118,7 +71,12 @@ def encode_all(
         quiet: whether to show no progress bar.
     """
     bar = tqdm(conversations, desc=f"{label}, encoding", unit="query", leave=False, delay=2, disable=quiet)
-    return [meta.encode(conversation) for conversation in bar]
+    queries = [meta.encode(conversation) for conversation in bar]
+    if cut := sum(query.cut > 0 for query in queries):
+        logger.warning(
+            "%s: %d of %d conversations are longer than the decision reads and were cut", label, cut, len(bar)
+        )
+    return queries
 
 
 def states_of(
@@ -140,7 +98,7 @@ def cached_states(
     team: Team = ALONE,
     label: str = "states",
 ) -> States:
-    """Return the states at the dispatch positions of `queries`, from the cache as far as it has them.
+    """Return the states that decide `queries` (see `state.StateSpec`), from the cache as far as it has them.
 
     Rows are marked as done behind their values, so an interrupted pass goes on where it stopped. With several
     processes each computes every n-th batch into a block of its own, in a folder that all of them see: one file
@@ -156,10 +114,27 @@ def cached_states(
     Raises:
         ExpertokenError: the meta LLM gives no finite logits for a query, memory ran out, or the cache is not shared.
     """
+    found = _cached(meta, queries, max_tokens, team, label)
+    if meta.state.layer is None:
+        return found
+    return replace(found, hidden=found.hidden[:, meta.state.columns(meta.head.in_features)])
+
+
+def _cache_of(meta: MetaLLM, layer: int | None) -> StateCache:
+    """Return the cache of the states behind a layer, both poolings side by side, or of the head's own."""
+    dtype, width = describe_dtype(meta.model), meta.head.in_features
+    if layer is None:
+        return StateCache(f"{_FORMAT}-{fingerprint(meta.model)}-{dtype}", width)
+    model = fingerprint(meta.model) if meta.adapted else meta.base_fingerprint
+    return StateCache(f"{_FORMAT}-{model}-{dtype}-layer{layer}", 2 * width)
+
+
+def _cached(meta: MetaLLM, queries: Sequence[Query], max_tokens: int | None, team: Team, label: str) -> States:
     hashes = [query.key for query in queries]
-    model_key = f"{_FORMAT}-{fingerprint(meta.model)}-{describe_dtype(meta.model)}"
-    root = cache_folder("states") / model_key
-    place = _lookup(root)
+    cache = _cache_of(meta, meta.state.layer)
+    place, room = cache.places()
+    if team.world > 1:
+        room = {}  # rows of one block share pages: two machines that fill it would lose each other's
     first = {key: index for index, key in reversed(list(enumerate(hashes))) if key not in place}
     missing = team.agree(lambda: sorted(first.values()))
     started = time.perf_counter()
@@ -172,40 +147,85 @@ def cached_states(
     if missing:
         batches = list(token_batches([len(queries[index]) for index in missing], max_tokens or MAX_TOKENS))
         mine = sorted(missing[row] for batch in batches[team.rank :: team.world] for row in batch)
-        if mine:
-            new = [hashes[index] for index in mine]
-            folder = root / hashlib.sha256(b"".join(new)).hexdigest()[:16]
-            root.mkdir(parents=True, exist_ok=True)
-            with FileLock(root / ".lock"):  # two runs that begin together fill one block
-                if not folder.exists():
-                    _Block.create(folder, new, meta.head.in_features)
-            _compute(meta, _Block(folder), [queries[index] for index in mine], max_tokens, label, quiet=team.rank > 0)
+        compute = partial(_compute, meta, max_tokens=max_tokens, label=label, quiet=team.rank > 0)
+        try:
+            for block, rows, indices in _parts(cache, room, hashes, mine):
+                with block.writing() as write:
+                    compute([queries[index] for index in indices], _into(write, rows))
+        except OSError as error:
+            if team.world > 1:
+                raise ExpertokenError(f"{cache.root}: can't be written ({one_line(error)})") from error
+            logger.warning("%s can't be written (%s): states are computed and not kept", cache.root, one_line(error))
+            return _uncached(cache, hashes, place, [(index, queries[index]) for index in mine], compute, started)
         team.barrier()
     if any(key not in place for key in hashes):  # also where another job, or another process, was quicker
-        place = _lookup(root)
+        place, _ = cache.places()
         if any(key not in place for key in hashes):
             raise ExpertokenError(
-                f"{root}: states that other processes computed are not there; all machines have to see one "
+                f"{cache.root}: states that other processes computed are not there; all machines have to see one "
                 "$EXPERTOKEN_CACHE"
             )
     seconds = time.perf_counter() - started if missing else 0.0
     logger.info("%s: %d of %d queries computed, the others were cached", label, len(missing), len(hashes))
-    hidden, log_mass = _gather([place[key] for key in hashes])
+    hidden, log_mass = gather([place[key] for key in hashes])
     return States(hidden, log_mass, len(missing), seconds)
 
 
-def _lookup(root: Path) -> dict[bytes, tuple[_Block, int]]:
-    """Where each query's finished states are."""
-    place = {}
-    for file in sorted(root.glob("*/done.npy")):
-        block = _Block(file.parent)
-        for row in np.flatnonzero(block.done):
-            place[block.hashes[row].tobytes()] = (block, int(row))
-    return place
+_Write = Callable[[Sequence[int], np.ndarray, np.ndarray], None]
+
+
+def _into(write: _Write, rows: Sequence[int]) -> _Write:
+    """Return what writes the k-th query's states to the k-th of some rows."""
+    return lambda batch, states, masses: write([rows[place] for place in batch], states, masses)
+
+
+def _parts(
+    cache: StateCache, room: dict[bytes, Place], hashes: Sequence[bytes], mine: Sequence[int]
+) -> Iterator[tuple[Block, list[int], list[int]]]:
+    """Yield blocks with the rows to fill and the queries for them; first what an interrupted pass left open."""
+    opened: dict[int, tuple[Block, list[int], list[int]]] = {}
+    new = []
+    for index in mine:
+        if hashes[index] not in room:
+            new.append(index)
+            continue
+        block, row = room[hashes[index]]
+        _, rows, indices = opened.setdefault(id(block), (block, [], []))
+        rows.append(row)
+        indices.append(index)
+    yield from opened.values()
+    if new:
+        yield cache.create([hashes[index] for index in new]), list(range(len(new))), new
+
+
+def _uncached(
+    cache: StateCache,
+    hashes: Sequence[bytes],
+    place: dict[bytes, Place],
+    missing: Sequence[tuple[int, Query]],
+    compute: Callable[[list[Query], _Write], None],
+    started: float,
+) -> States:
+    """Return states of which some can't be kept."""
+    new, masses = room_for(len(missing), cache.width)
+
+    def write(rows: Sequence[int], states: np.ndarray, found: np.ndarray) -> None:
+        new[rows], masses[rows] = states, found
+
+    compute([query for _, query in missing], write)
+    row_of = {hashes[index]: row for row, (index, _) in enumerate(missing)}
+    hidden, log_mass = room_for(len(hashes), cache.width)
+    known = [index for index, key in enumerate(hashes) if key not in row_of]
+    if known:
+        hidden[known], log_mass[known] = gather([place[hashes[index]] for index in known])
+    for index, key in enumerate(hashes):
+        if key in row_of:
+            hidden[index], log_mass[index] = new[row_of[key]], masses[row_of[key]]
+    return States(hidden, log_mass, len(missing), time.perf_counter() - started)
 
 
 def _compute(
-    meta: MetaLLM, block: _Block, queries: list[Query], max_tokens: int | None, label: str, *, quiet: bool
+    meta: MetaLLM, queries: list[Query], write: _Write, *, max_tokens: int | None, label: str, quiet: bool
 ) -> None:
     lengths = list(map(len, queries))
     batches = run_batches(
@@ -215,99 +235,79 @@ def _compute(
         max_tokens=max_tokens,
         kept="States computed so far are kept",
     )
-    bar = tqdm(total=sum(lengths), unit="tok", unit_scale=True, desc=label, disable=quiet)
-    with bar, _marking(block) as mark:
-        for batch, (states, mass) in batches:
-            if not torch.isfinite(mass).all():
-                bad = queries[batch[int((~torch.isfinite(mass)).nonzero()[0, 0])]]
-                text = meta.tokenizer.decode(bad.ids)[-80:]
-                raise ExpertokenError(f"{label}: the meta LLM gives no finite logits for the query ending in {text!r}")
-            block.hidden[batch], block.log_mass[batch] = states.numpy(), mass.numpy()
-            mark(batch)
+    for batch, (states, mass) in _with_bar(batches, lengths, label, quiet=quiet):
+        _check_finite(meta, [queries[row] for row in batch], torch.cat([states, mass[:, None]], 1), label)
+        write(batch, states.numpy(), mass.numpy())
+
+
+def _check_finite(meta: MetaLLM, queries: Sequence[Query], values: torch.Tensor, label: str) -> None:
+    """Raise ExpertokenError where a query's row of values `[N, K]` is not finite."""
+    finite = torch.isfinite(values).all(1)
+    if not finite.all():
+        text = meta.tokenizer.decode(queries[int((~finite).nonzero()[0, 0])].ids)[-80:]
+        raise ExpertokenError(f"{label}: the meta LLM gives no finite logits for the query ending in {text!r}")
+
+
+def _with_bar(
+    batches: Iterable[tuple[Sequence[int], T]], lengths: Sequence[int], label: str, *, quiet: bool = False
+) -> Iterator[tuple[Sequence[int], T]]:
+    """Yield batches, with a progress bar that counts their tokens."""
+    with tqdm(total=sum(lengths), unit="tok", unit_scale=True, desc=label, disable=quiet) as bar:
+        for batch, found in batches:
+            yield batch, found
             bar.update(sum(lengths[row] for row in batch))
 
 
-@contextmanager
-def _marking(block: _Block) -> Iterator[Callable[[list[int]], None]]:
-    """Mark rows as done every few seconds and at the end, also where the end is an interruption."""
-    rows: list[int] = []
-    last = time.monotonic()
-
-    def mark(batch: list[int]) -> None:
-        nonlocal last
-        rows.extend(batch)
-        if time.monotonic() - last > _MARK_SECONDS:
-            block.mark_done(rows)
-            rows.clear()
-            last = time.monotonic()
-
-    try:
-        yield mark
-    finally:
-        block.mark_done(rows)
-
-
-def _gather(places: list[tuple[_Block, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Arrays in the order of the queries: the block's own where it has just that order, else a copy."""
-    blocks = {id(block): block for block, _ in places}
-    rows = np.array([row for _, row in places])
-    if len(blocks) == 1:
-        block = places[0][0]
-        if len(rows) == len(block.done) and (rows == np.arange(len(rows))).all():
-            return block.hidden, block.log_mass
-    shape = (len(places), places[0][0].hidden.shape[1])
-    if shape[0] * shape[1] * 4 <= _IN_MEMORY:
-        hidden = np.empty(shape, dtype=np.float32)
-    else:
-        with tempfile.TemporaryFile() as file:  # stays open through the mapping, gone with it
-            hidden = np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
-    log_mass = np.empty(len(places), dtype=np.float32)
-    owners = np.array([id(block) for block, _ in places])
-    for key, block in blocks.items():
-        chosen = np.flatnonzero(owners == key)
-        for part in np.array_split(chosen, max(1, len(chosen) // 65536)):
-            hidden[part] = block.hidden[rows[part]]
-        log_mass[chosen] = block.log_mass[rows[chosen]]
-    return hidden, log_mass
-
-
-def tensor_of(array: np.ndarray) -> torch.Tensor:
-    """Return a tensor over an array's own memory, so that a pass over mapped states copies nothing; do not write."""
-    array = np.ascontiguousarray(array)
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
-
-
-def join_logits(
-    rows: torch.Tensor,
-    hidden: torch.Tensor,
-    log_mass: torch.Tensor,
-    fixed: torch.Tensor | None,
-    transform: LogitTransform,
-    *,
-    with_self: bool,
-) -> torch.Tensor:
-    """Return the candidates' logits, `[N, C]`: fixed experts, the rows' experts, self.
+def cache_layers(
+    meta: MetaLLM, queries: Sequence[Query], layers: Sequence[int], *, max_tokens: int | None, label: str
+) -> None:
+    """Compute the states behind several layers in one pass, so that the cache has them all.
 
     Args:
-        rows: `[K, d]`.
-        hidden: h, `[N, d]`.
-        log_mass: Z, `[N]`.
-        fixed: logits of experts whose rows are fixed, `[N, F]`, or None.
-        transform: what the model does to logits.
-        with_self: whether self is a candidate.
+        meta: the meta LLM, without an adapter.
+        queries: N queries.
+        layers: the layers.
+        max_tokens: as in `cached_states`.
+        label: name of the work.
     """
-    parts = [] if fixed is None else [fixed]
-    parts.append(transform(hidden @ rows.T))
-    if with_self:
-        parts.append(log_mass[:, None])
-    return torch.cat(parts, 1)
+    hashes = [query.key for query in queries]
+    first = {key: index for index, key in reversed(list(enumerate(hashes)))}
+    known = {layer: (cache := _cache_of(meta, layer), *cache.places()) for layer in layers}
+    missing = {
+        layer: sorted(i for key, i in first.items() if key not in place) for layer, (_, place, _) in known.items()
+    }
+    new = sorted({index for indices in missing.values() for index in indices})
+    if not new:
+        return
+    lengths = [len(queries[index]) for index in new]
+    try:
+        with ExitStack() as stack:
+            # Where each query's states go, by layer: what an interrupted pass left open is filled first.
+            targets: dict[int, dict[int, tuple[_Write, int]]] = {layer: {} for layer in layers}
+            for layer, (cache, _, room) in known.items():
+                for block, rows, indices in _parts(cache, room, hashes, missing[layer]):
+                    write = stack.enter_context(block.writing())
+                    targets[layer] |= {index: (write, row) for index, row in zip(indices, rows, strict=True)}
+            batches = run_batches(
+                lengths,
+                lambda batch: meta.states_behind([queries[new[row]] for row in batch], layers),
+                label=label,
+                max_tokens=max_tokens,
+                kept="States computed so far are kept",
+            )
+            for batch, found in _with_bar(batches, lengths, label):
+                for layer, states in found.items():
+                    _check_finite(meta, [queries[new[row]] for row in batch], states, label)
+                    for row, state in zip(batch, states.numpy(), strict=True):
+                        if new[row] in targets[layer]:
+                            write, place = targets[layer][new[row]]
+                            write([place], state[None], np.zeros(1, dtype=np.float32))
+    except OSError as error:
+        logger.warning("the cache can't be written (%s): states are computed layer by layer", one_line(error))
 
 
 @torch.no_grad()
-def state_logits(rows: torch.Tensor, states: States, transform: LogitTransform, *, with_self: bool) -> torch.Tensor:
+def state_logits(rows: torch.Tensor, states: States, transform: LogitTransform) -> torch.Tensor:
     """Return the candidates' logits on cached states, `[N, C]` float32, computed in chunks."""
-    parts = []
-    for start in range(0, len(states), CHUNK):
-        hidden, log_mass = (tensor_of(array[start : start + CHUNK]) for array in (states.hidden, states.log_mass))
-        parts.append(join_logits(rows, hidden, log_mass, None, transform, with_self=with_self))
-    return torch.cat(parts)
+    chunks = (tensor_of(states.hidden[start : start + CHUNK]) for start in range(0, len(states), CHUNK))
+    return torch.cat([transform(hidden @ rows.T) for hidden in chunks])

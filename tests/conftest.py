@@ -32,8 +32,8 @@ def base_folder(tmp_path_factory):
 
 @pytest.fixture
 def meta(base_folder):
-    """The tiny base as a meta LLM with two expert rows (zeros)."""
-    return MetaLLM.from_pretrained(Source(str(base_folder)), 2, device="cpu")
+    """The tiny base as a meta LLM with rows (zeros) of two experts and self."""
+    return MetaLLM.from_pretrained(Source(str(base_folder)), 3, device="cpu")
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -173,3 +174,11 @@ def test_no_file_is_longer_than_500_lines_and_few_functions_than_30():
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lengths.append(node.end_lineno - node.lineno + 1)
     assert sorted(lengths)[int(0.9 * len(lengths))] <= 30
+
+
+def test_every_entry_sets_how_long_openmp_waits_before_torch_is_loaded():
+    code = "import expertoken, os, sys; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    for given, told in (({}, "1000 False"), ({"GOMP_SPINCOUNT": "7"}, "7 False")):
+        environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | given
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert run.stdout.strip() == told

@@ -9,12 +9,12 @@ from expertoken.examples.skills.measure import HERE, full_pool
 from expertoken.examples.skills.tasks import BENCHMARKS, SKILLS, side_of, tasks
 from expertoken.inference.composite_model import CompositeModel
 from expertoken.inference.loop import BackgroundLoop
-from expertoken.inference.policy import Policy
 from expertoken.modeling.backend import Generation
 from expertoken.modeling.composite import Composite, Manifest, describe_base
 from expertoken.modeling.experts import Expert
 from expertoken.modeling.files import cache_folder
 from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.policy import Policy
 from expertoken.modeling.pool import ExpertPool
 from expertoken.modeling.source import Source
 
@@ -35,11 +35,11 @@ def composite(gguf, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EXPERTOKEN_CACHE", str(tmp_path_factory.mktemp("gguf")))
         pool = full_pool()
-        meta = MetaLLM.from_pretrained(Source(str(gguf)), len(pool), device="cpu")
+        meta = MetaLLM.from_pretrained(Source(str(gguf)), len(pool.names), device="cpu")
         assert len(list(cache_folder("gguf").glob("*/config.json"))) == 1
     generator = torch.Generator().manual_seed(0)
-    meta.rows = torch.stack([meta.initial_row(e.description) for e in pool]) + torch.randn(
-        len(pool), 576, generator=generator
+    meta.rows = torch.stack([meta.initial_row(e.description) for e in pool.candidates]) + torch.randn(
+        len(pool.names), 576, generator=generator
     )
     return CompositeModel(Composite(meta, pool, Manifest(describe_base(meta), [e.name for e in pool])))
 

@@ -20,7 +20,7 @@ METHODS = ("tokens", "lora", "qlora")
 L2 = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 """L2 strengths to try where none are given."""
 
-_LEAST = {"max_tokens": 1, "anywhere": 0, "anywhere_tokens": 1, "lora_r": 1, "lora_alpha": 1}
+_LEAST = {"max_tokens": 1, "context_tokens": 0, "anywhere": 0, "anywhere_tokens": 1, "lora_r": 1, "lora_alpha": 1}
 
 
 def _option(default: T, text: str, choices: Iterable[str] | None = None) -> T:
@@ -68,9 +68,9 @@ class ExpertokenArguments:
     )
     objective: str | None = _option(
         None,
-        "cross_entropy: to the label's distribution, one-hot or soft. correctness: one binary problem per expert. "
-        "expected_score: the score of a choice drawn from the dispatch distribution. contrastive: the best candidates "
-        "of a query against its worst (RouterDC). Default: what the labels were made for.",
+        "cross_entropy: to the label's distribution, one-hot or soft. correctness: each candidate's chance of being "
+        "right. expected_score: the score of a choice drawn from the dispatch distribution. contrastive: the best "
+        "candidates of a query against its worst (RouterDC). Default: what the labels were made for.",
         OBJECTIVES,
     )
     revision: str | None = _option(None, "Git revision of a hub model.")
@@ -84,9 +84,21 @@ class ExpertokenArguments:
     )
     trust_remote_code: bool = _option(False, "Allow the meta LLM's repository to run its own code here.")
     max_tokens: int = _option(MAX_TOKENS, "tokens: padded tokens of one batch of the forward pass.")
+    context_tokens: int = _option(
+        1024,
+        "Tokens that a decision reads of what surrounds the newest request: system prompt, earlier turns, tool "
+        "results, the newest first. The request is read whole.",
+    )
+    state: str = _option(
+        "head",
+        "State that the expert rows read. head: that of the model's head at the last token. LAYER:POOLING: the state "
+        "behind a lower layer, at the last token (16:last), its mean over all tokens (8:mean), or both; the layers "
+        "above are computed only where the meta LLM itself answers. auto: five folds choose, the cheaper one where two "
+        "tie.",
+    )
     l2: list[float] = _option(
         list(L2),
-        "tokens: L2 strengths to try; the one with the best validation score is kept.",
+        "tokens: L2 strengths to try; five folds choose the one with the least loss on the queries left out.",
     )
     anywhere: int = _option(
         0,
@@ -124,5 +136,7 @@ class ExpertokenArguments:
                 mistakes.append(f"{name}: expected {_LEAST[name]} or more, got {value}")
             elif name == "l2" and not (value and all(0 <= strength < math.inf for strength in value)):
                 mistakes.append(f"l2: expected one or more numbers of 0 or more, got {value}")
+            elif name == "rows_learning_rate" and value is not None and not 0 < value < math.inf:
+                mistakes.append(f"rows_learning_rate: expected a number above 0, got {value}")
         if mistakes:
             raise ValueError("; ".join(mistakes))

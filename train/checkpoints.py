@@ -16,6 +16,9 @@ from ..modeling.sharding import overwrite
 
 logger = logging.getLogger(__name__)
 
+START = "checkpoint-start"
+"""Folder of the weights that training began with. It has no number, so a run does not resume from it."""
+
 _RUN_FILE = Path("runs") / "run.json"
 _NAMED = 5  # differences that an error names
 
@@ -51,8 +54,7 @@ def read_checkpoint(folder: Path, composite: Composite) -> None:
             f"{file}: missing, damaged or of another model ({one_line(error)}); remove {folder.name}, and the run goes "
             "on from the checkpoint before it"
         ) from error
-    names = [expert.name for expert in composite.pool]
-    overwrite(meta.head.expert_rows, read_rows(folder / ROWS_FILE, names, meta.head.in_features))
+    overwrite(meta.head.expert_rows, read_rows(folder / ROWS_FILE, composite.pool.names, meta.row_width))
 
 
 def _numbered(folder: Path) -> list[Path]:

@@ -11,7 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import EvalPrediction, Trainer, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import IntervalStrategy
 
 from ..data_prep.supervision import Supervision
@@ -23,7 +32,7 @@ from ..modeling.errors import ExpertokenError, is_out_of_memory, one_line
 from ..modeling.files import sync_folder
 from ..modeling.meta import MetaLLM
 from .arguments import ExpertokenArguments
-from .checkpoints import best_checkpoint, find_checkpoint, read_checkpoint, record_run, write_checkpoint
+from .checkpoints import START, best_checkpoint, find_checkpoint, read_checkpoint, record_run, write_checkpoint
 from .objectives import OBJECTIVES, Objective
 from .positions import Positions
 from .tokens import mean_score
@@ -50,11 +59,19 @@ class DispatchTrainer(Trainer):
     def __init__(
         self, composite: Composite, objective: str, *, rows_learning_rate: float | None, **options: Any
     ) -> None:
-        self.composite, self.meta, self.with_self = composite, composite.meta, composite.pool.has_self
+        self.composite, self.meta = composite, composite.meta
         self.objective: Objective = OBJECTIVES[objective]
         self.rows_learning_rate = rows_learning_rate
+        self._order = _Order()  # before the Trainer, which may ask for its sampler at once
         super().__init__(model=self.meta.model, data_collator=self._collate, **options)
+        self.add_callback(self._order)
         self.label_names = list(_FIELDS)
+
+    def _get_train_sampler(self, train_dataset: torch.utils.data.Dataset | None = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = self._order.generator
+        return sampler
 
     def _collate(self, examples: Sequence[dict]) -> dict[str, torch.Tensor]:
         # On the CPU: data loader workers must not touch the accelerator, and the Trainer moves batches itself.
@@ -66,10 +83,10 @@ class DispatchTrainer(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *_: Any, **__: Any
     ) -> Any:
         """The objective at the dispatch positions; with `return_outputs` also the candidates' logits `[N, C]`."""
-        logits, _output = dispatch_forward(model, inputs["input_ids"], inputs["attention_mask"])
-        candidates = candidate_logits(logits, self.meta.vocab_size, with_self=self.with_self)
-        reference = candidates[:, -1] if self.with_self else torch.zeros_like(candidates[:, 0])
-        total, _mass = self.objective(candidates, inputs["target"], inputs["scores"], reference, inputs["weight"])
+        pooling = self.meta.state.pooling
+        logits, _output = dispatch_forward(model, inputs["input_ids"], inputs["attention_mask"], pooling=pooling)
+        candidates = candidate_logits(logits, self.meta.first_candidate)
+        total, _mass = self.objective(candidates, inputs["target"], inputs["scores"], inputs["weight"])
         # Divided by the number of queries and not by this batch's mass (weights have mean 1 over the train side): so
         # the mean over processes and accumulated batches is the gradient of the large batch.
         loss = total / len(candidates)
@@ -143,6 +160,45 @@ class DispatchTrainer(Trainer):
         read_checkpoint(folder, self.composite)
 
 
+class _Order(TrainerCallback):
+    """Makes the order of an epoch's batches depend on the seed and the epoch alone.
+
+    The Trainer's sampler for batches of like length draws from the process's own random state. A resumed run has
+    another one at that moment, and processes may differ: they would go through the queries in other orders.
+    """
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator()
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Seed the generator for this epoch; a run resumed within it seeds it alike."""
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.generator.manual_seed(seed + int(state.epoch or 0))
+
+
+class _StartCounts(TrainerCallback):
+    """Makes the weights that training begins with a candidate for the best checkpoint.
+
+    So a composite trained with LoRA is never worse on validation than the rows it started from.
+    """
+
+    def __init__(self) -> None:
+        self.trainer: DispatchTrainer | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Evaluate and keep the start, unless a checkpoint is being resumed."""
+        start = Path(str(args.output_dir)) / START
+        if state.global_step and state.best_global_step == 0 and start.exists():
+            state.best_model_checkpoint = str(start)  # the Trainer looks for it by its step, and in the old place
+        if state.global_step or self.trainer is None:
+            return
+        found = self.trainer.evaluate()
+        control.should_log = False
+        self.trainer.save_model(str(start))
+        state.best_metric, state.best_model_checkpoint, state.best_global_step = found["eval_score"], str(start), 0
+        logger.info("validation score at the start: %.4f", found["eval_score"])
+
+
 class Examples(torch.utils.data.Dataset):
     """A side of a supervision as examples.
 
@@ -150,6 +206,7 @@ class Examples(torch.utils.data.Dataset):
         supervision: the supervision.
         name: name of the side.
         queries: its queries.
+        arrays: its targets, scores and weights; see `Supervision.arrays`.
         positions: positions at which they are decided; their starts where None.
         learn: leave out queries of weight 0, which teach nothing, and scale the other weights to mean 1.
     """
@@ -159,13 +216,14 @@ class Examples(torch.utils.data.Dataset):
         supervision: Supervision,
         name: str,
         queries: Sequence[Query],
+        arrays: tuple[np.ndarray, np.ndarray, np.ndarray],
         positions: Positions | None = None,
         *,
         learn: bool,
     ) -> None:
         positions = positions or Positions.starts(len(queries))
         self._side, self._queries, self._positions = supervision.side(name), queries, positions
-        columns = dict(zip(("target", "scores", "weight"), supervision.arrays(name), strict=True))
+        columns = dict(zip(("target", "scores", "weight"), arrays, strict=True))
         # A number per benchmark travels with each query: the Trainer may evaluate in an order of its own.
         columns["benchmark"] = np.unique(supervision.benchmarks(name), return_inverse=True)[1]
         self._weights = columns.pop("weight")[positions.query] * positions.share
@@ -283,6 +341,9 @@ def train_lora(
         eval_dataset=validation,
         compute_metrics=score,
     )
+    start = _StartCounts()
+    start.trainer = trainer
+    trainer.add_callback(start)
     team = Team(arguments.process_index, arguments.world_size)
     # The first process looks for all: on other machines the folder may be seen later, or not at all.
     checkpoint = team.agree(lambda: find_checkpoint(options.resume, output, run))
@@ -314,6 +375,11 @@ def train_lora(
     # accelerate put an autocast around the model's forward for --bf16; a decision is made without.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     meta.model.eval()
+    if trainer.state.best_global_step == 0 and options.warm_start:
+        logger.warning(
+            "no checkpoint is better on validation than the rows that training began with: the adapter changes "
+            "nothing, and method tokens gives the same decisions without it"
+        )
     return {
         "steps": trainer.state.global_step,
         "validation_score": trainer.state.best_metric,

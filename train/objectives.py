@@ -6,8 +6,8 @@ those of the whole, whatever weights and missing measurements the parts have.
 Arguments of every objective:
     logits: `[N, C]`, of the candidates (see `dispatch.candidate_logits`).
     targets: `[N, C]`, a distribution over the candidates per query.
-    scores: `[N, C]`, each candidate's score in [0, 1], or utility (less lambda times cost); NaN where not measured.
-    reference: `[N]`, the log-mass that an expert is held against in the binary objective: Z where self is a candidate.
+    scores: `[N, C]`, each candidate's score in [0, 1], or utility (less lambda times cost). NaN where the score is
+        unknown: such a candidate is left out of the query.
     weights: `[N]`, of the queries.
 
 They are plain functions of tensors: the fit on cached states and the LoRA trainer share them. torch is imported inside
@@ -23,51 +23,53 @@ if TYPE_CHECKING:
     import torch
 
 
+_OUT = -1e30  # a logit of nobody: finite, since 0 * -inf is NaN
+
+
 def cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor, reference: torch.Tensor, weights: torch.Tensor
+    logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy to the target distribution, one-hot or soft.
 
     For a soft target it differs from the KL divergence by the target's entropy, which does not depend on the rows, so
-    this one function is both (Expert-Token-Routing, arXiv 2403.16854; soft targets as in ZOOTER, arXiv 2311.08692).
+    this one function is both (Expert-Token-Routing, arXiv 2403.16854; soft targets as in ZOOTER, arXiv 2311.08692). A
+    candidate whose score is unknown is no alternative on that query: counted as one, it would be taught to lose.
     """
-    del scores, reference
-    return -(targets * logits.log_softmax(-1)).sum(-1).mul(weights).sum(), weights.sum()
+    unknown = scores.isnan() & (targets == 0)
+    logs = logits.masked_fill(unknown, _OUT).log_softmax(-1)
+    return -(targets * logs).sum(-1).mul(weights).sum(), weights.sum()
 
 
 def correctness(
-    logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor, reference: torch.Tensor, weights: torch.Tensor
+    logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One binary problem per expert: is its answer right (LLM Routing with Benchmark Datasets, arXiv 2309.15789).
+    """One binary problem per candidate: is its answer right (LLM Routing with Benchmark Datasets, arXiv 2309.15789).
 
-    Expert k's probability of being right is `sigmoid(l_k - reference)`. Each row is a problem of its own, so an expert
-    added later changes no other. Where self is a candidate, the reference is Z: self answers where no expert is more
-    likely right than wrong, and its own term is a constant. Candidates not measured on a query contribute nothing.
+    `sigmoid(l_k)` is candidate k's chance of being right, self's like any other's. Each row is a problem of its own, so
+    an expert added later changes no other. `scores` are the scores themselves: costs are weighed against chances where
+    a candidate is chosen (`modeling.utility`). Utilities here would teach `p(1 - lambda c)` in place of `p - lambda c`.
     """
     import torch.nn.functional as F
 
     del targets
+    losses = F.binary_cross_entropy_with_logits(logits, scores.nan_to_num(), reduction="none")
     mask = ~scores.isnan() * weights[:, None]
-    odds = logits - reference[:, None]
-    right = scores.nan_to_num().clamp(0, 1)  # a utility, with its cost taken off, may lie below 0
-    losses = F.binary_cross_entropy_with_logits(odds, right, reduction="none")
     return (losses * mask).sum(), mask.sum()
 
 
 def expected_score(
-    logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor, reference: torch.Tensor, weights: torch.Tensor
+    logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The score lost on average by choosing at random from the dispatch distribution: `mean(best - sum_k p_k score_k)`.
 
     What evaluation measures, made smooth. Not convex: start it from another objective's solution.
     """
-    import torch
-
-    del targets, reference
-    # Who was not measured counts as wrong, and where costs make utilities negative as no better than the worst.
-    worst = torch.where(scores.isnan(), 0.0, scores).amin(-1, keepdim=True)
-    known = torch.where(scores.isnan(), worst, scores)
-    regret = known.amax(-1) - (logits.softmax(-1) * known).sum(-1)
+    del targets
+    unknown = scores.isnan()
+    known = scores.nan_to_num()
+    best = known.masked_fill(unknown, _OUT).amax(-1)
+    regret = best - (logits.masked_fill(unknown, _OUT).softmax(-1) * known).sum(-1)
+    regret = regret.masked_fill(unknown.all(-1), 0.0)
     return (regret * weights).sum(), weights.sum()
 
 
@@ -75,7 +77,7 @@ _CONTRASTED = 3  # positives and negatives of a query, as in RouterDC
 
 
 def contrastive(
-    logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor, reference: torch.Tensor, weights: torch.Tensor
+    logits: torch.Tensor, targets: torch.Tensor, scores: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sample-LLM contrastive loss of RouterDC (arXiv 2409.19886): each good candidate against the bad ones.
 
@@ -86,7 +88,7 @@ def contrastive(
     import torch
     import torch.nn.functional as F
 
-    del targets, reference
+    del targets
     count = min(_CONTRASTED, logits.shape[-1])
     known = scores.nan_to_num()
     best = torch.where(scores.isnan(), -torch.inf, scores).topk(count, -1).indices
@@ -104,7 +106,7 @@ def contrastive(
 
 
 Objective = Callable[
-    ["torch.Tensor", "torch.Tensor", "torch.Tensor", "torch.Tensor", "torch.Tensor"],
+    ["torch.Tensor", "torch.Tensor", "torch.Tensor", "torch.Tensor"],
     "tuple[torch.Tensor, torch.Tensor]",
 ]
 

@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,17 +13,20 @@ from ..data_prep.extension import extend_supervision
 from ..data_prep.results import BenchmarkResults
 from ..data_prep.supervision import Supervision, kept_at, supervision_of
 from ..modeling.composite import Composite, load_composite
+from ..modeling.dispatch import gives_chances
 from ..modeling.distributed import ALONE
 from ..modeling.errors import ExpertokenError
 from ..modeling.experts import Expert
+from ..modeling.logits import LogitTransform
 from ..modeling.meta import MetaLLM
 from ..modeling.pool import ExpertPool
 from ..modeling.saving import save_composite
 from ..modeling.states import cached_states, state_logits
 from .arguments import L2
+from .prior import FEW, prior_of, thinned
 from .processes import exclusive
-from .row_optimizer import Problem
-from .tokens import fit_rows, mean_score
+from .row_optimizer import Fixed, Problem
+from .tokens import Fit, fit_rows, mean_score
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +41,8 @@ class Change:
         before: the composite's score before, mean over benchmarks.
         after: and after.
         split: which side these are about.
-        unmeasured: queries of the side that only the expert in question was measured on; whoever else answers
-            them counts as wrong.
+        unmeasured: queries of the side in whose benchmark only the expert in question was measured; whoever else
+            answers them counts as wrong.
     """
 
     changed: int
@@ -106,22 +110,16 @@ def _add(
     objective = composite.manifest.training.get("objective", "cross_entropy")
     if composite.manifest.training.get("dispatch") == "anywhere":
         logger.warning("the new row is learnt at the starts alone; the composite's others also inside answers")
-    old_rows = composite.meta.rows
-    problems = {side: _problem(composite.meta, extended, side) for side in ("train", "validation")}
-    fit = fit_rows(
-        problems["train"],
-        problems["validation"],
-        objective=objective,
-        l2=l2,
-        transform=composite.meta.transform,
-        with_self=new_pool.has_self,
-        fixed_rows=old_rows,
-    )
-    rows = torch.cat([old_rows, fit.rows])
-    change = _compare(composite.meta, extended, (old_rows, old_pool), (rows, new_pool))
+    old_rows, place = composite.meta.rows, new_pool.index(expert.name)
+    fit = _fit_newcomer(composite.meta, extended, place, objective, l2)
+    if edge := fit.edge():
+        logger.warning("%s", edge)
+    rows = torch.cat([old_rows[:place], fit.rows, old_rows[place:]])
+    change = _compare(extended, (old_rows, composite), (rows, replace(composite, pool=new_pool)))
     training = composite.manifest.training
     added = [*training.get("added", []), {"expert": expert.name, "l2": fit.l2}]
-    composite.manifest.training = training | {"added": added}
+    usd = extended.usd_per_query()
+    composite.manifest.training = training | {"added": added, "usd_per_query": usd}
     _save(composite, rows, new_pool, extended, folder, verify=verify)
     return change
 
@@ -155,48 +153,126 @@ def _remove(
     pool = composite.pool.without(name)
     before = composite.meta.rows
     rows = torch.cat([before[:index], before[index + 1 :]])
+    kept = composite.manifest.calibration
+    named = (kept or {}).get("policy", {})
+    if name in (named.get("default"), *named.get("allow", ()), *named.get("deny", ())):
+        logger.warning("the calibration names %s and is dropped; `expertoken calibrate` makes a new one", name)
+        kept = None
+    after = replace(composite, pool=pool, manifest=replace(composite.manifest, calibration=kept))
     change = None
     try:
         supervision = supervision_of(composite.manifest, folder, data)
     except ExpertokenError as error:
         logger.warning("%s", error)
     else:
-        change = _compare(composite.meta, supervision, (before, composite.pool), (rows, pool))
+        change = _compare(supervision, (before, composite), (rows, after))
     training = composite.manifest.training
     if "added" in training:
         training["added"] = [entry for entry in training["added"] if entry["expert"] != name]
-    named = (composite.manifest.calibration or {}).get("policy", {})
-    if name in (named.get("default"), *named.get("allow", ()), *named.get("deny", ())):
-        logger.warning("the calibration names %s and is dropped; `expertoken calibrate` makes a new one", name)
-        composite.manifest.calibration = None
+    composite.manifest.calibration = kept
     _save(composite, rows, pool, None, folder, verify=verify)
     return change
 
 
-def _problem(meta: MetaLLM, supervision: Supervision, side: str) -> Problem:
+def _fit_newcomer(meta: MetaLLM, supervision: Supervision, place: int, objective: str, l2: Sequence[float]) -> Fit:
+    """Fit the row of the candidate at `place`, the others' as they are; see `fit_newcomer`."""
+    sides = [side for side in ("train", "validation") if len(supervision.data[side])]
+    parts = [_problem(meta, supervision, side, utilities=not gives_chances(objective)) for side in sides]
+    problem = parts[0] + parts[1] if len(parts) > 1 else parts[0]
+    name = supervision.pool.names[place]
+    try:
+        fit = fit_newcomer(problem, place, meta.rows, objective=objective, l2=l2, transform=meta.transform)
+    except ExpertokenError as error:
+        raise ExpertokenError(f"expert {name!r}: {error}") from None
+    measured = supervision.measured()[name]
+    if measured < FEW:
+        logger.warning(
+            "%s was measured on %d queries to learn from, fewer than %d: its row is little more than the others' mean",
+            name, measured, FEW,
+        )  # fmt: skip
+    return fit
+
+
+def fit_newcomer(
+    problem: Problem,
+    place: int,
+    rows: torch.Tensor,
+    *,
+    objective: str,
+    l2: Sequence[float],
+    transform: LogitTransform,
+) -> Fit:
+    """Fit one candidate's row beside those that there are.
+
+    It learns from its own results alone: beside 100,000 old queries, 300 new ones would be a rounding error of the mean
+    loss. In benchmarks in which it has none it counts as wrong, and all of those queries together weigh as much as its
+    own at most (under `correctness` a tenth, see `prior.thinned`).
+
+    Args:
+        problem: of all candidates, the newcomer among them; `absent` is set.
+        place: the newcomer's column.
+        rows: of the others, `[C - 1, width]`.
+        objective: the others' objective.
+        l2: strengths of the penalty to choose from.
+        transform: of the meta LLM's logits.
+
+    Raises:
+        ExpertokenError: the newcomer has no result to learn from.
+    """
+    assert problem.absent is not None
+    absent = problem.absent[:, place]
+    binary = gives_chances(objective)
+    if binary:
+        problem = replace(problem, left_out=thinned(problem.scores, problem.absent))
+    prior = prior_of(problem)
+    counts = (problem.weights > 0) & ~np.isnan(problem.scores[:, place])
+    if problem.left_out is not None:
+        counts &= ~problem.left_out[:, place]
+    own, elsewhere = np.flatnonzero(counts & ~absent), np.flatnonzero(counts & absent)
+    if not len(own):
+        raise ExpertokenError(
+            "expected results to learn from, found none on the train and validation sides; give more results, or "
+            "others than those of the test side"
+        )
+    # As many as its own are enough of the others, evenly drawn.
+    step = max(1, len(elsewhere) // max(len(own), 1000))
+    elsewhere = elsewhere[::step]
+    weights = problem.weights.copy()
+    weights[elsewhere] *= min(1.0, weights[own].sum() / max(weights[elsewhere].sum(), 1e-9))
+    problem = replace(problem, weights=weights).take(np.concatenate([own, elsewhere]))
+    options: dict[str, Any] = {"objective": objective, "l2": l2, "transform": transform}
+    if binary:  # each row is a problem of its own
+        return fit_rows(problem.columns([place]), prior=prior.columns([place]), company=rows, **options)
+    rows = torch.cat([rows[:place], torch.zeros_like(rows[:1]), rows[place:]])
+    return fit_rows(problem, prior=prior, fixed=Fixed(rows, [place]), **options)
+
+
+def _problem(meta: MetaLLM, supervision: Supervision, side: str, *, utilities: bool = True) -> Problem:
     states = cached_states(meta, supervision.queries(side, meta), label=f"{side} states")
-    return Problem(states, *supervision.arrays(side), supervision.benchmarks(side))
+    groups = supervision.origins(side)
+    arrays = supervision.arrays(side, utilities=utilities)
+    return Problem(states, *arrays, supervision.benchmarks(side), groups, supervision.absent(side))
 
 
 def _compare(
-    meta: MetaLLM,
-    supervision: Supervision,
-    before: tuple[torch.Tensor, ExpertPool],
-    after: tuple[torch.Tensor, ExpertPool],
+    supervision: Supervision, before: tuple[torch.Tensor, Composite], after: tuple[torch.Tensor, Composite]
 ) -> Change:
-    """Decisions of two sets of rows on the test side, or on validation where there is none."""
-    split = "test" if len(supervision.data["test"]) else "validation"
-    problem = _problem(meta, supervision, split)
+    """Compare what two sets of rows decide, as served, on the test side or on validation where there is none."""
+    split, meta = "test" if len(supervision.data["test"]) else "validation", before[1].meta
+    queries = supervision.queries(split, meta)
+    states, kinds = cached_states(meta, queries, label=f"{split} states"), supervision.benchmarks(split)
+    lengths = [len(query) + query.cut for query in queries]
     picks = []
-    for rows, pool in (before, after):
-        logits = state_logits(rows, problem.states, meta.transform, with_self=pool.has_self)
-        columns = np.array(supervision.columns_of(pool.names))
-        picks.append(columns[logits.argmax(-1).numpy()])
-    measured = supervision.scores(split)  # as evaluation counts: scores, not utilities
-    old, new = (mean_score(pick, measured, problem.benchmarks) for pick in picks)
+    for rows, composite in (before, after):
+        columns = np.array(supervision.columns_of(composite.pool.names))
+        picks.append(columns[composite.chosen(state_logits(rows, states, meta.transform), lengths)])
+    scores, absent = supervision.scores(split), supervision.absent(split)
+    measured = np.where(absent, 0, scores)  # as evaluation counts: scores, not utilities
+    old, new = (mean_score(pick, measured, kinds) for pick in picks)
     # Names of both pools that are in both: the expert that comes or goes is in one.
-    stay = supervision.columns_of([name for name in before[1].names if name in after[1].names])
-    unmeasured = int(np.isnan(measured[:, stay]).all(1).sum())
+    names = after[1].pool.names
+    stay = supervision.columns_of([name for name in before[1].pool.names if name in names])
+    unmeasured = int(absent[:, stay].all(1).sum())
     return Change(int((picks[0] != picks[1]).sum()), len(picks[0]), old, new, split, unmeasured)
 
 

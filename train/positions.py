@@ -19,7 +19,7 @@ from ..modeling.chat import Query
 from ..modeling.distributed import ALONE, Team
 from ..modeling.errors import ExpertokenError
 from ..modeling.files import atomic_file, cache_folder
-from ..modeling.fingerprint import describe_dtype, fingerprint
+from ..modeling.fingerprint import describe_dtype
 from ..modeling.loading import end_ids
 from ..modeling.meta import MetaLLM
 from ..modeling.sharding import is_split
@@ -92,7 +92,7 @@ def own_answers(
     Raises:
         ExpertokenError: answers are missing and the model, split by ZeRO-3, can't give them.
     """
-    key = f"{fingerprint(meta.plain)}-{describe_dtype(meta.plain)}-{length}"
+    key = f"{meta.base_fingerprint}-{describe_dtype(meta.plain)}-{length}"
     folder = cache_folder("answers") / key
     blocks = [queries[start : start + _BLOCK] for start in range(0, len(queries), _BLOCK)]
     files = [folder / f"{_hash(block)}.npz" for block in blocks]

@@ -4,7 +4,7 @@ Memory stays bounded however many states there are.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,12 @@ import torch
 
 from ..modeling.errors import require_extra
 from ..modeling.logits import LogitTransform
-from ..modeling.states import CHUNK, States, join_logits, tensor_of
+from ..modeling.state_cache import tensor_of
+from ..modeling.states import CHUNK, States
 from .objectives import OBJECTIVES, Objective
 
 _SHAPE = 20_000  # states, at least, that the shape of all is estimated from
+_LEAST_SHARE = 0.05  # of the queries, that a candidate's penalty is reckoned by: few results must not run wild
 _CURVATURE = 0.1  # of a logistic loss at chances of 0.1 to 0.9 it is 0.09 to 0.25; steps vary little from 0.03 to 0.25
 
 
@@ -26,9 +28,12 @@ class Problem:
     Attributes:
         states: states of N queries.
         targets: `[N, C]`, candidates in pool order, self last.
-        scores: `[N, C]`, NaN where not measured.
+        scores: `[N, C]`, NaN where unknown.
         weights: `[N]`.
         benchmarks: N names; the validation score is the mean over benchmarks.
+        groups: `[N]` ids; queries of one id fall into one fold. None: each query is its own.
+        absent: `[N, C]` mask of candidates that are none in the query's benchmark and count as wrong; None for none.
+        left_out: `[N, C]` mask of those of them that the loss does not count; None for none. See `prior.thinned`.
     """
 
     states: States
@@ -36,6 +41,62 @@ class Problem:
     scores: np.ndarray
     weights: np.ndarray
     benchmarks: Sequence[str] | np.ndarray
+    groups: np.ndarray | None = None
+    absent: np.ndarray | None = None
+    left_out: np.ndarray | None = None
+
+    def learnt_in(self, part: slice) -> np.ndarray:
+        """Return the scores of a part as the loss counts them, NaN where they are unknown or left out."""
+        scores = self.scores[part]
+        return scores if self.left_out is None else np.where(self.left_out[part], np.float32(np.nan), scores)
+
+    def take(self, rows: np.ndarray) -> "Problem":
+        """Return the problem of some of the queries."""
+        return Problem(
+            States(self.states.hidden[rows], self.states.log_mass[rows]),
+            self.targets[rows],
+            self.scores[rows],
+            self.weights[rows],
+            np.asarray(self.benchmarks)[rows],
+            *(None if array is None else array[rows] for array in (self.groups, self.absent, self.left_out)),
+        )
+
+    def __add__(self, other: "Problem") -> "Problem":
+        """Return the problem of the queries of both; what one of them has not is not kept."""
+
+        def joined(name: str) -> np.ndarray | None:
+            parts = [getattr(self, name), getattr(other, name)]
+            return None if any(part is None for part in parts) else np.concatenate(parts)
+
+        return Problem(
+            States(
+                np.concatenate([self.states.hidden, other.states.hidden]),
+                np.concatenate([self.states.log_mass, other.states.log_mass]),
+            ),
+            np.concatenate([self.targets, other.targets]),
+            np.concatenate([self.scores, other.scores]),
+            np.concatenate([self.weights, other.weights]),
+            np.concatenate([self.benchmarks, other.benchmarks]),
+            *map(joined, ("groups", "absent", "left_out")),
+        )
+
+    def columns(self, chosen: Sequence[int]) -> "Problem":
+        """Return the problem of some of the candidates."""
+        names = ("targets", "scores", "absent", "left_out")
+        return replace(self, **{n: a[:, chosen] for n in names if (a := getattr(self, n)) is not None})
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Rows that stay as they are while others are fitted.
+
+    Attributes:
+        rows: `[C, d]` of all candidates; what stands at `free` does not count.
+        free: columns of the candidates whose rows are fitted.
+    """
+
+    rows: torch.Tensor
+    free: Sequence[int]
 
 
 class RowSpace:
@@ -44,7 +105,7 @@ class RowSpace:
     `scale`, the states' root mean square times the model's logit scale, makes one L2 strength mean the same for every
     model. `c` is the direction with `c·h` nearest to 1 over the
     data (least squares), so `b_k` is as good as a bias and, like one, is not regularised: without it L2 would pull
-    every expert towards logit 0, tens of nats below the vocabulary's Z.
+    every expert towards a chance of 1/2.
 
     The solver sees neither `u` nor `b` but what `whitened` makes of them. States of an LLM are far from round (a few
     directions hold most of their power), and in plain coordinates L-BFGS takes ten times the steps (docs/results.md).
@@ -70,8 +131,14 @@ class RowSpace:
         self.moment = self.basis @ torch.from_numpy(second / len(hidden)) @ self.basis.T * transform.scale**2
 
     def rows(self, coordinates: torch.Tensor) -> torch.Tensor:
-        """`[K, d + 1]` coordinates to `[K, d]` rows, float64."""
+        """Return the rows `[K, d]` float64 of coordinates `[K, d + 1]`."""
         return coordinates @ self.basis
+
+    def regularised(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the part `u` of rows `[K, d]` that L2 falls on, `[K, d]` float64: what is left without the bias."""
+        rows = rows.double()
+        share = (rows @ self.bias) / self.bias.square().sum()
+        return (rows - share[:, None] * self.bias) * self.scale
 
     def whitened(self, penalty: float, curvature: float) -> torch.Tensor:
         """A basis of the coordinates, `[d + 1, d + 1]`, in which the loss is about as steep in every direction.
@@ -95,17 +162,22 @@ class RowLoss:
         problems: Sequence[Problem],
         objective: Objective,
         transform: LogitTransform,
-        *,
-        with_self: bool,
-        fixed_rows: torch.Tensor | None,
+        fixed: Fixed | None = None,
     ) -> None:
-        self.problems, self.objective, self.transform = problems, objective, transform
-        self.with_self, self.fixed_rows = with_self, fixed_rows
+        self.problems, self.objective, self.transform, self.fixed = problems, objective, transform, fixed
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """Mean loss; its backward pass reaches `rows` once, however many chunks there were."""
+        """Return the mean loss; its backward pass reaches `rows` once, however many chunks there were."""
+        total, mass, gradient = self.sums(rows)
+        mass = mass or 1.0  # a side may have no weight at all; its loss is 0 then
+        # A linear function of `rows` with the value and the gradient of the sum: one graph instead of one per chunk.
+        linear = ((rows - rows.detach()) * (gradient.double() / mass)).sum()
+        return linear + total / mass
+
+    def sums(self, rows: torch.Tensor) -> tuple[float, float, torch.Tensor]:
+        """Return the objective's sum, its mass, and the sum's gradient at `rows`."""
         leaf = rows.detach().float().requires_grad_()
-        total, mass = 0.0, 0.0  # a validation side may have no weight at all; its loss is 0 then
+        total, mass = 0.0, 0.0
         parts = [
             (problem, slice(start, start + CHUNK))
             for problem in self.problems
@@ -113,36 +185,39 @@ class RowLoss:
         ]
         for problem, part in parts:
             chunk_sum, chunk_mass = self._chunk(leaf, problem, part)
-            if leaf.requires_grad and chunk_sum.requires_grad:
+            if chunk_sum.requires_grad:
                 chunk_sum.backward()
             total += chunk_sum.item()
             mass += chunk_mass.item()
-        mass = mass or 1.0
-        gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        # A linear function of `rows` with the value and the gradient of the sum: one graph instead of one per chunk.
-        linear = ((rows - rows.detach()) * (gradient.double() / mass)).sum()
-        return linear + total / mass
+        return total, mass, torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
     def _chunk(self, rows: torch.Tensor, problem: Problem, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden, log_mass = tensor_of(problem.states.hidden[part]), tensor_of(problem.states.log_mass[part])
-        fixed = None if self.fixed_rows is None else self.transform(hidden @ self.fixed_rows.float().T)
-        logits = join_logits(rows, hidden, log_mass, fixed, self.transform, with_self=self.with_self)
+        hidden = tensor_of(problem.states.hidden[part])
+        logits = self.transform(hidden @ rows.T)
+        if self.fixed is not None:
+            others = self.transform(hidden @ self.fixed.rows.float().T)
+            logits = others.index_copy(1, torch.tensor(self.fixed.free), logits)
         targets, scores, weights = (
-            tensor_of(array[part]) for array in (problem.targets, problem.scores, problem.weights)
+            tensor_of(array) for array in (problem.targets[part], problem.learnt_in(part), problem.weights[part])
         )
-        reference = log_mass if self.with_self else torch.zeros_like(log_mass)
-        return self.objective(logits, targets, scores, reference, weights)
+        return self.objective(logits, targets, scores, weights)
 
 
 class RowOptimizer:
-    """L-BFGS over expert rows, in coordinates in which the loss is about as steep in every direction.
+    """L-BFGS over candidates' rows, in coordinates in which the loss is about as steep in every direction.
+
+    The penalty is `sum_k s_k |u_k - m|^2`. `s_k` is the share of the queries on which candidate k was measured: its
+    loss has that share too, so a strength means the same for who was measured on all queries and on a tenth. Where all
+    rows are fitted `m` is 0. A row that joins others is drawn towards their mean (mean-regularised multi-task learning,
+    Evgeniou and Pontil 2004): what is hard is hard for all, and a newcomer with few results follows the others instead
+    of having the same chance everywhere, with which it would win where they are bad.
 
     Args:
         train: what is fitted; its states shape the coordinates.
         objective: a key of `OBJECTIVES`.
         transform: what the model does to logits.
-        with_self: whether the last candidate is self.
-        fixed_rows: `[F, d]` rows of the first F candidates, which stay as they are.
+        fixed: rows that stay as they are, or None.
+        company: `[F, d]` rows of others, whose mean is `m`; those that stay as they are where None.
         max_iterations: iterations of one fit.
 
     Attributes:
@@ -156,20 +231,30 @@ class RowOptimizer:
         objective: str,
         transform: LogitTransform,
         *,
-        with_self: bool,
-        fixed_rows: torch.Tensor | None,
-        max_iterations: int,
+        fixed: Fixed | None = None,
+        company: torch.Tensor | None = None,
+        max_iterations: int = 300,
     ) -> None:
         self.space = RowSpace(train.states.hidden, transform)
         self._candidates = train.targets.shape[1]
-        count = self._candidates - (0 if fixed_rows is None else len(fixed_rows)) - int(with_self)
-        self.shape = (count, train.states.hidden.shape[1] + 1)
-        self._objective, self._transform = OBJECTIVES[objective], transform
-        self._with_self, self._fixed_rows, self._max_iterations = with_self, fixed_rows, max_iterations
+        self.shape = (self._candidates if fixed is None else len(fixed.free), train.states.hidden.shape[1] + 1)
+        self._objective, self._transform, self._fixed = OBJECTIVES[objective], transform, fixed
+        self._max_iterations = max_iterations
+        if fixed is not None and company is None:
+            company = fixed.rows[[column for column in range(len(fixed.rows)) if column not in fixed.free]]
+        known = (~np.isnan(train.learnt_in(slice(None))) & (train.weights[:, None] > 0)).sum(0)
+        shares = np.maximum(known / max(known.max(), 1), _LEAST_SHARE)
+        self._shares = torch.from_numpy(shares if fixed is None else shares[list(fixed.free)])[:, None]
+        self._centre = None if company is None else self.space.regularised(company).mean(0)
 
     def rows(self, coordinates: np.ndarray) -> torch.Tensor:
         """Return the rows `[K, d]` float32 of coordinates."""
         return self.space.rows(torch.from_numpy(coordinates)).float()
+
+    def _penalty(self, coordinates: torch.Tensor) -> torch.Tensor:
+        regularised = coordinates[:, :-1]
+        moved = regularised if self._centre is None else regularised - self._centre
+        return (self._shares * moved.square()).sum()
 
     def solve(self, problems: Sequence[Problem], l2: float, begin: np.ndarray) -> tuple[np.ndarray, float, int]:
         """Minimise the mean objective over problems plus the L2 penalty.
@@ -185,9 +270,7 @@ class RowOptimizer:
         require_extra("scipy", "train")
         from scipy.optimize import minimize
 
-        evaluate = RowLoss(
-            problems, self._objective, self._transform, with_self=self._with_self, fixed_rows=self._fixed_rows
-        )
+        evaluate = RowLoss(problems, self._objective, self._transform, self._fixed)
         # By the number of candidates, as each has its share of the loss only: a strength means the same for a pool of 7
         # and of 1,000, and in the objective `correctness` every row is the solution of a problem of its own.
         penalty = l2 / 2 / self._candidates
@@ -196,7 +279,7 @@ class RowOptimizer:
         def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
             whitened = torch.from_numpy(flat.reshape(self.shape)).requires_grad_()
             coordinates = whitened @ basis
-            value = evaluate(self.space.rows(coordinates)) + penalty * coordinates[:, :-1].square().sum()
+            value = evaluate(self.space.rows(coordinates)) + penalty * self._penalty(coordinates)
             value.backward()
             assert whitened.grad is not None
             return value.item(), whitened.grad.numpy().ravel()

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import math
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,24 +16,31 @@ from ..data_prep.labels import OBJECTIVE_OF
 from ..data_prep.supervision import Supervision, kept_at
 from ..modeling.chat import Query
 from ..modeling.composite import Composite, Manifest, Trained, describe_base
+from ..modeling.dispatch import gives_chances
 from ..modeling.distributed import Team, barrier
 from ..modeling.errors import ConfigError, ExpertokenError, did_you_mean
 from ..modeling.files import check_product
+from ..modeling.logits import LogitTransform
 from ..modeling.meta import MetaLLM
 from ..modeling.pool import ExpertPool
 from ..modeling.saving import save_composite
 from ..modeling.sharding import is_split
 from ..modeling.source import Source
-from ..modeling.states import cached_states
+from ..modeling.state import AUTO, HEAD, StateSpec, candidates_for
+from ..modeling.states import cache_layers, cached_states
+from ..modeling.view import View
 from .arguments import ExpertokenArguments
 from .config import make_arguments
 from .positions import Positions, own_answers
+from .prior import FEW, thinned
 from .processes import check_offload, check_world, exclusive, loading
 from .row_optimizer import Problem
-from .tokens import Fit, fit_rows, mean_score
+from .tokens import FOLDS, Fit, fit_rows, mean_score
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+    from .lora import Examples
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +56,13 @@ def check_run(options: ExpertokenArguments, arguments: "TrainingArguments", supe
     if options.out not in (None, arguments.output_dir):
         raise ExpertokenError(f"out {options.out!r} and the Trainer's output_dir {arguments.output_dir!r} differ")
     check_product(str(arguments.output_dir), "composite")
+    if options.state != AUTO:
+        StateSpec.parse(options.state)
+    if options.anywhere and options.state != HEAD:
+        raise ExpertokenError(
+            f"--state {options.state}: positions inside an answer (--anywhere) are decided where its tokens are "
+            f"written; expected {HEAD}"
+        )
     if options.anywhere and not supervision.pool.has_self:
         raise ExpertokenError(
             "--anywhere: positions inside the meta LLM's own answer need `self` in the pool; without it there is no "
@@ -63,26 +79,46 @@ def check_run(options: ExpertokenArguments, arguments: "TrainingArguments", supe
         )
 
 
+def cheapest_of_the_best(losses: np.ndarray) -> int:
+    """Return the first of several candidates whose loss ties with the least.
+
+    Args:
+        losses: `[S, F]` of the candidates in F folds, the cheapest candidate first.
+    """
+    best = int(losses.mean(1).argmin())
+    above = losses - losses[best]
+    errors = above.std(1, ddof=1) / math.sqrt(losses.shape[1])
+    return int(np.flatnonzero(above.mean(1) <= errors)[0])
+
+
 def load_meta(options: ExpertokenArguments, arguments: "TrainingArguments", pool: ExpertPool) -> MetaLLM:
-    """Load the meta LLM with a row for each expert, which starts at the expert's description.
+    """Load the meta LLM with a row for each candidate, which starts at the candidate's description.
 
     Raises:
         ExpertokenError: the model can't be loaded.
     """
     source = Source(options.meta, options.revision, options.trust_remote_code)
     # Under ZeRO-3 DeepSpeed brings each process its share; the whole is on a GPU only where it computes states.
-    split_later = getattr(arguments.deepspeed_plugin, "zero_stage", 0) == 3 and not options.warm_start
+    computes = options.warm_start or options.state == AUTO
+    split_later = getattr(arguments.deepspeed_plugin, "zero_stage", 0) == 3 and not computes
     with loading(arguments):
         meta = MetaLLM.from_pretrained(
             source,
-            len(pool),
+            len(pool.names),
             device="cpu" if split_later else arguments.device,
             dtype=options.dtype,
             quantization="nf4" if options.method == "qlora" else None,
             attention=options.attn_implementation,
+            state=StateSpec() if options.state == AUTO else StateSpec.parse(options.state),
         )
-    meta.rows = torch.stack([meta.initial_row(expert.description) for expert in pool])
+    meta.view = View(options.context_tokens)
+    meta.rows = initial_rows(meta, pool)
     return meta
+
+
+def initial_rows(meta: MetaLLM, pool: ExpertPool) -> torch.Tensor:
+    """Return the rows that training begins with, from the candidates' descriptions, `[C, P d]`."""
+    return torch.stack([meta.initial_row(candidate.description) for candidate in pool.candidates])
 
 
 def describe(
@@ -94,6 +130,8 @@ def describe(
 ) -> Manifest:
     """Return the manifest of the composite that a run is going to write."""
     info = supervision.info
+    weight = info.labelling.get("cost_weight", 0.0)
+    # Chances know nothing of costs: those are weighed where a candidate is chosen, as the labels weighed them.
     return Manifest(
         base=describe_base(meta),
         experts=[expert.name for expert in supervision.pool],
@@ -103,7 +141,9 @@ def describe(
             "labelling": info.labelling,
             "processes": arguments.world_size,
             "dispatch": "anywhere" if options.anywhere else "start",
+            "usd_per_query": supervision.usd_per_query(),
         },
+        decision={"policy": {"cost_weight": weight}} if weight and gives_chances(objective) else {},
         data={"path": str(Path(options.data).resolve()), "fingerprint": info.fingerprint, "sizes": info.sizes},
     )
 
@@ -125,6 +165,10 @@ class Run:
         self.pool = self.supervision.pool
         strategy = self.supervision.info.labelling["strategy"]
         self.objective = options.objective or OBJECTIVE_OF.get(strategy, "cross_entropy")
+        self.chances = gives_chances(self.objective)
+        few = [f"{name} ({count})" for name, count in self.supervision.measured().items() if count < FEW]
+        if few and self.team.rank == 0:
+            logger.warning("measured on fewer than %d queries to learn from: %s", FEW, ", ".join(few))
         self.meta = load_meta(options, arguments, self.pool)
         manifest = describe(options, arguments, self.supervision, self.meta, self.objective)
         self.composite = Composite(self.meta, self.pool, manifest)
@@ -145,58 +189,135 @@ class Run:
         answers = own_answers(self.meta, queries, length, max_tokens=most, team=self.team)
         return Positions.inside(answers, self.options.anywhere)
 
-    def fit_tokens(self) -> Fit:
-        """Compute the states of the train and validation sides, then fit the rows."""
-        # Every process solves the same small problem on the same states: cheaper than sending the rows around.
-        return fit_rows(
-            self._problem("train"),
-            self._problem("validation"),
-            objective=self.objective,
-            l2=self.options.l2,
-            transform=self.meta.transform,
-            with_self=self.pool.has_self,
-        )
+    def choose_state(self, *sides: str) -> list[dict[str, Any]]:
+        """With `--state auto` let the state decide that folds of these sides choose; return what each came to.
 
-    def _problem(self, name: str) -> Problem:
-        positions = self.positions(name)
-        queries = positions.queries(self.queries(name))
-        states = cached_states(
-            self.meta, queries, max_tokens=self.options.max_tokens, team=self.team, label=f"{name} states"
+        Where a state's loss on the queries left out is within one standard error (over the folds, paired) of the least,
+        the two tie, and the one that needs fewer layers is taken. Where all queries have subjects, folds of whole
+        subjects count beside the others: a state that carries over to new subjects is worth more than one that knows
+        the old ones, but experts of one subject each are told apart by the old ones alone.
+        """
+        if self.options.state != AUTO:
+            return []
+        specs = candidates_for(self.meta.layers)
+        if self.team.world == 1:
+            asked = [query for side in sides for query in self.queries(side)]
+            layers = sorted({spec.layer or self.meta.layers for spec in specs})
+            cache_layers(self.meta, asked, layers, max_tokens=self.options.max_tokens, label="states of all layers")
+        known = [self.supervision.subjects(side) for side in sides]
+        subjects = [names for names in known if names is not None]
+        by_subject = len(subjects) == len(sides) and len(np.unique(np.concatenate(subjects))) >= FOLDS
+        found: list[dict[str, Any]] = []
+        losses = []
+        for spec in specs:
+            # The head's own state is what lies behind the last layer at the last token: no pass of its own for it.
+            self.meta.read_at(spec if spec.layer else StateSpec(self.meta.layers), len(self.pool.names))
+            problem = self._problem(sides)
+            problems = [problem]
+            if by_subject:
+                problems.append(replace(problem, groups=np.concatenate(subjects)))
+            # Every second strength: what is compared are states, and the final fit tries all.
+            transform = self.meta.transform if spec.layer else LogitTransform.of(self.meta.plain.config)
+            options: dict[str, Any] = {"l2": sorted(self.options.l2)[::2], "transform": transform}
+            fits = [fit_rows(one, objective=self.objective, **options) for one in problems]
+            if any(not len(fit.fold_losses) for fit in fits):
+                raise ExpertokenError(
+                    f"--state {AUTO}: expected at least {FOLDS} queries to choose by, found {len(problem.weights)}; "
+                    "pass a state, as 8:mean"
+                )
+            entry = {"state": str(spec), **fits[0].chosen}
+            if len(fits) > 1:
+                entry["subject_loss"] = float(fits[1].fold_losses.mean())
+            found.append(entry)
+            losses.append(np.concatenate([fit.fold_losses for fit in fits]))
+        # Agreed upon: another number of threads may turn a tie.
+        choice = self.team.agree(lambda: cheapest_of_the_best(np.stack(losses)))
+        self.meta.read_at(specs[choice], len(self.pool.names))
+        self.meta.rows = initial_rows(self.meta, self.pool)
+        if self.team.rank == 0:
+            least = min(found, key=lambda entry: entry["validation_loss"])
+            logger.info(
+                "state: %s of %d (loss %.4f on the queries left out; the least, of %s, is %.4f)",
+                specs[choice], len(specs), found[choice]["validation_loss"], least["state"], least["validation_loss"],
+            )  # fmt: skip
+        return found
+
+    def fit_tokens(self, *sides: str) -> Fit:
+        """Compute the states of sides of the supervision, then fit the rows on all of them."""
+        # Every process solves the same small problem on the same states: cheaper than sending the rows around.
+        fit = fit_rows(
+            self._problem(sides), objective=self.objective, l2=self.options.l2, transform=self.meta.transform
         )
-        targets, scores, weights = (array[positions.query] for array in self.supervision.arrays(name))
-        benchmarks = self.supervision.benchmarks(name)[positions.query]
-        return Problem(states, targets, scores, weights * positions.share, benchmarks)
+        if (edge := fit.edge()) and self.team.rank == 0:
+            logger.warning("%s", edge)
+        return fit
+
+    def _problem(self, sides: Sequence[str]) -> Problem:
+        queries: list[Query] = []
+        arrays: list[tuple[np.ndarray, ...]] = []
+        for name in sides:
+            positions = self.positions(name)
+            queries += positions.queries(self.queries(name))
+            columns = (*self._learnt(name), self.supervision.absent(name))
+            targets, scores, weights, left_out, absent = (array[positions.query] for array in columns)
+            groups = self.supervision.origins(name)[positions.query]
+            benchmarks = self.supervision.benchmarks(name)[positions.query]
+            arrays.append((targets, scores, weights * positions.share, benchmarks, groups, absent, left_out))
+        joined = (np.concatenate(parts) for parts in zip(*arrays, strict=True))
+        label = " and ".join(sides) + " states"
+        states = cached_states(self.meta, queries, max_tokens=self.options.max_tokens, team=self.team, label=label)
+        return Problem(states, *joined)
 
     def run_tokens(self) -> dict[str, Any]:
         """Method `tokens`."""
         started = time.perf_counter()
-        fit = self.fit_tokens()
+        # The validation side is as good to learn from as any: the strength is chosen by folds of both.
+        states = self.choose_state("train", "validation")
+        fit = self.fit_tokens("train", "validation")
         self.meta.rows = fit.rows
         self._log_path(fit)
-        chosen = next(entry for entry in fit.path if entry["l2"] == fit.l2)
-        return {"l2": fit.l2, **chosen, "seconds": round(time.perf_counter() - started, 1)}
+        seconds = round(time.perf_counter() - started, 1)
+        told = {"l2": fit.l2, "l2_at_edge": fit.at_edge, "validation_by": "folds", **fit.chosen, "seconds": seconds}
+        return told | ({"states": states} if states else {})
 
     def run_lora(self) -> dict[str, Any]:
         """Methods `lora` and `qlora`."""
-        from .lora import Examples, train_lora
+        from .lora import train_lora
 
+        states = self.choose_state("train")
         if self.options.warm_start:
-            self.meta.rows = self.fit_tokens().rows
-        return train_lora(
+            # Not on validation, which is to choose among the checkpoints.
+            self.meta.rows = self.fit_tokens("train").rows
+        outcome = train_lora(
             self.composite,
-            Examples(self.supervision, "train", self.queries("train"), self.positions("train"), learn=True),
-            Examples(self.supervision, "validation", self.queries("validation"), learn=False),
+            self._examples("train", self.positions("train"), learn=True),
+            self._examples("validation", None, learn=False),
             objective=self.objective,
             options=self.options,
             arguments=self.arguments,
             run=self._identity(),
         )
+        return outcome | ({"states": states} if states else {})
+
+    def _examples(self, name: str, positions: Positions | None, *, learn: bool) -> "Examples":
+        from .lora import Examples
+
+        targets, scores, weights, left_out = self._learnt(name)
+        scores = np.where(left_out, np.float32(np.nan), scores) if learn else scores
+        return Examples(self.supervision, name, self.queries(name), (targets, scores, weights), positions, learn=learn)
+
+    def _learnt(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return targets, scores (utilities where the objective learns them), weights and cells left out of a side."""
+        targets, scores, weights = self.supervision.arrays(name, utilities=not self.chances)
+        absent = self.supervision.absent(name)
+        return targets, scores, weights, thinned(scores, absent) if self.chances else np.zeros_like(absent)
 
     def _identity(self) -> dict[str, Any]:
         """Return what a checkpoint depends on: data and base by content and not by path, batches as a whole."""
         ignored = ("resume", "verify", "max_tokens", "meta", "data", "out", "attn_implementation")
         run = {key: value for key, value in asdict(self.options).items() if key not in ignored}
         run["objective"] = self.objective
+        run["state"] = str(self.meta.state)  # what `auto` came to, which a checkpoint's rows and layers are of
         for key in ("learning_rate", "num_train_epochs", "max_steps", "seed", "optim", "lr_scheduler_type",
                     "warmup_steps", "weight_decay", "max_grad_norm", "train_sampling_strategy", "bf16", "fp16",
                     "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_kwargs", "data_seed"):  # fmt: skip
@@ -303,8 +424,9 @@ def train_composite(
 
 def _summary(run: Run, outcome: dict[str, Any], output: Path) -> None:
     sizes = run.supervision.info.sizes
-    scores = run.supervision.arrays("validation")[1]
-    benchmarks = run.supervision.benchmarks("validation")
+    sides = ("train", "validation") if outcome.get("validation_by") == "folds" else ("validation",)
+    scores = np.concatenate([run.supervision.arrays(side, utilities=not run.chances)[1] for side in sides])
+    benchmarks = np.concatenate([run.supervision.benchmarks(side) for side in sides])
     singles = {
         name: mean_score(np.full(len(scores), index), scores, benchmarks) for index, name in enumerate(run.pool.names)
     }
@@ -318,7 +440,7 @@ def _summary(run: Run, outcome: dict[str, Any], output: Path) -> None:
         run.options.method,
         sizes["train"],
         outcome["seconds"],
-        outcome["validation_score"],
+        outcome.get("validation_score", math.nan),
         best,
         singles[best],
     )

@@ -1,4 +1,4 @@
-"""Method `tokens`: the backbone is frozen, so the expert rows solve a small convex problem on cached states."""
+"""Method `tokens`: the backbone is frozen, so the candidates' rows solve a small convex problem on cached states."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -11,15 +11,19 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..data_prep.labels import fill_unknown
 from ..modeling.errors import require_extra
 from ..modeling.logits import LogitTransform
 from ..modeling.states import state_logits
 from .objectives import OBJECTIVES
-from .row_optimizer import Problem, RowLoss, RowOptimizer
+from .prior import prior_of
+from .row_optimizer import Fixed, Problem, RowLoss, RowOptimizer
 
 logger = logging.getLogger(__name__)
 
+FOLDS = 5
 _SMALL = 2**27  # multiplications of one pass over the data, below which one thread does it in milliseconds
+_SEED = 0
 
 
 @dataclass
@@ -29,14 +33,35 @@ class Fit:
     Attributes:
         rows: `[K, d]` float32.
         l2: the strength chosen.
-        path: for each strength its losses and its validation score.
-        coordinates: of the rows in their `RowSpace`, for a further fit that starts there.
+        path: for each strength its loss and its score on queries that the fold's rows were not fitted on. Empty where
+            there was nothing to choose by.
+        at_edge: whether the strength chosen is the strongest or the weakest of several.
+        fold_losses: `[F]`, the loss on each fold's left-out queries at the strength chosen; empty where there were no
+            folds.
+        loss: of the final fit, with its penalty.
+        iterations: of the final fit.
     """
 
     rows: torch.Tensor
     l2: float
     path: list[dict[str, float]] = field(default_factory=list)
-    coordinates: np.ndarray | None = None
+    at_edge: bool = False
+    fold_losses: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    loss: float = float("nan")
+    iterations: int = 0
+
+    def edge(self) -> str | None:
+        """Return a warning where the strength chosen is at the edge of the grid."""
+        if not self.at_edge:
+            return None
+        strengths = [entry["l2"] for entry in self.path]
+        which, other = ("strongest", "stronger") if self.l2 == max(strengths) else ("weakest", "weaker")
+        return f"--l2: {self.l2:g}, the {which} strength tried, has the least loss; try {other} ones as well"
+
+    @property
+    def chosen(self) -> dict[str, float]:
+        """The entry of `path` for the strength chosen."""
+        return next((entry for entry in self.path if entry["l2"] == self.l2), {})
 
 
 def _on_one_thread_where_small(fit: Callable[..., Fit]) -> Callable[..., Fit]:
@@ -47,101 +72,148 @@ def _on_one_thread_where_small(fit: Callable[..., Fit]) -> Callable[..., Fit]:
     """
 
     @wraps(fit)
-    def run(train: Problem, *arguments: Any, **options: Any) -> Fit:
+    def run(problem: Problem, *arguments: Any, **options: Any) -> Fit:
         threadpoolctl = require_extra("threadpoolctl", "train")
-        small = train.states.hidden.size * train.targets.shape[1] < _SMALL
+        small = problem.states.hidden.size * problem.targets.shape[1] < _SMALL
         with threadpoolctl.threadpool_limits(1) if small else nullcontext():
-            return fit(train, *arguments, **options)
+            return fit(problem, *arguments, **options)
 
     return run
 
 
 @_on_one_thread_where_small
 def fit_rows(
-    train: Problem,
-    validation: Problem | None,
+    problem: Problem,
     *,
     objective: str,
     l2: Sequence[float],
     transform: LogitTransform,
-    with_self: bool,
-    fixed_rows: torch.Tensor | None = None,
+    fixed: Fixed | None = None,
+    company: torch.Tensor | None = None,
+    prior: Problem | None = None,
+    folds: int = FOLDS,
     max_iterations: int = 300,
 ) -> Fit:
-    """Fit expert rows on cached states, for each L2 strength; fit the best one again with validation's queries too.
+    """Fit rows on cached states with the L2 strength that cross-validation chooses.
 
-    The final fit wastes nothing: once the strength is chosen, the validation side is as good to learn from as any. The
-    losses and scores in `Fit.path` are from before, when validation was unseen.
+    Strengths are compared by the objective's loss on the queries left out, not by the score of the choices: a score
+    moves in steps of one query, and under `correctness` the greatest chance may be the right choice though all chances
+    are wrong. The final fit is on all queries.
 
     Args:
-        train: what is fitted.
-        validation: what chooses the strength; without it, the first of `l2` is used.
+        problem: what is fitted.
         objective: a key of `OBJECTIVES`.
         l2: strengths; solved from the strongest, each starting from the one before.
         transform: what the model does to logits.
-        with_self: whether the last candidate is self.
-        fixed_rows: `[F, d]` rows of the first F candidates, which stay as they are.
-        max_iterations: of L-BFGS, per strength.
+        fixed: rows that stay as they are, or None.
+        company: `[F, d]` rows outside the problem that new rows are drawn towards, or None.
+        prior: fitted together with the problem; see `prior.prior_of`, which makes it where None.
+        folds: parts that are left out in turn. With 0, or fewer queries than that, the first of `l2` is used.
+        max_iterations: iterations of L-BFGS, per strength.
     """
-    options: dict[str, Any] = {"transform": transform, "with_self": with_self, "fixed_rows": fixed_rows}
-    optimizer = RowOptimizer(train, objective, max_iterations=max_iterations, **options)
-    begin = np.zeros(optimizer.shape)
-    if objective == "expected_score":
+    solver = _Solver(problem, objective, transform, fixed, company, prior, max_iterations)
+    parts = _folds(problem, folds)
+    if parts is None:
+        [solved] = solver.path(problem.weights, [l2[0]])
+        return Fit(solver.rows(solved[0]), l2[0], loss=solved[1], iterations=solved[2])
+    strengths = sorted(set(l2), reverse=True)
+    path, losses = _cross_validated(solver, strengths, parts)
+    best = min(path, key=lambda entry: entry["validation_loss"])["l2"]
+    at_edge = len(strengths) > 1 and best in (strengths[0], strengths[-1])
+    found = solver.path(problem.weights, [strength for strength in strengths if strength >= best])[-1]
+    return Fit(solver.rows(found[0]), best, path, at_edge, losses[strengths.index(best)], found[1], found[2])
+
+
+class _Solver:
+    """Solves one problem for several strengths and several weightings of its queries."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        objective: str,
+        transform: LogitTransform,
+        fixed: Fixed | None,
+        company: torch.Tensor | None,
+        prior: Problem | None,
+        max_iterations: int,
+    ) -> None:
+        self.problem, self.objective, self.transform, self.fixed = problem, objective, transform, fixed
+        self._prior = prior
+        options: dict[str, Any] = {"fixed": fixed, "company": company, "max_iterations": max_iterations}
+        self._optimizer = RowOptimizer(problem, objective, transform, **options)
         # Its gradient vanishes far from a solution, so every strength starts at the convex problem's.
-        convex = fit_rows(train, validation, objective="cross_entropy", l2=l2, max_iterations=max_iterations, **options)
-        assert convex.coordinates is not None
-        begin = convex.coordinates
-    elif with_self:
-        begin[:, -1] = float(np.mean(train.states.log_mass))
-    strengths = sorted(set(l2), reverse=True) if validation else [l2[0]]
-    fits = []
-    for strength in tqdm(strengths, desc="fit", unit="l2", leave=False, disable=len(strengths) == 1):
-        found, value, iterations = optimizer.solve([train], strength, begin)
-        if objective != "expected_score":
-            begin = found  # the next, weaker strength is solved sooner from here
-        rows = optimizer.rows(found)
-        entry: dict[str, float] = {"l2": strength, "train_loss": value, "iterations": iterations}
-        if validation:
-            entry |= assess(rows, validation, objective, **options)
-        logger.debug("l2 %g: %s", strength, entry)
-        fits.append(Fit(rows, strength, [entry], found))
-    path = [fit.path[0] for fit in fits]
-    best = max(
-        fits, key=lambda fit: (fit.path[0].get("validation_score", 0.0), -fit.path[0].get("validation_loss", 0.0))
-    )
-    if validation is None:
-        return replace(best, path=path)
-    assert best.coordinates is not None
-    final, _, _ = optimizer.solve([train, validation], best.l2, best.coordinates)
-    return Fit(optimizer.rows(final), best.l2, path, final)
+        convex = objective == "expected_score"
+        self._begin = RowOptimizer(problem, "cross_entropy", transform, **options) if convex else None
+
+    def rows(self, coordinates: np.ndarray) -> torch.Tensor:
+        """Return the rows `[K, d]` of coordinates."""
+        return self._optimizer.rows(coordinates)
+
+    def path(self, weights: np.ndarray, strengths: Sequence[float]) -> list[tuple[np.ndarray, float, int]]:
+        """Return coordinates, loss and iterations for each strength, with other weights of the queries."""
+        weighted = replace(self.problem, weights=weights)
+        problems = [weighted, prior_of(weighted) if self._prior is None else self._prior]
+        begin = np.zeros(self._optimizer.shape)
+        found = []
+        for strength in strengths:
+            if self._begin is not None:
+                begin = self._begin.solve(problems, strength, begin)[0]
+            solved = self._optimizer.solve(problems, strength, begin)
+            logger.debug("l2 %g: loss %g after %d iterations", strength, *solved[1:])
+            if self._begin is None:
+                begin = solved[0]  # the next, weaker strength is solved sooner from here
+            found.append(solved)
+        return found
+
+    def logits(self, rows: torch.Tensor, part: Problem) -> torch.Tensor:
+        """Return the logits of all candidates on a part of the problem, `[N, C]`."""
+        if self.fixed is not None:
+            rows = self.fixed.rows.float().index_copy(0, torch.tensor(self.fixed.free), rows)
+        return state_logits(rows, part.states, self.transform)
 
 
-def assess(
-    rows: torch.Tensor,
-    problem: Problem,
-    objective: str,
-    transform: LogitTransform,
-    *,
-    with_self: bool,
-    fixed_rows: torch.Tensor | None = None,
-) -> dict[str, float]:
-    """Loss and score on a validation side."""
-    with torch.no_grad():
-        loss = RowLoss([problem], OBJECTIVES[objective], transform, with_self=with_self, fixed_rows=fixed_rows)(rows)
-    every = rows if fixed_rows is None else torch.cat([fixed_rows, rows])
-    logits = state_logits(every, problem.states, transform, with_self=with_self)
-    return {
-        "validation_loss": float(loss),
-        "validation_score": mean_score(logits.argmax(-1).numpy(), problem.scores, problem.benchmarks),
-    }
+def _folds(problem: Problem, count: int) -> list[np.ndarray] | None:
+    """Return the rows of each fold, or None where there are too few queries."""
+    groups = np.arange(len(problem.weights)) if problem.groups is None else problem.groups
+    ids, codes = np.unique(groups, return_inverse=True)
+    if count < 2 or len(ids) < count:
+        return None
+    fold = np.random.default_rng(_SEED).permutation(len(ids)) % count
+    return [np.flatnonzero(fold[codes] == number) for number in range(count)]
+
+
+def _cross_validated(
+    solver: _Solver, strengths: Sequence[float], folds: list[np.ndarray]
+) -> tuple[list[dict[str, float]], np.ndarray]:
+    """Return loss and score of each strength on the queries that were left out, and the loss in each fold `[S, F]`."""
+    problem = solver.problem
+    sums = np.zeros((len(strengths), len(folds), 2))
+    chosen = np.zeros((len(strengths), len(problem.weights)), dtype=int)
+    for number, rows in enumerate(tqdm(folds, desc="fit", unit="fold", leave=False, delay=2)):
+        weights = problem.weights.copy()
+        weights[rows] = 0
+        held = problem.take(rows)
+        loss = RowLoss([held], OBJECTIVES[solver.objective], solver.transform, solver.fixed)
+        for place, (coordinates, _, _) in enumerate(solver.path(weights, strengths)):
+            found = solver.rows(coordinates)
+            sums[place, number] = loss.sums(found)[:2]
+            chosen[place, rows] = solver.logits(found, held).argmax(-1).numpy()
+    path = [
+        {
+            "l2": strength,
+            "validation_loss": float(total / (mass or 1.0)),
+            "validation_score": mean_score(choice, problem.scores, problem.benchmarks),
+        }
+        for strength, (total, mass), choice in zip(strengths, sums.sum(1), chosen, strict=True)
+    ]
+    return path, sums[..., 0] / np.maximum(sums[..., 1], 1e-9)
 
 
 def mean_score(chosen: np.ndarray, scores: np.ndarray, benchmarks: Sequence[str] | np.ndarray) -> float:
-    """Mean over benchmarks of the mean score (or utility) of the chosen candidates.
+    """Return the mean over benchmarks of the mean score (or utility) of the chosen candidates.
 
-    One that was not measured on a query scores 0 there, or as little as the worst where utilities are negative.
+    An unknown score counts as the candidate's mean in the benchmark; see `labels.fill_unknown`.
     """
-    got = scores[np.arange(len(chosen)), chosen]
-    got = np.where(np.isnan(got), np.nan_to_num(scores).min(1), got)
     names = np.asarray(benchmarks, dtype=str)
+    got = fill_unknown(scores, names)[np.arange(len(chosen)), chosen]
     return float(np.mean([got[names == name].mean() for name in np.unique(names)]))

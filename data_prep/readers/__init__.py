@@ -23,6 +23,9 @@ READERS = {
     "llmrouterbench": "llmrouterbench",
     "embedllm": "embedllm",
     "routellm": "routellm",
+    "routerarena": "routerarena",
+    "inspect": "inspect_ai",
+    "leaderboard-details": "leaderboard_details",
     "datasets": "hf_datasets",
     "table": "table",
 }

@@ -7,13 +7,14 @@ import pandas as pd
 
 from ...modeling.errors import ResultsError
 from ..results import BenchmarkResults
-from .table import load_table, numbers
-from .text import files_of, header_of, results_of, side_of
+from .frames import SEPARATED, header_of, load_table
+from .table import numbers
+from .text import files_of, results_of, side_of, suffix_of
 
 
 def recognises(file: Path, head: str) -> bool:
     """A CSV with the columns prompt_id and model_id."""
-    return file.suffix == ".csv" and {"prompt_id", "model_id"} <= set(header_of(head))
+    return suffix_of(file) in SEPARATED and {"prompt_id", "model_id"} <= set(header_of(head))
 
 
 def read(path: Path) -> BenchmarkResults:
@@ -21,7 +22,7 @@ def read(path: Path) -> BenchmarkResults:
 
     The authors' files repeat some (model, prompt) pairs: their mean counts.
     """
-    return BenchmarkResults.merge([_read_file(file) for file in files_of(path, ".csv")])
+    return BenchmarkResults.merge([_read_file(file) for file in files_of(path, *SEPARATED)])
 
 
 def _read_file(file: Path) -> BenchmarkResults:
@@ -30,7 +31,7 @@ def _read_file(file: Path) -> BenchmarkResults:
         if column not in frame:
             raise ResultsError(f"{file}: no column {column!r}; expected prompt_id, model_id, label and prompt")
         if frame[column].isna().any() and column != "label":
-            row = int(frame[column].isna().to_numpy().argmax()) + 1
+            row = frame.index[int(frame[column].isna().to_numpy().argmax())]
             raise ResultsError(f"{file}: row {row}, column {column!r}: empty; every record needs it")
     texts = frame.groupby("prompt_id", sort=False)["prompt"].nunique()
     if (texts > 1).any():

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from ...modeling.errors import ResultsError, one_line
 from ..results import BenchmarkResults
 from .table import Columns, from_frame
@@ -34,8 +36,9 @@ def read(
         frame = split.to_pandas()
         if not len(frame):
             continue
+        frame.index = pd.RangeIndex(1, len(frame) + 1)
         if chosen.split not in frame:
-            frame[chosen.split] = SIDES.get(name)
+            frame[chosen.split] = SIDES.get(name.lower())
         parts.append(from_frame(frame, f"{path}, split {name}", Path(path).name, chosen))
     return BenchmarkResults.merge(parts)
 

@@ -9,17 +9,15 @@ import pandas as pd
 
 from ...modeling.errors import ResultsError
 from ..results import BenchmarkResults
-from .text import number, read_json, results_of
+from .text import keys_of, number, read_json, results_of, suffix_of
 
-_STAMP = re.compile(r"_(\d{8}_\d{6})$")
-_TOP_LEVEL = re.compile(r'\s*\{\s*"(dataset_name|split|model_name|demo|records)"\s*:(?!.*"configs"\s*:)', re.DOTALL)
+_STAMP = re.compile(r"[-_](\d{8}_\d{6})$")
 _FIELDS = ("dataset_name", "split", "model_name", "records")
 
 
 def recognises(file: Path, head: str) -> bool:
-    """A JSON object with one of the fields that only these files have."""
-    # At the top level: lm-evaluation-harness has a "dataset_name" deep inside its results files.
-    return file.suffix == ".json" and _TOP_LEVEL.match(head) is not None
+    """A JSON object with fields that only these files have together."""
+    return suffix_of(file) == ".json" and len(keys_of(head) & {*_FIELDS, "performance", "demo"}) >= 2
 
 
 def read(path: Path) -> BenchmarkResults:

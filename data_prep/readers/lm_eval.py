@@ -1,20 +1,26 @@
 """lm-evaluation-harness output (--log_samples): a folder per model, `results_*.json` and `samples_<task>_*.jsonl`."""
 
+import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ...modeling.errors import ResultsError
+from ...modeling.errors import ResultsError, did_you_mean
 from ..results import BenchmarkResults
-from .text import number, parse_json, read_json, read_text, results_of
+from .text import number, read_json, read_records, results_of
+
+logger = logging.getLogger(__name__)
 
 _STAMP = r"\d{4}-\d{2}-\d{2}T[\d\-.:]+"
-_SAMPLES = re.compile(rf"samples_(?P<task>.+)_(?P<stamp>{_STAMP})\.jsonl")
-_RESULTS = re.compile(rf"results_{_STAMP}\.json")
-METRICS = ("acc_norm", "acc", "exact_match", "pass@1", "f1", "prompt_level_strict_acc")
+_SAMPLES = re.compile(rf"samples_(?P<task>.+)_(?P<stamp>{_STAMP}?)\.jsonl?(\.gz)?")
+_RESULTS = re.compile(rf"results_(?P<stamp>{_STAMP}?)\.json(\.gz)?")
+METRICS = (
+    "acc_norm", "acc", "exact_match", "pass@1", "pass_at_1", "em", "f1", "prompt_level_strict_acc", "mc2", "mc1",
+)  # fmt: skip
 _GROUPS = ("mmlu_pro", "mmlu")
 _QUESTIONS = ("question", "query", "prompt", "problem", "instruction", "input", "sentence", "goal", "text")
 _ANSWERS = ("answer", "target", "label", "gold", "solution", "output", "completion", "rationale", "explanation")
@@ -27,36 +33,93 @@ def recognises(file: Path, head: str) -> bool:
     return _SAMPLES.fullmatch(file.name) is not None or _RESULTS.fullmatch(file.name) is not None
 
 
-def read(path: Path, *, metric: str | None = None) -> BenchmarkResults:
+def read(
+    path: Path,
+    *,
+    metric: Sequence[str] | None = None,
+    filter: str | None = None,  # noqa: A002
+) -> BenchmarkResults:
     """Read every model's folder below `path`; the newest samples of each (model, task) count.
 
     Args:
         path: the harness's `--output_path`, or one model's folder in it.
-        metric: which per-sample metric is the score; where not given the first there is of `METRICS`. With several
-            filters (`strict-match`, `flexible-extract`) the first one in the file counts.
+        metric: which per-sample metric is the score: `NAME` for all tasks, `TASK=NAME` for one; where not given the
+            first there is of `METRICS`. A task without any is left out, with a warning.
+        filter: of which filter (`strict-match`, `flexible-extract`) the samples count; where not given, of the first
+            in the file.
 
     Raises:
-        ResultsError: a file is not of this format, or there are no samples.
+        ResultsError: a file is not of this format, it can't be told whose it is, or there are no samples.
     """
-    newest: dict[tuple[Path, str], Path] = {}
-    for file in sorted(path.rglob("samples_*.jsonl") if path.is_dir() else [path]):
+    chosen = dict(_task_and_metric(text) for text in ([metric] if isinstance(metric, str) else metric or ()))
+    newest: dict[tuple[str, str], tuple[str, Path, dict[str, str]]] = {}
+    runs: dict[Path, dict[str, dict[str, Any]]] = {}
+    for file in sorted(path.rglob("samples_*")) if path.is_dir() else [path]:
         match = _SAMPLES.fullmatch(file.name)
         if not match:
+            if path.is_dir():
+                continue
             raise ResultsError(f"{file}: expected a name like samples_TASK_2025-01-31T12-00-00.jsonl")
-        newest[file.parent, match["task"]] = file  # sorted by time stamp, so the last one wins
+        if file.parent not in runs:
+            runs[file.parent] = _runs(file.parent)
+        model, groups = _summary(file.parent, match["stamp"], runs[file.parent])
+        key, found = (model, match["task"]), (match["stamp"], file, groups)
+        if key not in newest or found[:2] > newest[key][:2]:
+            newest[key] = found
     if not newest:
         raise ResultsError(f"{path}: empty results, no samples_*.jsonl below it (run lm_eval with --log_samples)")
-    summaries = {folder: _summary(folder) for folder in {folder for folder, _ in newest}}
-    parts = [_read_samples(file, task, *summaries[folder], metric) for (folder, task), file in newest.items()]
+    parts, without = [], []
+    for (model, task), (_, file, groups) in newest.items():
+        part = _read_samples(file, task, model, groups, chosen.get(task, chosen.get("")), filter)
+        if isinstance(part, str):
+            without.append(f"{task} ({part})")
+        else:
+            parts.append(part)
+    if without:
+        told = "no metric known here in " + ", ".join(dict.fromkeys(without))
+        if not parts:
+            raise ResultsError(f"{path}: {told}; say which with --set metric=TASK=NAME")
+        logger.warning("%s: %s: left out; say which with --set metric=TASK=NAME", path, told)
     return BenchmarkResults.merge(parts)
 
 
-def _summary(folder: Path) -> tuple[str, dict[str, str]]:
-    """What the results file beside the samples says: the model's name, and of tasks of a group the whole group."""
-    results = sorted(folder.glob("results_*.json"))
-    document = read_json(results[-1]) if results else {}
-    if not isinstance(document, dict):
-        raise ResultsError(f"{results[-1]}: expected an object, got a {type(document).__name__}")
+def _task_and_metric(text: str) -> tuple[str, str]:
+    """Return task and metric of `TASK=NAME`, or no task and the metric of `NAME`."""
+    task, equals, name = text.rpartition("=")
+    if not name or (equals and not task):
+        raise ResultsError(f"option metric: expected NAME or TASK=NAME, got {text!r}")
+    return task, name
+
+
+def _runs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the results files of a folder, by the time of their run."""
+    found = {}
+    for file in sorted(folder.glob("results_*")):
+        if match := _RESULTS.fullmatch(file.name):
+            document = found[match["stamp"]] = read_json(file)
+            if not isinstance(document, dict):
+                raise ResultsError(f"{file}: expected an object, got a {type(document).__name__}")
+    return found
+
+
+def _summary(folder: Path, stamp: str, documents: dict[str, dict[str, Any]]) -> tuple[str, dict[str, str]]:
+    """Return the model's name, and of tasks of a group the whole group, as the results file of a run says.
+
+    Args:
+        folder: where the samples lie.
+        stamp: time of their run.
+        documents: results files of the folder, by the time of their run.
+
+    Raises:
+        ResultsError: no results file has that stamp, and those beside it are of several models.
+    """
+    names = {str(document.get("model_name")) for document in documents.values() if document.get("model_name")}
+    if stamp not in documents and len(names) > 1:
+        raise ResultsError(
+            f"{folder}: results of {' and '.join(sorted(names))}, and none of the run of {stamp}: whose are its "
+            "samples? Put each model's files into a folder of its own"
+        )
+    document = documents.get(stamp) or (documents[max(documents)] if documents else {})
     name = str(document.get("model_name") or folder.name.replace("__", "/"))
     groups = document.get("group_subtasks")
     return name, benchmarks_of(groups) if isinstance(groups, dict) else {}
@@ -82,26 +145,37 @@ def subject_of(task: str, benchmark: str) -> str | None:
 
 
 def _read_samples(
-    file: Path, task: str, model: str, benchmarks: dict[str, str], metric: str | None
-) -> BenchmarkResults:
+    file: Path,
+    task: str,
+    model: str,
+    benchmarks: dict[str, str],
+    metric: str | None,
+    filter: str | None,  # noqa: A002
+) -> BenchmarkResults | str:
+    """Return one file's results; the metrics that it has, where none of them is known here and none was asked for."""
     ids, prompts, scores = [], [], []
-    chosen_filter = None
-    for line_number, line in enumerate(read_text(file).splitlines(), 1):
-        if not line.strip():
-            continue
-        place = f"{file}: line {line_number}"
-        sample = parse_json(line, file, line_number)
+    seen: set[Any] = set()
+    filters: dict[str, None] = {}
+    for place, sample in read_records(file):
         if not isinstance(sample, dict) or "doc_id" not in sample:
             raise ResultsError(f"{place}, field 'doc_id': missing; expected a sample written by --log_samples")
-        chosen_filter = chosen_filter or sample.get("filter", "none")
-        if sample.get("filter", "none") != chosen_filter:
+        filters.setdefault(str(sample.get("filter", "none")))
+        if str(sample.get("filter", "none")) != (filter or next(iter(filters))):
             continue
-        name = metric or next((key for key in METRICS if key in sample), None)
+        # Older versions write the samples of several filters one block after the other, without their names.
+        if "filter" not in sample and sample["doc_id"] in seen:
+            continue
+        seen.add(sample["doc_id"])
+        name = metric or next((key for key in METRICS if isinstance(sample.get(key), int | float | str)), None)
+        if name is None:
+            return "it has " + ", ".join(map(str, sample.get("metrics") or sorted(sample)))
         if name not in sample:
-            raise ResultsError(f"{place}: no metric {name or 'known here'!r}; available: {sample.get('metrics')}")
+            raise ResultsError(f"{place}: no metric {name!r}; available: {sample.get('metrics')}")
         ids.append(f"{task}/{sample['doc_id']}")
         prompts.append(_prompt(sample, place))
         scores.append(number(sample[name], f"{place}, field {name!r}"))
+    if filter and filters and filter not in filters:
+        raise ResultsError(f"{file}: no filter {filter!r}, {did_you_mean(filter, filters)}")
     if not ids:
         raise ResultsError(f"{file}: empty results, no samples in it")
     # Without a results file that names the groups, at least those whose subjects people train on.

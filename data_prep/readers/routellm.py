@@ -7,37 +7,38 @@ import pandas as pd
 
 from ...modeling.errors import ResultsError
 from ..results import BenchmarkResults
-from .table import load_table, numbers
-from .text import files_of, header_of, results_of
+from .frames import SEPARATED, header_of, load_table
+from .table import numbers
+from .text import files_of, results_of, stem_of, suffix_of
 
 
 def recognises(file: Path, head: str) -> bool:
     """A CSV whose first column is `prompt`, without any of the columns that other formats have."""
     columns = header_of(head)
     ours = {"id", "model", "score", "label", "split", "benchmark", "subject", "model_id"}
-    return file.suffix == ".csv" and columns[:1] == ["prompt"] and len(columns) > 1 and not ours & set(columns)
+    return suffix_of(file) in SEPARATED and columns[:1] == ["prompt"] and len(columns) > 1 and not ours & set(columns)
 
 
 def read(path: Path) -> BenchmarkResults:
     """Read one file or a folder of them; `mmlu_SUBJECT.csv` is a subject of MMLU, any other file a benchmark."""
-    return BenchmarkResults.merge([_read_file(file) for file in files_of(path, ".csv")])
+    return BenchmarkResults.merge([_read_file(file) for file in files_of(path, *SEPARATED)])
 
 
 def _read_file(file: Path) -> BenchmarkResults:
-    frame = load_table(file)
+    frame = load_table(file, texts=("prompt",))
     if "prompt" not in frame:
         raise ResultsError(f"{file}: no column 'prompt'; expected `prompt, MODEL, MODEL` with True or False")
     models = [name for name in frame.columns if name != "prompt" and not str(name).endswith("_response")]
     if not models:
         raise ResultsError(f"{file}: empty results, no column of a model besides 'prompt'")
-    is_subject = file.stem.startswith("mmlu_")
+    is_subject = stem_of(file).startswith("mmlu_")
     queries = pd.DataFrame(
         {
             # Questions repeat within a file, so the place in the file is the identity.
-            "id": [f"{file.stem}/{index}" for index in range(len(frame))],
+            "id": [f"{stem_of(file)}/{index}" for index in range(len(frame))],
             "prompt": frame["prompt"],
-            "benchmark": "mmlu" if is_subject else file.stem,
-            "subject": file.stem.removeprefix("mmlu_") if is_subject else None,
+            "benchmark": "mmlu" if is_subject else stem_of(file),
+            "subject": stem_of(file).removeprefix("mmlu_") if is_subject else None,
             "split": None,
         }
     )

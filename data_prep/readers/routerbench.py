@@ -9,9 +9,10 @@ import pandas as pd
 
 from ...modeling.errors import ResultsError
 from ..results import BenchmarkResults
+from .frames import header_of, load_table
 from .pickles import holds_mapping, read_pickle
-from .table import load_table, numbers
-from .text import files_of, results_of, side_of
+from .table import numbers
+from .text import files_of, results_of, side_of, suffix_of
 
 _COST = "|total_cost"
 _ORDINARY = ("sample_id", "prompt", "eval_name", "oracle_model_to_route_to")
@@ -21,7 +22,7 @@ def recognises(file: Path, head: str) -> bool:
     """A pickled table, or a CSV whose columns have RouterBench's names."""
     if file.suffix == ".pkl":
         return not holds_mapping(file)
-    return file.suffix == ".csv" and _COST in head.partition("\n")[0]
+    return suffix_of(file) == ".csv" and any(name.endswith(_COST) for name in header_of(head))
 
 
 def read(path: Path) -> BenchmarkResults:
@@ -45,7 +46,9 @@ def _load(file: Path) -> pd.DataFrame:
     for column in _ORDINARY[:3]:
         if column not in frame:
             raise ResultsError(f"{file}: no column {column!r}; expected RouterBench's table ({', '.join(_ORDINARY)})")
-    return frame.reset_index(drop=True)
+    if file.suffix == ".pkl":
+        frame.index = pd.RangeIndex(1, len(frame) + 1)
+    return frame
 
 
 def _results(frame: pd.DataFrame, file: Path, repeated: set[str]) -> BenchmarkResults:
@@ -58,7 +61,9 @@ def _results(frame: pd.DataFrame, file: Path, repeated: set[str]) -> BenchmarkRe
         raise ResultsError(f"{file}: empty results, {len(frame)} rows and {len(models)} models")
     scores = np.stack([numbers(frame[name], file, name) for name in models], axis=1)
     absent = pd.Series(np.nan, index=frame.index)
-    costs = np.stack([numbers(frame.get(name + _COST, absent), file, name + _COST) for name in models], axis=1)
+    costs = np.stack(
+        [numbers(frame.get(name + _COST, absent), file, name + _COST, words=False) for name in models], axis=1
+    )
     names = frame["eval_name"].astype(str)
     is_subject = names.str.startswith("mmlu-")
     queries = pd.DataFrame(
@@ -67,7 +72,7 @@ def _results(frame: pd.DataFrame, file: Path, repeated: set[str]) -> BenchmarkRe
                 f"{key}:{hashlib.sha256(str(text).encode()).hexdigest()[:6]}" if key in repeated else key
                 for key, text in zip(frame["sample_id"].astype(str), frame["prompt"], strict=True)
             ],
-            "prompt": [_prompt(value, file, row) for row, value in enumerate(frame["prompt"], 1)],
+            "prompt": [_prompt(value, file, row) for row, value in frame["prompt"].items()],
             "benchmark": names.mask(is_subject, "mmlu"),
             "subject": [name.removeprefix("mmlu-") if name.startswith("mmlu-") else None for name in names],
             "split": side_of(file),
@@ -76,7 +81,7 @@ def _results(frame: pd.DataFrame, file: Path, repeated: set[str]) -> BenchmarkRe
     return results_of(file, queries, models, scores, costs)
 
 
-def _prompt(value: object, file: Path, row: int) -> str:
+def _prompt(value: object, file: Path, row: object) -> str:
     """The question's text: the file has a Python list of strings, one per turn, as text."""
     turns = value
     if isinstance(value, str):

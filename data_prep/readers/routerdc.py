@@ -1,5 +1,6 @@
 """RouterDC's files (arXiv 2409.19886): a list of `{"question", "scores": {model: score}}`, one file a benchmark."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -7,13 +8,17 @@ import pandas as pd
 
 from ...modeling.errors import ResultsError
 from ..results import BenchmarkResults
-from .text import benchmark_of, files_of, number, read_json, results_of, side_of
+from .text import benchmark_of, files_of, number, read_json, results_of, side_of, stem_of, suffix_of
+
+logger = logging.getLogger(__name__)
+
+_FIFTH = 0.2
 
 
 def recognises(file: Path, head: str) -> bool:
     """A JSON list whose entries have a question and scores."""
     listed = head.lstrip().startswith("[") and '"question"' in head
-    return file.suffix == ".json" and listed and '"scores"' in head
+    return suffix_of(file) == ".json" and listed and '"scores"' in head
 
 
 def read(path: Path, *, correct_above_zero: bool | None = None) -> BenchmarkResults:
@@ -22,13 +27,20 @@ def read(path: Path, *, correct_above_zero: bool | None = None) -> BenchmarkResu
     Args:
         path: file or folder.
         correct_above_zero: score 1 where the file's score is above zero. Multiple-choice files hold the probability of
-            the right choice, 0 where the answer was wrong. None: per file, on where scores are not all tenths (means
-            of ten attempts).
+            the right choice, 0 where the answer was wrong. None: per file, on where that is what the scores look like:
+            not all of two decimals, some zero, and none between zero and a fifth.
     """
-    return BenchmarkResults.merge([_read_file(file, correct_above_zero) for file in files_of(path, ".json")])
+    chosen: list[str] = []
+    parts = [_read_file(file, correct_above_zero, chosen) for file in files_of(path, ".json")]
+    if chosen:
+        logger.info(
+            "%s: probabilities of the right choice, it seems: above zero is right (--set "
+            "correct_above_zero=false keeps scores as they are)", ", ".join(chosen),
+        )  # fmt: skip
+    return BenchmarkResults.merge(parts)
 
 
-def _read_file(file: Path, correct_above_zero: bool | None) -> BenchmarkResults:
+def _read_file(file: Path, correct_above_zero: bool | None, chosen: list[str]) -> BenchmarkResults:
     rows = read_json(file)
     if not isinstance(rows, list) or not rows:
         raise ResultsError(f"{file}: empty results, expected a JSON list of {{question, scores}}")
@@ -45,15 +57,21 @@ def _read_file(file: Path, correct_above_zero: bool | None) -> BenchmarkResults:
         for name, score in row["scores"].items():
             scores[index, models[name]] = number(score, f"{file}: entry {index}, field 'scores.{name}'")
     if correct_above_zero is None:
-        correct_above_zero = not np.allclose(
-            np.nan_to_num(scores) * 10, np.round(np.nan_to_num(scores) * 10), atol=1e-4
-        )
+        correct_above_zero = _is_multiple_choice(scores)
+        if correct_above_zero:
+            chosen.append(file.name)
+    if correct_above_zero:
+        logger.info(
+                "%s: probabilities of the right choice, it seems: above zero is right; --set correct_above_zero=false "
+                "keeps them as they are", file,
+            )  # fmt: skip
     if correct_above_zero:
         scores = np.where(np.isnan(scores), np.nan, scores > 0)
+    stem = stem_of(file) if benchmark_of(file) in stem_of(file) else f"{benchmark_of(file)}/{stem_of(file)}"
     queries = pd.DataFrame(
         {
             # Files repeat questions, so the place in the file is the identity, not the text.
-            "id": [f"{file.stem}/{index}" for index in range(len(rows))],
+            "id": [f"{stem}/{index}" for index in range(len(rows))],
             "prompt": [row["question"] for row in rows],
             "benchmark": benchmark_of(file),
             "subject": None,
@@ -61,3 +79,10 @@ def _read_file(file: Path, correct_above_zero: bool | None) -> BenchmarkResults:
         }
     )
     return results_of(file, queries, list(models), scores)
+
+
+def _is_multiple_choice(scores: np.ndarray) -> bool:
+    """Return whether scores are the probability of the right choice of at most five, 0 where another was taken."""
+    there = scores[~np.isnan(scores)]
+    hundredths = np.allclose(there * 100, np.round(there * 100), atol=1e-3)
+    return bool(not hundredths and (there == 0).any() and (there[there > 0] >= _FIFTH).all())

@@ -1,6 +1,9 @@
-"""CSV, Parquet and JSONL tables: long (a row per query and model) or wide (a row per query, a column per model)."""
+"""Tables of any kind: long (a row per query and model) or wide (a row per query, a column per model)."""
 
-from collections.abc import Sequence
+import json
+import logging
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,29 +11,56 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ...modeling.errors import ResultsError, did_you_mean, one_line
+from ...modeling.chat import as_messages, text_of
+from ...modeling.errors import ExpertokenError, ResultsError, did_you_mean, one_line
 from ..results import BenchmarkResults
-from .text import files_of, results_of
+from .frames import SUFFIXES, field, holds_records, load_table
+from .text import SIDES, files_of, head_of, results_of, stem_of, suffix_of
 
-SUFFIXES = (".csv", ".parquet", ".jsonl")
+logger = logging.getLogger(__name__)
+
+REPEATS = ("refuse", "mean")
+"""What becomes of several scores of one model on one query."""
+
+WORDS = {
+    "true": 1.0, "yes": 1.0, "correct": 1.0, "right": 1.0, "pass": 1.0, "passed": 1.0,
+    "false": 0.0, "no": 0.0, "incorrect": 0.0, "wrong": 0.0, "fail": 0.0, "failed": 0.0,
+}  # fmt: skip
+"""Scores as words, in any case."""
+_LETTERS = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0}  # Inspect's: correct, partially so, incorrect, no answer
+_HEAD = 20_000  # characters
+_SAMPLES = ("sample", "attempt", "epoch", "repeat", "repetition", "trial", "run")  # columns that number the attempts
+_COST = re.compile(r"^(.+?)[\s_.|-](?:total[\s_.-])?costs?(?:[\s_.-]usd)?$|^costs?[\s_.-](.+)$", re.IGNORECASE)
+# What tables have beside the models' scores; compared without case and signs.
+_NO_MODELS = {
+    "answer", "answers", "target", "label", "labels", "gold", "goldanswer", "reference", "groundtruth", "difficulty",
+    "level", "category", "topic", "source", "language", "lang", "type", "index", "idx", "number", "no", "row", "tokens",
+    "length", "latency", "seconds", "time", "seed", "year", "weight", "comment", "note", "notes", *_SAMPLES,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What the columns of a table are called.
+    """What the columns of a table are called, and how they are read.
+
+    A name with dots is a field inside of objects: `evaluation_result.score`.
 
     Attributes:
-        query: the question's text.
+        query: the question's text, or a list of messages.
         model: long tables: the model's name.
         score: long tables: its score.
         models: wide tables: the score columns. Where not given, a table with a `model` column is long, and in any other
-            every numeric column without another meaning is a model.
+            every column of numbers or of words such as correct and incorrect is a model, except costs and what has
+            another name.
         id: identity of a query; benchmark and text where there is no such column.
         benchmark: the benchmark; the file's name where there is no such column.
         subject: the subject within the benchmark.
-        split: train, validation or test.
-        cost: long tables: USD for this query.
+        split: train, validation or test; `dev` and the like too.
+        cost: long tables: USD for this query. Wide ones have a column `MODEL_cost` each.
         contaminated: long tables: true where the model was trained on the benchmark; one such row flags the pair.
+        scale: what a perfect answer scores; scores are divided by it.
+        repeats: several scores of one model on one query: `refuse`, or `mean`. Where a column numbers them (`sample`,
+            `attempt`, `epoch`, ...), their mean counts without being asked for.
     """
 
     query: str = "query"
@@ -43,6 +73,19 @@ class Columns:
     split: str = "split"
     cost: str = "cost"
     contaminated: str = "contaminated"
+    scale: float = 1.0
+    repeats: str = "refuse"
+
+    def __post_init__(self) -> None:
+        try:
+            scale = float(self.scale)
+        except (TypeError, ValueError):
+            scale = 0.0
+        if not 0 < scale < float("inf"):
+            raise ResultsError(f"option scale: expected a number above 0, got {self.scale!r}")
+        object.__setattr__(self, "scale", scale)
+        if self.repeats not in REPEATS:
+            raise ResultsError(f"option repeats: unknown value {self.repeats!r}, {did_you_mean(self.repeats, REPEATS)}")
 
     @property
     def of_queries(self) -> dict[str, str]:
@@ -50,11 +93,16 @@ class Columns:
         found = {"id": self.id, "prompt": self.query}
         return found | {"benchmark": self.benchmark, "subject": self.subject, "split": self.split}
 
+    @property
+    def roles(self) -> dict[str, str]:
+        """What a column may mean, to the name it has then."""
+        names = ("query", "model", "score", "id", "benchmark", "subject", "split", "cost", "contaminated")
+        return {name: getattr(self, name) for name in names}
+
 
 def recognises(file: Path, head: str) -> bool:
-    """Any table."""
-    del head
-    return file.suffix in SUFFIXES
+    """Any table; of JSON a list of objects, or an object a line."""
+    return suffix_of(file) in SUFFIXES and (suffix_of(file) != ".json" or holds_records(head))
 
 
 def read(path: Path, **columns: Any) -> BenchmarkResults:
@@ -66,36 +114,59 @@ def read(path: Path, **columns: Any) -> BenchmarkResults:
     """
     chosen = Columns(**columns)
     texts = (*chosen.of_queries.values(), chosen.model)
-    frames = {file: load_table(file, texts=texts) for file in files_of(path, *SUFFIXES)}
-    names = {file: file.stem for file in frames}
-    if len(frames) > 1 and _one_file_a_model(list(frames.values()), chosen):
-        names = dict.fromkeys(frames, path.name)
+    # Beside tables there may be JSON of other kinds, such as the settings that they were made with.
+    files = [f for f in files_of(path, *SUFFIXES) if f == path or recognises(f, head_of(f, _HEAD))]
+    if not files:
+        raise ResultsError(f"{path}: empty results, no table in the folder")
+    frames = {file: load_table(file, texts=texts) for file in files}
+    names = _benchmarks(frames, path, chosen)
     return BenchmarkResults.merge([from_frame(frame, str(file), names[file], chosen) for file, frame in frames.items()])
 
 
-def _one_file_a_model(frames: list[pd.DataFrame], columns: Columns) -> bool:
-    """Whether the files of a folder are one model's each, about the same questions: then they are one benchmark."""
-    if not all({columns.query, columns.model} <= set(frame) and columns.benchmark not in frame for frame in frames):
-        return False
-    models = [set(frame[columns.model]) for frame in frames]
-    if sum(map(len, models)) > len(set().union(*models)):
-        return False
-    texts = [set(frame[columns.query]) for frame in frames]
-    return sum(map(len, texts)) > len(set().union(*texts))
+def _benchmarks(frames: dict[Path, pd.DataFrame], path: Path, columns: Columns) -> dict[Path, str]:
+    """Return the benchmark of each file, for tables that have no column for it: the file's name.
+
+    Where files are one model's each, the model's name is taken off the file's (`gsm8k-llama.csv`); where nothing of it
+    is there, and the files are about the same questions, all are one benchmark with the folder's name.
+    """
+    names = {file: stem_of(file) for file in frames}
+    needed = {columns.query, columns.model}
+    if len(frames) < 2 or not all(needed <= set(f) and columns.benchmark not in f for f in frames.values()):
+        return names
+    models = {file: set(frame[columns.model].dropna().astype(str)) for file, frame in frames.items()}
+    if any(len(found) != 1 for found in models.values()):
+        return names
+    bare = {file: _without(names[file], min(models[file])) for file in frames}
+    if all(bare.values()):
+        return {file: str(name) for file, name in bare.items()}
+    texts = [set(frame[columns.query].astype(str)) for frame in frames.values()]
+    single = len(set().union(*models.values())) == len(frames)
+    return dict.fromkeys(frames, path.name) if single and sum(map(len, texts)) > len(set().union(*texts)) else names
+
+
+def _without(stem: str, model: str) -> str | None:
+    """Return a file's name without a model's, at its end or its beginning; None where it is not there."""
+    for name in (model, model.replace("/", "_"), model.replace("/", "__"), model.replace("/", "-"), Path(model).name):
+        for pattern in (rf"(.+?)[-_. ]+{re.escape(name)}", rf"{re.escape(name)}[-_. ]+(.+)"):
+            if found := re.fullmatch(pattern, stem, re.IGNORECASE):
+                return found[1]
+    return None
 
 
 def from_frame(frame: pd.DataFrame, source: str, benchmark: str, columns: Columns) -> BenchmarkResults:
-    """Results from a table in memory.
+    """Return results from a table in memory.
 
     Args:
-        frame: long or wide.
+        frame: long or wide; its index numbers the rows for errors.
         source: how errors call it.
         benchmark: its name, where no column tells.
         columns: what its columns are called.
 
     Raises:
-        ResultsError: a column is missing, or a row of the table is not well formed.
+        ResultsError: a column is missing or has nearly the name of one that is expected, or a row is not well formed.
     """
+    frame = _with_fields(frame, columns)
+    _ask_about_names(frame, source, columns)
     if columns.query not in frame:
         raise ResultsError(
             f"{source}: no column {columns.query!r} with the question, {did_you_mean(columns.query, frame.columns)}"
@@ -103,78 +174,134 @@ def from_frame(frame: pd.DataFrame, source: str, benchmark: str, columns: Column
     queries = _queries(frame, columns.of_queries, source, benchmark)
     if columns.models is None and columns.model in frame:
         return _long(frame, queries, source, columns)
-    # Costs and flags belong to one model, so in a wide table they belong to nobody; at least they are no model.
-    reserved = {*columns.of_queries.values(), columns.cost, columns.contaminated}
-    return _wide(frame, queries, source, columns.models, reserved)
+    return _wide(frame, queries, source, columns)
 
 
-def load_table(file: Path, *, texts: Sequence[str] = ()) -> pd.DataFrame:
-    """A CSV, Parquet or JSONL file as it is.
+def _with_fields(frame: pd.DataFrame, columns: Columns) -> pd.DataFrame:
+    """Return the frame with a column for each field inside of objects that a column's name asks for."""
+    found = {}
+    for name in [*columns.roles.values(), *(columns.models or ())]:
+        first, dot, path = name.partition(".")
+        if dot and name not in frame and first in frame:
+            found[name] = [field(value, path) for value in frame[first]]
+    return frame.assign(**found) if found else frame
 
-    Args:
-        file: the table.
-        texts: columns that are text whatever they look like: the id 0012 is not 12.
+
+def _plain(name: object) -> str:
+    return re.sub(r"[^a-z0-9]", "", str(name).lower())
+
+
+def _ask_about_names(frame: pd.DataFrame, source: str, columns: Columns) -> None:
+    """Refuse a column that has nearly the name of one that is looked for and not there.
 
     Raises:
-        ResultsError: it can't be read, or has no rows.
+        ResultsError: there is one; it could be a model, or what it seems to be.
     """
-    try:
-        if file.suffix == ".csv":
-            # Only an empty cell is missing: "None" and "NA" are answers and questions like any other.
-            types = dict.fromkeys(texts, str)
-            frame = pd.read_csv(file, keep_default_na=False, na_values=[""], dtype=types)
-        elif file.suffix == ".parquet":
-            frame = pd.read_parquet(file)
-        elif file.suffix == ".jsonl":
-            frame = pd.read_json(file, lines=True, precise_float=True, dtype=False, convert_dates=False)
-        else:
-            raise ResultsError(f"{file}: expected {', '.join(SUFFIXES)}")
-    except pd.errors.EmptyDataError:
-        raise ResultsError(f"{file}: empty results, the file has no header and no rows") from None
-    except UnicodeDecodeError as error:
-        raise ResultsError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    except (ValueError, OverflowError, RecursionError, OSError) as error:  # as pandas and Arrow raise parse errors
-        raise ResultsError(f"{file}: not a readable {file.suffix} table ({one_line(error)})") from None
-    if frame.empty:
-        raise ResultsError(f"{file}: empty results, the table has no rows")
-    return frame
+    taken = {*columns.roles.values(), *(columns.models or ())}
+    for role, wanted in columns.roles.items():
+        if wanted in frame or (columns.models is not None and role in ("model", "score", "cost")):
+            continue
+        near = {_plain(wanted), f"{_plain(wanted)}s", f"{_plain(wanted)}name"}
+        near |= {"queryid", "questionid", "promptid"} if role == "id" else {f"{_plain(wanted)}id"}
+        for name in frame.columns:
+            if name not in taken and _plain(name) in near:
+                raise ResultsError(
+                    f"{source}: column {name!r}: is it the {role}? Then rename it to {wanted!r}, or say "
+                    f"--set {role}={name}; if it is a model, name all models: --set models={name},..."
+                )
+    if columns.model not in frame and columns.models is None and columns.score in frame:
+        raise ResultsError(
+            f"{source}: a column {columns.score!r} and none {columns.model!r}: whose scores are they? Add a column "
+            f"{columns.model!r}, or say --set model=COLUMN; for one model of that name --set models={columns.score}"
+        )
 
 
 def _queries(frame: pd.DataFrame, columns: dict[str, str], source: str, benchmark: str) -> pd.DataFrame:
-    """The query columns of every row of the table, repeats included."""
+    """Return the query columns of every row of the table, repeats included."""
     found = {ours: frame.get(theirs) for ours, theirs in columns.items()}
     queries = pd.DataFrame(found, index=frame.index).astype(object)
+    asked = [
+        conversation_of(v, f"{source}: row {n}, column {columns['prompt']!r}") for n, v in queries["prompt"].items()
+    ]
+    queries["prompt"] = [text for text, _ in asked]
+    if any(messages for _, messages in asked):
+        queries["messages"] = [messages for _, messages in asked]
     queries["prompt"] = _texts(queries["prompt"], source, columns["prompt"])
     if columns["benchmark"] not in frame:
         queries["benchmark"] = benchmark
     if columns["id"] not in frame:
         queries["id"] = queries["benchmark"].astype(str) + "/" + queries["prompt"]
-    queries["id"] = queries["id"].astype(str)
-    for name in ("benchmark", "subject"):
+    queries["id"] = _texts(queries["id"], source, columns["id"])
+    for name in ("benchmark", "subject", "split"):
         queries[name] = queries[name].map(lambda value: value if pd.isna(value) else str(value))
+    queries["split"] = queries["split"].map(lambda value: value if pd.isna(value) else SIDES.get(value.lower(), value))
     return queries.where(queries.notna(), None)
+
+
+def conversation_of(value: Any, place: str) -> tuple[Any, list[dict[str, Any]] | None]:
+    """Return a query's text, and its messages where it is a conversation.
+
+    Raises:
+        ResultsError: it is a list, and no list of messages.
+    """
+    messages = value.tolist() if isinstance(value, np.ndarray) else value
+    if isinstance(value, str) and re.match(r'\s*\[\s*\{\s*"(role|content)"', value):
+        try:
+            messages = json.loads(value)
+        except ValueError:
+            return value, None
+    if not isinstance(messages, list):
+        return value, None
+    try:
+        found = as_messages(messages)
+        texts = [text_of(message) for message in found]
+    except ExpertokenError as error:
+        raise ResultsError(f"{place}: expected text or a list of messages ({one_line(error)})") from None
+    if len(found) == 1 and found[0]["role"] == "user":
+        return texts[0], None
+    pairs = zip(found, texts, strict=True)
+    return "\n\n".join(texts), [{"role": message["role"], "content": text} for message, text in pairs]
 
 
 def _texts(column: pd.Series, source: str | Path, name: str) -> pd.Series:
     missing = column.isna()
     if missing.any():
-        raise ResultsError(f"{source}: row {int(missing.to_numpy().argmax()) + 1}, column {name!r}: no text")
+        row = column.index[int(missing.to_numpy().argmax())]
+        raise ResultsError(f"{source}: row {row}, column {name!r}: empty, expected text")
     return column.astype(str)
 
 
-def numbers(column: pd.Series, source: str | Path, name: str) -> np.ndarray:
-    """A column of scores; booleans (also spelled out) become 0 and 1, empty cells NaN.
+def numbers(column: pd.Series, source: str | Path, name: str, *, words: bool = True) -> np.ndarray:
+    """Return a column of scores as float32 `[N]`; empty cells are NaN.
+
+    Args:
+        column: its index numbers the rows for errors.
+        source: how errors call the table.
+        name: of the column.
+        words: whether words such as correct and incorrect count as 1 and 0.
 
     Raises:
         ResultsError: a cell is not a number.
     """
-    spelled = column.map(lambda v: {"true": 1.0, "false": 0.0}.get(str(v).lower(), v))
-    numbers = pd.to_numeric(spelled, errors="coerce")
-    wrong = numbers.isna() & column.notna()
+    spelled = column.map(score_of) if words else column
+    numbers = pd.to_numeric(spelled, errors="coerce").astype(float)
+    wrong = (numbers.isna() & column.notna()) if len(column) else numbers.isna()
     if wrong.any():
         row = int(wrong.to_numpy().argmax())
-        raise ResultsError(f"{source}: row {row + 1}, column {name!r}: expected a number, got {column.iloc[row]!r}")
+        more = f"; {', '.join(list(WORDS)[:4])} and the like are scores too" if words else ""
+        raise ResultsError(
+            f"{source}: row {column.index[row]}, column {name!r}: expected a number, got {column.iloc[row]!r}{more}"
+        )
     return numbers.to_numpy(np.float32)
+
+
+def score_of(value: Any) -> Any:
+    """Return the score that a word is; anything else as it is."""
+    if isinstance(value, bool | np.bool_):
+        return float(value)
+    if not isinstance(value, str):
+        return value
+    return _LETTERS.get(value.strip(), WORDS.get(value.strip().lower(), value))
 
 
 def _long(frame: pd.DataFrame, queries: pd.DataFrame, source: str, columns: Columns) -> BenchmarkResults:
@@ -182,16 +309,17 @@ def _long(frame: pd.DataFrame, queries: pd.DataFrame, source: str, columns: Colu
     if score not in frame:
         raise ResultsError(f"{source}: no column {score!r} with the score, {did_you_mean(score, frame.columns)}")
     names = _texts(frame[model], source, model)
+    numbered = next((name for name in frame.columns if _plain(name) in _SAMPLES), None)
     twice = pd.DataFrame({"id": queries["id"], "model": names}).duplicated()
-    if twice.any():
+    if twice.any() and columns.repeats == "refuse" and numbered is None:
         row = int(twice.to_numpy().argmax())
         raise ResultsError(
-            f"{source}: row {row + 1}: query {queries['id'].iloc[row][:80]!r} and model {names.iloc[row]!r} came "
-            "before; drop the duplicate, or give repeated queries an 'id' column"
+            f"{source}: row {frame.index[row]}: query {queries['id'].iloc[row][:80]!r} and model {names.iloc[row]!r} "
+            "came before; drop the duplicate, say --set repeats=mean where these are several attempts, or give "
+            "repeated queries an 'id' column"
         )
     rows, ids = pd.factorize(queries["id"])
     places, models = pd.factorize(names)
-
     for column, word in (("prompt", "questions"), ("benchmark", "benchmarks"), ("split", "splits")):
         different = queries.groupby("id", sort=False)[column].nunique(dropna=False) > 1
         if different.any():
@@ -199,38 +327,65 @@ def _long(frame: pd.DataFrame, queries: pd.DataFrame, source: str, columns: Colu
                 f"{source}: query id {different.idxmax()!r} stands for different {word}; give each query its own"
             )
 
-    def grid(column: str) -> np.ndarray:
+    def grid(column: str, *, words: bool) -> np.ndarray:
+        cells = pd.DataFrame(
+            {"row": rows, "place": places, "value": numbers(frame[column], source, column, words=words)}
+        )
+        means = cells.groupby(["row", "place"], sort=False)["value"].mean()  # of attempts that have a value
         values = np.full((len(ids), len(models)), np.nan, dtype=np.float32)
-        values[rows, places] = numbers(frame[column], source, column)
+        values[means.index.get_level_values(0), means.index.get_level_values(1)] = means.to_numpy()
         return values
 
+    if twice.any():
+        logger.info("%s: %d rows are further attempts at a query; the mean counts", source, int(twice.sum()))
+    _tell_left_out(frame, source, {*columns.roles.values(), numbered})
     first = queries.drop_duplicates("id")
     flagged: frozenset[tuple[str, str]] = frozenset()
     if columns.contaminated in frame:
         marked = numbers(frame[columns.contaminated], source, columns.contaminated) > 0
         flagged = frozenset(zip(names[marked], queries["benchmark"][marked], strict=True))
-    return results_of(source, first, list(models), grid(score), grid(cost) if cost in frame else None, flagged)
+    costs = grid(cost, words=False) if cost in frame else None
+    return results_of(source, first, list(models), _scaled(grid(score, words=True), columns), costs, flagged)
+
+
+def _scaled(scores: np.ndarray, columns: Columns) -> np.ndarray:
+    return scores if columns.scale == 1 else (scores / np.float32(columns.scale)).astype(np.float32)
+
+
+def _tell_left_out(frame: pd.DataFrame, source: str, taken: Iterable[Any]) -> None:
+    left = [str(name) for name in frame.columns if name not in set(taken)]
+    if left:
+        logger.info("%s: left out: %s", source, ", ".join(left))
 
 
 def _is_score(column: pd.Series) -> bool:
-    """Whether a column holds numbers, or mostly scores and truth values: a cell that is neither is then told."""
+    """Return whether a column holds numbers, or mostly scores and their words: a cell that is neither is then told.
+
+    So does a column of empty cells: a model that was never measured is told, too.
+    """
     if pd.api.types.is_numeric_dtype(column):
         return True
-    spelled = column.dropna().astype(str).str.lower().replace({"true": "1", "false": "0"})
-    return len(spelled) > 0 and pd.to_numeric(spelled, errors="coerce").between(0, 1).mean() >= 0.5
+    found = pd.to_numeric(column.dropna().map(score_of), errors="coerce")
+    return bool(found.notna().all()) or bool(found.between(0, 1).mean() >= 0.5)
 
 
-def _wide(
-    frame: pd.DataFrame, queries: pd.DataFrame, source: str | Path, models: Sequence[str] | None, taken: set[str]
-) -> BenchmarkResults:
+def _wide(frame: pd.DataFrame, queries: pd.DataFrame, source: str, columns: Columns) -> BenchmarkResults:
+    # Flags belong to one model, so in a wide table they belong to nobody; at least they are no model.
+    taken = {*columns.of_queries.values(), columns.cost, columns.contaminated}
+    costs = {name: found[1] or found[2] for name in frame.columns if (found := _COST.match(str(name)))}
+    models = columns.models
     if models is None:
-        models = [
+        likely = [
             str(name)
-            for name in frame
-            if name not in taken and not str(name).startswith("Unnamed") and _is_score(frame[name])
+            for name in frame.columns
+            if name not in taken and name not in costs and _plain(name) not in _NO_MODELS and _is_score(frame[name])
         ]
+        models = [name for name in likely if not name.startswith("Unnamed")]
         if not models:
-            raise ResultsError(f"{source}: no numeric column left to be a model's scores; name them with `models`")
+            raise ResultsError(
+                f"{source}: no numeric column left to be a model's scores; name the models' columns by "
+                "--set models=NAME,NAME"
+            )
     for name in models:
         if name not in frame:
             raise ResultsError(f"{source}: no column {name!r}, {did_you_mean(name, frame.columns)}")
@@ -238,8 +393,18 @@ def _wide(
     if repeated.any():
         row = int(repeated.to_numpy().argmax())
         raise ResultsError(
-            f"{source}: row {row + 1}: query {queries['id'].iloc[row][:80]!r} came before; drop the duplicate, or give "
-            "repeated queries an 'id' column"
+            f"{source}: row {frame.index[row]}: query {queries['id'].iloc[row][:80]!r} came before; drop the "
+            "duplicate, or give repeated queries an 'id' column"
         )
+    paid = {model: name for name, model in costs.items() if model in models}
+    _tell_left_out(frame, source, {*taken, *models, *paid.values()})
     scores = np.stack([numbers(frame[name], source, name) for name in models], axis=1)
-    return results_of(source, queries, [str(name) for name in models], scores)
+    blank = np.full(len(frame), np.nan, dtype=np.float32)
+    prices = [numbers(frame[paid[m]], source, paid[m], words=False) if m in paid else blank for m in models]
+    return results_of(
+        source,
+        queries,
+        [str(name) for name in models],
+        _scaled(scores, columns),
+        np.stack(prices, axis=1) if paid else None,
+    )

@@ -1,58 +1,140 @@
 """What readers share: finding files and opening them with one-line errors."""
 
-import csv
+import codecs
+import gzip
 import json
 import math
 import re
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ...modeling.errors import ResultsError, one_line
 from ..results import BenchmarkResults
 
-SIDES = {"train": "train", "validation": "validation", "val": "validation", "dev": "validation", "test": "test"}
-"""What files and splits are called to the sides that they are."""
+SIDES = {
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+"""What files and splits are called, in small letters, to the sides that they are."""
 
-_SIDE = re.compile(rf"(?:^|[-_])({'|'.join(SIDES)})$")
+_SIDE = re.compile(rf"(?:^|[-_])({'|'.join(SIDES)})$", re.IGNORECASE)
+# UTF-32 before UTF-16, whose mark it begins with.
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_GZIP = b"\x1f\x8b"
+
+
+def suffix_of(file: Path) -> str:
+    """Return a file's suffix in small letters, without `.gz`."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    return next((suffix for suffix in reversed(suffixes) if suffix != ".gz"), "")
+
+
+def stem_of(file: Path) -> str:
+    """Return a file's name without its suffix, and without `.gz`."""
+    return Path(file.stem).stem if file.suffix.lower() == ".gz" else file.stem
 
 
 def files_of(path: Path, *suffixes: str) -> list[Path]:
-    """`path` itself, or the files with one of the suffixes in the folder `path`, sorted.
+    """Return `path` itself, or the files with one of the suffixes in the folder `path`, sorted; also compressed ones.
 
     Raises:
         ResultsError: the folder holds none.
     """
     if path.is_file():
         return [path]
-    found = sorted(file for suffix in suffixes for file in path.glob(f"*{suffix}"))
+    files = (file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    found = sorted(file for file in files if suffix_of(file) in suffixes)
     if not found:
         raise ResultsError(f"{path}: empty results, no {' or '.join(suffixes)} file in the folder")
     return found
 
 
 def side_of(file: Path) -> str | None:
-    """The split that a file's name ends in (`_train`, `-test`, or all of the name), or None."""
-    found = _SIDE.search(file.stem)
-    return SIDES[found[1]] if found else None
+    """Return the split that a file's name ends in (`_train`, `-test`, or all of the name), or None."""
+    found = _SIDE.search(stem_of(file))
+    return SIDES[found[1].lower()] if found else None
 
 
 def benchmark_of(file: Path) -> str:
-    """A file's name less the split it ends in."""
-    return _SIDE.sub("", file.stem) or file.stem
+    """Return a file's name less the split it ends in; where nothing is left, the folder's name."""
+    return _SIDE.sub("", stem_of(file)) or file.resolve().parent.name
+
+
+def read_bytes(file: Path, most: int = -1) -> bytes:
+    """Return a file's content, decompressed where it is gzip.
+
+    Args:
+        file: the file.
+        most: bytes to read at most; -1 for all.
+
+    Raises:
+        ResultsError: it can't be read.
+    """
+    try:
+        with file.open("rb") as stream:
+            compressed = stream.read(len(_GZIP)) == _GZIP
+        with gzip.open(file) if compressed else file.open("rb") as stream:
+            return stream.read(most)
+    except OSError as error:
+        raise ResultsError(f"{file}: {error.strerror or one_line(error)}") from None
+    except (EOFError, zlib.error) as error:
+        raise ResultsError(f"{file}: not whole as gzip ({one_line(error)}); is the file cut short?") from None
+
+
+def _encoding(data: bytes) -> str:
+    return next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
+
+
+def head_of(file: Path, most: int) -> str:
+    """Return the beginning of a file as text; what is no text is replaced."""
+    data = read_bytes(file, most)
+    return data.decode(_encoding(data), "replace").removeprefix("\ufeff")
 
 
 def read_text(file: Path) -> str:
-    """The text of a file.
+    """Return the text of a file: UTF-8, or what its byte order mark says. Line ends are LF.
 
     Raises:
         ResultsError: it can't be read, or is not UTF-8.
     """
+    data = read_bytes(file)
     try:
-        return file.read_text("utf-8-sig")  # some editors begin a file with a byte order mark
+        text = data.decode(_encoding(data))
     except UnicodeDecodeError as error:
         raise ResultsError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-    except OSError as error:
-        raise ResultsError(f"{file}: {error.strerror}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def lines_of(text: str) -> Iterator[tuple[int, str]]:
+    """Yield each line that is not blank, with its number from 1.
+
+    Lines end at LF alone: `splitlines` would cut a text at a separator such as U+2028, which JSON allows in strings.
+    """
+    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def read_records(file: Path) -> Iterator[tuple[str, Any]]:
+    """Yield what a file of JSON holds, each with its place: the lines of JSONL, or the entries of one list.
+
+    Raises:
+        ResultsError: it is not JSON in UTF-8.
+    """
+    text = read_text(file)
+    if text.lstrip().startswith("["):
+        entries = parse_json(text, file)
+        yield from ((f"{file}: entry {number}", entry) for number, entry in enumerate(entries))
+        return
+    for number, line in lines_of(text):
+        yield f"{file}: line {number}", parse_json(line, file, number)
 
 
 def read_json(file: Path) -> Any:
@@ -79,9 +161,23 @@ def parse_json(text: str, file: Path, line: int = 1) -> Any:
         raise ResultsError(f"{file}: line {line} is not JSON that can be read ({one_line(error)})") from None
 
 
-def header_of(head: str) -> list[str]:
-    """The columns of a CSV by its beginning."""
-    return next(csv.reader([head.partition("\n")[0]]), [])
+_KEY = re.compile(r'"((?:[^"\\]|\\.)*)"\s*(:?)|[{}\[\]]')
+
+
+def keys_of(head: str) -> set[str]:
+    """Return the keys of a JSON object itself, not of what is in it, as far as its beginning tells."""
+    depth = 0
+    found: set[str] = set()
+    if not head.lstrip().startswith("{"):
+        return found
+    for match in _KEY.finditer(head):
+        if match[0] in "{[":
+            depth += 1
+        elif match[0] in "}]":
+            depth -= 1
+        elif match[2] and depth == 1:
+            found.add(match[1])
+    return found
 
 
 def results_of(file: Path | str, *parts: Any) -> BenchmarkResults:

@@ -33,7 +33,9 @@ PROMPTS = (
     "Write 277 in Roman numerals.",
     "What is the capital of Italy?",
     "Who was Albert Einstein?",
+    "What is 34 + 59?",
 )
+SECOND_TURN = PROMPTS[-1]
 
 console = Console(highlight=False, soft_wrap=True)
 warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
@@ -70,10 +72,13 @@ def split_results(answers: dict[str, Path], first: Path, new: Path) -> None:
 
 
 def transcript(folder: Path) -> None:
-    """Eight prompts through the composite, with who answered and how sure the meta LLM was."""
+    """Prompts through the composite, with who answered and how sure the meta LLM was; the last two are one chat."""
     composite = CompositeModel.from_pretrained(folder)
+    chat: list[dict[str, str]] = []
     for prompt in PROMPTS:
-        reply = composite.chat(prompt, max_new_tokens=40)
+        chat = [*(chat if prompt == SECOND_TURN else []), {"role": "user", "content": prompt}]
+        reply = composite.chat(chat, max_new_tokens=40)
+        chat.append({"role": "assistant", "content": reply.text})
         ranked = [f"{name} {reply.dispatch.probabilities[name]:.2f}" for name in reply.dispatch.ranking[:3]]
         console.print(f"[bold]> {prompt}")
         console.print(f"{reply.text.strip()}", markup=False)
@@ -124,7 +129,7 @@ def main() -> None:
         *("--model", HERE / "adapters" / LEFT_OUT, "--results", new_results),
         *("--description", "writes numbers as Roman numerals"),
     )
-    run("expertoken", "evaluate", composite)
+    run("expertoken", "evaluate", composite, "--contexts", "1000")
     step(6, "one model to the user")
     transcript(composite)
     above = verdict(composite)

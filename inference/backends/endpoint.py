@@ -12,10 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from ...modeling.backend import Backend, Generation, Opening, Piece, Timeouts, as_usage
+from ...modeling.backend import Backend, Generation, Opening, Piece, Timeouts
 from ...modeling.chat import Message
 from ...modeling.errors import ExpertFailedError, RequestRefusedError
 from ...modeling.experts import Expert, ExpertKind
+from .wire import (
+    DONE,
+    Allowance,
+    Numbering,
+    Repetition,
+    Unicode,
+    bounded,
+    events_of,
+    piece_of,
+    refused_parameter,
+)
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -25,9 +36,10 @@ if TYPE_CHECKING:
 REQUESTS = (400, 413, 422)  # a fault of the request
 _FOR_NOW = (408, 409, 429)
 _CHARACTERS = 32  # of a token, on average, at most: beyond that an endpoint does not heed the limit that it was given
+_CERTAIN = 0.01  # a log-probability is not above 0, but for rounding
 _STOPS = 4  # stop texts that OpenAI's API takes
-_NO_ANSWER = "the endpoint gave something else than an answer"
 _OPENAI = "//api.openai.com"
+_OPENAI_ADDRESS = f"https:{_OPENAI}/v1"
 _GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
 
 
@@ -52,6 +64,7 @@ class EndpointBackend(Backend):
         self.timeouts = timeouts or Timeouts()
         self.retries: int = 0
         self._key = expert.api_key()
+        self._refused: set[str] = set()  # parameters of ours that this server does not know
         # A client's connections belong to one event loop.
         self._clients: dict[asyncio.AbstractEventLoop, AsyncOpenAI] = {}
         self._lock = threading.Lock()
@@ -65,12 +78,19 @@ class EndpointBackend(Backend):
             self._clients = {known: client for known, client in self._clients.items() if not known.is_closed()}
             if loop not in self._clients:
                 limits = self.timeouts
-                self._clients[loop] = openai.AsyncOpenAI(
+                timeout = openai.Timeout(max(limits.first, limits.idle), connect=limits.connect)
+                client = openai.AsyncOpenAI(
                     api_key=self._key,
-                    base_url=self.expert.base_url,
-                    timeout=openai.Timeout(max(limits.first, limits.idle), connect=limits.connect),
+                    base_url=self.expert.base_url or _OPENAI_ADDRESS,  # not where a variable of this machine points
+                    timeout=timeout,
                     max_retries=0,  # see `asking`: the client would heed a minute of Retry-After
+                    # A conversation goes to the address of the pool, and to none that this one names.
+                    http_client=bounded(openai.DefaultAsyncHttpxClient)(follow_redirects=False, timeout=timeout),
                 )
+                # The client takes all of these from variables of this machine, for whom they are unknown.
+                client.organization = client.project = None
+                client._custom_headers = {"Accept-Encoding": "identity"}  # what is unpacked has no limit
+                self._clients[loop] = client
             return self._clients[loop]
 
     @property
@@ -114,21 +134,29 @@ class EndpointBackend(Backend):
             with anyio.fail_after(limit):
                 answer: Any = await self.asking(ask)
             top = answer.choices[0].logprobs.content[0].top_logprobs
-            found = {entry.token: entry.logprob for entry in top}
+            found = [(entry.token or "", getattr(entry, "id", None), float(entry.logprob)) for entry in top]
         except openai.APIStatusError as error:
             kind = RequestRefusedError if error.status_code in REQUESTS else ExpertFailedError
             raise kind(f"its endpoint answered {error.status_code}") from error
         except TimeoutError as error:
             raise ExpertFailedError(f"its endpoint gave nothing within {limit:g} s") from error
-        except (AttributeError, IndexError, TypeError) as error:
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
             raise ExpertFailedError("its endpoint gives no log-probabilities") from error
         except Exception as error:
             raise ExpertFailedError(f"its endpoint could not be used ({type(error).__name__})") from error
-        return FirstToken(found, answer.usage.prompt_tokens if answer.usage else None)
+        if any(math.isnan(value) or value > _CERTAIN for _, _, value in found):
+            raise ExpertFailedError("its endpoint gives log-probabilities that are none")
+        read = answer.usage.prompt_tokens if answer.usage else None
+        return FirstToken(
+            {text: value for text, _, value in found if text},
+            {place: value for _, place, value in found if isinstance(place, int)},
+            tuple(place if isinstance(place, int) else None for text, place, _ in found if not text),
+            read,
+        )
 
     def _options(self, generation: Generation) -> dict[str, Any]:
         # OpenAI's own newer models refuse the older name; other servers know the older one.
-        own = _OPENAI in (self.expert.base_url or _OPENAI)
+        own = _OPENAI in (self.expert.base_url or _OPENAI) or "max_tokens" in self._refused
         limit = "max_completion_tokens" if own else "max_tokens"
         asked = {
             limit: generation.max_new_tokens,
@@ -138,7 +166,8 @@ class EndpointBackend(Backend):
             "stop": list(generation.stop[:_STOPS]) or None,  # whoever asks cuts the answer at the others
         }
         fixed = {"model": self.expert.model, "stream": True, "stream_options": {"include_usage": True}}
-        return dict(generation.extra) | {key: value for key, value in asked.items() if value is not None} | fixed
+        options = dict(generation.extra) | {key: value for key, value in asked.items() if value is not None} | fixed
+        return {name: value for name, value in options.items() if name not in self._refused}
 
     async def stream(
         self, messages: Sequence[Message], generation: Generation, *, begun: str = ""
@@ -159,29 +188,28 @@ class EndpointBackend(Backend):
             given.append({"role": "assistant", "content": begun})
         deadline = anyio.current_time() + self.timeouts.first
         told = finished = False
-        written, most = 0, _CHARACTERS * generation.max_new_tokens
-        repetition, numbering, unicode = Repetition(begun), Numbering(), _Unicode()
+        allowance = Allowance(_CHARACTERS * generation.max_new_tokens)
+        repetition, numbering, unicode = Repetition(begun), Numbering(), Unicode()
         chunks: Any = None
         try:
             with anyio.fail_after(self.timeouts.first):
-                chunks = await self.asking(self._begin, given, self._options(generation), going_on=bool(begun))
+                chunks = await self.asking(self._begin, given, generation, going_on=bool(begun))
             pieces = aiter(chunks)
             while True:
                 limit = self.timeouts.idle if told else max(0.0, deadline - anyio.current_time())
                 with anyio.fail_after(limit):
                     chunk = await anext(pieces, None)
-                if chunk is None:
+                if chunk is None or chunk is DONE:
+                    finished = finished or chunk is DONE  # some servers end so, and give no reason
                     break
-                piece, thought = _piece(chunk, unicode)
+                piece = piece_of(chunk, unicode)
                 # Some models think for minutes before their first word, and stream that: they are alive.
-                told = told or piece.visible or thought > 0
-                written += 1 + thought + _characters(piece)
-                if written > most and piece.finish is None:
-                    piece = replace(piece, finish="length")
+                told = told or piece.visible or bool(piece.thought)
+                piece = allowance.of(piece)
                 finished = finished or piece.finish is not None
                 text = repetition.without(piece.text, last=piece.finish is not None)
                 yield replace(piece, text=text, tool_calls=numbering.of(piece.tool_calls))
-                if written > most:
+                if allowance.spent:
                     break  # it does not heed its limit, and may never end
             if not finished:  # a connection that was cut between two chunks looks like an end
                 raise ExpertFailedError("the endpoint's answer was cut off")
@@ -202,21 +230,27 @@ class EndpointBackend(Backend):
                 with anyio.CancelScope(shield=True):
                     await chunks.close()
 
-    async def _begin(self, messages: list[Message], options: dict[str, Any], *, going_on: bool) -> Any:
-        """Ask; a server that does not know how to be told to go on is asked once more without."""
+    async def _begin(self, messages: list[Message], generation: Generation, *, going_on: bool) -> Any:
+        """Ask. A server that does not know a parameter of ours, or how to be told to go on, is asked without it."""
         import openai
 
-        ask = partial(
-            self.client().post, "/chat/completions", cast_to=object, stream=True, stream_cls=openai.AsyncStream[object]
-        )
-        body = options | {"messages": messages}
-        try:
-            if going_on:
-                with suppress(openai.BadRequestError, openai.UnprocessableEntityError):
-                    return await ask(body=body | _GO_ON)
-            return await ask(body=body)
-        except (TypeError, ValueError) as error:  # of the client, which can't write it: no fault of the expert
-            raise RequestRefusedError("the request holds something that JSON or Unicode does not know") from error
+        events = events_of(openai.AsyncStream[object])
+        ask = partial(self.client().post, "/chat/completions", cast_to=object, stream=True, stream_cls=events)
+        while True:
+            body = self._options(generation) | {"messages": messages}
+            try:
+                if going_on:
+                    with suppress(openai.BadRequestError, openai.UnprocessableEntityError):
+                        return await ask(body=body | _GO_ON)
+                return await ask(body=body)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                refused = refused_parameter(error.body)
+                asked_for = {name for name in ("temperature", "top_p", "seed") if getattr(generation, name) is not None}
+                if refused is None or refused in self._refused or refused in asked_for:
+                    raise
+                self._refused.add(refused)
+            except (TypeError, ValueError) as error:  # of the client, which can't write it: no fault of the expert
+                raise RequestRefusedError("the request holds something that JSON or Unicode does not know") from error
 
 
 @dataclass(frozen=True)
@@ -224,104 +258,16 @@ class FirstToken:
     """The most probable first tokens of an answer.
 
     Attributes:
-        logprobs: log-probability by the token's text.
+        logprobs: log-probability by the token's text; servers leave out the text of added tokens now and then.
+        by_id: log-probability by the token's id, where the endpoint tells ids.
+        unnamed: ids of tokens without a text, None where they have no id either.
         prompt_tokens: tokens of the conversation, where the endpoint counts them.
     """
 
     logprobs: dict[str, float]
+    by_id: dict[int, float]
+    unnamed: tuple[int | None, ...]
     prompt_tokens: int | None
-
-
-def _piece(chunk: Any, unicode: "_Unicode") -> tuple[Piece, int]:
-    """What a chunk brings, and how many characters of the model's thinking.
-
-    Chunks are read as the JSON that they are: to make the client's classes of them took a fifth of the server's time.
-
-    Raises:
-        ExpertFailedError: it is something else than a chunk of an answer.
-    """
-    try:
-        counts = chunk.get("usage") or {}
-        usage = as_usage((counts.get("prompt_tokens"), counts.get("completion_tokens")))
-        choices = chunk.get("choices")
-        if choices is None and usage is None:
-            raise ExpertFailedError(_NO_ANSWER)
-        if not choices:
-            return Piece(usage=usage), 0
-        delta = choices[0].get("delta") or {}
-        finish = choices[0].get("finish_reason") or None
-        piece = Piece(
-            text=unicode.joined(delta.get("content") or delta.get("refusal") or "", last=finish is not None),
-            tool_calls=[_call(call) for call in delta.get("tool_calls") or ()] or None,
-            logprobs=_logprobs(choices[0].get("logprobs")),
-            finish=None if finish is None else _text(finish),
-            usage=usage,
-        )
-        thought = len(_text(delta.get("reasoning_content") or delta.get("reasoning") or ""))
-    except (AttributeError, TypeError, ValueError, LookupError) as error:
-        raise ExpertFailedError(_NO_ANSWER) from error
-    return piece, thought
-
-
-def _characters(piece: Piece) -> int:
-    return len(piece.text) + sum(len(str(call)) for call in piece.tool_calls or ())
-
-
-def _text(given: str) -> str:
-    """A text without halves of surrogates, which can't be sent on. Raises AttributeError where it is none."""
-    return given.encode("utf-8", "replace").decode()
-
-
-class _Unicode:
-    """Joins halves of characters that a server cut its text between."""
-
-    def __init__(self) -> None:
-        self._half = ""
-
-    def joined(self, text: str, *, last: bool) -> str:
-        """More of the text; a half at its end is held back for the next one, and lost where none comes."""
-        if not self._half and text.isascii():
-            return text
-        text = self._half + text
-        self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" and not last else ""
-        return text[: len(text) - len(self._half)].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _call(call: Any) -> dict[str, Any]:
-    """A part of a tool call.
-
-    Raises:
-        AttributeError, TypeError: it is something else.
-    """
-    function = call.get("function") or {}
-    texts = (call.get("id"), call.get("type"), function.get("name"), function.get("arguments"))
-    if not all(isinstance(text, str | None) for text in texts) or not isinstance(call.get("index"), int | None):
-        raise TypeError
-    return _sendable(call)
-
-
-def _logprobs(given: Any) -> dict[str, Any] | None:
-    """Log-probabilities of a piece's tokens.
-
-    Raises:
-        AttributeError, TypeError: they are something else.
-    """
-    found = {key: list(given[key]) for key in ("content", "refusal") if given.get(key)} if given else {}
-    return _sendable(found) or None
-
-
-_UNLIKELY = -9999.0  # what OpenAI's API says for a probability of 0: JSON has no infinity
-
-
-def _sendable(thing: Any) -> Any:
-    """What was read as JSON without what JSON and UTF-8 can't write."""
-    if isinstance(thing, dict):
-        return {_text(key): _sendable(value) for key, value in thing.items()}
-    if isinstance(thing, list):
-        return [_sendable(value) for value in thing]
-    if isinstance(thing, float) and not math.isfinite(thing):
-        return _UNLIKELY
-    return _text(thing) if isinstance(thing, str) else thing
 
 
 def _passes(error: BaseException) -> bool:
@@ -331,52 +277,6 @@ def _passes(error: BaseException) -> bool:
     if isinstance(error, openai.APIStatusError):
         return error.status_code in _FOR_NOW or error.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
     return isinstance(error, openai.APIConnectionError)
-
-
-_TELLING = 8  # characters
-
-
-class Numbering:
-    """Gives parts of tool calls the index that says which call they belong to, where a server leaves it out."""
-
-    def __init__(self) -> None:
-        self._known: list[str | None] = []
-
-    def of(self, calls: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-        """The parts with their indices: one with an id that was not there yet begins a call."""
-        return [self._numbered(call) for call in calls] if calls else calls
-
-    def _numbered(self, call: dict[str, Any]) -> dict[str, Any]:
-        if call.get("index") is not None:
-            return call
-        if not self._known or (call.get("id") and call["id"] not in self._known):
-            self._known.append(call.get("id"))
-        place = self._known.index(call["id"]) if call.get("id") else len(self._known) - 1
-        return call | {"index": place}
-
-
-class Repetition:
-    """Leaves out the beginning of an answer where it repeats what was there already.
-
-    Args:
-        begun: what may be repeated; of a word or two it can't be told whether it is.
-    """
-
-    def __init__(self, begun: str) -> None:
-        self._rest, self._held = begun if len(begun) >= _TELLING else "", ""
-
-    def without(self, text: str, *, last: bool = False) -> str:
-        """More of the answer, without the repetition; what may turn out to be one is held back until that is known."""
-        if not self._rest:
-            return text
-        self._held += text
-        if self._held.startswith(self._rest):
-            text, self._rest = self._held[len(self._rest) :], ""
-        elif self._rest.startswith(self._held) and not last:
-            text = ""
-        else:
-            text, self._rest = self._held, ""
-        return text
 
 
 def _open(expert: Expert, opening: Opening) -> EndpointBackend:

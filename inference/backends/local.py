@@ -14,10 +14,11 @@ import anyio
 import torch
 
 from ...modeling.backend import Backend, Generation, Piece
-from ...modeling.chat import Message, encode_chat
+from ...modeling.chat import Message, encode_chat, encode_text
 from ...modeling.errors import ExpertFailedError, ExpertokenError, RequestRefusedError, one_line
 from ...modeling.loading import context_length, end_ids
 from ...modeling.source import Source
+from ..loop import start_daemon
 from .models import LocalModels, Resident
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ async def stream_generate(
                 loop.call_soon_threadsafe(streamer.text_queue.put_nowait, streamer.stop_signal)
                 loop.call_soon_threadsafe(ended.set)
 
-    threading.Thread(target=run, args=(model, options), daemon=True).start()
+    start_daemon(threading.Thread(target=run, args=(model, options), daemon=True))
     del model, options, inputs  # the thread's alone: who reads slowly must not keep what has to make room
     try:
         # Not the streamer's own iterator, which needs Python 3.11.
@@ -300,7 +301,7 @@ class LocalBackend(Backend):
             model = self._model(resident)
             ids = self._encode(resident, messages)
             # Generation prompts end where an answer begins; benchmarks put the blank before it into the continuation.
-            wanted = resident.tokenizer(continuation.lstrip(), add_special_tokens=False).input_ids
+            wanted = encode_text(resident.tokenizer, continuation.lstrip()).input_ids
             if len(ids) + len(wanted) > context_length(model):
                 raise RequestRefusedError(
                     f"{len(ids) + len(wanted)} tokens; the model has positions for {context_length(model)}"

@@ -23,8 +23,8 @@ from starlette.exceptions import HTTPException
 from ...modeling.backend import Piece
 from ...modeling.chat import Message, as_messages
 from ...modeling.errors import ExpertokenError, NoAnswerError, one_line
+from ...modeling.policy import Policy
 from ..answering import AnsweringModel
-from ..policy import Policy
 from .completions import Completion, merged, public
 from .guard import Guard, error_body
 from .prometheus import Metrics
@@ -65,6 +65,7 @@ class Service:
         self.metrics = Metrics(composite)
         composite.observe(self.metrics)
         composite.limit = settings.max_prompt_tokens
+        composite.chooser.candidates(composite.policy)  # a policy that fits nobody is told at the start
         self.started = int(time.time())
         self.draining = False
         self._answerers: dict[bytes, str] = {}
@@ -75,7 +76,8 @@ class Service:
     @property
     def models(self) -> list[str]:
         """Names that clients may ask for."""
-        return [self.settings.name, *(f"{self.settings.name}/{name}" for name in self.composite.pool.names)]
+        allowed = self.composite.policy.candidates(self.composite.pool)
+        return [self.settings.name, *(f"{self.settings.name}/{name}" for name in allowed)]
 
     def policy(self, request: ChatRequest) -> Policy:
         """Of a request: the composite's own, what the request says, and the expert that it addresses.
@@ -85,10 +87,11 @@ class Service:
         """
         if request.model not in self.models:
             raise UnknownModelError(f"no model {request.model!r} here; GET /v1/models lists them")
-        policy = Policy.parse(request.expertoken.policy, self.composite.policy)
+        own = self.composite.policy
+        policy = Policy.parse(request.expertoken.policy, own).within(own)
         if request.model == self.settings.name:
             return policy
-        # Addressed by name: it alone, whatever the composite's policy says of it.
+        # Addressed by name: it alone, without thresholds and costs.
         return Policy(allow=(request.model.removeprefix(f"{self.settings.name}/"),))
 
     def messages(self, request: ChatRequest) -> list[Message]:
@@ -97,14 +100,13 @@ class Service:
         Raises:
             ExpertokenError: it is not well formed, or too long.
         """
-        messages = as_messages(request.messages)
-        if len(messages) > self.settings.max_messages:
-            raise ExpertokenError(f"{len(messages)} messages; at most {self.settings.max_messages} are read")
-        named, asked = [], None
-        for message in messages:
+        if len(request.messages) > self.settings.max_messages:
+            raise ExpertokenError(f"{len(request.messages)} messages; at most {self.settings.max_messages} are read")
+        named, asked = [], _digest(None)
+        for message in as_messages(request.messages):
             name = None
             if message["role"] == "user":  # what a user calls himself is no expert's name
-                asked = message.get("content")
+                asked = _digest(message.get("content"))  # once, however many answers there are
             elif message["role"] == "assistant":
                 name = message.get("name") or self._answerers.get(_turn(asked, message.get("content")))
             named.append(message | {"name": name} if name else message)
@@ -112,7 +114,8 @@ class Service:
 
     def remember(self, messages: list[Message], text: str, expert: str) -> None:
         """Who gave an answer: clients send the text back without it when the chat goes on."""
-        turn = _turn(next((m.get("content") for m in reversed(messages) if m["role"] == "user"), None), text)
+        asked = next((m.get("content") for m in reversed(messages) if m["role"] == "user"), None)
+        turn = _turn(_digest(asked), text)
         self._answerers.pop(turn, None)
         self._answerers[turn] = expert  # as the newest
         if len(self._answerers) > _REMEMBERED:
@@ -120,7 +123,8 @@ class Service:
 
     async def answer(self, request: ChatRequest) -> Completion:
         """Decide; nothing is asked of an expert yet."""
-        policy, messages = self.policy(request), self.messages(request)
+        policy = self.policy(request)
+        messages = await asyncio.to_thread(self.messages, request)  # megabytes of them take a while
         with self.tracing.span("decide"):
             decision = await self.composite.adecide(messages, policy)
         first = request.generation(self.settings.max_new_tokens)
@@ -184,9 +188,13 @@ def _open(composite: AnsweringModel, name: str) -> None:
         logger.warning("expert %r can't be asked: %s", name, one_line(error))
 
 
-def _turn(asked: Any, answer: Any) -> bytes:
-    """Tells an answer by its question: a greeting is given by many, to many."""
-    return hashlib.blake2b(json.dumps([asked, answer or ""]).encode(), digest_size=16).digest()
+def _digest(content: Any) -> bytes:
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).digest()
+
+
+def _turn(asked: bytes, answer: Any) -> bytes:
+    """Return what tells an answer by its question's digest: a greeting is given by many, to many."""
+    return hashlib.blake2b(asked + json.dumps(answer or "").encode(), digest_size=16).digest()
 
 
 def create_app(composite: AnsweringModel, settings: Settings | None = None) -> FastAPI:

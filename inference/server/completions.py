@@ -11,7 +11,7 @@ from typing import Any
 
 from ...modeling.backend import Piece
 from ...modeling.errors import ExpertokenError, NoAnswerError
-from ..reply import Reply, ReplyStream
+from ..reply import Reply, ReplyStream, added
 from .guard import error_body
 from .schema import ChatRequest
 
@@ -37,11 +37,14 @@ class Completion:
         """What was answered so far."""
         return [stream.reply for stream in self.streams]
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Tokens; what was read counts once, however many answers there are."""
         read = max(reply.prompt_tokens for reply in self.replies)
         written = sum(reply.completion_tokens for reply in self.replies)
-        return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+        usage: dict[str, Any] = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+        for reply in self.replies:
+            usage |= added({k: v for k, v in usage.items() if k in reply.details}, reply.details)
+        return usage
 
     def shown(self, reply: Reply) -> dict[str, Any]:
         """What stands behind an answer, for who asked for it."""
@@ -51,6 +54,7 @@ class Completion:
             "chosen": reply.dispatch.expert,
             "reason": reply.dispatch.reason,
             "probabilities": reply.dispatch.probabilities,
+            "chances": reply.dispatch.chances,
             "handed_over": _handed_over(reply),
             "failures": failures,
             "cost": reply.cost,
@@ -86,9 +90,11 @@ class Completion:
         try:
             async with aclosing(pieces):
                 async for index, piece in pieces:
-                    delta: dict[str, Any] = {} if piece.finish and not piece.visible else {"content": piece.text}
+                    silent = not piece.visible and (piece.finish or piece.thought)
+                    delta: dict[str, Any] = {} if silent else {"content": piece.text}
                     if piece.tool_calls:
                         delta = {"tool_calls": piece.tool_calls} | ({"content": piece.text} if piece.text else {})
+                    delta |= piece.thought or {}
                     edge = index not in begun or piece.finish
                     if index not in begun:
                         begun.add(index)
@@ -165,6 +171,7 @@ async def _collect(stream: ReplyStream) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": reply.text if reply.text or not calls else None}
     if calls:
         message["tool_calls"] = [calls[place] for place in sorted(calls)]
+    message |= reply.thought
     choice = {"message": message, "finish_reason": reply.finish}
     return choice | {"logprobs": {"content": logprobs} if logprobs else None}
 

@@ -48,7 +48,8 @@ class ChatRequest(_Body):
     model_config = ConfigDict(extra="ignore")
 
     model: Annotated[str, StringConstraints(max_length=300)]
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    # Four megabytes of what is wrong would be a million errors: the first one is enough.
+    messages: list[dict[str, Any]] = Field(min_length=1, fail_fast=True)
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int = Field(1, ge=1, le=8)
@@ -57,13 +58,13 @@ class ChatRequest(_Body):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=4, fail_fast=True)] | None = None
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None  # experts read it, and say what is wrong with it
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None

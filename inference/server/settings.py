@@ -19,7 +19,7 @@ class Settings:
         api_keys: one of them has to come with each request; nobody is asked where there are none.
         max_body: bytes of a request.
         max_messages: of a conversation.
-        max_prompt_tokens: of a conversation, as the meta LLM reads it; what its positions allow where None.
+        max_prompt_tokens: longest conversation, in tokens, about; no limit but the experts' own where None.
         max_new_tokens: of an answer: the most that can be asked for, and what is given where nothing is asked for.
         max_concurrent: requests at a time; those above are told to come again.
         rate: requests of one key (or address) in a minute; None for no limit.

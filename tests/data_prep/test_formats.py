@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,11 @@ from expertoken.data_prep import readers
 from expertoken.data_prep.readers.lm_eval import question_of
 from expertoken.data_prep.reading import detect, read_results
 from expertoken.modeling.errors import ResultsError
+
+if sys.version_info >= (3, 14):
+    import zipfile as zstd_zip
+else:
+    from backports.zstd import zipfile as zstd_zip
 
 DATA = Path(os.environ.get("EXPERTOKEN_DATA", "data"))
 MODELS = ["org/a", "b"]
@@ -106,7 +112,7 @@ def embedllm(folder):
 
 def routerdc(folder):
     rows = [{"question": "Who may sue?", "scores": {"org/a": 1, "b": 0.0}, "cluster_id": 3}]
-    rows += [{"question": "What is rust?", "scores": {"org/a": 0.0, "b": 0.93}}]
+    rows += [{"question": "What is rust?", "scores": {"org/a": 0.0, "b": 0.9312}}]
     (folder / "arc_test.json").write_text(json.dumps(rows))
 
 
@@ -138,9 +144,71 @@ def hugging_face(folder):
     datasets.DatasetDict({"test": datasets.Dataset.from_dict(rows)}).save_to_disk(folder)
 
 
+def routerarena_cached(folder):
+    for model, scores in (("org/a", (1.0, 0.0)), ("b", (0.0, 1.0))):
+        lines = [
+            {"global_index": f"AIME_{i}", "question": f"question {i}", "llm_selected": model, "generated_answer": "7",
+             "token_usage": {"input_tokens": 9, "output_tokens": 1}, "success": True, "provider": "x", "error": None,
+             "evaluation_result": {"extracted_answer": "7", "ground_truth": "7", "score": score, "metric": "math_metric",
+                                   "inference_cost": 0.0003}, "run_number": 1}
+            for i, score in enumerate(scores)
+        ]  # fmt: skip
+        lines.append(lines[0] | {"global_index": "AIME_9", "question": "question 9", "success": False})
+        (folder / f"{model.replace('/', '_')}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+def routerarena_predictions(folder):
+    rows = [
+        {"global index": f"AIME_{i}", "prompt": f"question {i}", "prediction": model, "cost": 0.01,
+         "generated_result": {"generated_answer": "7", "success": True, "token_usage": {}}, "accuracy": SCORES[i][k],
+         "for_optimality": k > 0}
+        for k, model in enumerate(MODELS) for i in range(2)
+    ]  # fmt: skip
+    (folder / "my-router.json").write_text(json.dumps(rows))
+
+
+def inspect_document(model, scores):
+    # As inspect_ai 0.3 writes it, less what nobody reads here.
+    samples = [
+        {"id": i + 1, "epoch": 1, "input": f"question {i}", "target": "7", "messages": [],
+         "scores": {"match": {"value": value, "answer": "7", "history": []}}}
+        for i, value in enumerate(scores)
+    ]  # fmt: skip
+    return {"version": 2, "status": "success", "eval": {"task": "tasks/tiny", "model": model, "config": {}}, "plan": {},
+            "results": {"scores": []}, "stats": {}, "samples": samples}  # fmt: skip
+
+
+def inspect_json(folder):
+    for model, scores in (("org/a", "CI"), ("b", "IC")):
+        (folder / f"2026_{model[-1]}.json").write_text(json.dumps(inspect_document(model, scores), indent=2))
+
+
+def inspect_archive(folder):
+    for model, scores in (("org/a", (1, 0.0)), ("b", ("I", "C"))):
+        document = inspect_document(model, scores)
+        with zstd_zip.ZipFile(folder / f"{model[-1]}.eval", "w", compression=zstd_zip.ZIP_ZSTANDARD) as archive:
+            for sample in document.pop("samples"):
+                archive.writestr(f"samples/{sample['id']}_epoch_1.json", json.dumps(sample))
+            archive.writestr("header.json", json.dumps(document))
+
+
+def leaderboard_details(folder):
+    for model, scores in (("org/a", (1.0, 0.0)), ("b", (0.0, 1.0))):
+        place = folder / f"details_{model.replace('/', '__')}"
+        place.mkdir()
+        frame = pd.DataFrame(
+            {"example": [f"question {i}" for i in range(2)], "full_prompt": ["shots\n\nquestion"] * 2,
+             "metrics": [{"acc": 0.0, "acc_norm": score} for score in scores]}
+        )  # fmt: skip
+        frame.to_parquet(place / "details_harness|hendrycksTest-law|5_2023-09-01T00:00:00.000000.parquet")
+
+
 SHAPES = {
     "routerbench": [routerbench_csv, routerbench_pickle],
     "routellm": [routellm],
+    "routerarena": [routerarena_cached, routerarena_predictions],
+    "inspect": [inspect_json, inspect_archive],
+    "leaderboard-details": [leaderboard_details],
     "routereval": [routereval, leaderboard],
     "llmrouterbench": [llmrouterbench],
     "embedllm": [embedllm],
@@ -341,26 +409,26 @@ def group_of(document):
 
 MALFORMED = {
     "routerdc, cut short": (routerdc, cut, "routerdc", r"arc_test.json: line 1 is not JSON .*cut short"),
-    "routerdc, score is text": (routerdc, replaced(b"0.93", b'"good"'), None, r"entry 1, field 'scores.b': expected a number .*, got 'good'"),
+    "routerdc, score is text": (routerdc, replaced(b"0.9312", b'"good"'), None, r"entry 1, field 'scores.b': expected a number .*, got 'good'"),
     "routerdc, no question": (routerdc, replaced(b'"question": "Who may sue?"', b'"question": 7'), None, r"entry 0, field 'question'"),
-    "routerdc, outside": (routerdc, replaced(b"0.93", b"-7"), None, r"arc_test.json: query 'arc_test/1', model 'b': score -7 is outside"),
+    "routerdc, outside": (routerdc, replaced(b"0.9312", b"-7"), None, r"arc_test.json: query 'arc_test/1', model 'b': score -7 is outside"),
     "routerdc, Latin-1": (routerdc, replaced(b"Who", b"Qu\xe9"), "routerdc", r"arc_test.json: byte \d+ is not UTF-8"),
-    "routerdc, NaN": (routerdc, replaced(b"0.93", b"NaN"), None, r"entry 1, field 'scores.b': expected a number \(null where not measured\), got nan"),
-    "routerdc, a number too large": (routerdc, replaced(b"0.93", b"9" * 400), None, r"entry 1, field 'scores.b': expected a number"),
-    "routerdc, a number of 5,000 digits": (routerdc, replaced(b"0.93", b"9" * 5000), None, r"arc_test.json: line 1 is not JSON that can be read"),
-    "routerdc, nested": (routerdc, replaced(b"0.93", b"[" * 100_000), "routerdc", r"arc_test.json: line 1 is not JSON that can be read"),
+    "routerdc, NaN": (routerdc, replaced(b"0.9312", b"NaN"), None, r"entry 1, field 'scores.b': expected a number \(null where not measured\), got nan"),
+    "routerdc, a number too large": (routerdc, replaced(b"0.9312", b"9" * 400), None, r"entry 1, field 'scores.b': expected a number"),
+    "routerdc, a number of 5,000 digits": (routerdc, replaced(b"0.9312", b"9" * 5000), None, r"arc_test.json: line 1 is not JSON that can be read"),
+    "routerdc, nested": (routerdc, replaced(b"0.9312", b"[" * 100_000), "routerdc", r"arc_test.json: line 1 is not JSON that can be read"),
     "routerbench, no sample_id": (routerbench_csv, replaced(b"sample_id", b"sample"), None, r"csv: no column 'sample_id'"),
-    "routerbench, score is text": (row_of("b", 1, "yes"), None, None, r"r.csv: row 2, column 'b': expected a number, got 'yes'"),
-    "routerbench, cost is text": (row_of("b|total_cost", 0, "free"), None, None, r"r.csv: row 1, column 'b\|total_cost': expected a number"),
-    "routerbench, no prompt": (row_of("prompt", 1, None), None, None, r"r.csv: row 2, column 'prompt': expected text"),
+    "routerbench, score is text": (row_of("b", 1, "maybe"), None, None, r"r.csv: row 3, column 'b': expected a number, got 'maybe'"),
+    "routerbench, cost is text": (row_of("b|total_cost", 0, "free"), None, None, r"r.csv: row 2, column 'b\|total_cost': expected a number"),
+    "routerbench, no prompt": (row_of("prompt", 1, None), None, None, r"r.csv: row 3, column 'prompt': expected text"),
     "routerbench, same query twice": (lambda f: pd.concat([routerbench_frame()] * 2).to_csv(f / "r.csv"), None, None, r"r.csv: query id 'mmlu-law.val.0:\w+' appears twice"),
     "routerbench, score outside": (row_of("org/a", 0, 3), None, None, r"r.csv: query 'mmlu-law.val.0', model 'org/a': score 3 is outside"),
     "routerbench, pickle cut short": (routerbench_pickle, cut, None, r"pkl: not a readable pickle .*cut short"),
     "routerbench, pickle of a list": (lambda f: (f / "r.pkl").write_bytes(pickle.dumps([1])), None, None, r"r.pkl: holds a list; expected a pandas DataFrame"),
-    "routellm, neither true nor false": (routellm, replaced(b"False,True", b"maybe,True"), None, r"mmlu_law.csv: row 2, column 'org/a': expected a number, got 'maybe'"),
+    "routellm, neither true nor false": (routellm, replaced(b"False,True", b"maybe,True"), None, r"mmlu_law.csv: row 3, column 'org/a': expected a number, got 'maybe'"),
     "routellm, no prompt": (routellm, replaced(b"What is rust?", b""), None, r"mmlu_law.csv: query 'mmlu_law/1' has no prompt"),
     "routellm, no models": (lambda f: (f / "mmlu_law.csv").write_text("prompt,a_response\nq,x\n"), None, "routellm", r"mmlu_law.csv: empty results, no column of a model"),
-    "routellm, uneven rows": (routellm, replaced(b"False,True", b"False,True,1,2,3"), None, r"mmlu_law.csv: not a readable .csv table"),
+    "routellm, uneven rows": (routellm, replaced(b"False,True", b"False,True,1,2,3"), None, r"mmlu_law.csv: row 3 has 6 cells, the header 3; quote"),
     "routereval, cut short": (routereval, cut, None, r"gsm8k_router_dataset.pkl: not a readable pickle"),
     "routereval, no prompts": (reshaped(routereval_document, lambda d: d.pop("prompt")), None, None, r"pkl: no entry 'prompt'"),
     "routereval, fewer prompts": (reshaped(routereval_document, lambda d: d["prompt"]["test_prompt"].pop()), None, None, r"test_score: expected \[1 prompts, 2 models\], got \[2, 2\]"),
@@ -376,8 +444,8 @@ MALFORMED = {
     "llmrouterbench, no text": (lambda f: (f / "x_20250101_000000.json").write_text(json.dumps(run_of("a", []) | {"records": [{"index": 0, "score": 1}]})), None, None, r"record 0, field 'origin_query': expected text"),
     "llmrouterbench, no records": (lambda f: (f / "x_20250101_000000.json").write_text(json.dumps(run_of("a", []))), None, None, r"json: empty results"),
     "embedllm, no label": (embedllm, replaced(b"label", b"right"), None, r"train.csv: no column 'label'"),
-    "embedllm, label is text": (embedllm, replaced(b"7,0,3,1", b"7,0,3,one"), None, r"train.csv: row 1, column 'label': expected a number, got 'one'"),
-    "embedllm, no model": (embedllm, replaced(b"7,1,3,0", b"7,,3,0"), None, r"train.csv: row 2, column 'model_id': empty"),
+    "embedllm, label is text": (embedllm, replaced(b"7,0,3,1", b"7,0,3,one"), None, r"train.csv: row 2, column 'label': expected a number, got 'one'"),
+    "embedllm, no model": (embedllm, replaced(b"7,1,3,0", b"7,,3,0"), None, r"train.csv: row 3, column 'model_id': empty"),
     "embedllm, label outside": (embedllm, replaced(b"9,0,4,0", b"9,0,4,5"), None, r"train.csv: query '9', model 'org/a': score 5 is outside"),
     "lm-eval, cut short": (lm_eval, cut, None, r"samples_arc_2025-01-01T00-00-00.jsonl: line 2 is not JSON"),
     "embedllm, one id for two prompts": (embedllm, replaced(b"Who may sue?,b", b"Who pays?,b"), None, r"train.csv: prompt_id '7' stands for different prompts"),
@@ -386,10 +454,10 @@ MALFORMED = {
     "lm-eval, score is text": (lm_eval, replaced(b'"acc": 0.0', b'"acc": "no"'), None, r"field 'acc': expected a number"),
     "table, Latin-1": (table, replaced(b"Who", b"Qu\xe9"), None, r"t.csv: byte \d+ is not UTF-8"),
     "table, score outside": (table, replaced(b"rust?,0,1", b"rust?,0,7"), None, r"t.csv: query .*, model 'b': score 7 is outside"),
-    "table, NaN": (table, replaced(b"rust?,0,1", b"rust?,0,NaN"), None, r"t.csv: row 2, column 'b': expected a number, got 'NaN'"),
+    "table, NaN": (table, replaced(b"rust?,0,1", b"rust?,0,NaN"), None, r"t.csv: row 3, column 'b': expected a number, got 'NaN'"),
     "table, cost below zero": (lambda f: (f / "t.csv").write_text("query,model,score,cost\nq,a,1,-5\n"), None, None, r"t.csv: query 't/q', model 'a': cost -5 is not a price"),
     "table, no question column": (table, replaced(b"query", b"qury"), None, r"t.csv: no column 'query' with the question, did you mean 'qury'"),
-    "table, question twice": (table, replaced(b"What is rust?", b"Who may sue?"), None, r"t.csv: row 2: query .* came before"),
+    "table, question twice": (table, replaced(b"What is rust?", b"Who may sue?"), None, r"t.csv: row 3: query .* came before"),
     "datasets, damaged": (hugging_face, lambda data: b"{", "datasets", r"can't be read as a dataset"),
     "datasets, no such thing": (lambda f: None, None, "datasets", r"can't be read as a dataset"),
     "of no format": (lambda f: (f / "notes.txt").write_text("hello"), None, None, r"no format known here; say which with --format: lm-eval, "),

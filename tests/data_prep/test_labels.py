@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from expertoken.data_prep.labels import STRATEGIES, Labelling, label, winners
+from expertoken.data_prep.labels import STRATEGIES, Labelling, absent, fill_unknown, label, winners
 from expertoken.modeling.errors import ExpertokenError
 
 nan = float("nan")
@@ -20,9 +20,25 @@ def test_winners_of_a_tie_share_it_unless_self_is_among_them():
 
 def test_query_level_gives_weight_to_queries_that_tell_candidates_apart():
     scores = np.array([[1, 0, 0], [0, 0, 0], [1, 1, 1], [1, 1, nan], [nan, nan, nan]])
-    assert label(scores, ["g"] * 5)[1].tolist() == [1, 0, 0, 1, 0]
+    # The fourth query's third score is unknown, not wrong: it tells nobody apart from the others.
+    assert label(scores, ["g"] * 5)[1].tolist() == [1, 0, 0, 0, 0]
     # Everybody right, self too: that teaches to keep the query.
-    assert label(scores, ["g"] * 5, self_index=2)[1].tolist() == [1, 0, 1, 1, 0]
+    assert label(scores, ["g"] * 5, self_index=2)[1].tolist() == [1, 0, 1, 0, 0]
+
+
+def test_who_has_no_score_in_a_benchmark_is_no_candidate_there_and_tells_the_others_apart():
+    scores = np.array([[1, nan], [0, nan], [1, 1], [1, nan]])
+    benchmarks = ["a", "a", "b", "b"]
+    assert absent(scores, benchmarks).tolist() == [[False, True], [False, True], [False, False], [False, False]]
+    targets, weights = label(scores, benchmarks)
+    assert weights.tolist() == [1, 0, 0, 0]
+    assert targets[0].tolist() == [1, 0]
+
+
+def test_an_unknown_score_counts_as_the_candidates_mean_in_the_benchmark():
+    scores = np.array([[1, 0.5], [0, nan], [nan, 1], [0, nan]])
+    filled = fill_unknown(scores, ["a", "a", "a", "b"])
+    assert filled.tolist() == [[1, 0.5], [0, 0.75], [0.5, 1], [0, 0.75]]
 
 
 def test_ties_go_to_the_cheapest_or_to_the_best_overall_where_asked():
@@ -117,14 +133,17 @@ def test_an_option_that_a_strategy_does_not_read_is_refused(strategy, option):
         Labelling(strategy, **{option: 0.7})
 
 
-def test_an_expert_is_not_cheap_for_not_saying_what_it_costs():
+def test_an_expert_is_not_cheap_for_not_saying_what_it_costs(caplog):
     costs = np.array([[0.001, nan], [0.001, 0.02], [0.001, nan]])
     scores = np.ones((3, 2), np.float32)
     targets, _ = label(scores, ["g"] * 3, labelling=Labelling(cost_weight=10.0), costs=costs)
     assert targets.argmax(1).tolist() == [0, 0, 0]
     costs[1, 1] = nan
-    with pytest.raises(ExpertokenError, match="no cost is known of candidate 'b'"):
-        label(scores, ["g"] * 3, labelling=Labelling(cost_weight=10.0), costs=costs, names=["a", "b"])
+    targets, _ = label(scores, ["g"] * 3, labelling=Labelling(cost_weight=10.0), costs=costs, names=["a", "b"])
+    assert (targets == 0.5).all()  # as dear as the dearest known, which is the other one
+    assert "no cost is known of b" in caplog.text
+    with pytest.raises(ExpertokenError, match="expected costs of the candidates, found none"):
+        label(scores, ["g"] * 3, labelling=Labelling(cost_weight=10.0), costs=np.full((3, 2), nan))
     self_answers, _ = label(scores, ["g"] * 3, labelling=Labelling(cost_weight=10.0), costs=costs, self_index=1)
     assert self_answers.argmax(1).tolist() == [1, 1, 1]  # self asks no other model
 
@@ -140,6 +159,7 @@ def test_an_expert_is_not_cheap_for_not_saying_what_it_costs():
 def test_targets_are_distributions_over_measured_candidates(strategy, scores, self_index, ties, cost_weight, more):
     costs = np.tile(np.array([0.3, 0.2, 0.1], np.float32), (7, 1))
     shrinkage = more if strategy in ("subject", "mixed") else 0.0
+    ties = ties if strategy in ("query", "subject", "mixed") else "all"
     labelling = Labelling(strategy, ties=ties, cost_weight=cost_weight, shrinkage=shrinkage)
     learning = np.arange(7) < 5
     targets, weights = label(
@@ -150,3 +170,9 @@ def test_targets_are_distributions_over_measured_candidates(strategy, scores, se
     np.testing.assert_allclose(targets.sum(1)[weights > 0], 1, rtol=1e-5)
     if strategy in ("query", "soft", "correctness", "expected_score"):
         assert (targets[np.isnan(scores)] == 0).all()
+
+
+@pytest.mark.parametrize("strategy", ["correctness", "soft", "expected_score"])
+def test_ties_are_refused_where_they_change_nothing(strategy):
+    with pytest.raises(ExpertokenError, match=f"ties: labels by '{strategy}' do not depend on it; it is for query"):
+        Labelling(strategy, ties="best")

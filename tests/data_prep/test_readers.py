@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from expertoken.data_prep.reading import parse_options, read_results
+from expertoken.data_prep.reading import detect, parse_options, read_results
 from expertoken.modeling.errors import ResultsError
 
 LONG = "query,model,score,benchmark,split\nq one,a,1,b,train\nq one,c,0,b,train\nq two,a,true,b,test\n"
@@ -59,10 +59,10 @@ def test_columns_have_the_names_that_options_say(tmp_path):
         ("query,model,score\n", "empty results"),
         ("question,model,score\nq,a,1\n", "no column 'query'.*"),
         ("query,model,points\nq,a,1\n", "no column 'score'"),
-        ("query,model,score\nq,a,good\n", "row 1, column 'score': expected a number, got 'good'"),
-        ("query,model,score\nq,a,1\nq,a,0\n", "row 2: query .* came before"),
-        ("query,a\nq,1\nq,0\n", "row 2: query .* came before"),
-        ("query,model,score\n,a,1\n", "row 1, column 'query': no text"),
+        ("query,model,score\nq,a,good\n", "row 2, column 'score': expected a number, got 'good'"),
+        ("query,model,score\nq,a,1\nq,a,0\n", "row 3: query .* came before"),
+        ("query,a\nq,1\nq,0\n", "row 3: query .* came before"),
+        ("query,model,score\n,a,1\n", "row 2, column 'query': empty"),
         ("query,a\nq,7\n", "score 7 is outside"),
         ("query,note\nq,hm\n", "no numeric column left"),
     ],
@@ -83,7 +83,7 @@ def test_missing_files_and_formats_are_named(tmp_path):
 
 
 def test_routerdc_multiple_choice_is_right_above_zero_and_attempts_stay_means(tmp_path):
-    rows = [{"question": "q", "scores": {"a": 0.51, "b": 0}}, {"question": "q", "scores": {"a": 0, "b": 0.2}}]
+    rows = [{"question": "q", "scores": {"a": 0.5123, "b": 0}}, {"question": "q", "scores": {"a": 0, "b": 0.2}}]
     write(tmp_path, "mmlu_train.json", json.dumps(rows))
     rows = [{"question": "g", "scores": {"a": 0.7, "b": 1.0}, "cluster_id": 3}]
     write(tmp_path, "gsm8k-test.json", json.dumps(rows))
@@ -134,6 +134,69 @@ def test_the_newest_harness_run_counts(tmp_path):
     harness(tmp_path, "a", [0.0], stamp="2026-01-02T03-04-05.6")
     harness(tmp_path, "a", [1.0], stamp="2026-02-02T03-04-05.6")
     assert read_results(tmp_path, "lm-eval").scores.tolist() == [[1.0]]
+
+
+STAMP = "2026-01-02T03-04-05.6"
+
+
+def test_harness_lines_end_at_line_feeds_alone(tmp_path):
+    line = json.dumps(json.loads(sample(0, 1.0)) | {"doc": {"question": "one\u2028two"}}, ensure_ascii=False)
+    write(tmp_path / "a", f"samples_t_{STAMP}.jsonl", line + "\n")
+    assert read_results(tmp_path, "lm-eval").queries["prompt"].tolist() == ["one\u2028two"]
+
+
+@pytest.mark.parametrize("form", ["lines", "list"])
+def test_older_harness_samples_are_json(tmp_path, form):
+    rows = [json.loads(sample(index, float(index))) for index in range(2)]
+    text = "\n".join(map(json.dumps, rows)) if form == "lines" else json.dumps(rows, indent=2)
+    write(tmp_path / "a", f"samples_t_{STAMP}.json", text)
+    assert detect(tmp_path) == "lm-eval"
+    assert read_results(tmp_path).scores.tolist() == [[0.0], [1.0]]
+
+
+def test_of_unnamed_filters_the_first_block_counts_and_named_ones_are_chosen(tmp_path):
+    bare = [{k: v for k, v in json.loads(sample(d, s)).items() if k != "filter"} for s in (0.0, 1.0) for d in (0, 1)]
+    write(tmp_path / "a", f"samples_t_{STAMP}.jsonl", "\n".join(map(json.dumps, bare)))
+    assert read_results(tmp_path / "a", "lm-eval").scores.tolist() == [[0.0], [0.0]]
+    named = [sample(0, score, filter=name) for name, score in (("strict", 0.0), ("flexible", 1.0))]
+    write(tmp_path / "b", f"samples_t_{STAMP}.jsonl", "\n".join(named))
+    assert read_results(tmp_path / "b", "lm-eval").scores.tolist() == [[0.0]]
+    assert read_results(tmp_path / "b", "lm-eval", filter="flexible").scores.tolist() == [[1.0]]
+    with pytest.raises(ResultsError, match="no filter 'flexibel', did you mean 'flexible'"):
+        read_results(tmp_path / "b", "lm-eval", filter="flexibel")
+
+
+def test_a_harness_task_without_a_known_metric_is_left_out_and_named(tmp_path, caplog):
+    harness(tmp_path, "a", [1.0, 0.0], task="arc")
+    other = {"metrics": ["word_perplexity"], "word_perplexity": [-10.0, 20], "quality": 0.5}
+    rows = [{k: v for k, v in (json.loads(sample(d, 1.0)) | other).items() if k != "acc"} for d in range(2)]
+    write(tmp_path / "a", f"samples_wikitext_{STAMP}.jsonl", "\n".join(map(json.dumps, rows)))
+    assert read_results(tmp_path, "lm-eval").queries["benchmark"].unique().tolist() == ["arc"]
+    assert "no metric known here in wikitext (it has word_perplexity): left out" in caplog.text
+    options = parse_options("lm-eval", ["metric=wikitext=quality"])
+    assert read_results(tmp_path, "lm-eval", **options).scores.tolist() == [[1.0], [0.0], [0.5], [0.5]]
+
+
+def test_two_harness_runs_in_one_folder_are_told_apart_by_their_time(tmp_path):
+    for model, stamp, task in (("org/a", "2026-01-01T00-00-00.0", "arc"), ("org/b", "2026-02-01T00-00-00.0", "gsm8k")):
+        write(tmp_path, f"results_{stamp}.json", json.dumps({"model_name": model}))
+        write(tmp_path, f"samples_{task}_{stamp}.jsonl", sample(0, 1.0))
+    results = read_results(tmp_path, "lm-eval")
+    assert results.models == ["org/a", "org/b"]
+    assert np.isnan(results.scores).sum() == 2
+    write(tmp_path, "samples_hellaswag_2026-03-01T00-00-00.0.jsonl", sample(0, 1.0))
+    with pytest.raises(ResultsError, match="results of org/a and org/b, and none of the run of 2026-03.*folder of its"):
+        read_results(tmp_path, "lm-eval")
+
+
+def test_graded_scores_stay_and_the_folder_is_the_benchmark_of_a_bare_side(tmp_path):
+    rows = [{"question": "Who?", "scores": {"a": 0.3, "b": 0.96, "c": 0.0}}]
+    write(tmp_path / "qa", "train.json", json.dumps(rows))
+    write(tmp_path / "qa", "test.json", json.dumps([rows[0] | {"question": "Why?"}]))
+    results = read_results(tmp_path / "qa")
+    np.testing.assert_allclose(results.scores, [[0.3, 0.96, 0.0]] * 2)
+    assert set(results.queries["benchmark"]) == {"qa"}
+    assert sorted(results.queries["split"]) == ["test", "train"]
 
 
 @pytest.mark.parametrize(

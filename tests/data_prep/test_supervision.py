@@ -53,6 +53,44 @@ def test_leaks_are_found_after_normalising():
     assert find_leaks(["What is 5 + 3?"], ["What is 5 - 3?"]) == []
 
 
+@pytest.mark.parametrize(
+    "disguise",
+    [
+        "Who\u200b may\u2060 sue wh\u00adom in this case?",  # characters without width
+        "Who may sue whom in this case? Answer:",
+        "Question: Who may sue whom in this case?\nA:",
+        "Wh\u043e m\u0430y su\u0435 whom in this c\u0430se?",  # Cyrillic letters
+        "\ufeffWHO MAY SUE WHOM\nIN THIS CASE",
+    ],
+)
+def test_a_disguise_makes_no_other_question(disguise):
+    assert find_leaks([disguise], ["Who may sue whom in this case?"]) == [(0, 0)]
+
+
+def test_a_question_that_stands_in_another_is_nearly_the_same():
+    question = "Which of the two old ships in the harbour was built before the war and sank?"
+    longer = (
+        f"Read this letter of a sailor to his wife first.\n{question}\nGive your answer in one single word, please."
+    )
+    for train, test in (([question], [longer]), ([longer], [question])):
+        [pair] = find_near_duplicates(train, test)
+        assert pair == (0, 0, 1.0)
+    assert find_near_duplicates(["Is it so?"], [f"Is it so? {question}"]) == []
+
+
+def test_equal_questions_are_drawn_to_one_side():
+    prompts = [f"What is {n // 4} plus 1{'?' * (n % 2)}" for n in range(80)]  # each four times
+    frame = pd.DataFrame({"id": [f"q{n}" for n in range(80)], "prompt": prompts}).assign(
+        benchmark="b", subject=None, split=None
+    )
+    results = BenchmarkResults(frame, ["a", "b"], np.stack([np.arange(80) % 3 > 0, np.arange(80) % 3 == 0], 1))
+    supervision = build_supervision(results, near_duplicates="ignore")  # no leak that would be refused
+    assert all(supervision.info.sizes.values())
+    stated = frame.assign(split=["test"] + [None] * 79)
+    drawn = BenchmarkResults(stated, ["a", "b"], results.scores).split()
+    assert set(drawn.queries["split"][:4]) == {"test"}
+
+
 def test_a_leak_is_refused_unless_told():
     with pytest.raises(LeakError, match="1 train or validation queries .*1 = 2"):
         build_supervision(leaky(), validation=0)

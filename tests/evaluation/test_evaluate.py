@@ -5,16 +5,24 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from transformers import TrainingArguments
+from typer.testing import CliRunner
 
+from expertoken.cli import app
+from expertoken.data_prep.labels import Labelling
 from expertoken.data_prep.results import BenchmarkResults
 from expertoken.data_prep.supervision import Supervision, build_supervision
+from expertoken.evaluation import plots
 from expertoken.evaluation.baselines import METHODS, embed
 from expertoken.evaluation.evaluate import evaluate
 from expertoken.evaluation.metrics import benchmark_means
 from expertoken.evaluation.plots import draw_report
 from expertoken.evaluation.report import Report, Result
 from expertoken.evaluation.robustness import adversarial_suffix
+from expertoken.inference.composite_model import CompositeModel
+from expertoken.modeling.composite import load_composite, write_calibration
 from expertoken.modeling.errors import ExpertokenError
+from expertoken.modeling.experts import Expert
 from expertoken.modeling.pool import RESERVED, ExpertPool
 from expertoken.tests.tiny import tiny_tokenizer
 from expertoken.train.arguments import ExpertokenArguments
@@ -37,8 +45,6 @@ def test_the_report_holds_the_composite_its_experts_and_the_bounds(composite_fol
 def test_the_composites_mean_is_that_of_the_candidates_it_chose(composite_folder):
     report = evaluate(composite_folder)
     supervision = Supervision.load(composite_folder.parent / "supervision")
-    from expertoken.inference.composite_model import CompositeModel
-
     composite = CompositeModel.from_pretrained(composite_folder, device="cpu")
     test = supervision.data["test"]
     got = []
@@ -73,7 +79,9 @@ def priced_report(tmp_path, composite_folder, results, pool):
 def test_the_report_is_a_folder_with_pictures(priced_report, tmp_path):
     pytest.importorskip("matplotlib")
     drawn = draw_report(priced_report, tmp_path / "report")
-    assert {path.name for path in drawn} == {"scores.png", "experts.png", "shares.png", "reliability.png", "cost.png"}
+    assert {path.name for path in drawn} == {
+        "scores.png", "gains.png", "experts.png", "shares.png", "reliability.png", "cost.png"
+    }  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
     priced_report.save_folder(tmp_path / "report", drawn)
     text = (tmp_path / "report" / "report.md").read_text()
@@ -83,6 +91,22 @@ def test_the_report_is_a_folder_with_pictures(priced_report, tmp_path):
     assert "cost.png" not in (tmp_path / "report" / "report.md").read_text()
     stored = json.loads((tmp_path / "report" / "report.json").read_text())
     assert {"versions", "data_fingerprint", "seconds", "peak_memory_gib"} <= set(stored["settings"])
+
+
+def test_pictures_survive_intervals_without_a_width_and_benchmarks_without_scores(priced_report, tmp_path):
+    row = next(row for row in priced_report.results if row.kind == "expert")
+    row.mean_score, row.mean_score_interval = 1 / 6, (1 / 6 + 1e-12, 1 / 6 - 1e-12)
+    row.score_by_benchmark.popitem()
+    assert len(draw_report(priced_report, tmp_path / "report")) == 6
+
+
+def test_a_picture_that_fails_costs_no_report(priced_report, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(plots, "draw_shares", lambda report: 1 / 0)
+    drawn = draw_report(priced_report, tmp_path / "report")
+    assert "shares.png" not in [path.name for path in drawn]
+    assert "the picture shares.png could not be drawn" in caplog.text
+    priced_report.save_folder(tmp_path / "report", drawn)
+    assert (tmp_path / "report" / "report.md").exists()
 
 
 def test_a_candidate_without_a_known_cost_is_told_and_left_out_of_the_curves(composite_folder, results, pool):
@@ -104,15 +128,13 @@ def test_baselines_are_learnt_from_one_side_where_there_is_one(composite_folder,
 
 def test_a_small_table_has_every_baseline(tmp_path, base_folder):
     """An MLP that stops early needs some queries to stop on."""
-    from transformers import TrainingArguments
-
     texts = [f"Compute {i}" if i % 2 else f"What is the law of {i}" for i in range(12)]
     queries = pd.DataFrame({"id": map(str, range(12)), "prompt": texts, "benchmark": "b", "subject": None})
     scores = np.eye(2)[np.arange(12) % 2]
     build_supervision(BenchmarkResults(queries.assign(split=None), ["a", "b"], scores)).save(tmp_path / "s")
     options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), verify=False)
     folder = train(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
-    assert {row.name for row in evaluate(folder).results} > set(METHODS)
+    assert {row.name for row in evaluate(folder, baselines=list(METHODS)).results} > set(METHODS)
 
 
 def test_learnt_routers_stand_beside_the_composite_and_solve_what_is_easy(priced_report):
@@ -153,8 +175,6 @@ def test_the_verdict_says_so_where_the_composite_does_not_win(composite_folder, 
 
 
 def test_two_candidates_give_the_figures_of_routellm(tmp_path, base_folder, results, pool):
-    from transformers import TrainingArguments
-
     two = ExpertPool([pool["math"], pool["law"]])
     scores = results.scores[:, :2].copy()
     scores[results.scores[:, 2] == 1, 0] = 1  # math is the strong one: sums and chats
@@ -169,8 +189,6 @@ def test_two_candidates_give_the_figures_of_routellm(tmp_path, base_folder, resu
 
 def test_a_composite_trained_for_correctness_is_weighed_by_its_chances_of_being_right(tmp_path, base_folder):
     """Odds between the experts are alike on all queries; the chance that only the strong one is right is not."""
-    from transformers import TrainingArguments
-
     rng = np.random.default_rng(0)
     texts = [f"{('Compute', 'What is the law in case')[i % 2]} {i}, please." for i in range(400)]
     hard = np.arange(400) % 2 == 1
@@ -226,6 +244,15 @@ def test_changes_of_the_text_keep_what_they_should():
     assert sorted(changed) == sorted(question)
     assert [line[:2] for line in changed.splitlines()[1:4]] == ["A.", "B.", "C."]
     assert all(change(question, Random(3)) != question for change in CHANGES.values())
+
+
+def test_an_expert_without_scores_in_a_benchmark_has_an_empty_cell(tmp_path, base_folder):
+    build_supervision(missing_results(0.5), labelling="correctness").save(tmp_path / "s")
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), verify=False)
+    folder = train(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
+    result = CliRunner().invoke(app, ["evaluate", str(folder), "--baselines", "names, kNN", "--no-plot"])
+    assert result.exit_code == 0, result.output
+    assert "half" in result.output
 
 
 def test_of_a_large_pool_the_tables_show_the_best_experts_only():
@@ -291,3 +318,142 @@ def test_a_model_that_chats_is_refused_with_what_to_give():
 
 def test_no_expert_can_have_the_name_of_a_line_of_the_report():
     assert {*METHODS, "composite", "random", "oracle", "encoder"} == set(RESERVED)
+
+
+def kinds_table(count, seed, learnable):
+    """Scores of two candidates that the benchmark's name explains, or its words as well."""
+    rng = np.random.default_rng(seed)
+    names = np.array(["sums", "laws"])[np.arange(count) % 2]
+    words = names if learnable else rng.permutation(names)
+    right = np.where((names == "sums")[:, None] == np.array([True, False]), 0.9, 0.2)
+    frame = pd.DataFrame(
+        {"id": map(str, range(count)), "prompt": [f"{w} number {i}" for i, w in enumerate(words)], "benchmark": names}
+    ).assign(subject=None, split=None)
+    return BenchmarkResults(frame, ["a", "b"], (rng.random((count, 2)) < right).astype(float))
+
+
+def test_what_the_name_of_a_benchmark_explains_is_seen_as_such(tmp_path, base_folder):
+    build_supervision(kinds_table(300, 0, learnable=True)).save(tmp_path / "s")
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), verify=False)
+    folder = train(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
+    report = evaluate(folder, baselines=["names", "words", "guarded-kNN", "ranking", "ensemble"])
+    assert report.row("names").mean_score == report.row("best per dataset").mean_score
+    assert report.row("words").mean_score == pytest.approx(report.row("names").mean_score, abs=0.05)
+    told = " ".join(report.verdict())
+    assert "Not told apart from names" in told
+    assert "Better than blind mixture" in told
+    for name in ("guarded-kNN", "ranking", "ensemble"):
+        assert report.row(name).mean_score > report.row("random").mean_score
+        assert report.row(name).milliseconds > 0
+    assert report.row("names").composite_gain.p >= report.row("names").composite_gain.p_value
+    assert report.row("oracle").composite_gain.p_holm is None
+
+
+def test_words_that_say_nothing_of_the_name_are_worth_no_more_than_the_best_single(tmp_path, base_folder):
+    build_supervision(kinds_table(300, 0, learnable=False)).save(tmp_path / "s")
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), verify=False)
+    folder = train(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
+    report = evaluate(folder, baselines=["names", "words", "untrained", "guarded-kNN"])
+    for name in ("composite", "words", "untrained", "guarded-kNN"):
+        assert report.row("names").mean_score > report.row(name).mean_score + 0.1
+
+
+def correct_composite(tmp_path, base_folder, scores, labelling="correctness", costs=None, pool=None):
+    """A composite on questions of two kinds, trained to tell each candidate's chance of being right."""
+    count = len(scores)
+    texts = [f"{('Compute', 'What is the law in case')[i % 2]} {i}, please." for i in range(count)]
+    queries = pd.DataFrame({"id": map(str, range(count)), "prompt": texts, "benchmark": "b", "subject": None})
+    names = pool.names if pool else ["one", "two"]
+    results = BenchmarkResults(queries.assign(split=None), names, np.asarray(scores, float), costs)
+    build_supervision(results, pool, labelling=labelling, test=0.5).save(tmp_path / "s")
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), verify=False)
+    return train(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
+
+
+def test_costs_are_taken_off_chances_and_not_off_what_is_learnt(tmp_path, base_folder):
+    """Utilities of 0.20 and 0.30: chances of 0.8 and 0.5, at costs that take 0.6 and 0.2 off. The second is better."""
+    rng = np.random.default_rng(0)
+    scores = rng.random((600, 2)) < [0.8, 0.5]
+    labelling = Labelling("correctness", cost_weight=10.0)
+    folder = correct_composite(tmp_path, base_folder, scores, labelling, np.tile([0.06, 0.02], (600, 1)))
+    report = evaluate(folder, baselines=[])
+    assert report.share_of_queries["two"] >= 0.95
+    chances = load_composite(folder, device="cpu").meta
+    found = chances.candidate_logits([chances.encode("Compute 7, please.")]).sigmoid()[0].tolist()
+    assert found == pytest.approx([0.8, 0.5], abs=0.1)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 3.0, 20.0])
+def test_what_is_served_at_a_weight_of_costs_is_the_reports_point(tmp_path, base_folder, weight):
+    """The same choice on each of 500 queries: a gap in one formula would be a knob that does something else."""
+    rng = np.random.default_rng(1)
+    hard = np.arange(1000) % 2 == 1
+    scores = np.stack([rng.random(1000) < np.where(hard, 0.4, 0.9), rng.random(1000) < np.where(hard, 0.7, 0.95)], 1)
+    priced = {"cost": {"input": 10.0, "output": 30.0}}
+    pool = ExpertPool(
+        [
+            Expert("one", model=str(base_folder)),
+            Expert("two", "openai", "m", base_url="http://127.0.0.1:1/v1", **priced),
+        ]
+    )
+    folder = correct_composite(tmp_path, base_folder, scores, pool=pool)
+    write_calibration(folder, {"policy": {"cost_weight": weight}})
+    supervision = Supervision.load(tmp_path / "s")
+    report = evaluate(folder, baselines=[])
+    model = CompositeModel.from_pretrained(folder, device="cpu")
+    served = [dispatch.expert for dispatch in model.route(list(supervision.side("test")["messages"]))]
+    assert len(served) == 500
+    table = supervision.scores("test")
+    reported = report.composite.score_by_benchmark["b"]
+    assert np.mean([table[i, model.pool.names.index(name)] for i, name in enumerate(served)]) == pytest.approx(reported)
+    assert {n: served.count(n) / 500 for n in model.pool.names} == pytest.approx(report.share_of_queries)
+
+
+def missing_results(share):
+    """Two benchmarks; `half` was measured on a share of one of them alone, and is right as often as the others."""
+    rng = np.random.default_rng(0)
+    count = 400
+    texts = [f"Compute {i} plus 3." if i % 2 else f"What is the law in case {i}?" for i in range(count)]
+    kinds = np.where(np.arange(count) % 2, "sums", "cases")
+    queries = pd.DataFrame({"id": map(str, range(count)), "prompt": texts, "benchmark": kinds, "subject": None})
+    scores = (rng.random((count, 3)) < 0.9).astype(float)
+    scores[(kinds == "cases") | (rng.random(count) > share), 2] = np.nan
+    return BenchmarkResults(queries.assign(split=None), ["one", "two", "half"], scores)
+
+
+def test_where_all_are_alike_missing_scores_make_nobody_better(tmp_path, base_folder, caplog):
+    """As zeros for one side and means for the other they were "+30.8 points, p < 0.001"."""
+    build_supervision(missing_results(0.3), labelling="correctness").save(tmp_path / "s")
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), verify=False)
+    folder = train(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
+    report = evaluate(folder, baselines=["kNN", "linear"])
+    half = report.row("half")
+    assert half.mean_score == pytest.approx(0.9, abs=0.12)
+    assert set(half.score_by_benchmark) == {"sums"}
+    assert half.coverage < 0.3
+    assert "| measured |" in report.markdown()
+    assert draw_report(report, tmp_path / "report")
+    assert "could not be drawn" not in caplog.text
+    for row in report.results[1:]:
+        if row.kind != "bound" and row.name != "random":
+            assert row.composite_gain.p_value > 0.01, row.name
+    # In the benchmark in which it has no score it is no candidate: nobody is sent there.
+    assert report.share_of_queries["half"] < 0.5
+
+
+def test_shuffled_scores_bring_no_line_of_the_report_a_gain(tmp_path, base_folder, results, pool):
+    """Each query's scores are another query's: nothing is left that a router could know."""
+    order = np.random.default_rng(0).permutation(len(results))
+    shuffled = replace(results, scores=results.scores[order])
+    build_supervision(shuffled, pool, test=0.5).save(tmp_path / "s")
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), verify=False)
+    folder = train(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
+    report = evaluate(folder)
+    for row in report.results[1:]:
+        if row.kind != "bound":
+            assert row.composite_gain.interval[0] <= 0.02, row.name
+
+
+def test_the_half_oracle_is_an_expectation(priced_report):
+    oracle, random = (priced_report.row(name).mean_score for name in ("oracle", "random"))
+    assert priced_report.row("half oracle, r_o(0.5)").mean_score == pytest.approx((oracle + random) / 2)

@@ -7,21 +7,24 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from expertoken.evaluation.metrics import (
+    REFERENCE_SCORES,
     Curve,
     among_the_best,
     apgr,
     bootstrap_interval,
     calibration,
     calibration_errors,
+    calibration_floor,
     chosen_scores,
     confusion,
     cost_save,
     cpt,
     entropy_bits,
+    holm,
     mean_over_benchmarks,
+    mixed,
     oracle,
     paired_p_value,
-    partial_oracle,
     perf_gain,
     reference_score,
     resample_counts,
@@ -51,12 +54,16 @@ def test_mean_over_benchmarks_is_the_mean_of_means(rows):
     assert mean_over_benchmarks(values, names) == pytest.approx(np.mean(plain))
 
 
-def test_the_partial_oracle_goes_from_random_to_the_oracle():
-    scores = np.random.default_rng(0).random((4000, 5))
-    means = [chosen_scores(scores, partial_oracle(scores, p)).mean() for p in (0, 0.5, 1)]
-    assert means[0] == pytest.approx(scores.mean(), abs=0.02)
-    assert means[2] == scores.max(1).mean()
-    assert means[1] == pytest.approx((means[0] + means[2]) / 2, abs=0.02)
+def test_the_partial_oracle_is_the_mean_of_its_draws():
+    rng = np.random.default_rng(0)
+    scores = rng.random((30, 5))
+    drawn = [
+        np.where(rng.random(30) < 0.3, scores.max(1), chosen_scores(scores, rng.integers(5, size=30)))
+        for _ in range(4000)
+    ]
+    found = mixed(scores.max(1), scores.mean(1), 0.3)
+    np.testing.assert_allclose(found, np.mean(drawn, axis=0), atol=0.03)
+    np.testing.assert_allclose(mixed(scores.max(1), scores.mean(1), 1.0), scores.max(1))
 
 
 def hull_height(given_points, cost):
@@ -204,3 +211,32 @@ def test_the_bootstrap_agrees_with_the_normal_approximation():
     middle = mean_over_benchmarks(values, names)
     assert low == pytest.approx(middle - 1.96 * error, abs=0.006)
     assert high == pytest.approx(middle + 1.96 * error, abs=0.006)
+
+
+def test_the_names_of_routerevals_own_files_have_their_reference():
+    names = {
+        "harness_arc_challenge_25": "arc", "harness_hellaswag_10": "hellaswag", "harness_gsm8k_5": "gsm8k",
+        "harness_hendrycksTest_college_physics_5": "mmlu", "harness_truthfulqa_mc_0": "truthfulqa",
+        "leaderboard_bbh_boolean_expressions": "bbh", "leaderboard_math_algebra_hard": "math",
+        "leaderboard_musr_murder_mysteries": "musr", "leaderboard_gpqa_main": "gpqa",
+        "leaderboard_mmlu_pro": "mmlu_pro", "harness|winogrande|5": "winogrande",
+        "leaderboard_ifeval": "ifeval", "bbh": "bbh",
+    }  # fmt: skip
+    assert {name: reference_score(name) for name in names} == {
+        name: REFERENCE_SCORES[reference] for name, reference in names.items()
+    }
+    assert reference_score("harness_mathematics_tutor") is None
+
+
+def test_p_values_are_adjusted_for_their_number():
+    assert holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_perfect_probabilities_show_an_error_by_chance_that_falls_with_the_queries():
+    rng = np.random.default_rng(0)
+    few, many = (calibration_floor(rng.random(count)) for count in (50, 5000))
+    assert 0.08 < few < 0.25
+    assert 0 < many < 0.03
+    assert calibration_floor(np.ones(100)) == 0

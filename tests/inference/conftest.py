@@ -53,11 +53,11 @@ def served(app):
 def composite_of(base_folder, experts, **options):
     """A composite that prefers its experts in their order on `PROMPTS`; self comes last."""
     pool = ExpertPool(experts)
-    meta = MetaLLM.from_pretrained(Source(str(base_folder)), len(pool), device="cpu")
-    hidden, log_mass = meta.states([meta.encode(prompt) for prompt in PROMPTS])
+    meta = MetaLLM.from_pretrained(Source(str(base_folder)), len(pool.names), device="cpu")
+    hidden, _ = meta.states([meta.encode(prompt) for prompt in PROMPTS])
     one = torch.linalg.lstsq(hidden, torch.ones(len(hidden), 1)).solution[:, 0]
-    like_self = torch.linalg.lstsq(hidden, log_mass[:, None]).solution[:, 0]
-    meta.rows = torch.stack([like_self + (40 - 10 * index) * one for index in range(len(pool))])
+    lifts = [40 - 10 * index for index in range(len(pool))] + [0] * pool.has_self
+    meta.rows = torch.stack([lift * one for lift in lifts])
     manifest = Manifest(describe_base(meta), [expert.name for expert in pool])
     return CompositeModel(Composite(meta, pool, manifest), **options)
 

@@ -7,13 +7,13 @@ import torch
 from expertoken.inference import batch
 from expertoken.inference.batch import generate_file
 from expertoken.inference.calibrate import calibrate
-from expertoken.inference.policy import OUTPUT_TOKENS, Policy, request_cost
 from expertoken.inference.server import create_app
 from expertoken.modeling.backend import Generation
 from expertoken.modeling.composite import read_manifest, write_calibration
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
 from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.policy import Policy
 from expertoken.tests.inference.conftest import composite_of
 
 GENERATION = Generation(max_new_tokens=6)
@@ -28,7 +28,9 @@ def composite(base_folder, words):
         Expert("self", "self"),
     ]
     made = composite_of(base_folder, experts)
-    made.meta.rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(4)) + made.meta.rows.mean(0)
+    made.meta.rows = torch.randn(4, 32, generator=torch.Generator().manual_seed(4))
+    made.manifest.training["objective"] = "correctness"  # so that costs can be weighed
+    made.chooser = made.composite.chooser
     return made
 
 
@@ -88,6 +90,7 @@ def test_an_interrupted_run_goes_on_and_answers_nothing_twice(composite, source,
 
 def test_a_row_that_can_not_be_decided_on_is_told_and_takes_no_other_along(composite, tmp_path):
     rows = [{"prompt": "hello"}, {"prompt": "word " * 3000}, {"prompt": "hello there", "odd": "\ud800"}]
+    composite.policy = Policy(allow=("self",))
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     counts = generate_file(composite, tmp_path / "in.jsonl", tmp_path / "out.jsonl", generation=GENERATION)
     assert counts["nobody"] == 1
@@ -162,6 +165,28 @@ def test_what_nobody_could_answer_is_asked_again_by_the_same_call_and_nothing_el
     assert list(tmp_path.glob(".*part")) == []
 
 
+def test_a_second_run_on_one_file_is_kept_out(composite, source, tmp_path, monkeypatch):
+    answers = batch._answers
+
+    def meanwhile(*arguments):
+        with pytest.raises(ExpertokenError, match="out.jsonl: another run is writing it"):
+            generate_file(composite, source, tmp_path / "out.jsonl", generation=GENERATION)
+        yield from answers(*arguments)
+
+    monkeypatch.setattr(batch, "_answers", meanwhile)
+    generate_file(composite, source, tmp_path / "out.jsonl", generation=GENERATION)
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out.jsonl"]
+
+
+def test_an_answer_carries_no_error_of_an_earlier_run(composite, tmp_path):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "hello", "error": "no connection", "id": 7}) + "\n")
+    generate_file(composite, tmp_path / "in.jsonl", tmp_path / "out.jsonl", generation=GENERATION)
+    [row] = lines(tmp_path / "out.jsonl")
+    assert row["answer"]
+    assert row["id"] == 7
+    assert "error" not in row
+
+
 def test_a_whole_file_is_answered_anew_on_demand_only_and_never_over_its_questions(composite, source, tmp_path):
     generate_file(composite, source, tmp_path / "out.jsonl", generation=GENERATION)
     with pytest.raises(ExpertokenError, match="out.jsonl: is there already, and whole; --overwrite"):
@@ -211,14 +236,16 @@ def test_calibrating_starts_anew_whatever_was_set_before(composite):
 
 def test_a_cost_without_prices_and_a_default_that_is_nobody_are_refused(base_folder):
     free = composite_of(base_folder, [Expert("local", model=str(base_folder)), Expert("self", "self")])
-    with pytest.raises(ExpertokenError, match="no candidate has a `cost`"):
+    with pytest.raises(ExpertokenError, match="expected a composite trained with `--objective correctness`"):
         calibrate(free, PROMPTS, cost=0.1)
     with pytest.raises(ExpertokenError, match="policy.default: no candidate 'locl', did you mean 'local'"):
         calibrate(free, PROMPTS, share=0.1, default="locl")
 
 
 def test_a_share_that_no_threshold_gives_is_refused(composite):
-    composite.meta.rows = composite.meta.rows - 100 * composite.meta.states([composite.meta.encode("hello")])[0]
+    rows = composite.meta.rows.clone()
+    rows[-1] += 100 * composite.meta.states([composite.meta.encode("hello")])[0][0]  # self is sure of itself
+    composite.meta.rows = rows
     with pytest.raises(ExpertokenError, match="no threshold gives them more"):
         calibrate(composite, PROMPTS, share=0.9)
 
@@ -239,7 +266,7 @@ def test_a_weight_of_costs_keeps_requests_within_the_cost_that_was_asked_for(com
     assert found.before == pytest.approx(free.cost)
     composite.policy = found.policy
     spent = [
-        request_cost(composite.pool[dispatch.expert], len(composite.meta.encode(prompt)), OUTPUT_TOKENS)
+        composite.chooser.usd(len(composite.meta.encode(prompt)))[composite.pool.names.index(dispatch.expert)]
         for prompt, dispatch in zip(PROMPTS, composite.route(PROMPTS), strict=True)
     ]
     assert sum(spent) / len(spent) == pytest.approx(found.cost)

@@ -14,13 +14,13 @@ from expertoken.inference.breaker import Breaker
 from expertoken.inference.composite_model import CompositeModel
 from expertoken.inference.loop import BackgroundLoop
 from expertoken.inference.observer import Observer
-from expertoken.inference.policy import Policy
 from expertoken.modeling.backend import Backend, Generation, Opening, Piece
 from expertoken.modeling.chat import Query, as_messages
 from expertoken.modeling.composite import Composite, Manifest, describe_base
 from expertoken.modeling.errors import ExpertFailedError, ExpertokenError, NoAnswerError
 from expertoken.modeling.experts import Expert
 from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.policy import Policy
 from expertoken.modeling.pool import ExpertPool
 from expertoken.modeling.source import Source
 from expertoken.tests.inference.conftest import composite_of
@@ -40,20 +40,19 @@ def answer_of(backend, messages, generation, begun=""):
     return "".join(piece.text for piece in BackgroundLoop.iterate(backend.stream(messages, generation, begun=begun)))
 
 
-def lean_towards(meta, winner, count=2):
+def lean_towards(meta, winner, count=2, with_self=True):
     """Rows that make one candidate win by far on the prompts used here; the experts behind it rank in order."""
-    hidden, log_mass = meta.states([meta.encode(prompt) for prompt in PROMPTS])
+    hidden, _ = meta.states([meta.encode(prompt) for prompt in PROMPTS])
     one = torch.linalg.lstsq(hidden, torch.ones(len(hidden), 1)).solution[:, 0]
-    like_self = torch.linalg.lstsq(hidden, log_mass[:, None]).solution[:, 0]
     lifts = [-20 if winner is None else 20 if index == winner else 10 - index for index in range(count)]
-    meta.rows = torch.stack([like_self + lift * one for lift in lifts])
+    meta.rows = torch.stack([lift * one for lift in [*lifts, *([0] * with_self)]])
 
 
 @pytest.fixture
 def make(meta, pool):
     def build(winner=None, experts=None):
         chosen = experts or pool
-        lean_towards(meta, winner, len(chosen))
+        lean_towards(meta, winner, len(chosen), chosen.has_self)
         return CompositeModel(Composite(meta, chosen, Manifest(describe_base(meta), [e.name for e in chosen])))
 
     return build
@@ -75,7 +74,7 @@ def test_the_chosen_expert_answers_and_pieces_add_up(make, meta, base_folder):
 @pytest.mark.parametrize("tokens", [1, 2, 12])
 def test_selfs_answer_from_the_decisions_cache_is_the_plain_models_answer(tmp_path, pool, architecture, tokens):
     base = tiny_folder(tmp_path / "base", architecture)
-    meta = MetaLLM.from_pretrained(Source(str(base)), 2, device="cpu")
+    meta = MetaLLM.from_pretrained(Source(str(base)), 3, device="cpu")
     lean_towards(meta, None)
     composite = CompositeModel(Composite(meta, pool, Manifest(describe_base(meta), ["math", "law"])))
     reply = composite.chat(CHAT, max_new_tokens=tokens)
@@ -119,7 +118,7 @@ def test_detection_is_by_token_id_never_by_text(make):
         streamer.end()
 
     composite.meta.plain.generate = generate
-    reply = composite.chat("say it", max_new_tokens=30)
+    reply = composite.chat("hello", max_new_tokens=30)
     assert reply.expert == "self"
     assert reply.text.endswith("<|expert:math|>")
 
@@ -137,14 +136,14 @@ def test_self_needs_no_second_prefill(make, meta, monkeypatch):
 
 def test_the_decision_reads_the_whole_chat(make):
     composite = make(winner=0)
-    composite.meta.rows = torch.randn(2, 32) * 2
+    composite.meta.rows = torch.randn(3, 32) * 2
     short, whole = composite.route([CHAT[-1:], CHAT])
     assert short.probabilities != whole.probabilities
 
 
 def test_alone_or_in_a_batch_the_decision_is_the_same(make):
     composite = make(winner=0)
-    composite.meta.rows = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    composite.meta.rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     prompts = ["a", "Compute 12 plus 30.", "What is the capital of France? " * 6]
     for alone, batched in zip(map(composite.route, prompts), composite.route(prompts), strict=True):
         assert alone.expert == batched.expert
@@ -429,21 +428,23 @@ def test_decisions_that_come_together_are_made_in_one_pass_and_each_self_answer_
     composite = make(winner=None)
     prompts = ["hello", "hello there", "Compute 12 plus 30."]
     alone = [composite.chat(prompt, max_new_tokens=8).text for prompt in prompts]
-    passes, held = [], threading.Event()
+    passes, began, held = [], threading.Event(), threading.Event()
     forward = composite._decider._forward
 
-    def slowly(questions):
-        held.wait(5)
+    def slowly(questions, *rest):
+        began.set()
+        held.wait(30)
         passes.append(len(questions))
-        return forward(questions)
+        return forward(questions, *rest)
 
     composite._decider._forward = slowly
 
     async def together():
         first = asyncio.ensure_future(composite.achat(CHAT, max_new_tokens=8))
-        await asyncio.sleep(0.2)
+        await asyncio.to_thread(began.wait, 30)
         others = [asyncio.ensure_future(composite.achat(prompt, max_new_tokens=8)) for prompt in prompts]
-        await asyncio.sleep(0.3)
+        while composite._decider._waiting.qsize() < len(prompts):
+            await asyncio.sleep(0.01)
         held.set()
         await first
         return [(await other).text for other in others]
@@ -530,12 +531,11 @@ def test_trained_for_anywhere_self_hands_over_where_the_meta_llm_calls_for_an_ex
     alone = composite.chat(CHAT, max_new_tokens=12).text
     prompt = list(meta.encode(CHAT))
     answer = meta.plain.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
-    states, mass = zip(*(meta.states([Query.of(prompt + answer[:count])]) for count in range(12)), strict=True)
+    states = [meta.states([Query.of(prompt + answer[:count])])[0] for count in range(12)]
     # A row that wins at the sixth position and nowhere before.
     wanted = torch.tensor([-15.0] * 6 + [15.0] + [-15.0] * 5)
-    hidden = torch.cat(states)
-    row = torch.linalg.lstsq(hidden, (torch.cat(mass) + wanted)[:, None]).solution[:, 0]
-    meta.rows = torch.stack([row, torch.zeros_like(row)])
+    row = torch.linalg.lstsq(torch.cat(states), wanted[:, None]).solution[:, 0]
+    meta.rows = torch.stack([row, torch.zeros_like(row), torch.zeros_like(row)])
     before = meta.tokenizer.decode(answer[:6], skip_special_tokens=True)
     composite.anywhere = True
     stream = composite.stream(CHAT, max_new_tokens=12)
@@ -560,10 +560,10 @@ def handing_over(make):
     composite.anywhere, composite.policy = True, Policy(deny=("law",))
     prompt = list(meta.encode(CHAT))
     answer = meta.plain.generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False)[0, len(prompt) :].tolist()
-    states, mass = zip(*(meta.states([Query.of(prompt + answer[:count])]) for count in range(2)), strict=True)
+    states = [meta.states([Query.of(prompt + answer[:count])])[0] for count in range(2)]
     wanted = torch.tensor([-15.0, 15.0])
-    row = torch.linalg.lstsq(torch.cat(states), (torch.cat(mass) + wanted)[:, None]).solution[:, 0]
-    meta.rows = torch.stack([row, torch.zeros_like(row)])
+    row = torch.linalg.lstsq(torch.cat(states), wanted[:, None]).solution[:, 0]
+    meta.rows = torch.stack([row, torch.zeros_like(row), torch.zeros_like(row)])
     return composite, meta.tokenizer.decode(answer[:1], skip_special_tokens=True)
 
 
@@ -637,7 +637,6 @@ def test_a_request_that_an_expert_can_not_take_is_not_held_against_it(make):
     composite = make(winner=0)
     with composite.backend("math").models.lease(composite.backend("math").source) as resident:
         resident.model.config.max_position_embeddings = 3
-    composite.longest = 512
     for _ in range(4):
         with pytest.raises(NoAnswerError) as error:
             composite.chat("hello")
@@ -670,11 +669,11 @@ def test_a_decision_that_fails_takes_no_other_along(make):
     composite = make(winner=0)
     forward = composite._decider._forward
 
-    def fails_with_the_long_one(questions):
+    def fails_with_the_long_one(questions, *rest):
         time.sleep(0.1)
         if any(len(question.query) > 60 for question in questions):
             raise IndexError("index out of range")
-        return forward(questions)
+        return forward(questions, *rest)
 
     composite._decider._forward = fails_with_the_long_one
 
@@ -691,11 +690,16 @@ def test_a_decision_that_fails_takes_no_other_along(make):
         assert "index out of range" in str(third)
 
 
-def test_a_conversation_that_is_too_long_is_told_before_anything_is_computed(make, monkeypatch):
-    composite = make(winner=0)
-    monkeypatch.setattr(composite._decider, "_forward", lambda _: pytest.fail("computed"))
-    with pytest.raises(ExpertokenError, match="tokens; at most 511 are read"):
-        composite.chat("word " * 2000)
+@pytest.mark.parametrize("winner", [0, None])
+def test_a_chat_that_the_meta_llm_can_not_read_is_answered_by_who_can(make, words, winner):
+    """A hundred thousand tokens: the decision reads a part, and where it falls on self the next one answers."""
+    experts = ExpertPool([*words, Expert("self", "self")])
+    composite = make(winner=winner, experts=experts)
+    chat = [{"role": "user", "content": "word " * 50_000}, {"role": "assistant", "content": "word " * 50_000}, *CHAT]
+    reply = composite.chat(chat)
+    assert reply.expert in (("one",) if winner == 0 else ("one", "two"))  # behind self the two are alike
+    assert composite.decide([chat])[0].prompt_tokens > 50_000
+    assert list(reply.failures) == ([] if winner == 0 else ["self"])
 
 
 def test_an_error_of_one_decision_is_its_own(make):
@@ -728,3 +732,12 @@ def test_one_stop_text_is_one_however_a_generation_is_made():
     assert Generation(stop="END").stop == ("END",)
     assert Generation(stop=["a", ""]).stop == ("a",)
     assert Generation(stop=None).stop == ()
+
+
+def test_the_tokens_of_a_long_text_are_counted_about_and_at_once(make):
+    composite = make()
+    text = "Compute 12 plus 30. " * 1000
+    exact = composite.count(text)
+    started = time.perf_counter()
+    assert composite.count(text * 5000) == pytest.approx(5000 * exact, rel=0.01)  # 100 million characters
+    assert time.perf_counter() - started < 5

@@ -12,10 +12,10 @@ import pytest
 from prometheus_client import generate_latest
 
 from expertoken.inference.breaker import Breaker
-from expertoken.inference.policy import Policy
 from expertoken.inference.server import Settings, create_app
 from expertoken.modeling.backend import Timeouts
 from expertoken.modeling.experts import Expert
+from expertoken.modeling.policy import Policy
 from expertoken.tests.inference.conftest import composite_of, mock_expert, served
 from expertoken.tests.inference.mock_expert import FAULTS
 

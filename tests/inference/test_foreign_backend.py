@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from expertoken.inference.batch import answer_all
-from expertoken.inference.policy import Policy
 from expertoken.modeling import experts as module
 from expertoken.modeling.backend import Backend, Generation, Piece
 from expertoken.modeling.errors import ExpertokenError, NoAnswerError, PoolError
 from expertoken.modeling.experts import Expert, ExpertKind, Weights, kind_of, recognised
+from expertoken.modeling.policy import Policy
 from expertoken.modeling.pool import ExpertPool
 from expertoken.modeling.source import Source
 from expertoken.tests.inference.conftest import composite_of

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from expertoken.inference.batch import generate_file
 from expertoken.inference.factory import open_model
 from expertoken.inference.gateway import GatewayModel
-from expertoken.inference.policy import Policy
 from expertoken.inference.server import Settings, create_app
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
 from expertoken.modeling.export import EXPORT_FILE, GATEWAY_FILE, export_checkpoint
+from expertoken.modeling.policy import Policy
 from expertoken.tests.inference.conftest import composite_of, served
 from expertoken.tests.inference.mock_expert import chunk
 
@@ -63,9 +63,9 @@ def server(folder, seen):
 def setting(tmp_path, base_folder, words):
     """A composite, its export behind a server, and the gateway's file."""
     composite = composite_of(base_folder, [*words, Expert("self", "self")])
-    composite.meta.rows = composite.meta.rows.mean(0) + torch.randn(2, 32, generator=torch.Generator().manual_seed(3))
+    composite.meta.rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(3))
     composite.save_pretrained(tmp_path / "c", verify=False)
-    export_checkpoint(tmp_path / "c", tmp_path / "hf", device="cpu")
+    export_checkpoint(tmp_path / "c", tmp_path / "hf", prompts=PROMPTS, device="cpu")
     seen = []
     with served(server(tmp_path / "hf", seen)) as address:
         experts = [{"name": e.name, "backend": "openai", "model": "mock", "base_url": e.base_url} for e in words]

@@ -12,10 +12,10 @@ from expertoken.inference.backends import models as module
 from expertoken.inference.backends.local import LocalBackend
 from expertoken.inference.backends.models import LocalModels
 from expertoken.inference.loop import BackgroundLoop
-from expertoken.inference.policy import Policy
 from expertoken.modeling.backend import Generation
 from expertoken.modeling.errors import ExpertFailedError, ExpertokenError
 from expertoken.modeling.experts import Expert
+from expertoken.modeling.policy import Policy
 from expertoken.modeling.source import Source
 from expertoken.tests.inference.conftest import composite_of
 from expertoken.tests.tiny import tiny_folder
@@ -373,7 +373,7 @@ def test_while_one_expert_answers_its_part_of_a_file_the_next_one_is_loaded(base
     names = ["a", "b", "c"]
     experts = [Expert(name, model=source.model) for name, source in zip(names, sources[1:], strict=True)]
     composite = composite_of(base_folder, experts, budget=int(2.5 * size))
-    composite.meta.rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    composite.meta.rows = torch.randn(len(composite.pool.names), 32, generator=torch.Generator().manual_seed(0))
     prompts = [f"question {number} of {number * 7}" for number in range(40)]
     assert {dispatch.expert for dispatch in composite.route(prompts)} == set(names)
     complete, ahead = LocalBackend.complete, []

@@ -94,7 +94,7 @@ def test_the_chat_is_there_after_a_reload_and_gone_after_a_new_one(page):
 def test_another_expert_can_be_asked_again(page):
     answer = say(page, "hello")
     ask_again(answer, "two")
-    page.locator("article.assistant .who", has_text="two").wait_for()
+    page.locator("article.assistant:not(.waiting) .who", has_text="two").wait_for()
     assert page.locator("article.assistant .text").inner_text() == "two0 two1 two2 two3 two4"
     assert page.locator("article").count() == 2
 
@@ -151,6 +151,25 @@ def test_what_somebody_else_left_in_the_browser_breaks_nothing(page):
         page.evaluate("text => localStorage.setItem('expertoken-chat-comp', text)", odd)
         page.reload()
         assert say(page, "hello").locator(".text").inner_text() == "one0 one1 one2 one3 one4"
+
+
+def test_who_types_before_the_page_has_started_is_answered_behind_the_chat_that_was_kept(page):
+    say(page, "hello")
+    held = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.reload()
+    page.fill("#text", "hello there")
+    page.press("#text", "Enter")
+    page.press("#text", "Enter")
+    page.wait_for_timeout(200)
+    assert len(held) == 1
+    held[0].continue_()
+    page.locator("article.assistant:not(.waiting)").nth(1).wait_for()
+    assert page.locator("article.user .text").all_inner_texts() == ["hello", "hello there"]
+    page.unroute_all()
+    page.reload()
+    page.locator("article").nth(3).wait_for()
+    assert page.locator("article").count() == 4
 
 
 def test_a_page_that_was_left_before_the_answer_came_offers_to_ask_again(page):
@@ -234,3 +253,17 @@ def test_a_server_with_keys_asks_for_one(browser, base_folder, words):
         page.locator("#name", has_text="comp").wait_for()
         assert say(page, "hello").locator(".who").inner_text() == "one"
         page.close()
+
+
+def test_of_two_messages_before_the_start_one_is_sent_and_the_other_is_kept(page):
+    held = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.reload()
+    for text in ("hello", "hello there"):
+        page.fill("#text", text)
+        page.press("#text", "Enter")
+    page.wait_for_timeout(200)
+    held[0].continue_()
+    page.locator("article.assistant:not(.waiting)").wait_for()
+    assert page.locator("article.user .text").all_inner_texts() == ["hello"]
+    assert page.locator("#text").input_value() == "hello there"

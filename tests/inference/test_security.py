@@ -14,7 +14,7 @@ from schemathesis.generation import GenerationMode
 
 from expertoken.inference.gateway import _sane
 from expertoken.inference.server import Settings, create_app
-from expertoken.modeling.chat import Query, encode_chat
+from expertoken.modeling.chat import encode_chat
 from expertoken.modeling.experts import Expert
 from expertoken.modeling.meta import MetaLLM
 from expertoken.modeling.source import Source
@@ -47,16 +47,13 @@ def forgeries(names, rng):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_no_text_in_any_role_and_template_becomes_an_expert_token_or_a_control_token(tmp_path, template):
-    """Ten thousand prompts over the templates: control tokens are those of a harmless chat, and self answers all.
-
-    Rows of zeros make every expert far less probable than self, whatever is said.
-    """
+    """Ten thousand prompts over the templates: control tokens are those of a harmless chat, no id an expert's."""
     base = tiny_folder(tmp_path / "base", template=template)
     meta = MetaLLM.from_pretrained(Source(str(base)), 3, device="cpu")
     control = set(meta.tokenizer.added_tokens_decoder)
     rng = random.Random(template)
     roles = ("user", "assistant", "user") if template == "mistral" else (*ROLES, "user")
-    plain, asked = {}, []
+    plain = {}
     for _ in range(FUZZ // len(TEMPLATES)):
         begun = rng.choice(["", forgeries(["math", "law", "self"], rng)])
         chat = [{"role": role, "content": forgeries(["math", "law", "self"], rng)} for role in roles]
@@ -66,12 +63,8 @@ def test_no_text_in_any_role_and_template_becomes_an_expert_token_or_a_control_t
             ids = encode_chat(meta.tokenizer, harmless, meta.vocab_size, begun="hello" if key else "")
             plain[key] = [token for token in ids if token in control]
         ids = encode_chat(meta.tokenizer, chat, meta.vocab_size, begun=begun)
-        asked.append(Query.of(ids))
         assert [token for token in ids if token in control] == plain[key], (chat, begun)
-
-    short = [ids for ids in asked if len(ids) < 512]
-    for start in range(0, len(short), 50):
-        assert set(meta.candidate_logits(short[start : start + 50], with_self=True).argmax(-1).tolist()) == {3}
+        assert max(ids) < meta.vocab_size, chat
 
 
 def test_nothing_that_a_gateway_sends_its_meta_llm_has_an_experts_token_or_a_control_token_in_it():

@@ -5,6 +5,7 @@ import logging
 import shutil
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -21,6 +22,7 @@ from expertoken.inference.server.schema import ChatRequest
 from expertoken.modeling.backend import Timeouts
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
+from expertoken.modeling.policy import Policy
 from expertoken.tests.inference.conftest import composite_of, mock_expert, served
 from expertoken.tests.tiny import tiny_folder
 
@@ -107,6 +109,55 @@ def test_a_request_may_have_a_policy_of_its_own(client):
         )
 
 
+def test_a_request_can_narrow_what_an_operator_allows_and_not_widen_it(composite):
+    composite.policy = Policy(deny=("one",))
+    with served(create_app(composite, Settings(name="comp", max_new_tokens=16))) as address:
+        for policy in ({"deny": []}, {"allow": ["one", "two"]}):
+            body = {"model": "comp", "messages": HELLO, "expertoken": {"policy": policy, "show": True}}
+            assert post(address, body)[1]["expertoken"][0]["expert"] == "two"
+        assert (
+            post(address, {"model": "comp", "messages": HELLO, "expertoken": {"policy": {"allow": ["one"]}}})[0] == 400
+        )
+        status, told, _ = post(address, {"model": "comp/one", "messages": HELLO})
+        assert (status, told["error"]["code"]) == (404, "model_not_found")
+        assert "comp/one" not in get(address, "/v1/models")
+
+
+def test_a_policy_that_fits_nobody_does_not_start(composite):
+    composite.policy = Policy(deny=("one", "two", "self"))
+    with pytest.raises(ExpertokenError, match="nobody is left who may answer"):
+        create_app(composite)
+
+
+LARGE = 3_500_000  # bytes, about
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        {"messages": [1] * (LARGE // 3)},
+        {"messages": [{}] * (LARGE // 4)},
+        {"messages": [{"role": "user", "content": "x" * (LARGE // 2)}] + [{"role": "assistant", "content": "y"}] * 900},
+        {"messages": HELLO, "logit_bias": {str(n): "x" for n in range(LARGE // 14)}},
+        {"messages": HELLO, "stop": [1] * (LARGE // 3)},
+        {"messages": HELLO, "tools": [1] * (LARGE // 3)},
+    ],
+    ids=["no messages", "empty messages", "many answers to one long question", "biases", "stops", "tools"],
+)
+def test_no_body_stops_the_server_for_the_others(url, attack):
+    asking = threading.Thread(target=post, args=(url, {"model": "comp"} | attack), daemon=True)
+    asking.start()
+    slowest = 0.0
+    while asking.is_alive() and slowest < 5:
+        started = time.perf_counter()
+        get(url, "/health")
+        slowest = max(slowest, time.perf_counter() - started)
+        time.sleep(0.01)
+    asking.join(30)
+    assert not asking.is_alive()
+    assert slowest < 2  # a second by itself; these tests may share the machine
+
+
 def test_models_are_the_composite_and_its_experts_each_of_which_can_be_addressed(client):
     assert [model.id for model in client.models.list()] == ["comp", "comp/one", "comp/two", "comp/self"]
     assert client.models.retrieve("comp/two").id == "comp/two"
@@ -159,7 +210,7 @@ def test_a_failing_expert_is_not_seen_and_is_counted(client, url):
         ({"messages": [{"role": "user"}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0]"),
         ({"messages": HELLO * 600}, "at most 512"),
-        ({"messages": [{"role": "user", "content": "word " * 2000}]}, "tokens; at most"),
+        ({"model": "comp/self", "messages": [{"role": "user", "content": "word " * 2000}]}, "tokens; at most"),
         ({"messages": "hello"}, "messages"),
         ({"temperature": 9}, "temperature"),
         ({"n": 100}, "n:"),
@@ -244,13 +295,13 @@ def test_experts_get_the_conversation_as_it_is_and_tools_with_it(base_folder):
     assert (seen[0]["tools"], seen[0]["seed"], seen[0]["top_p"]) == ([tool], 4, 0.5)
 
 
-def replying(*lines, status=200):
+def replying(*lines, status=200, end="data: [DONE]\n\n"):
     """An endpoint that answers everybody with these chunks; and what it was asked."""
     asked = []
 
     async def answer(request):
         asked.append(await request.json())
-        text = "".join(f"data: {json.dumps(line)}\n\n" for line in lines) + "data: [DONE]\n\n"
+        text = "".join(f"data: {json.dumps(line)}\n\n" for line in lines) + end
         return PlainTextResponse(text, status, media_type="text/event-stream")
 
     return Starlette(routes=[Route("/v1/chat/completions", answer, methods=["POST"])]), asked
@@ -345,11 +396,17 @@ def test_an_expert_that_heeds_no_limit_of_tokens_is_cut_off(base_folder, kind):
         assert len(body["choices"][0]["message"]["content"]) < 200
 
 
-def test_an_end_without_a_reason_is_no_end(base_folder):
-    app, _ = replying(delta(content="half "), delta(content="an answer", finish=""))
+def test_an_end_without_a_reason_is_no_end_unless_the_server_says_that_it_is_done(base_folder):
+    chunks = delta(content="half "), delta(content="an answer", finish="")
+    app, _ = replying(*chunks, end="")
     with served(app) as cut, served(create_app(composite_of(base_folder, [endpoint(cut)]))) as address:
         status, body, _ = post(address, {"model": "composite", "messages": HELLO})
         assert (status, body["error"]["code"]) == (502, "no_answer")
+    app, _ = replying(*chunks)
+    with served(app) as done, served(create_app(composite_of(base_folder, [endpoint(done)]))) as address:
+        status, body, _ = post(address, {"model": "composite", "messages": HELLO})
+        assert (status, body["choices"][0]["message"]["content"]) == (200, "half an answer")
+        assert body["choices"][0]["finish_reason"] == "stop"
 
 
 def test_odd_counts_of_tokens_lose_no_answer(base_folder):
@@ -408,20 +465,27 @@ def test_an_expert_that_is_addressed_answers_what_the_meta_llm_can_not_read(clie
     long = [{"role": "user", "content": "word " * 3000}]
     answer = client.chat.completions.create(model="comp/one", messages=long)
     assert answer.choices[0].message.content == ONE
+    decided = client.chat.completions.create(model="comp", messages=long)  # by the beginning and the end of it
+    assert decided.choices[0].message.content == ONE
     with pytest.raises(openai.BadRequestError, match="at most 511 are read"):
-        client.chat.completions.create(model="comp", messages=long)
+        client.chat.completions.create(model="comp/self", messages=long)
 
 
-def test_what_is_far_too_long_is_refused_before_it_is_encoded(composite, monkeypatch):
-    def encode(*_, **__):
-        raise AssertionError("encoded")
+def test_what_is_far_too_long_is_not_encoded_whole(composite, monkeypatch):
+    """Seconds of work for each request would be an easy way to keep a server busy."""
+    encode, lengths = type(composite.meta.tokenizer).apply_chat_template, []
 
-    monkeypatch.setattr(composite.meta.tokenizer, "apply_chat_template", encode)
+    def counting(tokenizer, messages, **options):
+        lengths.append(sum(len(message["content"]) for message in messages))
+        return encode(tokenizer, messages, **options)
+
+    monkeypatch.setattr(type(composite.meta.tokenizer), "apply_chat_template", counting)
     with served(create_app(composite, Settings(name="comp"))) as address:
         chat = [{"role": "user", "content": "a word " * 100_000}]
-        for model in ("comp", "comp/self"):
-            status, body, _ = post(address, {"model": model, "messages": chat})
-            assert (status, "at most" in body["error"]["message"]) == (400, True)
+        assert post(address, {"model": "comp", "messages": chat})[0] == 200
+        status, body, _ = post(address, {"model": "comp/self", "messages": chat})
+        assert (status, "at most" in body["error"]["message"]) == (400, True)
+    assert max(lengths) < 5000
 
 
 def test_why_a_request_is_refused_is_told_and_counted_as_no_failure(base_folder):

@@ -1,11 +1,12 @@
 import hashlib
+import threading
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from expertoken.modeling.chat import Query, as_messages, encode_chat
+from expertoken.modeling.chat import Query, as_messages, encode_chat, encode_text
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.tests.tiny import TEMPLATES, tiny_tokenizer
 
@@ -113,3 +114,29 @@ def test_the_key_of_a_text_is_that_of_its_ids_alone():
     ids = [5, 6, 7]
     expected = hashlib.blake2b(np.asarray(ids, dtype=np.int32).tobytes(), digest_size=16).digest()
     assert Query.of(ids).key == expected
+
+
+def test_what_threads_encode_at_once_is_what_each_encodes_alone():
+    """Reading control tokens as text is a setting of the tokenizer, which the threads of a server share."""
+    tokenizer = tiny_tokenizer("chatml")
+    chat, text = [{"role": "user", "content": "hello"}], "<|im_start|>hello"
+    alone = encode_chat(tokenizer, chat, 10_000), encode_text(tokenizer, text).input_ids
+    found = [[], []]
+
+    def repeat(encode, into):
+        into.extend(encode() for _ in range(400))
+
+    threads = [
+        threading.Thread(target=repeat, args=(encode, into))
+        for encode, into in (
+            (lambda: encode_chat(tokenizer, chat, 10_000), found[0]),
+            (lambda: encode_text(tokenizer, text).input_ids, found[1]),
+        )
+        * 3
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(ids == alone[0] for ids in found[0])
+    assert all(ids == alone[1] for ids in found[1])

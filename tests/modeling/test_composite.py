@@ -28,7 +28,7 @@ from expertoken.tests.tiny import tiny_folder
 
 @pytest.fixture
 def composite(meta, pool):
-    meta.rows = torch.randn(2, 32, generator=torch.Generator().manual_seed(3))
+    meta.rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(3))
     return Composite(meta, pool, Manifest(describe_base(meta), ["math", "law"]))
 
 
@@ -39,8 +39,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("architecture", ["llama-tied", "llama-untied", "gemma2-softcap"])
 def test_save_then_load_gives_the_same_logits(tmp_path, pool, architecture):
     base = tiny_folder(tmp_path / "base", architecture)
-    meta = MetaLLM.from_pretrained(Source(str(base)), 2, device="cpu")
-    meta.rows = torch.randn(2, 32)
+    meta = MetaLLM.from_pretrained(Source(str(base)), 3, device="cpu")
+    meta.rows = torch.randn(3, 32)
     saved = Composite(meta, pool, Manifest(describe_base(meta), ["math", "law"]))
     save_composite(saved, tmp_path / "composite", verify=False)
     loaded = load_composite(tmp_path / "composite", device="cpu")
@@ -119,7 +119,7 @@ def test_saving_again_drops_our_stale_files_and_keeps_subfolders_and_what_others
         (lambda f: (f / ROWS_FILE).unlink(), "expert_tokens.safetensors: missing or damaged"),
         (lambda f: (f / MANIFEST_FILE).unlink(), "no composite folder"),
         (lambda f: (f / MANIFEST_FILE).write_text("{"), "expertoken.json: can't be read"),
-        (lambda f: (f / MANIFEST_FILE).write_text('{"format_version": 99}'), "expected format_version 1, got 99"),
+        (lambda f: (f / MANIFEST_FILE).write_text('{"format_version": 99}'), "expected format_version 2, got 99"),
         (lambda f: write_rows(torch.zeros(1, 32), ["math"], f / ROWS_FILE), "holds rows .* expected"),
         (
             lambda f: (f / "experts.yaml").write_text("experts: [{name: math}]"),
@@ -221,7 +221,7 @@ def test_a_loaded_composite_can_be_saved_into_another_tree(tmp_path, composite):
 
 def test_a_composite_keeps_its_chat_template_when_the_bases_changes(tmp_path, pool):
     base = tiny_folder(tmp_path / "base")
-    meta = MetaLLM.from_pretrained(Source(str(base)), 2, device="cpu")
+    meta = MetaLLM.from_pretrained(Source(str(base)), 3, device="cpu")
     save_composite(Composite(meta, pool, Manifest(describe_base(meta), ["math", "law"])), tmp_path / "c", verify=False)
     before = meta.encode("hello")
     template = base / "chat_template.jinja"

@@ -72,9 +72,9 @@ def test_states_give_the_same_logits_as_the_forward_pass(architecture):
     meta.rows = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     sequences = [Query.of(range(20, 30)), Query.of(range(40, 47))]
     hidden, log_mass = meta.states(sequences)
-    candidates = meta.candidate_logits(sequences, with_self=True)
-    torch.testing.assert_close(meta.transform(hidden @ meta.rows.T), candidates[:, :2], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(log_mass, candidates[:, 2], rtol=1e-5, atol=1e-5)
+    probed = meta.probe(sequences)
+    torch.testing.assert_close(meta.transform(hidden @ meta.rows.T), probed[:, :2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(log_mass, probed[:, 2], rtol=1e-5, atol=1e-5)
 
 
 def test_an_unknown_transform_behind_the_head_is_refused():

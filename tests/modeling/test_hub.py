@@ -122,8 +122,8 @@ def test_what_is_pushed_is_loaded_by_its_id_on_a_machine_that_has_nothing_of_it(
         api = HfApi()
         api.create_repo("team/base")
         api.upload_folder(repo_id="team/base", folder_path={str(base)!r})
-        meta = MetaLLM.from_pretrained(Source("team/base"), 2, device="cpu")
-        meta.rows = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+        meta = MetaLLM.from_pretrained(Source("team/base"), 3, device="cpu")
+        meta.rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
         pool = ExpertPool([Expert("math", model="team/base"), Expert("law", model="team/base"), Expert("self", "self")])
         composite = CompositeModel(Composite(meta, pool, Manifest(describe_base(meta), ["math", "law"])))
         composite.push_to_hub("team/composite")
@@ -154,7 +154,7 @@ def test_what_is_no_folder_and_no_repository_is_one_line(tmp_path):
 
 def test_keys_of_this_machine_are_sent_where_a_composite_of_the_hub_says_by_consent_only(tmp_path, meta, monkeypatch):
     keyed = Expert("math", "openai", "m", base_url="http://elsewhere.example/v1", api_key_env="SOME_KEY")
-    pool = ExpertPool([keyed, Expert("law", model="team/law")])
+    pool = ExpertPool([keyed, Expert("law", model="team/law"), Expert("self", "self")])
     save_composite(Composite(meta, pool, Manifest(describe_base(meta), ["math", "law"])), tmp_path / "c", verify=False)
     load_composite(tmp_path / "c", device="cpu")
     monkeypatch.setattr(composite_module, "local_folder", lambda *_: tmp_path / "c")
@@ -162,7 +162,8 @@ def test_keys_of_this_machine_are_sent_where_a_composite_of_the_hub_says_by_cons
         load_composite("team/c", device="cpu")
     load_composite("team/c", device="cpu", send_keys=True)
     # What goes to OpenAI by the client's own variable is a key of this machine, too.
-    pool = ExpertPool([Expert("math", "openai", "gpt-5"), Expert("law", "openai", "m", base_url="http://here.example")])
+    law = Expert("law", "openai", "m", base_url="http://here.example")
+    pool = ExpertPool([Expert("math", "openai", "gpt-5"), law, Expert("self", "self")])
     save_composite(Composite(meta, pool, Manifest(describe_base(meta), ["math", "law"])), tmp_path / "c", verify=False)
     with pytest.raises(ExpertokenError, match=r"\(OPENAI_API_KEY to OpenAI\)"):
         load_composite("team/c", device="cpu")

@@ -1,8 +1,10 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from expertoken.modeling import states as module
+from expertoken.modeling import state_cache as cache_module
 from expertoken.modeling.batching import token_batches
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.states import states_of
@@ -37,8 +39,7 @@ def test_states_are_computed_once_and_a_grown_set_costs_its_new_queries_only(met
 def test_batches_do_not_change_states(meta):
     one = states_of(meta, TEXTS, max_tokens=1)
     expected = one.hidden.copy()
-    module_root = module.cache_folder("states")
-    for file in module_root.rglob("done.npy"):
+    for file in cache_module.cache_folder("states").rglob("done.npy"):
         np.save(file, np.zeros_like(np.load(file)))
     many = states_of(meta, TEXTS, max_tokens=4096)
     assert many.computed == len(TEXTS)
@@ -96,24 +97,109 @@ def test_batches_hold_at_most_so_many_tokens_and_every_query_once():
 
 def test_two_runs_that_begin_together_fill_one_block(meta, monkeypatch):
     """The second run finds the first one's block made between its look and its own turn."""
-    create, made = module._Block.create, []
-    monkeypatch.setattr(module._Block, "create", staticmethod(lambda *a: made.append(a[0]) or create(*a)))
-    compute = module._compute
+    create, made = cache_module._create, []
+    monkeypatch.setattr(cache_module, "_create", lambda *a: made.append(a[0]) or create(*a))
+    places = cache_module.StateCache.places
+    looked = []
 
-    def together(*arguments, **options):
-        if len(made) == 1 and not together.nested:
-            together.nested = True
-            monkeypatch.setattr(module, "_lookup", lambda root: {})
-            with pytest.raises(ExpertokenError, match="states that other processes computed are not there"):
-                states_of(meta, TEXTS)  # looks before anything is done; its gathering is not the point here
-            monkeypatch.undo()
-        return compute(*arguments, **options)
+    def too_early(cache):
+        looked.append(None)
+        if len(looked) == 1:
+            states_of(meta, TEXTS)  # the other run, between the look and what follows
+            return {}, {}
+        return places(cache)
 
-    together.nested = False
-    monkeypatch.setattr(module, "_compute", together)
+    monkeypatch.setattr(cache_module.StateCache, "places", too_early)
     found = states_of(meta, TEXTS)
     assert len(found) == len(TEXTS)
     assert len(made) == 1
+
+
+def blocks():
+    return sorted(file.parent for file in cache_module.cache_folder("states").rglob("done.npy"))
+
+
+def test_what_an_interrupted_pass_left_open_is_filled_and_not_made_again(meta, monkeypatch):
+    states_of(meta, TEXTS)
+    [block] = blocks()
+    done = np.load(block / "done.npy")
+    done[5:] = 0
+    np.save(block / "done.npy", done)
+    calls = count_states(meta, monkeypatch)
+    found = states_of(meta, TEXTS)
+    assert sum(calls) == found.computed == len(TEXTS) - 5
+    assert blocks() == [block]
+    assert np.load(block / "done.npy").all()
+
+
+def halved(block):
+    """Cut the file of the states: a copy that broke off."""
+    file = block / "hidden.npy"
+    file.write_bytes(file.read_bytes()[:200])
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        halved,
+        lambda block: (block / "log_mass.npy").unlink(),
+        lambda block: (block / "hashes.npy").write_bytes(b""),
+        lambda block: np.save(block / "done.npy", np.ones(3, np.uint8)),
+        lambda block: block.rename(block.with_name(".other-job-writes-this")),
+    ],
+)
+def test_what_is_no_whole_block_ends_nobodys_run(meta, spoil):
+    first = np.array(states_of(meta, TEXTS[:10]).hidden)
+    states_of(meta, TEXTS[10:])
+    (block,) = [folder for folder in blocks() if len(np.load(folder / "hashes.npy")) == 10][:1]
+    spoil(block)
+    found = states_of(meta, TEXTS)
+    np.testing.assert_allclose(found.hidden[:10], first, rtol=1e-4, atol=1e-5)
+    assert states_of(meta, TEXTS).computed == 0
+
+
+def test_many_blocks_need_few_descriptors(meta):
+    resource = pytest.importorskip("resource")
+    for number in range(80):
+        states_of(meta, [f"question {number}"])
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 40, before[1]))
+    try:
+        assert states_of(meta, [f"question {number}" for number in range(80)]).computed == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_cache_that_can_only_be_read_serves_and_what_is_missing_is_computed_all_the_same(meta, monkeypatch, caplog):
+    expected = np.array(states_of(meta, TEXTS[:10]).hidden)
+    load = np.load
+
+    def reading(file, mmap_mode=None, **options):
+        assert mmap_mode in (None, "r")
+        return load(file, mmap_mode=mmap_mode, **options)
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(np, "load", reading)
+    monkeypatch.setattr(cache_module, "_create", refused)
+    np.testing.assert_array_equal(states_of(meta, TEXTS[:10]).hidden, expected)
+    found = states_of(meta, TEXTS)
+    assert found.computed == 10
+    np.testing.assert_array_equal(found.hidden[:10], expected)
+    np.testing.assert_allclose(found.hidden[10:], meta.states([meta.encode(t) for t in TEXTS[10:]])[0], atol=1e-5)
+    assert "states are computed and not kept" in caplog.text
+
+
+def test_what_the_cache_holds_is_listed_and_what_nobody_used_is_removed(meta):
+    states_of(meta, TEXTS)
+    [model] = cache_module.cached_models()
+    assert model.queries == len(TEXTS)
+    assert model.size > len(TEXTS) * 32 * 4
+    assert cache_module.prune(older_than=3600) == []
+    assert cache_module.prune(older_than=0) == [model]
+    assert cache_module.cached_models() == []
+    assert states_of(meta, TEXTS).computed == len(TEXTS)
 
 
 FULL = [

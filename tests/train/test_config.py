@@ -1,4 +1,5 @@
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -238,6 +239,9 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
         ({"l2": 0.1}, r"l2: expected list\[float\], got 0.1"),
         ({"l2": []}, "l2: expected one or more numbers"),
         ({"l2": [-1.0]}, "l2: expected one or more numbers"),
+        ({"l2": [math.nan]}, "l2: expected one or more numbers"),
+        ({"rows_learning_rate": 0.0}, "rows_learning_rate: expected a number above 0, got 0.0"),
+        ({"rows_learning_rate": math.nan}, "rows_learning_rate: expected a number above 0, got nan"),
         ({"warm_start": "false"}, "warm_start: expected bool, got 'false'"),
         ({"anywhere": -1, "max_tokens": 0}, "max_tokens: expected 1 or more, got 0; anywhere: expected 0 or more"),
         ({"learning_rate": "abc"}, "learning_rate: expected float, got 'abc'"),

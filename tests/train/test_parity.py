@@ -57,8 +57,8 @@ def shared(tmp_path_factory, base_folder):
 
 def test_the_run_that_others_are_held_against_moves_every_weight(shared, base_folder):
     _, one = shared
-    start = MetaLLM.from_pretrained(str(base_folder), 2, device="cpu")
-    rows = torch.stack([start.initial_row(text) for text in ("Compute plus", "capital of France")])
+    start = MetaLLM.from_pretrained(str(base_folder), 3, device="cpu")
+    rows = torch.stack([start.initial_row(text) for text in ("Compute plus", "capital of France", "")])
     found = trained(one)
     assert (found.pop("expert_rows") - rows).abs().max() > 0.03
     assert all(value.abs().max() > 1e-4 for name, value in found.items() if "lora_B" in name)  # B starts at zero
@@ -68,10 +68,10 @@ def test_the_run_that_others_are_held_against_moves_every_weight(shared, base_fo
 @pytest.mark.parametrize(
     ("config", "more"),
     [
-        ("ddp", ()),
+        ("ddp", ("--verify", "true")),
         ("zero1", ()),
         ("zero2", ()),
-        ("zero3", ()),
+        ("zero3", ("--verify", "true")),
         ("zero3", ("--zero3_init_flag", "true")),
         ("zero2", ("--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "2")),
     ],
@@ -198,8 +198,8 @@ from expertoken.train.processes import leave
 
 base, out, sharded = sys.argv[1], sys.argv[2], sys.argv[3] == "sharded"
 torch.manual_seed(0)
-meta = MetaLLM.from_pretrained(base, 2, device="cpu")
-meta.rows = torch.randn(2, meta.head.in_features, generator=torch.Generator().manual_seed(1))
+meta = MetaLLM.from_pretrained(base, 3, device="cpu")
+meta.rows = 0.1 * torch.randn(3, meta.head.in_features, generator=torch.Generator().manual_seed(1))  # large rows: chaos
 wrap_with_lora(meta, ExpertokenArguments(meta=base, data="", lora_dropout=0.0))
 rank = 0
 if sharded:
@@ -214,9 +214,9 @@ texts = ["Compute 1 plus 2.", "What is the capital of France?", "hello", "Comput
 share = texts[rank * 2 : rank * 2 + 2] if sharded else texts
 for _ in range(4):
     logits, _ = dispatch_forward(meta.model, **meta.pad([meta.encode(text) for text in share], "cpu"))
-    candidates = candidate_logits(logits, meta.vocab_size, with_self=True)
+    candidates = candidate_logits(logits, meta.vocab_size)
     targets = torch.eye(3)[[len(text) % 3 for text in share]]
-    total, _ = cross_entropy(candidates, targets, targets, candidates[:, -1], torch.ones(len(share)))
+    total, _ = cross_entropy(candidates, targets, targets, torch.ones(len(share)))
     (total / len(share)).backward()
     optimizer.step()
     optimizer.zero_grad()

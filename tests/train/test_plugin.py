@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -7,11 +8,12 @@ import torch
 from transformers import TrainingArguments
 
 from expertoken.data_prep.extension import extend_supervision, known_ids
+from expertoken.data_prep.labels import Labelling
 from expertoken.data_prep.results import BenchmarkResults
 from expertoken.data_prep.supervision import build_supervision, supervision_of
 from expertoken.evaluation.evaluate import evaluate
 from expertoken.modeling.composite import ROWS_FILE, load_composite, read_manifest, write_calibration
-from expertoken.modeling.errors import PoolError, ResultsError
+from expertoken.modeling.errors import ExpertokenError, PoolError, ResultsError
 from expertoken.modeling.experts import Expert
 from expertoken.modeling.meta import MetaLLM
 from expertoken.modeling.pool import ExpertPool
@@ -41,7 +43,7 @@ def new_results(count=40):
 def state(folder):
     composite = load_composite(folder, device="cpu")
     ids = [composite.meta.encode(text) for text in ("Compute 3 plus 4.", "Write an SQL query for the table t99.")]
-    return composite.meta.rows, composite.meta.candidate_logits(ids, with_self=True)
+    return composite.meta.rows, composite.meta.candidate_logits(ids)
 
 
 @pytest.mark.parametrize("architecture", ["llama-tied", "llama-untied", "phi-bias"])
@@ -68,7 +70,7 @@ def test_an_added_expert_leaves_the_others_bit_identical_and_removing_it_restore
     assert change.after > change.before
     assert 0 < change.changed < change.queries
     new_rows, new_logits = state(composite_folder)
-    assert torch.equal(new_rows[:2], rows)
+    assert torch.equal(new_rows[[0, 1, 3]], rows)
     torch.testing.assert_close(new_logits[:, [0, 1, 3]], logits, rtol=1e-6, atol=1e-5)
     assert new_logits[1].argmax() == 2
     remove_expert(composite_folder, "sql", verify=False)
@@ -180,6 +182,77 @@ def test_repeated_questions_are_matched_one_by_one():
     known = results_of([("a", "Compute 5!"), ("b", "same"), ("c", "same"), ("d", "Compute 5?")])
     new = results_of([("x", "Compute 5?"), ("c", "same"), ("y", "same"), ("z", "same"), ("w", "Compute 5!")])
     assert known_ids(known.queries, new.queries) == ["d", "c", "b", "z", "a"]
+
+
+def lucky(results, count, right=1.0):
+    """A newcomer that was measured on a few of the composite's own questions, and right on each."""
+    again = results.take(np.arange(count))
+    return BenchmarkResults(again.queries, ["lucky"], np.full((count, 1), right))
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("labelling", ["correctness", "query"])
+def test_a_few_lucky_answers_take_no_routes_from_experts_that_are_known_to_be_good(
+    tmp_path, base_folder, results, pool, count, labelling, caplog
+):
+    build_supervision(results, pool, labelling=labelling).save(tmp_path / "supervision")
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "supervision"), verify=False)
+    folder = train(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
+    change = add_expert(folder, Expert("lucky", model=str(base_folder)), lucky(results, count), verify=False)
+    assert change.after >= change.before
+    assert re.search(r"lucky was measured on \d queries to learn from, fewer than 20", caplog.text)
+
+
+def test_beside_many_old_queries_a_newcomer_is_learnt_as_beside_few(tmp_path, base_folder):
+    """Its chance of being right is told as well from 60 results beside 60 old queries as beside 6,000."""
+    rng = np.random.default_rng(0)
+    prompts = [f"{('Compute', 'What is the law in case')[index % 2]} {index}, please." for index in range(60)]
+    scores = (rng.random(60) < np.where(np.arange(60) % 2, 0.1, 0.9)).astype(float)
+    frame = pd.DataFrame({"id": [f"n{i}" for i in range(60)], "prompt": prompts, "benchmark": "new", "subject": None})
+    new = BenchmarkResults(frame.assign(split=None), ["sql"], scores[:, None])
+    rows = []
+    for count in (60, 6000):
+        prompts = [f"Tell me something, take {index}." for index in range(count)]
+        frame = pd.DataFrame({"id": prompts, "prompt": prompts, "benchmark": "old", "subject": None, "split": None})
+        measured = (rng.random((count, 2)) < 0.6).astype(float)
+        pool = ExpertPool([Expert(name, model=str(base_folder)) for name in ("one", "two")])
+        folder = tmp_path / str(count)
+        build_supervision(BenchmarkResults(frame, ["one", "two"], measured), pool, labelling="correctness").save(
+            folder / "s"
+        )
+        options = ExpertokenArguments(meta=str(base_folder), data=str(folder / "s"), verify=False)
+        made = train(options, TrainingArguments(output_dir=str(folder / "c"), use_cpu=True, report_to="none"))
+        add_expert(made, Expert("sql", model=str(base_folder)), new, verify=False)
+        composite = load_composite(made, device="cpu")
+        asked = [composite.meta.encode(f"{kind} {n}, please.") for n in range(40, 60)
+                 for kind in ("Compute", "What is the law in case")]  # fmt: skip
+        chances = composite.meta.candidate_logits(asked).sigmoid()[:, 2].reshape(-1, 2).mean(0)
+        assert chances[0] > 0.7
+        assert chances[1] < 0.3
+        rows.append(chances)
+    torch.testing.assert_close(rows[0], rows[1], atol=0.1, rtol=0)
+
+
+def test_an_expert_without_a_price_takes_the_others_down_with_it_no_more(tmp_path, base_folder, results, pool, caplog):
+    priced = replace(results, costs=[[0.1, 0.2, 0.0]] * len(results))
+    build_supervision(priced, pool, labelling=Labelling("correctness", cost_weight=0.1)).save(tmp_path / "s")
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), verify=False)
+    folder = train(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
+    assert read_manifest(folder).decision["policy"] == {"cost_weight": 0.1}
+    unpriced = Expert("sql", "openai", "m", base_url="http://127.0.0.1:1/v1")
+    add_expert(folder, unpriced, new_results(), verify=False)
+    assert "no cost is known of sql" in caplog.text
+    composite = load_composite(folder, device="cpu")
+    logits = composite.meta.candidate_logits([composite.meta.encode("Compute 9 plus 3.")])[0]
+    assert composite.chooser.choose(composite.policy, logits).expert == "math"
+    assert composite.chooser.usd(10)[2] == pytest.approx(0.2)
+
+
+def test_an_expert_without_results_to_learn_from_is_refused(composite_folder, base_folder):
+    only_test = new_results(4)
+    only_test.queries["split"] = "test"
+    with pytest.raises(ExpertokenError, match="expert 'sql': expected results to learn from, found none"):
+        add_expert(composite_folder, Expert("sql", model=str(base_folder)), only_test, verify=False)
 
 
 def test_the_change_says_how_many_queries_only_the_newcomer_was_measured_on(composite_folder, base_folder):

@@ -70,7 +70,7 @@ def test_a_composite_trained_anywhere_decides_better_inside_answers_and_as_well_
         assert composite.manifest.training["dispatch"] == ("anywhere" if each else "start")
         encoded = [composite.meta.encode(messages) for messages in side["messages"]]
         found = Positions.inside(own_answers(composite.meta, encoded, 12), 4)
-        logits = [composite.meta.candidate_logits([query], with_self=True) for query in found.queries(encoded)]
+        logits = [composite.meta.candidate_logits([query]) for query in found.queries(encoded)]
         wanted = np.array([np.argmax(target) for target in side["target"]])[found.query]
         right[each] = torch.cat(logits).argmax(1).numpy() == wanted
     starts, inside = slice(0, len(side)), slice(len(side), None)

@@ -234,11 +234,17 @@ function scroll() {
   if (chat.scrollHeight - chat.scrollTop - chat.clientHeight < 200) chat.scrollTop = chat.scrollHeight;
 }
 
-function send() {
+async function send() {
   const content = $("text").value.trim();
-  if (!content || !$("stop").hidden) return;
+  if (!content || !$("stop").hidden || $("send").disabled) return;
   $("text").value = "";
   grow();
+  await ready; // whoever types faster than the page starts: the chat that was kept comes before their message
+  if ($("send").disabled || !$("stop").hidden) { // it could not start, or another message was waiting too
+    $("text").value = [content, $("text").value].filter(Boolean).join("\n");
+    grow();
+    return;
+  }
   state.turns.push({ role: "user", content });
   for (const again of document.querySelectorAll(".again")) again.hidden = true;
   add(state.turns.at(-1), state.turns.length - 1);
@@ -261,7 +267,8 @@ $("text").onkeydown = (event) => {
   }
 };
 $("stop").onclick = () => state.controller.abort();
-$("reset").onclick = () => {
+$("reset").onclick = async () => {
+  await ready;
   state.controller?.abort();
   state.turns = [];
   save();
@@ -293,4 +300,4 @@ async function start() {
   $("chat").scrollTop = $("chat").scrollHeight;
 }
 
-start();
+const ready = start();

@@ -1,0 +1,313 @@
+"""What endpoints send: read no further than a limit, as events, and made into pieces of an answer."""
+
+import math
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from functools import cache
+from http import HTTPStatus
+from typing import Any
+
+from ...modeling.backend import Piece, as_usage
+from ...modeling.errors import ExpertFailedError
+
+_NO_ANSWER = "the endpoint gave something else than an answer"
+_BROKEN = ("error", "abort")  # how servers say that an answer ended without being whole
+_OURS = ("max_tokens", "stream_options", "top_p", "temperature", "seed")  # that a server may refuse
+_MOST_TOKENS = 2**53  # and far more than there are
+
+DONE = object()
+"""Stands for `[DONE]` among the chunks of an answer."""
+_MOST_BYTES = 64 * 2**20  # of one response
+_EVENT_BYTES = 4 * 2**20  # of one chunk of an answer
+_ERROR_BYTES = 64 * 2**10  # of what a server says that it refuses
+
+
+@cache
+def events_of(stream: Any) -> Any:
+    """Return a client's stream of events that reads what servers really send.
+
+    Events without data (`retry:`, pings) are none, `[DONE]` is told, and no event may be larger than memory.
+
+    Args:
+        stream: the client's own class.
+    """
+
+    class Events(stream):
+        async def _bytes(self) -> AsyncGenerator[bytes, None]:
+            held = 0
+            async for part in self.response.aiter_bytes():
+                end = part.rfind(b"\n\n")
+                held = len(part) - end if end >= 0 else held + len(part)
+                if held > _EVENT_BYTES or len(part) > _EVENT_BYTES:
+                    raise ExpertFailedError(f"the endpoint sent a chunk of more than {_EVENT_BYTES:,} bytes")
+                yield part
+
+        async def __stream__(self) -> AsyncGenerator[object, None]:
+            async for event in self._decoder.aiter_bytes(self._bytes()):
+                if event.data.startswith("[DONE]"):
+                    yield DONE
+                    return
+                if event.data.strip():
+                    yield event.json()
+
+    return Events
+
+
+@cache
+def bounded(client: Any) -> Any:
+    """Return an HTTP client that reads no response further than a limit.
+
+    Args:
+        client: the class of it.
+    """
+
+    class Bounded(client):
+        async def send(self, request: Any, **how: Any) -> Any:
+            response = await super().send(request, **(how | {"stream": True}))
+            failed = response.status_code >= HTTPStatus.MULTIPLE_CHOICES
+            if failed:  # an error that was packed small may be large
+                response.headers.pop("content-encoding", None)
+            raw, most = response.aiter_raw, _ERROR_BYTES if failed else _MOST_BYTES
+
+            async def limited(chunk_size: int | None = None) -> AsyncGenerator[bytes, None]:
+                seen = 0
+                async for part in raw(chunk_size):
+                    seen += len(part)
+                    if seen > most:
+                        if failed:  # enough to know what it is
+                            return
+                        raise ExpertFailedError(f"the endpoint sent more than {most:,} bytes")
+                    yield part
+
+            response.aiter_raw = limited
+            if not how.get("stream"):
+                await response.aread()
+            return response
+
+    return Bounded
+
+
+def piece_of(chunk: Any, unicode: "Unicode") -> Piece:
+    """Return what a chunk brings.
+
+    Chunks are read as the JSON that they are: to make the client's classes of them took a fifth of the server's time.
+
+    Raises:
+        ExpertFailedError: it is something else than a chunk of an answer.
+    """
+    try:
+        counts = chunk.get("usage") or {}
+        usage = as_usage((counts.get("prompt_tokens"), counts.get("completion_tokens")))
+        details = _details(counts)
+        if chunk.get("error") is not None:
+            raise ExpertFailedError("the endpoint told of an error in its answer")
+        choices = chunk.get("choices")
+        if choices is None and usage is None:
+            raise ExpertFailedError(_NO_ANSWER)
+        if not choices:
+            return Piece(usage=usage, details=details)
+        delta = choices[0].get("delta") or {}
+        finish = choices[0].get("finish_reason") or None
+        if finish in _BROKEN:
+            raise ExpertFailedError(f"the endpoint ended its answer with {finish!r}")
+        text, thinking = _parts(delta.get("content"))
+        thought = {name: _text(delta[name]) for name in _THOUGHTS if delta.get(name)}
+        if thinking:
+            thought[_THOUGHTS[0]] = thought.get(_THOUGHTS[0], "") + _text(thinking)
+        return Piece(
+            text=unicode.joined(text or delta.get("refusal") or "", last=finish is not None),
+            tool_calls=[_call(call) for call in delta.get("tool_calls") or ()] or _function(delta) or None,
+            logprobs=_logprobs(choices[0].get("logprobs")),
+            finish=None if finish is None else _text(finish),
+            usage=usage,
+            thought=thought or None,
+            details=details,
+        )
+    except (AttributeError, TypeError, ValueError, LookupError) as error:
+        raise ExpertFailedError(_NO_ANSWER) from error
+
+
+_THOUGHTS = ("reasoning_content", "reasoning")
+_DETAILS = ("prompt_tokens_details", "completion_tokens_details")
+
+
+def _details(counts: dict[str, Any]) -> dict[str, dict[str, int]] | None:
+    """Return the counts that stand beside the usage, as far as they are counts."""
+    found = {}
+    for group in _DETAILS:
+        given = counts.get(group)
+        entries = given.items() if isinstance(given, dict) else ()
+        known = {_text(name): n for name, n in entries if type(n) is int and 0 <= n < _MOST_TOKENS}
+        if known:
+            found[group] = known
+    return found or None
+
+
+def _parts(content: Any) -> tuple[str, str]:
+    """Return the text and the thought of a content, which some servers send as a list of parts.
+
+    Raises:
+        AttributeError, TypeError: it is something else.
+    """
+    if not isinstance(content, list):
+        return content or "", ""
+    text = thought = ""
+    for part in content:
+        if part.get("type") == "thinking":
+            thought += _parts(part.get("thinking"))[0]
+        else:
+            text += part.get("text") or ""
+    return text, thought
+
+
+def _function(delta: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Return a call in the form that OpenAI's API had before `tool_calls`, as the one that it has now."""
+    given = delta.get("function_call")
+    if not given:
+        return None
+    return [
+        _call(
+            {"index": 0, "type": "function", "function": dict(given)} | ({"id": "call_0"} if given.get("name") else {})
+        )
+    ]
+
+
+def refused_parameter(body: Any) -> str | None:
+    """Return the parameter of ours that an error says is not known, or None."""
+    given = body.get("error", body) if isinstance(body, dict) else {}
+    given = given if isinstance(given, dict) else {}
+    message = str(given.get("message") or "")
+    quoted = (name for name in _OURS if f"'{name}'" in message or f"`{name}`" in message or f'"{name}"' in message)
+    return given.get("param") if given.get("param") in _OURS else next(quoted, None)
+
+
+class Allowance:
+    """Ends an answer at its limit, whatever the server thinks of that.
+
+    Args:
+        most: characters, of thought and calls too; a piece counts one more.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+
+    @property
+    def spent(self) -> bool:
+        """Whether nothing is left."""
+        return self._left < 0
+
+    def of(self, piece: Piece) -> Piece:
+        """Return what of a piece is within the limit."""
+        self._left -= 1 + _characters(piece)
+        if not self.spent:
+            return piece
+        text = piece.text[: max(0, len(piece.text) + self._left)]
+        return replace(piece, text=text, finish=piece.finish or "length")
+
+
+def _characters(piece: Piece) -> int:
+    thought = sum(map(len, (piece.thought or {}).values()))
+    return len(piece.text) + thought + sum(len(str(call)) for call in piece.tool_calls or ())
+
+
+def _text(given: str) -> str:
+    """A text without halves of surrogates, which can't be sent on. Raises AttributeError where it is none."""
+    return given.encode("utf-8", "replace").decode()
+
+
+class Unicode:
+    """Joins halves of characters that a server cut its text between."""
+
+    def __init__(self) -> None:
+        self._half = ""
+
+    def joined(self, text: str, *, last: bool) -> str:
+        """More of the text; a half at its end is held back for the next one, and lost where none comes."""
+        if not self._half and text.isascii():
+            return text
+        text = self._half + text
+        self._half = text[-1:] if "\ud800" <= text[-1:] <= "\udbff" and not last else ""
+        return text[: len(text) - len(self._half)].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _call(call: Any) -> dict[str, Any]:
+    """A part of a tool call.
+
+    Raises:
+        AttributeError, TypeError: it is something else.
+    """
+    function = call.get("function") or {}
+    texts = (call.get("id"), call.get("type"), function.get("name"), function.get("arguments"))
+    if not all(isinstance(text, str | None) for text in texts) or not isinstance(call.get("index"), int | None):
+        raise TypeError
+    return _sendable(call)
+
+
+def _logprobs(given: Any) -> dict[str, Any] | None:
+    """Log-probabilities of a piece's tokens.
+
+    Raises:
+        AttributeError, TypeError: they are something else.
+    """
+    found = {key: list(given[key]) for key in ("content", "refusal") if given.get(key)} if given else {}
+    return _sendable(found) or None
+
+
+_UNLIKELY = -9999.0  # what OpenAI's API says for a probability of 0: JSON has no infinity
+
+
+def _sendable(thing: Any) -> Any:
+    """What was read as JSON without what JSON and UTF-8 can't write."""
+    if isinstance(thing, dict):
+        return {_text(key): _sendable(value) for key, value in thing.items()}
+    if isinstance(thing, list):
+        return [_sendable(value) for value in thing]
+    if isinstance(thing, float) and not math.isfinite(thing):
+        return _UNLIKELY
+    return _text(thing) if isinstance(thing, str) else thing
+
+
+_TELLING = 8  # characters
+
+
+class Numbering:
+    """Gives parts of tool calls the index that says which call they belong to, where a server leaves it out."""
+
+    def __init__(self) -> None:
+        self._known: list[str | None] = []
+
+    def of(self, calls: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        """The parts with their indices: one with an id that was not there yet begins a call."""
+        return [self._numbered(call) for call in calls] if calls else calls
+
+    def _numbered(self, call: dict[str, Any]) -> dict[str, Any]:
+        if call.get("index") is not None:
+            return call
+        if not self._known or (call.get("id") and call["id"] not in self._known):
+            self._known.append(call.get("id"))
+        place = self._known.index(call["id"]) if call.get("id") else len(self._known) - 1
+        return call | {"index": place}
+
+
+class Repetition:
+    """Leaves out the beginning of an answer where it repeats what was there already.
+
+    Args:
+        begun: what may be repeated; of a word or two it can't be told whether it is.
+    """
+
+    def __init__(self, begun: str) -> None:
+        self._rest, self._held = begun if len(begun) >= _TELLING else "", ""
+
+    def without(self, text: str, *, last: bool = False) -> str:
+        """More of the answer, without the repetition; what may turn out to be one is held back until that is known."""
+        if not self._rest:
+            return text
+        self._held += text
+        if self._held.startswith(self._rest):
+            text, self._rest = self._held[len(self._rest) :], ""
+        elif self._rest.startswith(self._held) and not last:
+            text = ""
+        else:
+            text, self._rest = self._held, ""
+        return text

@@ -1,0 +1,273 @@
+"""Who is asked, from the decision's logits: what an operator or a single request may set beside the trained rows."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from .dispatch import Dispatch
+from .errors import ExpertokenError, did_you_mean
+from .experts import SELF
+from .pool import ExpertPool
+from .utility import expected_usd, priced, utility
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a candidate is chosen from the trained distribution.
+
+    Candidates that are not allowed are left out first. Without costs the candidate with the greatest logit is chosen;
+    with `cost_weight` or `tolerance`, which need a composite trained for the objective `correctness`, chances of being
+    right are weighed against costs. Where no candidate reaches `threshold`, `default` answers.
+
+    Attributes:
+        threshold: least probability of the most probable candidate that may answer; None for none.
+        default: name of the candidate that answers below the threshold. Default: self where it is a candidate.
+        cost_weight: score that a USD is worth: the greatest `chance - cost_weight * expected USD` is chosen.
+        tolerance: chance that may be given up: the cheapest candidate within it of the best chance is chosen. Takes
+            the place of `cost_weight`; None for none.
+        sticky: logits added to the candidate that gave the chat's last answer.
+        allow: names of the candidates that may answer; all where None.
+        deny: names of those that may not.
+        fallbacks: how many more are asked when the one chosen fails; all where None.
+    """
+
+    threshold: float | None = None
+    default: str | None = None
+    cost_weight: float = 0.0
+    tolerance: float | None = None
+    sticky: float = 0.0
+    allow: tuple[str, ...] | None = None
+    deny: tuple[str, ...] = ()
+    fallbacks: int | None = None
+
+    @classmethod
+    def parse(cls, document: Any, base: "Policy | None" = None) -> "Policy":
+        """Read a policy from JSON: of a composite's manifest, or of a request.
+
+        Args:
+            document: a mapping; keys as the attributes are called.
+            base: what holds where the document says nothing.
+
+        Raises:
+            ExpertokenError: a key is unknown or a value of another kind.
+        """
+        base = base or cls()
+        if document is None:
+            return base
+        known = [field.name for field in fields(cls)]
+        if not isinstance(document, dict):
+            raise ExpertokenError(f"policy: expected a mapping, got {type(document).__name__}")
+        for key, value in document.items():
+            if key not in known:
+                raise ExpertokenError(f"policy.{key}: unknown key, {did_you_mean(str(key), known)}")
+            if not _CHECKS[key](value):
+                raise ExpertokenError(f"policy.{key}: expected {_EXPECTED[key]}, got {value!r}")
+        given: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in document.items()
+        }
+        return replace(base, **given)
+
+    def within(self, base: "Policy") -> "Policy":
+        """Return this policy with nobody allowed who is not under another one.
+
+        Args:
+            base: of the operator, which a request can narrow and not widen.
+        """
+        asked = base.allow if self.allow is None else self.allow
+        allow = asked if base.allow is None or asked is None else tuple(name for name in asked if name in base.allow)
+        return replace(self, allow=allow, deny=tuple(dict.fromkeys((*base.deny, *self.deny))))
+
+    def document(self) -> dict[str, Any]:
+        """What differs from a policy that says nothing, as JSON."""
+        plain = asdict(Policy())
+        return {key: value for key, value in asdict(self).items() if value != plain[key]}
+
+    def fallback(self, pool: ExpertPool) -> str | None:
+        """Return who answers below the threshold: the default that was named, else self where it is a candidate."""
+        return self.default or pool.self_name
+
+    def candidates(self, pool: ExpertPool) -> list[str]:
+        """Return the names of those who may answer, in pool order.
+
+        Raises:
+            ExpertokenError: the policy does not fit the pool: a name is no candidate's, nobody is left, the threshold
+                has no default.
+        """
+        named = {"allow": self.allow or (), "deny": self.deny, "default": (self.default,) if self.default else ()}
+        for key, given in named.items():
+            for name in given:
+                if name not in pool.names:
+                    raise ExpertokenError(f"policy.{key}: no candidate {name!r}, {did_you_mean(name, pool.names)}")
+        if self.threshold is not None and self.fallback(pool) is None:
+            raise ExpertokenError("policy.threshold needs policy.default here: self is no candidate of this composite")
+        names = [n for n in pool.names if (self.allow is None or n in self.allow) and n not in self.deny]
+        if not names:
+            raise ExpertokenError("policy: nobody is left who may answer; look at allow and deny")
+        return names
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Chooses among the candidates of a composite by a policy: evaluation, calibration and serving use the same one.
+
+    Attributes:
+        pool: the candidates.
+        chances: whether a logit is the log-odds of being right (objective `correctness`).
+        usd_per_query: mean cost of each candidate's answers in the results that were learnt from, where known; used
+            for candidates without a price in the pool.
+    """
+
+    pool: ExpertPool
+    chances: bool = False
+    usd_per_query: Mapping[str, float] = field(default_factory=dict)
+
+    def candidates(self, policy: Policy) -> list[str]:
+        """Return the names of those who may answer under a policy, in pool order.
+
+        Raises:
+            ExpertokenError: the policy does not fit the pool, or weighs costs where decisions are not chances or no
+                cost is known.
+        """
+        names = policy.candidates(self.pool)
+        weighed = "cost_weight" if policy.cost_weight else "tolerance" if policy.tolerance is not None else None
+        if weighed:
+            if not self.chances:
+                raise ExpertokenError(
+                    f"policy.{weighed}: expected a composite trained with `--objective correctness`, which "
+                    "gives chances of being right; this one gives none. Train one, or use threshold, allow and deny"
+                )
+            usd = expected_usd(self.pool.candidates, 1, self.usd_per_query)
+            if np.isnan(usd).any() and not (usd > 0).any():
+                raise ExpertokenError(f"policy.{weighed}: no candidate's cost is known; write `cost` into the pool")
+        return names
+
+    def usd(self, prompt_tokens: int) -> np.ndarray:
+        """Return the expected cost of each candidate on a request, `[C]` USD; see `utility.priced` for unknown ones."""
+        return priced(expected_usd(self.pool.candidates, prompt_tokens, self.usd_per_query))
+
+    def choose(
+        self, policy: Policy, logits: torch.Tensor, *, prompt_tokens: int = 0, last: str | None = None
+    ) -> Dispatch:
+        """Decide.
+
+        Args:
+            policy: what is to be weighed.
+            logits: `[C]`, of the candidates in pool order.
+            prompt_tokens: tokens of the request, for its cost.
+            last: name of the candidate that gave the chat's last answer.
+
+        Returns:
+            the decision, with the trained probabilities and chances as they are.
+
+        Raises:
+            ExpertokenError: the policy does not fit; see `candidates`.
+        """
+        names = self.pool.names
+        plain = Dispatch.from_logits(names, logits, chances=self.chances)
+        if policy == Policy():
+            return plain
+        allowed = self.candidates(policy)
+        changed = self._changed(policy, logits, last)
+        shares = self._shares(allowed, changed)
+        ranking = self._ranking(policy, allowed, changed, prompt_tokens)
+        reason = self._reason(policy, plain, ranking[0])
+        best = max(allowed, key=shares.__getitem__)
+        if policy.threshold is not None and shares[best] < policy.threshold:
+            default = policy.fallback(self.pool)
+            if default in allowed:
+                reason = f"{best} has {shares[best]:.2f}, less than {policy.threshold:g}: {default} answers"
+                ranking = [default, *(name for name in ranking if name != default)]
+        if policy.fallbacks is not None:
+            ranking = ranking[: 1 + policy.fallbacks]
+        return replace(plain, expert=ranking[0], reason=reason, ranking=tuple(ranking))
+
+    def shares(self, policy: Policy, logits: torch.Tensor, *, last: str | None = None) -> dict[str, float]:
+        """Return the probabilities among those who may answer, which the threshold looks at; 0 for the others."""
+        return self._shares(self.candidates(policy), self._changed(policy, logits, last))
+
+    def _shares(self, allowed: Sequence[str], logits: torch.Tensor) -> dict[str, float]:
+        left_out = torch.tensor([name not in allowed for name in self.pool.names])
+        shares = logits.masked_fill(left_out, -torch.inf).softmax(-1)
+        return dict(zip(self.pool.names, shares.tolist(), strict=True))
+
+    def _changed(self, policy: Policy, logits: torch.Tensor, last: str | None) -> torch.Tensor:
+        changed = logits.double().clone()
+        if policy.sticky and last is not None:
+            changed[self.pool.names.index(last)] += policy.sticky
+        return changed
+
+    def _ranking(self, policy: Policy, allowed: Sequence[str], logits: torch.Tensor, prompt_tokens: int) -> list[str]:
+        """Return those who may answer, the first choice first."""
+        place = {name: index for index, name in enumerate(self.pool.names)}
+        if not policy.cost_weight and policy.tolerance is None:
+            return sorted(allowed, key=lambda name: float(logits[place[name]]), reverse=True)
+        quality, usd = logits.sigmoid().numpy(), self.usd(prompt_tokens)
+        if policy.tolerance is None:
+            worth = utility(quality, usd, policy.cost_weight)
+            return sorted(allowed, key=lambda name: worth[place[name]], reverse=True)
+        best = max(quality[place[name]] for name in allowed)
+        near = [name for name in allowed if quality[place[name]] >= best - policy.tolerance]
+        far = [name for name in allowed if name not in near]
+        return [
+            *sorted(near, key=lambda name: (usd[place[name]], -quality[place[name]])),
+            *sorted(far, key=lambda name: -quality[place[name]]),
+        ]
+
+    def _reason(self, policy: Policy, plain: Dispatch, first: str) -> str:
+        if first == plain.expert:
+            return plain.reason
+        parts = [
+            f"only {', '.join(policy.allow)} may answer" if policy.allow is not None else "",
+            f"{', '.join(policy.deny)} may not answer" if policy.deny else "",
+            f"a USD is worth a score of {policy.cost_weight:g}"
+            if policy.cost_weight and policy.tolerance is None
+            else "",
+            "" if policy.tolerance is None else f"a chance {policy.tolerance:g} lower is accepted for a lower cost",
+            f"the last expert gets {policy.sticky:g}" if policy.sticky else "",
+        ]
+        told = "; ".join(part for part in parts if part)
+        table = plain.chances or plain.probabilities
+        value = f"{'a chance' if plain.chances else 'a probability'} of {table[first]:.2f}"
+        return f"{first}, with {value}, is chosen since {told}; {plain.expert} would have been chosen without"
+
+
+def last_answerer(messages: Sequence[dict[str, Any]], pool: ExpertPool) -> str | None:
+    """Who gave the last answer of a chat, where its message says so (`name`)."""
+    named = [message.get("name") for message in messages if message.get("role") == "assistant"]
+    return named[-1] if named and named[-1] in pool.names else None
+
+
+_LARGEST = 1e30  # far above any cost or logit; more would overflow where it is multiplied
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+
+
+_CHECKS = {
+    "threshold": lambda v: v is None or (_is_number(v) and 0 <= v <= 1),
+    "default": lambda v: v is None or isinstance(v, str),
+    "cost_weight": lambda v: _is_number(v) and v >= 0,
+    "tolerance": lambda v: v is None or (_is_number(v) and 0 <= v <= 1),
+    "sticky": _is_number,
+    "allow": lambda v: v is None or _is_names(v),
+    "deny": _is_names,
+    "fallbacks": lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 0),
+}
+_EXPECTED = {
+    "threshold": "a probability or null",
+    "default": f"a candidate's name ({SELF!r}, ...) or null",
+    "cost_weight": "a number of at least 0 (score per USD)",
+    "tolerance": "a chance to give up, 0 to 1, or null",
+    "sticky": "a number (logits)",
+    "allow": "a list of names or null",
+    "deny": "a list of names",
+    "fallbacks": "a whole number of at least 0, or null",
+}

@@ -1,0 +1,238 @@
+"""The cache of states on disk: a folder per model, of blocks: the arrays of queries that were new together.
+
+A block is written aside and renamed, rows are marked as done behind their values, and whatever is no whole block (of an
+older version, damaged, of another job that is writing it) is passed over.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from .errors import ExpertokenError
+from .files import atomic_folder, cache_folder
+
+logger = logging.getLogger(__name__)
+
+_BLOCK = 4096  # bytes, no larger than any file system's
+_MARK_SECONDS = 5.0  # so much work at most is done twice after a SIGKILL
+_IN_MEMORY = 2**30  # bytes of gathered states that are kept in memory; larger ones go to a temporary file
+_PART = 65536  # rows copied at a time
+_NOT_WHOLE = (OSError, ValueError, EOFError)
+_HIDDEN, _MASS, _HASHES, _DONE = "hidden.npy", "log_mass.npy", "hashes.npy", "done.npy"
+
+
+class Block:
+    """A block as it was when it was read. Its states stay on disk; the rest is small.
+
+    Raises:
+        ValueError: it is not whole.
+    """
+
+    def __init__(self, folder: Path, width: int) -> None:
+        self.folder = folder
+        self.hashes, self.done = (np.load(folder / name) for name in (_HASHES, _DONE))
+        hidden = np.load(folder / _HIDDEN, mmap_mode="r")
+        shapes = (len(self.hashes), len(self.done), np.load(folder / _MASS, mmap_mode="r").shape, hidden.shape)
+        if shapes != (len(self.hashes), len(self.hashes), (len(self.hashes),), (len(self.hashes), width)):
+            raise ValueError(f"arrays of shapes {shapes}")
+
+    @property
+    def hidden(self) -> np.ndarray:
+        """The states `[N, d]`, mapped anew: a mapping kept for each of many blocks would use up the descriptors."""
+        return np.load(self.folder / _HIDDEN, mmap_mode="r")
+
+    @property
+    def log_mass(self) -> np.ndarray:
+        """Z `[N]`."""
+        return np.load(self.folder / _MASS)
+
+    @contextmanager
+    def writing(self) -> Iterator[Callable[[Sequence[int], np.ndarray, np.ndarray], None]]:
+        """Write rows; they are marked as done every few seconds and at the end, also where that is an interruption.
+
+        Values first, then the marks: after a power loss no mark may stand over values that were lost.
+        """
+        hidden, mass, done = (np.load(self.folder / name, mmap_mode="r+") for name in (_HIDDEN, _MASS, _DONE))
+        rows: list[int] = []
+        last = time.monotonic()
+
+        def mark() -> None:
+            nonlocal last
+            hidden.flush()
+            mass.flush()
+            done[rows] = 1
+            done.flush()
+            rows.clear()
+            last = time.monotonic()
+
+        def write(places: Sequence[int], states: np.ndarray, masses: np.ndarray) -> None:
+            hidden[places], mass[places] = states, masses
+            rows.extend(places)
+            if time.monotonic() - last > _MARK_SECONDS:
+                mark()
+
+        try:
+            yield write
+        finally:
+            mark()
+
+
+Place = tuple[Block, int]
+
+
+class StateCache:
+    """The states of one model.
+
+    Args:
+        key: tells models apart.
+        width: d.
+    """
+
+    def __init__(self, key: str, width: int) -> None:
+        self.root, self.width = cache_folder("states") / key, width
+
+    def places(self) -> tuple[dict[bytes, Place], dict[bytes, Place]]:
+        """Return where finished states are, and where an interrupted pass left room for others, by query."""
+        found: dict[bytes, Place] = {}
+        room: dict[bytes, Place] = {}
+        for folder in sorted(self.root.glob("*")) if self.root.exists() else ():
+            if folder.name.startswith(".") or not folder.is_dir():
+                continue
+            try:
+                block = Block(folder, self.width)
+            except _NOT_WHOLE as error:
+                logger.debug("%s is no whole block: %s", folder, error)
+                continue
+            for row, key in enumerate(block.hashes):
+                (found if block.done[row] else room)[key.tobytes()] = (block, row)
+        return found, {key: place for key, place in room.items() if key not in found}
+
+    def create(self, keys: Sequence[bytes]) -> Block:
+        """Return a new block with room for the states of these queries.
+
+        Raises:
+            OSError: the cache can't be written.
+        """
+        folder = self.root / hashlib.sha256(b"".join(keys)).hexdigest()[:16]
+        self.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.root / ".lock"):  # two runs that begin together fill one block
+            try:
+                return Block(folder, self.width)
+            except _NOT_WHOLE:  # nor there yet, most often
+                try:
+                    _create(folder, keys, self.width)
+                except ExpertokenError as error:  # a full disk, for one
+                    raise OSError(str(error)) from error
+        return Block(folder, self.width)
+
+
+def _create(folder: Path, keys: Sequence[bytes], width: int) -> None:
+    with atomic_folder(folder) as aside:
+        np.save(aside / _HASHES, np.array(keys, dtype="V16"))
+        np.lib.format.open_memmap(aside / _HIDDEN, mode="w+", dtype=np.float32, shape=(len(keys), width)).flush()
+        _allocate(aside / _HIDDEN)
+        np.save(aside / _MASS, np.zeros(len(keys), dtype=np.float32))
+        np.save(aside / _DONE, np.zeros(len(keys), dtype=np.uint8))
+
+
+def _allocate(file: Path) -> None:
+    """Give a sparse file its blocks: on a full disk it would kill the process (SIGBUS) amid the forward pass."""
+    with file.open("r+b") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, size)
+            return
+        # macOS has no such call. A block is allocated when something is written into it: its own first byte.
+        for start in range(0, size, _BLOCK):
+            stream.seek(start)
+            byte = stream.read(1)
+            stream.seek(start)
+            stream.write(byte)
+
+
+def gather(places: Sequence[Place]) -> tuple[np.ndarray, np.ndarray]:
+    """Return states `[N, d]` and Z `[N]` at places: a block's own array where it has just that order, else a copy."""
+    blocks = {id(block): block for block, _ in places}
+    rows = np.array([row for _, row in places])
+    if len(blocks) == 1:
+        block = places[0][0]
+        if len(rows) == len(block.hashes) and (rows == np.arange(len(rows))).all():
+            return block.hidden, block.log_mass
+    hidden, log_mass = room_for(len(places), places[0][0].hidden.shape[1])
+    owners = np.array([id(block) for block, _ in places])
+    for key, block in blocks.items():
+        chosen = np.flatnonzero(owners == key)
+        mapped = block.hidden
+        for part in np.array_split(chosen, max(1, len(chosen) // _PART)):
+            hidden[part] = mapped[rows[part]]
+        log_mass[chosen] = block.log_mass[rows[chosen]]
+    return hidden, log_mass
+
+
+def room_for(count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return empty arrays for `count` states and their Z, in memory or in a temporary file."""
+    if count * width * 4 <= _IN_MEMORY:
+        hidden = np.empty((count, width), dtype=np.float32)
+    else:
+        with tempfile.TemporaryFile() as file:  # stays open through the mapping, gone with it
+            hidden = np.memmap(file, dtype=np.float32, mode="w+", shape=(count, width))
+    return hidden, np.empty(count, dtype=np.float32)
+
+
+def tensor_of(array: np.ndarray) -> torch.Tensor:
+    """Return a tensor over an array's own memory, so that a pass over mapped states copies nothing; do not write."""
+    array = np.ascontiguousarray(array)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """What the cache holds of one model.
+
+    Attributes:
+        folder: its folder.
+        queries: number of finished states.
+        size: bytes.
+        used: seconds since the epoch of the last write.
+    """
+
+    folder: Path
+    queries: int
+    size: int
+    used: float
+
+
+def cached_models() -> list[CachedModel]:
+    """Return what the cache holds, the longest unused first."""
+    found = []
+    root = cache_folder("states")
+    for folder in sorted(entry for entry in root.glob("*") if entry.is_dir()) if root.exists() else ():
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        done = 0
+        for file in folder.glob(f"*/{_DONE}"):
+            try:
+                done += int(np.load(file).sum())
+            except _NOT_WHOLE:
+                continue
+        size, used = sum(file.stat().st_size for file in files), max((f.stat().st_mtime for f in files), default=0.0)
+        found.append(CachedModel(folder, done, size, used))
+    return sorted(found, key=lambda model: model.used)
+
+
+def prune(older_than: float) -> list[CachedModel]:
+    """Remove the states of models that nothing was written of for so many seconds; return what was removed."""
+    gone = [model for model in cached_models() if time.time() - model.used >= older_than]
+    for model in gone:
+        shutil.rmtree(model.folder)
+    return gone

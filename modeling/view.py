@@ -1,0 +1,175 @@
+"""The decision view: what of a conversation the decision reads.
+
+The newest request of the user is read whole. Of what surrounds it (system prompt, earlier turns, tool results) as much
+is read as a budget allows, the newest first. So a conversation is never too long to be decided, though an expert may be
+the only one that can read all of it. Training, evaluation and serving read the same view.
+"""
+
+import datetime
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from .chat import Message, Query, as_messages, encode_chat, encode_text, plain, prints_date
+from .errors import ExpertFailedError, ExpertokenError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CUT = "\n[...]\n"
+"""Stands where a text was cut."""
+
+_MARGIN = 8  # tokens of a message besides its text: role and control tokens
+_LEAST = 16  # tokens of a text below which nothing of it is kept
+_CHARACTERS = 4  # of a token, about, where a text that is left out is not counted
+
+
+@dataclass(frozen=True)
+class View:
+    """How much a decision reads.
+
+    Attributes:
+        context_tokens: tokens of what surrounds the newest request.
+        date: what a chat template prints that prints the date (ISO). With the present one, a composite would read other
+            prompts each day than those it was trained on.
+    """
+
+    context_tokens: int = 1024
+    date: str = "2026-01-01"
+
+    def __post_init__(self) -> None:
+        try:
+            datetime.date.fromisoformat(self.date)
+        except (TypeError, ValueError):
+            raise ExpertokenError(f"view: date {self.date!r}: expected one such as 2026-01-01") from None
+
+    def read(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        conversation: str | Sequence[Message],
+        vocab_size: int,
+        most: int,
+    ) -> Query:
+        """Return a conversation as the meta LLM reads it; `Query.cut` counts the tokens left out, about.
+
+        Args:
+            tokenizer: tokenizer with a chat template.
+            conversation: the messages.
+            vocab_size: V.
+            most: tokens that the meta LLM reads.
+
+        Raises:
+            ExpertokenError: the conversation is no conversation, or the template refuses even the request alone.
+            ExpertFailedError: the tokenizer has no chat template, or ids that the model has no row for.
+        """
+        messages = plain(as_messages(conversation), placeholders=True)
+        newest = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=len(messages) - 1)
+        # What the template writes around a conversation, some of it once and some of it around every message.
+        room = most - _frame(tokenizer, vocab_size)
+        refused: ExpertokenError | None = None
+        today, dated = datetime.date.fromisoformat(self.date), prints_date(tokenizer)
+        for shrunken in (room, room // 2, room // 4):  # a text may take more tokens in its place than by itself
+            reading = _Reading(tokenizer, messages, newest)
+            reading.keep(newest, shrunken, always=True)
+            reading.surround(min(self.context_tokens, shrunken - reading.tokens))
+            for kept, cut, folding in reading.readings():
+                try:
+                    ids = encode_chat(tokenizer, kept, vocab_size, today=today)
+                except ExpertFailedError:
+                    raise
+                except ExpertokenError as error:
+                    refused = error
+                    continue
+                if len(ids) <= most:
+                    return replace(Query.of(ids), cut=cut, folded=folding, dated=dated)
+        raise refused or ExpertokenError(f"the conversation's newest request does not fit into {most} tokens")
+
+
+_FRAMES: "WeakKeyDictionary[PreTrainedTokenizerBase, int]" = WeakKeyDictionary()
+
+
+def _frame(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> int:
+    """Return the tokens of a conversation that says next to nothing."""
+    if tokenizer not in _FRAMES:
+        _FRAMES[tokenizer] = len(encode_chat(tokenizer, [{"role": "user", "content": "?"}], vocab_size)) - 1
+    return _FRAMES[tokenizer]
+
+
+class _Reading:
+    """What is kept of a conversation, message by message."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], newest: int) -> None:
+        self._tokenizer, self._messages, self._newest = tokenizer, messages, newest
+        self._texts: dict[int, str] = {}
+        self.tokens = 0
+        self.cut = 0
+
+    def keep(self, index: int, room: int, *, always: bool = False) -> int:
+        """Keep as much of a message as there is room for, and return the tokens that it takes."""
+        text = self._messages[index]["content"]
+        margin = 0 if always else _MARGIN  # the request's is in the frame
+        if room - margin < _LEAST and not always:
+            self.cut += max(1, len(text) // _CHARACTERS)
+            return 0
+        kept, count, cut = self._cut(text, max(room - margin, _LEAST))
+        self._texts[index] = kept
+        self.tokens += count + margin
+        self.cut += cut
+        return count + margin
+
+    def surround(self, room: int) -> None:
+        """Keep what fits of the other messages: those behind the newest request, then those before, newest first."""
+        for index in [*range(len(self._messages) - 1, self._newest, -1), *range(self._newest - 1, -1, -1)]:
+            room -= self.keep(index, room)
+
+    def _cut(self, text: str, room: int) -> tuple[str, int, int]:
+        """Return the text with its middle left out where it is longer than `room` tokens, its tokens, and those cut."""
+        half = max(1, (room - len(CUT)) // 2)
+        # A text of megabytes is not tokenised for two ends of it: 16 characters a token are enough for most.
+        ends = text if len(text) <= 32 * room else text[: 16 * room] + text[-16 * room :]
+        count = self._count(ends)
+        if ends is text and count <= room:
+            return text, count, 0
+        head, tail = ends[:half], ends[-half:]  # no token is shorter than a character
+        if self._tokenizer.is_fast:
+            encoded = encode_text(self._tokenizer, ends, offsets=True)
+            offsets = encoded["offset_mapping"]
+            if len(offsets) >= 2 * half:
+                head, tail = ends[: offsets[half - 1][1]], ends[offsets[len(offsets) - half][0] :]
+        kept = head + CUT + tail
+        left_out = (len(text) - len(ends)) // _CHARACTERS + max(1, count - 2 * half)
+        return kept, self._count(kept), left_out
+
+    def _count(self, text: str) -> int:
+        return len(encode_text(self._tokenizer, text).input_ids)
+
+    def readings(self) -> Iterator[tuple[list[Message], int, bool]]:
+        """Yield what is tried in turn, the tokens cut, and whether roles were folded.
+
+        The messages as they are, with roles that any template takes, and the request alone.
+        """
+        kept = [self._messages[index] | {"content": self._texts[index]} for index in sorted(self._texts)]
+        yield kept, self.cut, False
+        yield folded(kept), self.cut, True
+        others = sum(len(text) for index, text in self._texts.items() if index != self._newest)
+        yield [{"role": "user", "content": self._texts[self._newest]}], self.cut + others // _CHARACTERS, True
+
+
+def folded(messages: Sequence[Message]) -> list[Message]:
+    """Return a conversation of user and assistant in turn, which starts and ends with the user.
+
+    Templates refuse what their model was not trained for: a system prompt, tool results, two messages of one role in a
+    row. All that is no answer of the assistant's becomes part of the user's next message.
+    """
+    found: list[Message] = []
+    for message in messages:
+        role = "assistant" if message["role"] == "assistant" and found else "user"
+        if found and found[-1]["role"] == role:
+            found[-1] = {"role": role, "content": f"{found[-1]['content']}\n\n{message['content']}"}
+        else:
+            found.append({"role": role, "content": message["content"]})
+    if found[-1]["role"] == "assistant":
+        answer = found.pop()
+        found[-1] = {"role": "user", "content": f"{found[-1]['content']}\n\n{answer['content']}"}
+    return found
