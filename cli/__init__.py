@@ -78,4 +78,6 @@ def main() -> None:
     except (ExpertokenError, ImportError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        from ..inference.loop import end_interrupted
+
+        end_interrupted()

@@ -25,12 +25,12 @@ def calibrate(
 
     What was calibrated before is replaced.
     """
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from ..data_prep.reading import read_queries
     from ..inference.calibrate import calibrate as run
     from ..inference.composite_model import CompositeModel
-    from ..modeling.composite import write_calibration
+    from ..modeling.composite import load_composite, write_calibration
     from ..modeling.errors import ExpertokenError
 
     if not composite.is_dir():
@@ -44,7 +44,8 @@ def calibrate(
     if (share is None) == (cost is None):
         raise typer.BadParameter("give one of the two", param_hint="--share, --cost")
     asked = read_queries(prompts)
-    model = CompositeModel.from_pretrained(composite, device=device, trust_remote_code=trust_remote_code)
+    loaded = load_composite(composite, device=device, trust_remote_code=trust_remote_code)
+    model = CompositeModel(replace(loaded, folder=None))  # nobody is asked, so that no key is sent
     found = run(model, asked, share=share, cost=cost, default=default)
     reached = {key: value for key, value in asdict(found).items() if key != "policy"}
     target = {"share": share} if cost is None else {"cost": cost}

@@ -14,7 +14,7 @@ def chat(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
-    send_keys: Annotated[bool, typer.Option(help="Let a composite of the hub have your keys sent as it says.")] = False,
+    send_keys: Annotated[bool, typer.Option(help="Agree to where the composite sends your keys.")] = False,
 ) -> None:
     """Chat with a composite. /why tells who answered, /help lists the commands."""
     from transformers.utils import logging as transformers_logging

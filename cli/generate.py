@@ -28,7 +28,7 @@ def generate(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
-    send_keys: Annotated[bool, typer.Option(help="Let a composite of the hub have your keys sent as it says.")] = False,
+    send_keys: Annotated[bool, typer.Option(help="Agree to where the composite sends your keys.")] = False,
 ) -> None:
     """Answer a file of conversations, expert by expert.
 

@@ -50,7 +50,7 @@ def serve(
     otel: Annotated[bool, typer.Option(help="Trace requests with OpenTelemetry (extra `otel`).")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
-    send_keys: Annotated[bool, typer.Option(help="Let a composite of the hub have your keys sent as it says.")] = False,
+    send_keys: Annotated[bool, typer.Option(help="Agree to where the composite sends your keys.")] = False,
 ) -> None:
     """Serve a composite: POST /v1/chat/completions, GET /v1/models, /health, /ready, /metrics, a chat page at /.
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
@@ -21,12 +22,11 @@ from ..modeling.errors import (
     one_line,
 )
 from ..modeling.policy import Chooser, Policy
-from .backends.local import LOADERS
 from .backends.models import LocalModels
 from .breaker import Breaker
 from .decider import Decision
 from .handover import HandOver
-from .loop import BackgroundLoop
+from .loop import BackgroundLoop, in_thread
 from .observer import Answered, Observer, Spent
 from .reply import Attempt, Failed, HandedOver, Reply, ReplyStream, Turn, Whole
 
@@ -185,6 +185,22 @@ class AnsweringModel(ABC):
         self._check_length(tokens, self.limit)
         return Decision(Dispatch(name, {name: 1.0}, "nobody else may answer", (name,)), tokens, 0.0)
 
+    def _undecided(self, messages: Sequence[Message], policy: Policy, reason: str, started: float) -> Decision:
+        """Let the policy's `default` answer where the meta LLM can't decide. Self can't stand in for itself.
+
+        Raises:
+            NoAnswerError: the policy names nobody for that.
+        """
+        names = self.chooser.candidates(policy)
+        if policy.default not in names or policy.default == self.pool.self_name:
+            self.observer.lost()
+            raise NoAnswerError(reason)
+        ranking = (policy.default, *(name for name in names if name != policy.default))
+        if policy.fallbacks is not None:
+            ranking = ranking[: 1 + policy.fallbacks]
+        dispatch = Dispatch(policy.default, {policy.default: 1.0}, f"{reason}: {policy.default} answers", ranking)
+        return Decision(dispatch, self._about(messages), time.perf_counter() - started, whole=False)
+
     @staticmethod
     def _check_length(tokens: int, most: int | None) -> None:
         if most is not None and tokens > most:
@@ -312,7 +328,7 @@ class AnsweringModel(ABC):
         """Yield one candidate's answer, or its continuation of an answer that was begun."""
         backend = self._backends.get(name)
         if backend is None:  # an adapter's may have to wait for room
-            backend = await asyncio.get_running_loop().run_in_executor(LOADERS, self.backend, name)
+            backend = await asyncio.wrap_future(in_thread(self.backend, name))
         try:
             async with aclosing(backend.stream(messages, generation, begun=turn.text)) as pieces:
                 async for piece in pieces:

@@ -4,29 +4,34 @@ import asyncio
 import hashlib
 import logging
 import threading
+import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import anyio
 import torch
 
 from ..modeling.backend import Backend, Generation, Opening, Piece, Timeouts
 from ..modeling.chat import Message, encode_text, is_media
 from ..modeling.composite import Composite, load_composite
-from ..modeling.errors import ExpertokenError, NoAnswerError, OutOfMemoryError, one_line
+from ..modeling.consent import agree, check_agreed
+from ..modeling.errors import ExpertokenError, OutOfMemoryError, one_line
 from ..modeling.hub import push
 from ..modeling.loading import end_ids
 from ..modeling.policy import Policy, last_answerer
 from ..modeling.saving import save_composite
 from ..modeling.source import Source
 from .answering import AnsweringModel
-from .backends.local import LOADERS, first_token, stream_generate, turn_of, within
+from .backends.local import first_token, stream_generate, turn_of, within
 from .backends.models import LocalModels
 from .decider import Decider, Decision, OwnStart, Question
 from .handover import HandOver, Watch
+from .loop import in_thread
 from .observer import Observer
 from .reply import Turn
 
@@ -49,9 +54,11 @@ class CompositeModel(AnsweringModel):
         pinned: experts that stay in memory once they are loaded.
         quantization: of local experts: nf4, int8 or None.
         anywhere: whether self may hand over in mid-answer; where None, whether that was trained.
+        send_keys: agree to what a loaded composite sends of this machine's keys; see `modeling.consent`.
 
     Raises:
-        ExpertokenError: a pinned expert is unknown or not local, or the quantization or the type is unknown.
+        ExpertokenError: the composite was loaded and sends keys to addresses that nobody here agreed to; a pinned
+            expert is unknown or not local; the quantization or the type is unknown.
     """
 
     local_models: LocalModels
@@ -68,7 +75,14 @@ class CompositeModel(AnsweringModel):
         pinned: Sequence[str] = (),
         quantization: str | None = None,
         anywhere: bool | None = None,
+        send_keys: bool = False,
     ) -> None:
+        if send_keys:
+            agree(composite.pool)
+        if composite.folder is not None:
+            check_agreed(composite.pool, composite.folder)
+            if asked := [f"{e.name} at {_host(e.kind.address(e))}" for e in composite.pool if e.kind.remote]:
+                logger.info("conversations can go to %s", ", ".join(asked))
         self.composite = composite
         self.meta, self.manifest = composite.meta, composite.manifest
         super().__init__(composite.chooser, policy or composite.policy, observer)
@@ -102,7 +116,6 @@ class CompositeModel(AnsweringModel):
         dtype: torch.dtype | str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
-        send_keys: bool = False,
         **options: Any,
     ) -> "CompositeModel":
         """Load a composite folder. Experts are opened when they are first needed.
@@ -113,12 +126,11 @@ class CompositeModel(AnsweringModel):
             dtype: of the weights; as `load_composite` chooses where not given.
             revision: of a composite on the hub.
             trust_remote_code: allow the base model's repository to run its own code.
-            send_keys: let a composite of the hub have this machine's keys sent to the addresses that it names.
-            **options: `policy`, `timeouts`, `observer`, `budget`, `pinned`, `quantization` and `anywhere`, as the class
-                takes them.
+            **options: `policy`, `timeouts`, `observer`, `budget`, `pinned`, `quantization`, `anywhere` and `send_keys`,
+                as the class takes them.
 
         Raises:
-            ExpertokenError: the folder is not a whole composite.
+            ExpertokenError: the folder is not a whole composite, or sends keys to addresses that nobody here agreed to.
         """
         composite = load_composite(
             path,
@@ -126,7 +138,6 @@ class CompositeModel(AnsweringModel):
             dtype=dtype,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            send_keys=send_keys,
         )
         return cls(composite, dtype, **options)
 
@@ -164,21 +175,26 @@ class CompositeModel(AnsweringModel):
     async def adecide(self, messages: Sequence[Message], policy: Policy | None = None) -> Decision:
         """Decide on a conversation, together with whatever else is to be decided just now.
 
+        Where the meta LLM can't decide, or not in time, the policy's `default` answers if one is named.
+
         Raises:
             ExpertokenError: the conversation is too long or refused, or the policy does not fit the pool.
-            NoAnswerError: the meta LLM can't decide.
+            NoAnswerError: the meta LLM can't decide, and nobody is named for that.
         """
-        # Encoding a long conversation takes milliseconds, which other answers of this loop would wait for.
-        question = await asyncio.to_thread(self._question_or_decision, messages, policy or self.policy)
-        if isinstance(question, Decision):
-            return question
+        policy, started, limit = policy or self.policy, time.perf_counter(), self._opening.timeouts.decision
         try:
-            return await self._decider.adecide(question)
+            with anyio.fail_after(limit):
+                # Encoding a long conversation takes milliseconds, which other answers of this loop would wait for.
+                question = await asyncio.to_thread(self._question_or_decision, messages, policy)
+                return question if isinstance(question, Decision) else await self._decider.adecide(question)
+        except TimeoutError:
+            reason = f"the meta LLM did not decide within {limit:g} s"
         except Exception as error:
             if isinstance(error, ExpertokenError) and not isinstance(error, OutOfMemoryError):
                 raise
-            self.observer.lost()
-            raise NoAnswerError(f"the meta LLM can't decide: {one_line(error)}") from error
+            reason = f"the meta LLM can't decide: {one_line(error)}"
+        logger.warning("%s", reason)
+        return self._undecided(messages, policy, reason, started)
 
     def _question(self, messages: Sequence[Message], policy: Policy | None, *, answer: bool = False) -> Question:
         policy = policy or self.policy
@@ -246,7 +262,7 @@ class CompositeModel(AnsweringModel):
     def prepare(self, name: str) -> None:
         """Begin to load a candidate that will be wanted soon, where there is room for it; nothing waits for that."""
         if (source := self._source(name)) is not None:
-            LOADERS.submit(self.local_models.prefetch, source)
+            in_thread(self.local_models.prefetch, source)
 
     def _source(self, name: str) -> Source | None:
         """Return the model that has to be in memory for a candidate to answer, or None."""
@@ -317,3 +333,8 @@ class CompositeModel(AnsweringModel):
         async with aclosing(source) as pieces:
             async for piece in pieces:
                 yield piece if piece.usage is None else replace(piece, usage=(read, piece.usage[1]))
+
+
+def _host(address: str) -> str:
+    """Return the host of an address."""
+    return urlsplit(address).hostname or address

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import DynamicCache
 
 _MOST_STARTS = 8  # caches that wait for self's turn: it gives one answer at a time
+_LONG = 2048  # tokens; on a CPU a pass over so many takes seconds, which short conversations do not wait for
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +107,8 @@ class Decider:
     def __init__(self, meta: MetaLLM, self_name: str | None, observer: Observer | None = None) -> None:
         self.meta, self.self_name = meta, self_name
         self.observer = observer or Observer()
-        self._waiting: queue.SimpleQueue[_Waiting] = queue.SimpleQueue()
-        self._worker: threading.Thread | None = None
-        self._starting = threading.Lock()
+        self._lanes: dict[bool, queue.SimpleQueue[_Waiting]] = {}
+        self._lock = threading.Lock()
         self._starts: weakref.WeakSet[OwnStart] = weakref.WeakSet()
 
     def decide(self, questions: Sequence[Question]) -> list[Decision]:
@@ -130,7 +130,8 @@ class Decider:
     async def adecide(self, question: Question) -> Decision:
         """Decide one, together with whatever else is waiting when the model is free.
 
-        There is no time that a decision waits for company: while one pass runs, the next batch gathers.
+        There is no time that a decision waits for company: while one pass runs, the next batch gathers. Long
+        conversations are decided in a thread of their own, so that short ones do not wait for them.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Decision] = loop.create_future()
@@ -147,16 +148,23 @@ class Decider:
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(settle, outcome)
 
-        with self._starting:
-            if self._worker is None:
-                self._worker = threading.Thread(target=self._work, name="decider", daemon=True)
-                self._worker.start()
-        self._waiting.put(_Waiting(question, time.perf_counter(), tell, future.cancelled))
+        lane = self._lane(long=len(question.query) > _LONG)
+        lane.put(_Waiting(question, time.perf_counter(), tell, future.cancelled))
         return await future
 
-    def _work(self) -> None:
+    def _lane(self, *, long: bool) -> "queue.SimpleQueue[_Waiting]":
+        """Return the queue for conversations of a length, with a thread that decides what has gathered in it."""
+        with self._lock:
+            if long not in self._lanes:
+                lane: queue.SimpleQueue[_Waiting] = queue.SimpleQueue()
+                self._lanes[long] = lane
+                name = "decider-long" if long else "decider"
+                threading.Thread(target=self._work, args=(lane,), name=name, daemon=True).start()
+            return self._lanes[long]
+
+    def _work(self, lane: "queue.SimpleQueue[_Waiting]") -> None:
         while True:
-            self._decide_waiting([self._waiting.get(), *_drain(self._waiting)])
+            self._decide_waiting([lane.get(), *_drain(lane)])
 
     def _decide_waiting(self, waiting: list[_Waiting]) -> None:
         # A function of its own, so that an idle thread holds no decision and no cache.
@@ -221,13 +229,15 @@ class Decider:
 
     def _own_start(self, logits: torch.Tensor, inputs: dict[str, Any], cache: Any, row: int) -> OwnStart | None:
         """None where many wait for their turn already, each with a cache: those read the conversation again."""
-        if len(self._starts) >= _MOST_STARTS:
-            return None
+        with self._lock:  # lanes come here at the same time
+            if len(self._starts) >= _MOST_STARTS:
+                return None
         chosen = {key: value[row : row + 1] for key, value in inputs.items()}
         single = _row_of(cache, row, len(logits), logits.device)
         own = logits[row : row + 1, : self.meta.vocab_size].float().clone()  # no view of the whole batch's
         start = OwnStart(own, chosen, single)
-        self._starts.add(start)
+        with self._lock:
+            self._starts.add(start)
         return start
 
     def _forward(

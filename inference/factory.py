@@ -22,7 +22,7 @@ def open_model(
         path: a composite's folder, `owner/name` of one on the hub, or a gateway's YAML file (see `gateway`).
         device: where models of a composite go.
         trust_remote_code: let the base model's repository run its own code.
-        send_keys: let a composite of the hub have this machine's keys sent to the addresses that it names.
+        send_keys: agree to what a composite sends of this machine's keys; a gateway's file is its operator's own.
         **options: as `CompositeModel` takes them; a gateway takes those that need no models.
 
     Raises:

@@ -22,13 +22,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
 import torch
 import yaml
 
 from ..modeling.backend import Backend, Generation, Opening, Piece, Timeouts
 from ..modeling.chat import Message, apart, plain, text_of
-from ..modeling.dispatch import Dispatch
-from ..modeling.errors import ExpertFailedError, ExpertokenError, NoAnswerError, RequestRefusedError, one_line
+from ..modeling.errors import ExpertFailedError, ExpertokenError, RequestRefusedError, one_line
 from ..modeling.experts import Expert
 from ..modeling.policy import Chooser, Policy, last_answerer
 from ..modeling.pool import ExpertPool
@@ -45,6 +45,7 @@ _CHARACTERS = 4  # of a token, where nobody here can count them
 _REQUEST = 4000  # characters of a request that are asked about alone: any meta LLM reads those
 _CONCURRENT = 16  # decisions on a file
 _NEVER = math.log(1e-12)
+_FAILED = "the meta LLM can't be asked"
 _META_KEYS = ("model", "base_url", "api_key_env", "top_logprobs", "token_ids", "control_tokens")
 
 
@@ -186,17 +187,19 @@ class GatewayModel(AnsweringModel):
         self._check_length(self._about(messages), self.limit)
         started = time.perf_counter()
         if not self._breaker.admits():
-            return self._undecided(messages, policy, "it failed too often of late", started)
+            return self._undecided(messages, policy, f"{_FAILED}: it failed too often of late", started)
         try:
-            logits, tokens = await self._ask_meta_somehow(self._unnamed(messages))
+            with anyio.fail_after(self._opening.timeouts.decision):
+                logits, tokens = await self._ask_meta_somehow(self._unnamed(messages))
         except RequestRefusedError as error:
             self._breaker.left()
             raise ExpertokenError(f"the meta LLM does not take the conversation: {error}") from error
-        except ExpertFailedError as error:
+        except (ExpertFailedError, TimeoutError) as error:
+            reason = one_line(error) or f"it did not decide within {self._opening.timeouts.decision:g} s"
             self._breaker.failed()
-            self.observer.failed(self._endpoint.expert.name, str(error), begun=False)
-            logger.warning("the meta LLM can't be asked: %s", error)
-            return self._undecided(messages, policy, str(error), started)
+            self.observer.failed(self._endpoint.expert.name, reason, begun=False)
+            logger.warning("%s: %s", _FAILED, reason)
+            return self._undecided(messages, policy, f"{_FAILED}: {reason}", started)
         except BaseException:  # the user went away
             self._breaker.left()
             raise
@@ -206,19 +209,6 @@ class GatewayModel(AnsweringModel):
         seconds = time.perf_counter() - started
         self.observer.decided(dispatch, seconds, 1)
         return Decision(dispatch, tokens, seconds)
-
-    def _undecided(self, messages: Sequence[Message], policy: Policy, reason: str, started: float) -> Decision:
-        """The answer of who is named for what is uncertain, be it everything. Errors as in `adecide`."""
-        names = self.chooser.candidates(policy)
-        reason = f"the meta LLM can't be asked: {reason}"
-        if policy.default not in names or policy.default == self.pool.self_name:  # self is the same server
-            self.observer.lost()
-            raise NoAnswerError(reason)
-        ranking = (policy.default, *(name for name in names if name != policy.default))
-        if policy.fallbacks is not None:
-            ranking = ranking[: 1 + policy.fallbacks]
-        dispatch = Dispatch(policy.default, {policy.default: 1.0}, f"{reason}: {policy.default} answers", ranking)
-        return Decision(dispatch, self._about(messages), time.perf_counter() - started)
 
     async def _ask_meta_somehow(self, messages: Sequence[Message]) -> tuple[torch.Tensor, int]:
         """As `_ask_meta`; where its server refuses the conversation, by the newest request alone.

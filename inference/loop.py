@@ -2,15 +2,20 @@
 
 import asyncio
 import atexit
+import os
+import sys
 import threading
+import time
 import weakref
-from collections.abc import AsyncGenerator, Coroutine, Iterator
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
 
-_AT_EXIT = 5.0  # seconds that the program's end waits for a thread that is about to end
+_AT_EXIT = 5.0  # seconds that the program's end waits for threads that are about to end
+_INTERRUPTED = 2.0  # the same, where the user does not want to wait
 _ending: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
@@ -24,10 +29,43 @@ def start_daemon(thread: threading.Thread) -> None:
     thread.start()
 
 
+def in_thread(function: Callable[..., T], *arguments: Any) -> "Future[T]":
+    """Run a function in a daemon thread of its own: the loading of a model must not keep a program from ending.
+
+    Not in a `ThreadPoolExecutor`, whose threads the program's end waits for however long they take.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:
+                future.set_exception(error)
+
+    start_daemon(threading.Thread(target=run, daemon=True))
+    return future
+
+
 @atexit.register
-def _wait() -> None:
+def _wait(seconds: float = _AT_EXIT) -> None:
+    deadline = time.monotonic() + seconds
     for thread in list(_ending):
-        thread.join(_AT_EXIT)
+        thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def end_interrupted() -> NoReturn:
+    """End a program that was interrupted, within seconds, also where a thread is in the midst of loading a model.
+
+    Such a thread can't be stopped, and Python's own end would tear it down.
+    """
+    print("interrupted", file=sys.stderr)  # noqa: T201 - the last word to who pressed Ctrl-C
+    _wait(_INTERRUPTED)
+    if any(thread.is_alive() for thread in list(_ending)):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    sys.exit(1)
 
 
 class BackgroundLoop:

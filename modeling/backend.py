@@ -99,16 +99,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Limits on waiting for an endpoint, in seconds.
+    """Limits on waiting, in seconds.
 
     Attributes:
-        connect: limit on opening a connection.
-        first: limit on the first piece of an answer, retries included.
-        idle: limit on the time between two pieces.
+        decision: limit on deciding who answers, waiting for other decisions included.
+        connect: limit on opening a connection to an endpoint.
+        first: limit on the first piece of an endpoint's answer, retries included.
+        idle: limit on the time between two of its pieces that hold something.
         retries: number of retries of a request that failed temporarily (429, 5xx, no connection), with growing pauses,
             before the next best expert is asked.
     """
 
+    decision: float = 60.0
     connect: float = 5.0
     first: float = 60.0
     idle: float = 30.0

@@ -64,11 +64,19 @@ class Manifest:
 
 @dataclass
 class Composite:
-    """A composite as it is in memory: the meta LLM with its rows, the pool, and the manifest."""
+    """A composite as it is in memory.
+
+    Attributes:
+        meta: the meta LLM with its rows.
+        pool: its candidates.
+        manifest: what it was made of.
+        folder: that it was loaded from, or None.
+    """
 
     meta: MetaLLM
     pool: ExpertPool
     manifest: Manifest
+    folder: Path | None = None
 
     @property
     def chooser(self) -> Chooser:
@@ -278,7 +286,6 @@ def load_composite(
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    send_keys: bool = False,
 ) -> Composite:
     """Load a composite folder.
 
@@ -289,13 +296,12 @@ def load_composite(
             (bfloat16 is many times slower on most).
         revision: of a composite on the hub.
         trust_remote_code: allow the base model's repository to run its own code. A folder can't allow that for itself.
-        send_keys: let a composite of the hub have this machine's keys sent to the addresses that it names.
 
     Raises:
         ExpertokenError: a file is missing or damaged, the base model is not the one it was trained on, or it needs
-            `trust_remote_code` or `send_keys`.
+            `trust_remote_code`.
     """
-    given, path = path, local_folder(path, revision)
+    path = local_folder(path, revision)
     manifest = read_manifest(path)
     base = manifest.base
     if base.get("trust_remote_code") and not trust_remote_code:
@@ -307,12 +313,6 @@ def load_composite(
     if dtype is None and (device.type != "cpu" or base.get("device") == "cpu"):
         dtype = base["dtype"]
     pool = ExpertPool.from_yaml(path / POOL_FILE)
-    asked = [f"{e.key_variable} to {e.kind.address(e)}" for e in pool if e.key_variable]
-    if asked and path != Path(given) and not send_keys:
-        raise ExpertokenError(
-            f"{given}: would have keys of this machine sent to addresses that it names ({'; '.join(asked)}); say "
-            "send_keys=True (--send-keys) if you trust it"
-        )
     state = StateSpec.parse(manifest.decision.get("state", HEAD))
     rows = read_rows(path / ROWS_FILE, pool.names, state.parts * base["hidden_size"])
     model = _resolved(base["model"], path)
@@ -338,4 +338,4 @@ def load_composite(
     if (path / ADAPTER_FILE).exists():
         meta.load_adapter(path)
     meta.rows = rows
-    return Composite(meta, pool, manifest)
+    return Composite(meta, pool, manifest, path)

@@ -186,8 +186,9 @@ class EndpointBackend(Backend):
         given = list(messages)
         if begun:
             given.append({"role": "assistant", "content": begun})
-        deadline = anyio.current_time() + self.timeouts.first
         told = finished = False
+        # Seconds without anything new, as far as the endpoint is waited for, and not whoever reads this.
+        began, waited, limit = anyio.current_time(), 0.0, self.timeouts.first
         allowance = Allowance(_CHARACTERS * generation.max_new_tokens)
         repetition, numbering, unicode = Repetition(begun), Numbering(), Unicode()
         chunks: Any = None
@@ -195,16 +196,19 @@ class EndpointBackend(Backend):
             with anyio.fail_after(self.timeouts.first):
                 chunks = await self.asking(self._begin, given, generation, going_on=bool(begun))
             pieces = aiter(chunks)
+            waited = anyio.current_time() - began
             while True:
-                limit = self.timeouts.idle if told else max(0.0, deadline - anyio.current_time())
-                with anyio.fail_after(limit):
+                began = anyio.current_time()
+                with anyio.fail_after(max(0.0, limit - waited)):
                     chunk = await anext(pieces, None)
+                waited += anyio.current_time() - began
                 if chunk is None or chunk is DONE:
                     finished = finished or chunk is DONE  # some servers end so, and give no reason
                     break
                 piece = piece_of(chunk, unicode)
                 # Some models think for minutes before their first word, and stream that: they are alive.
-                told = told or piece.visible or bool(piece.thought)
+                if piece.visible or piece.thought:
+                    told, waited, limit = True, 0.0, self.timeouts.idle
                 piece = allowance.of(piece)
                 finished = finished or piece.finish is not None
                 text = repetition.without(piece.text, last=piece.finish is not None)

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,7 @@ from ...modeling.chat import Message, encode_chat, encode_text
 from ...modeling.errors import ExpertFailedError, ExpertokenError, RequestRefusedError, one_line
 from ...modeling.loading import context_length, end_ids
 from ...modeling.source import Source
-from ..loop import start_daemon
+from ..loop import in_thread, start_daemon
 from .models import LocalModels, Resident
 
 if TYPE_CHECKING:
@@ -194,12 +194,6 @@ def turn_of(lock: RLock, stopped: threading.Event | None = None) -> Iterator[Non
         lock.release()
 
 
-LOADERS = ThreadPoolExecutor(64, thread_name_prefix="loader")
-"""Of its own, and large: whoever waits for room must not keep conversations from being encoded."""
-# Apart from those: they may all wait for a model whose user waits for its adapter here.
-_ADAPTERS = ThreadPoolExecutor(64, thread_name_prefix="adapter")
-
-
 @contextmanager
 def _both(outer: AbstractContextManager, inner: AbstractContextManager) -> Iterator[None]:
     with outer, inner:
@@ -256,7 +250,7 @@ class LocalBackend(Backend):
         lease.callback(self.models.release, resident)
         with lease:
             if self._adapter is not None and self._adapter not in resident.slots:
-                await asyncio.get_running_loop().run_in_executor(_ADAPTERS, self._model, resident)
+                await asyncio.wrap_future(in_thread(self._model, resident))
             # Encoding a long conversation takes milliseconds, which other answers of this loop would wait for.
             ids = await asyncio.to_thread(self._encode, resident, messages, begun)
             model = self._model(resident)
@@ -278,7 +272,7 @@ class LocalBackend(Backend):
     async def _acquired(self) -> Resident:
         """The model, which may have to be loaded, while this loop goes on with other answers."""
         given_up = threading.Event()
-        coming = LOADERS.submit(self.models.acquire, self.source, given_up)
+        coming = in_thread(self.models.acquire, self.source, given_up)
         try:
             return await asyncio.wrap_future(coming)
         except asyncio.CancelledError:  # nobody wants the answer any more, but the model may come all the same

@@ -94,6 +94,7 @@ class LocalModels:
         self._sizes: dict[Source, int] = {}
         self._waiting: dict[Source, float] = {}
         self._loading: dict[Source, int] = {}
+        self._failed: dict[Source, tuple[float, str]] = {}
         self._victim: Source | None = None
         self._changed = threading.Condition(threading.RLock())
 
@@ -147,6 +148,9 @@ class LocalModels:
                 resident = self._enter(source, began)
                 if resident is not None:
                     return resident
+                failed, reason = self._failed.get(source, (0.0, ""))
+                if failed >= began:  # while this waited for it: one load fails all who wait, and is not repeated
+                    raise ExpertFailedError(reason)
                 if source in self._residents or source in self._loading or not self._may_load(source):
                     self._waiting.setdefault(source, time.monotonic())
                     self._changed.wait(0.5)
@@ -295,6 +299,7 @@ class LocalModels:
         try:
             loaded = load_causal_lm(source, device=self.device, dtype=self.dtype, quantization=self.quantization)
         except ExpertokenError as error:
+            self._failed[source] = (time.monotonic(), str(error))
             raise ExpertFailedError(str(error)) from error
         finally:
             with self._changed:

@@ -39,6 +39,7 @@ T = TypeVar("T")
 _REMEMBERED = 10_000  # answers whose expert is known when their chat goes on
 _SILENCE = 10.0  # seconds without a word, until a comment keeps proxies and browsers waiting
 _GONE = 499  # the client went away: as nginx logs it; nobody reads it
+_STOPPED = HTTPStatus.SERVICE_UNAVAILABLE  # the server stopped before the answer was whole
 _PAGE = Path(__file__).parent / "page"
 _PAGE_HEADERS = {
     "content-security-policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'",
@@ -210,7 +211,13 @@ def create_app(composite: AnsweringModel, settings: Settings | None = None) -> F
     app = FastAPI(title="expertoken", version="1", docs_url=None, redoc_url=None)
     app.state.service = service
     open_paths = {"/", "/health", "/ready", *(f"/{file.name}" for file in _PAGE.iterdir())}
-    app.add_middleware(Guard, settings=settings, metrics=service.metrics, open_paths=open_paths)
+    app.add_middleware(
+        Guard,
+        settings=settings,
+        metrics=service.metrics,
+        open_paths=open_paths,
+        stopping=lambda: service.draining,
+    )
     if settings.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
@@ -236,7 +243,10 @@ def create_app(composite: AnsweringModel, settings: Settings | None = None) -> F
         """Answer a conversation, as OpenAI's API does."""
         started, completion = time.time(), None
         try:
-            completion = await service.answer(request)
+            completion = await _unless_gone(service.answer(request), http)
+            if completion is None:
+                service.log(None, request, _GONE, started, http)
+                return Response(status_code=_GONE)
             if request.stream:
                 return await _streamed(service, completion, started, http)
             body = await _unless_gone(completion.whole(), http)
@@ -327,12 +337,12 @@ async def _streamed(service: Service, completion: Completion, started: float, ht
 
     async def end() -> None:
         await _ended(coming, pieces)
-        service.finish(completion, status, started, http)
+        service.finish(completion, _STOPPED if service.draining and status == _GONE else status, started, http)
 
     return _Events(events(), end, service)
 
 
-_STOPPED = json.dumps(error_body("the server was stopped in mid-answer", "server_error", "answer_broke_off"))
+_CUT_OFF = json.dumps(error_body("the server was stopped in mid-answer", "server_error", "answer_broke_off"))
 
 
 class _Events(StreamingResponse):
@@ -371,7 +381,7 @@ class _Events(StreamingResponse):
             if not self._service.draining:
                 raise
             # The server stops, and this answer had its time: that is said, and is no crash.
-            for body in (f"data: {_STOPPED}\n\n", "data: [DONE]\n\n", ""):
+            for body in (f"data: {_CUT_OFF}\n\n", "data: [DONE]\n\n", ""):
                 await noting({"type": "http.response.body", "body": body.encode(), "more_body": bool(body)})
         finally:
             if commenting is not None:
@@ -406,6 +416,8 @@ async def _unless_gone(answer: Awaitable[T], http: Request) -> T | None:
 
 
 def _status(error: BaseException) -> int:
+    if isinstance(error, asyncio.CancelledError):
+        return _STOPPED
     if not isinstance(error, ExpertokenError):
         return HTTPStatus.INTERNAL_SERVER_ERROR
     if isinstance(error, UnknownModelError):

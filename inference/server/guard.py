@@ -1,5 +1,6 @@
 """What stands before every request: keys, and limits of body, rate and concurrency."""
 
+import asyncio
 import json
 import logging
 import math
@@ -25,6 +26,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 logger = logging.getLogger("expertoken.requests")
 
 _PATIENCE = 10.0  # seconds between two parts of a body
+_WHOLE = 60.0  # seconds for all of a body
 _ANSWERS = "/v1/chat/completions"
 
 
@@ -42,10 +44,19 @@ class Guard:
         settings: keys and limits.
         metrics: are told how requests end.
         open_paths: what is told to whoever asks: the page's own files, and what watches a service, which has no key.
+        stopping: returns whether the server is being stopped.
     """
 
-    def __init__(self, app: Callable, settings: Settings, metrics: Metrics, open_paths: Collection[str]) -> None:
+    def __init__(
+        self,
+        app: Callable,
+        settings: Settings,
+        metrics: Metrics,
+        open_paths: Collection[str],
+        stopping: Callable[[], bool],
+    ) -> None:
         self.app, self.settings, self.metrics, self.open_paths = app, settings, metrics, open_paths
+        self._stopping = stopping
         self._running = 0
         self._rate = None if settings.rate is None else RateLimitItemPerMinute(settings.rate)
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
@@ -105,8 +116,9 @@ class Guard:
     async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A request that takes one of the places, while its body comes and while it is answered."""
         most = self.settings.max_body
-        read, status, complete = 0, 500, False
+        read, status, complete, begun = 0, 500, False, False
         broken: int | None = None  # what the application makes of half a body is not what it was
+        deadline = anyio.current_time() + _WHOLE
         state = scope.setdefault("state", {})
 
         async def limited() -> MutableMapping[str, Any]:
@@ -114,7 +126,8 @@ class Guard:
             if complete:
                 return await receive()
             try:
-                with anyio.fail_after(_PATIENCE):  # who sends slowly holds a place that others wait for
+                # Who sends slowly holds a place that others wait for.
+                with anyio.fail_after(max(0.0, min(_PATIENCE, deadline - anyio.current_time()))):
                     message = await receive()
             except TimeoutError:
                 broken = 408
@@ -127,11 +140,11 @@ class Guard:
             return message
 
         async def noting(message: MutableMapping[str, Any]) -> None:
-            nonlocal status
+            nonlocal status, begun
             if broken is not None:
                 return
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, begun = message["status"], True
             await send(message)
 
         self._running += 1
@@ -144,8 +157,15 @@ class Guard:
                 await _discard(receive, 4 * most)
                 await _refuse(send, 413, _too_large(most))
             elif broken == 408:
-                told = f"nothing more of the body came for {_PATIENCE:g} s"
+                told = f"the body did not come: it may pause for {_PATIENCE:g} s and take {_WHOLE:g} s"
                 await _refuse(send, 408, error_body(told, "invalid_request_error"))
+        except asyncio.CancelledError:
+            if not self._stopping() or begun:
+                raise
+            # The server stops, and this request had its time: that is said, and is no crash.
+            status = 503
+            body = error_body("the server was stopped before the answer was there", "server_error", "stopped")
+            await _refuse(send, status, body)
         finally:
             self._running -= 1
             self.metrics.in_flight.dec()

@@ -11,6 +11,7 @@ import uvicorn
 from ...modeling.errors import ExpertokenError
 from ..answering import AnsweringModel
 from .app import create_app
+from .connections import Connection
 from .settings import Settings
 
 
@@ -62,7 +63,7 @@ def run(
     # uvicorn's own line for each request has the path and the address; ours tells more, and is one.
     config = uvicorn.Config(
         app, settings.host, port, access_log=False, log_level="info", timeout_graceful_shutdown=shutdown,
-        proxy_headers=trust_proxy,
+        proxy_headers=trust_proxy, http=Connection,
     )  # fmt: skip
 
     class Server(uvicorn.Server):

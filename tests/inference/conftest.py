@@ -37,10 +37,12 @@ def mock_expert(name, *options, port=0):
 
 @contextmanager
 def served(app):
-    """An application under uvicorn in a thread; gives its address."""
+    """An application under uvicorn in a thread, on the connections of `expertoken serve`; gives its address."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="error", access_log=False))
+    from expertoken.inference.server.connections import Connection
+
+    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="error", access_log=False, http=Connection))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -18,7 +18,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-FAULTS = ("refuse", "busy", "hang", "garbage", "html", "empty", "cut", "stall", "die", "toolong", "odd", "unended")
+FAULTS = ("refuse", "busy", "hang", "garbage", "html", "empty", "cut", "stall", "die", "toolong", "odd", "unended",
+          "hollow", "huge", "redirect", "error", "abort")  # fmt: skip
 
 
 def chunk(delta: dict, finish: str | None = None, usage: dict | None = None) -> bytes:
@@ -38,6 +39,10 @@ _AT_ONCE = {
     "html": lambda: PlainTextResponse("<html>proxy error</html>", 200, media_type="text/html"),
     "garbage": lambda: _garbage(b"data: {not json}\n\n"),
     "odd": lambda: _garbage(chunk({"tool_calls": "none"})),
+    "huge": lambda: _garbage(chunk({"content": "x" * 5_000_000}), chunk({}, "stop")),
+    "redirect": lambda: Response(status_code=307, headers={"location": "/elsewhere"}),
+    "error": lambda: _garbage(chunk({"role": "assistant"}), chunk({}, "error")),
+    "abort": lambda: _garbage(chunk({"role": "assistant"}), chunk({}, "abort")),
 }
 
 
@@ -70,6 +75,9 @@ def create(  # noqa: C901
             done = len(begun.split())
             count = min(words, body.get("max_tokens") or words)
             pace = random.uniform(1 - spread, 1 + spread)
+            while wrong == "hollow":
+                yield chunk({"content": ""})
+                await asyncio.sleep(0.01)
             await asyncio.sleep(pace * first)
             for number in range(done, 0 if wrong == "empty" else count):
                 if wrong in ("cut", "stall", "die") and number == done + 2:

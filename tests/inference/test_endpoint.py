@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -266,3 +267,37 @@ def test_log_probabilities_that_can_not_be_read_are_no_decision_for_self():
             decided(server, ids)
     with Server(first_token([{"id": 504, "token": "The", "bytes": [], "logprob": -0.1}])) as server:
         assert decided(server, {"law": 49153}).expert == "self"
+
+
+def test_pieces_without_anything_in_them_are_no_sign_of_life():
+    def empties(first):
+        yield first.encode()
+        while True:
+            time.sleep(0.02)
+            yield event({"content": ""}).encode()
+
+    for first, told in ((event({"role": "assistant"}), "gave nothing"), (PARIS, "stopped in its answer")):
+        with Server(lambda body, first=first: (200, {"content-type": "text/event-stream"}, empties(first))) as server:
+            backend = EndpointBackend(
+                Expert("e", "openai", "m", base_url=server.url), Timeouts(first=0.5, idle=0.5, retries=0)
+            )
+
+            async def collect(backend=backend):
+                return [piece async for piece in backend.stream(ASKED, Generation())]
+
+            with pytest.raises(ExpertFailedError, match=told):
+                asyncio.run(collect())
+
+
+def test_who_reads_slowly_is_not_held_against_the_endpoint():
+    with Server(streaming(PARIS + END + DONE)) as server:
+        backend = EndpointBackend(Expert("e", "openai", "m", base_url=server.url), Timeouts(idle=0.2, retries=0))
+
+        async def collect():
+            pieces = []
+            async for piece in backend.stream(ASKED, Generation()):
+                pieces.append(piece)
+                await asyncio.sleep(0.4)
+            return pieces
+
+        assert text_of(asyncio.run(collect())) == "Paris it is."

@@ -1,18 +1,21 @@
 """Experts that are killed, hang, lie and break off, turn after turn: no turn may be lost, and all of it is counted."""
 
 import asyncio
+import json
 import random
 import re
+import socket
 import threading
+import time
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import openai
 import pytest
 from prometheus_client import generate_latest
 
 from expertoken.inference.breaker import Breaker
-from expertoken.inference.server import Settings, create_app
+from expertoken.inference.server import Settings, connections, create_app, guard
 from expertoken.modeling.backend import Timeouts
 from expertoken.modeling.experts import Expert
 from expertoken.modeling.policy import Policy
@@ -21,7 +24,7 @@ from expertoken.tests.inference.mock_expert import FAULTS
 
 TURNS = 1000
 AT_A_TIME = 20
-QUICK = Timeouts(connect=0.5, first=0.5, idle=0.5, retries=0)
+QUICK = Timeouts(connect=0.5, first=1.0, idle=0.5, retries=0)
 
 
 def counted(shown, name):
@@ -51,17 +54,29 @@ def kept_alive(name):
 
 
 @pytest.mark.slow
-def test_through_a_thousand_turns_with_faults_none_is_lost_and_every_fallback_is_counted(base_folder):
+def test_through_a_thousand_turns_with_faults_none_is_lost_and_every_fallback_is_counted(base_folder, monkeypatch):
     random.seed(0)
-    with kept_alive("one") as (one, processes), kept_alive("two") as (two, _), mock_expert("three") as (three, _):
-        experts = [one, two, three, Expert("self", "self")]
+    monkeypatch.setattr(connections, "UNREAD", 1.0)
+    monkeypatch.setattr(guard, "_WHOLE", 2.0)
+    with (
+        kept_alive("one") as (one, processes),
+        kept_alive("two") as (two, _),
+        mock_expert("three") as (three, _),
+        mock_expert("endless", "--words", "1000000") as (endless, _),
+    ):
+        experts = [one, two, three, endless, Expert("self", "self")]
         order = Policy(threshold=1.0, default="one")  # it is always asked first
         composite = composite_of(base_folder, experts, timeouts=QUICK, policy=order)
         for name in composite.pool.names:  # an expert that is left alone for a while would show only three faults
             composite._breakers[name] = Breaker(failures=TURNS)
-        app = create_app(composite, Settings(max_concurrent=2 * AT_A_TIME))
+        app = create_app(composite, Settings(max_concurrent=2 * AT_A_TIME, max_new_tokens=1_000_000))
         with served(app) as address:
-            outcomes = asyncio.run(talk(address))
+            with wedges(address):
+                outcomes = asyncio.run(talk(address))
+            in_flight, deadline = app.state.service.metrics.in_flight._value, time.monotonic() + 60
+            while in_flight.get():
+                assert time.monotonic() < deadline, "somebody holds a place for good"
+                time.sleep(0.1)
         shown = generate_latest(app.state.service.metrics.registry).decode()
         died = len(processes) - 1
     assert not [outcome for outcome in outcomes if isinstance(outcome, Exception)]
@@ -79,8 +94,40 @@ def test_through_a_thousand_turns_with_faults_none_is_lost_and_every_fallback_is
     assert failed == by_name
     reasons = {reason for o in outcomes for reason in o["failures"].values()}
     for kind in ("answered 500", "answered 429", "answered 400", "gave nothing", "stopped in its answer",
-                 "was cut off", "could not be used", "gave an empty answer", "something else than"):  # fmt: skip
+                 "was cut off", "could not be used", "gave an empty answer", "something else than", "answered 307",
+                 "a chunk of more than", "with 'error'", "with 'abort'"):  # fmt: skip
         assert any(kind in reason for reason in reasons), kind
+
+
+@contextmanager
+def wedges(address):
+    """Clients that do not read what they asked for, and some that do not send what they announced."""
+    endless = {"model": "composite/endless", "messages": [{"role": "user", "content": "hello"}], "stream": True}
+    body = json.dumps(endless).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\n\r\n"
+    ).encode()
+    host, port = address.removeprefix("http://").split(":")
+    with ExitStack() as stack:
+        opened = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(10)]
+        for number, connection in enumerate(opened):
+            connection.sendall(head + (body if number % 2 else body[:10]))
+        over = threading.Event()
+
+        def drip():
+            while not over.wait(0.2):
+                for connection in opened[::2]:
+                    with suppress(OSError):
+                        connection.sendall(b" ")
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        yield
+        over.set()
+        dripping.join()
+        for connection in opened[::2]:  # those that sent too slowly were told so
+            assert connection.recv(100).startswith(b"HTTP/1.1 408")
 
 
 def question():

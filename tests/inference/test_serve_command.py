@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -89,18 +90,23 @@ def test_when_it_is_stopped_answers_go_on_to_their_end_and_nobody_new_is_taken(b
     assert "secret" not in "".join(lines)
 
 
-def test_an_answer_that_has_no_time_left_says_so_and_is_no_crash(base_folder, tmp_path):
+def test_answers_that_have_no_time_left_say_so_and_are_logged_as_stopped(base_folder, tmp_path):
     with mock_expert("slow", "--between", "0.3", "--words", "100") as (slow, _):
         composite_of(base_folder, [slow]).save_pretrained(tmp_path / "c", verify=False)
         with serve(str(tmp_path / "c"), "--shutdown", "1") as (process, address, lines):
             stream = client(address).chat.completions.create(model="c", messages=HELLO, stream=True)
             next(iter(stream))
-            process.send_signal(signal.SIGTERM)
-            with pytest.raises(openai.APIError, match="the server was stopped in mid-answer"):
-                list(stream)
+            with ThreadPoolExecutor() as pool:
+                whole = pool.submit(client(address).chat.completions.create, model="c", messages=HELLO)
+                time.sleep(0.5)
+                process.send_signal(signal.SIGTERM)
+                with pytest.raises(openai.APIError, match="the server was stopped in mid-answer"):
+                    list(stream)
+                with pytest.raises(openai.InternalServerError, match="stopped before the answer was there"):
+                    whole.result(20)
             assert process.wait(20) == -signal.SIGTERM
     assert "Traceback" not in "".join(lines)
-    assert [json.loads(line[line.index("{") :])["status"] for line in lines if '"answers"' in line] == [499]
+    assert [json.loads(line[line.index("{") :])["status"] for line in lines if '"answers"' in line] == [503, 503]
 
 
 def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(folder):

@@ -14,8 +14,9 @@ from typing import ClassVar
 
 import pytest
 
-from expertoken.modeling import composite as composite_module
+from expertoken.inference.composite_model import CompositeModel
 from expertoken.modeling.composite import Composite, Manifest, describe_base, load_composite
+from expertoken.modeling.consent import agree
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
 from expertoken.modeling.files import local_folder
@@ -152,18 +153,31 @@ def test_what_is_no_folder_and_no_repository_is_one_line(tmp_path):
     assert local_folder(tmp_path / "gone") == tmp_path / "gone"
 
 
-def test_keys_of_this_machine_are_sent_where_a_composite_of_the_hub_says_by_consent_only(tmp_path, meta, monkeypatch):
+def test_keys_of_this_machine_are_sent_where_a_composite_says_by_consent_only(tmp_path, meta):
     keyed = Expert("math", "openai", "m", base_url="http://elsewhere.example/v1", api_key_env="SOME_KEY")
     pool = ExpertPool([keyed, Expert("law", model="team/law"), Expert("self", "self")])
     save_composite(Composite(meta, pool, Manifest(describe_base(meta), ["math", "law"])), tmp_path / "c", verify=False)
-    load_composite(tmp_path / "c", device="cpu")
-    monkeypatch.setattr(composite_module, "local_folder", lambda *_: tmp_path / "c")
+    load_composite(tmp_path / "c", device="cpu")  # nothing is sent by who only reads it
     with pytest.raises(ExpertokenError, match=r"SOME_KEY to http://elsewhere.example/v1.*--send-keys"):
-        load_composite("team/c", device="cpu")
-    load_composite("team/c", device="cpu", send_keys=True)
-    # What goes to OpenAI by the client's own variable is a key of this machine, too.
-    law = Expert("law", "openai", "m", base_url="http://here.example")
-    pool = ExpertPool([Expert("math", "openai", "gpt-5"), law, Expert("self", "self")])
+        CompositeModel.from_pretrained(tmp_path / "c", device="cpu")
+    CompositeModel.from_pretrained(tmp_path / "c", device="cpu", send_keys=True)
+    CompositeModel.from_pretrained(tmp_path / "c", device="cpu")  # it is remembered
+    # The same variable to somewhere else was not agreed to. What goes to OpenAI by the client's own variable is a key
+    # of this machine, too.
+    moved = Expert("law", "openai", "m", base_url="http://here.example/v1", api_key_env="SOME_KEY")
+    pool = ExpertPool([Expert("math", "openai", "gpt-5"), moved, Expert("self", "self")])
     save_composite(Composite(meta, pool, Manifest(describe_base(meta), ["math", "law"])), tmp_path / "c", verify=False)
-    with pytest.raises(ExpertokenError, match=r"\(OPENAI_API_KEY to OpenAI\)"):
-        load_composite("team/c", device="cpu")
+    with pytest.raises(ExpertokenError, match=r"\(OPENAI_API_KEY to OpenAI; SOME_KEY to http://here.example/v1\)"):
+        CompositeModel.from_pretrained(tmp_path / "c", device="cpu")
+    agree(pool)  # as `prepare` does for the user's own pool file
+    CompositeModel.from_pretrained(tmp_path / "c", device="cpu")
+
+
+def test_where_conversations_can_go_is_told(tmp_path, meta, caplog):
+    experts = [Expert("math", "openai", "m", base_url="http://elsewhere.example/v1"),
+               Expert("law", model="team/law"), Expert("self", "self")]  # fmt: skip
+    composite = Composite(meta, ExpertPool(experts), Manifest(describe_base(meta), ["math", "law"]))
+    save_composite(composite, tmp_path / "c", verify=False)
+    with caplog.at_level("INFO"):
+        CompositeModel.from_pretrained(tmp_path / "c", device="cpu")
+    assert "conversations can go to math at elsewhere.example\n" in caplog.text
