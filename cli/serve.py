@@ -18,7 +18,9 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="What clients call it. Default: the name of the folder or file.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 2048,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer, in tokens. Default: what the expert's context leaves.")
+    ] = None,
     max_body: Annotated[int, typer.Option(min=1, help="Largest request, in bytes.")] = 4 * 2**20,
     max_messages: Annotated[int, typer.Option(min=1, help="Longest conversation, in messages.")] = 512,
     max_prompt_tokens: Annotated[
@@ -26,6 +28,9 @@ def serve(
     ] = None,
     max_concurrent: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 256,
     rate: Annotated[int | None, typer.Option(min=1, help="Requests a minute of one key (or address).")] = None,
+    decision_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds for a decision; then the default answers.")
+    ] = 60.0,
     first_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for an endpoint's first piece.")] = 60.0,
     idle_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds between two pieces of an endpoint.")] = 30.0,
     drain: Annotated[float, typer.Option(min=0, help="Seconds before that for which /ready says no.")] = 0.0,
@@ -80,7 +85,7 @@ def serve(
         origins=tuple(cors_origin or ()),
     )
     check_free(host, port)  # before a model is loaded for nothing
-    timeouts = Timeouts(first=first_timeout, idle=idle_timeout)
+    timeouts = Timeouts(decision=decision_timeout, first=first_timeout, idle=idle_timeout)
     model = open_model(
         composite,
         device=device,

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,13 +136,30 @@ def _file(out: Path, expert: Expert, task: str) -> Path:
     return out / f"{expert.name}--{task}.jsonl"
 
 
-def _task_manager(evaluation: Evaluation) -> "TaskManager":
+def _task_manager(task: str, evaluation: Evaluation) -> "TaskManager":
+    """Return a manager that knows a task.
+
+    Only where the task is none of the user's own are the harness's read too, which are thousands of files and take
+    many seconds.
+    """
     require_extra("lm_eval", "collect")
+    folder = evaluation.include_path
+    if folder is None:
+        return _manager(None, defaults=True, written=0)
+    if not Path(folder).is_dir():
+        raise ExpertokenError(f"{folder}: no such folder; expected tasks of your own (YAML)")
+    files = (file for pattern in ("*.yaml", "*.py") for file in sorted(Path(folder).rglob(pattern)))
+    written = hash(tuple((file, file.stat().st_mtime_ns) for file in files))
+    own = _manager(folder, defaults=False, written=written)
+    return own if task in own.all_subtasks else _manager(folder, defaults=True, written=written)
+
+
+@lru_cache(4)
+def _manager(folder: str | None, *, defaults: bool, written: int) -> "TaskManager":
+    """Return a manager; a folder that was `written` to since has another one."""
     from lm_eval.tasks import TaskManager
 
-    if evaluation.include_path and not Path(evaluation.include_path).is_dir():
-        raise ExpertokenError(f"{evaluation.include_path}: no such folder; expected tasks of your own (YAML)")
-    return TaskManager(include_path=evaluation.include_path)
+    return TaskManager(include_path=folder, include_defaults=defaults)
 
 
 def _load_task(name: str, evaluation: Evaluation) -> dict[str, Any]:
@@ -150,7 +168,7 @@ def _load_task(name: str, evaluation: Evaluation) -> dict[str, Any]:
     Raises:
         ExpertokenError: there is none, its data can't be had, or it has no metric that is a score of a sample.
     """
-    manager = _task_manager(evaluation)
+    manager = _task_manager(name, evaluation)
     if name not in manager.all_tasks:
         raise ExpertokenError(f"no task {name!r} in the harness, {did_you_mean(name, manager.all_tasks)}")
     try:
@@ -317,7 +335,7 @@ def evaluate_pair(lm: "LM", expert: Expert, task: str, evaluation: Evaluation) -
             num_fewshot=evaluation.num_fewshot,
             limit=evaluation.limit,
             apply_chat_template=chat,
-            task_manager=_task_manager(evaluation),
+            task_manager=_task_manager(task, evaluation),
             bootstrap_iters=0,
         )
     except NotImplementedError as error:

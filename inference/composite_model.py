@@ -310,6 +310,7 @@ class CompositeModel(AnsweringModel):
         if token.item() in end_ids(self.meta.plain, tokenizer):
             yield Piece(finish="stop", usage=(read, 1))
             return
+        assert generation.max_new_tokens is not None  # see `_ask`
         if generation.max_new_tokens == 1:
             yield Piece(str(tokenizer.decode(token[0], skip_special_tokens=True)), finish="length", usage=(read, 1))
             return

@@ -214,7 +214,8 @@ class Turn:
         if not self.text:
             return self.generation
         used = count(self.text)
-        return replace(self.generation, max_new_tokens=max(1, self.generation.max_new_tokens - used))
+        limit = self.generation.max_new_tokens
+        return self.generation if limit is None else replace(self.generation, max_new_tokens=max(1, limit - used))
 
     def take(self, piece: Piece) -> Iterator[Piece]:
         """What of a piece is passed on."""

@@ -20,7 +20,7 @@ class Generation:
     """Options of one generation.
 
     Attributes:
-        max_new_tokens: longest answer, in tokens.
+        max_new_tokens: longest answer, in tokens; None for as many as the expert's context leaves.
         temperature: temperature of sampling; 0 is greedy. Where None, models in this process are greedy, and endpoints
             use their own default. Models in this process are greedy below 0.001 too.
         top_p: mass of the nucleus to sample from; None as for the temperature.
@@ -31,7 +31,7 @@ class Generation:
             process answer in text and ignore them.
     """
 
-    max_new_tokens: int = 512
+    max_new_tokens: int | None = 512
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None

@@ -242,7 +242,6 @@ def encode_chat(
     dated: dict[str, Any] = (
         {} if today is None or not prints_date(tokenizer) else {"chat_template": _dated(tokenizer, today)}
     )
-    begun = begun if begun.strip() else ""  # blanks alone are nothing to go on from, and templates trim them
     characters = sum(len(message["content"]) for message in messages)
     if most is not None and characters > most * _longest_token(tokenizer):  # seconds of work, only to be refused
         raise ExpertokenError(
@@ -251,9 +250,8 @@ def encode_chat(
     try:
         with _turn(tokenizer):
             ids: Any = tokenizer.apply_chat_template(
-                [*messages, {"role": "assistant", "content": begun}] if begun else messages,
-                add_generation_prompt=not begun,
-                continue_final_message=bool(begun),
+                messages,
+                add_generation_prompt=True,
                 return_dict=False,
                 sanitize_control_tokens=True,
                 **dated,
@@ -263,6 +261,9 @@ def encode_chat(
         raise ExpertokenError(
             f"{Path(tokenizer.name_or_path).name}: its chat template refuses this conversation ({one_line(error)})"
         ) from error
+    if begun.strip():  # blanks alone are nothing to go on from
+        # Not as a message, of which templates strip thoughts and blanks.
+        ids = [*ids, *encode_text(tokenizer, _behind(str(tokenizer.decode(ids[-_TAIL:])), begun)).input_ids]
     if most is not None and len(ids) > most:
         raise ExpertokenError(f"the conversation has {len(ids)} tokens; at most {most} are read")
     if max(ids) >= vocab_size:
@@ -271,6 +272,20 @@ def encode_chat(
             "do not belong together"
         )
     return ids
+
+
+_THOUGHT = ("<think>", "</think>")
+_TAIL = 16  # tokens at the end of a prompt, in which it may begin a thought
+
+
+def _behind(prompt: str, begun: str) -> str:
+    """Return an answer that was begun as it goes on behind a prompt, which may have begun a thought already."""
+    opening, closing = _THOUGHT
+    if not prompt.rstrip().endswith(opening):
+        return begun
+    if begun.lstrip().startswith(opening):
+        return begun.lstrip().removeprefix(opening)
+    return begun if closing in begun else f"\n{closing}\n\n{begun}"
 
 
 _NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")

@@ -26,6 +26,7 @@ from .wire import (
     events_of,
     piece_of,
     refused_parameter,
+    wants_shorter,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 REQUESTS = (400, 413, 422)  # a fault of the request
 _FOR_NOW = (408, 409, 429)
+_MOST_TOKENS = 2**17  # of an answer, where nobody says
 _CHARACTERS = 32  # of a token, on average, at most: beyond that an endpoint does not heed the limit that it was given
 _CERTAIN = 0.01  # a log-probability is not above 0, but for rounding
 _STOPS = 4  # stop texts that OpenAI's API takes
@@ -157,9 +159,8 @@ class EndpointBackend(Backend):
     def _options(self, generation: Generation) -> dict[str, Any]:
         # OpenAI's own newer models refuse the older name; other servers know the older one.
         own = _OPENAI in (self.expert.base_url or _OPENAI) or "max_tokens" in self._refused
-        limit = "max_completion_tokens" if own else "max_tokens"
         asked = {
-            limit: generation.max_new_tokens,
+            "max_completion_tokens" if own else "max_tokens": generation.max_new_tokens,
             "temperature": generation.temperature,
             "top_p": generation.top_p,
             "seed": generation.seed,
@@ -189,7 +190,7 @@ class EndpointBackend(Backend):
         told = finished = False
         # Seconds without anything new, as far as the endpoint is waited for, and not whoever reads this.
         began, waited, limit = anyio.current_time(), 0.0, self.timeouts.first
-        allowance = Allowance(_CHARACTERS * generation.max_new_tokens)
+        allowance = Allowance(_CHARACTERS * (generation.max_new_tokens or _MOST_TOKENS))
         repetition, numbering, unicode = Repetition(begun), Numbering(), Unicode()
         chunks: Any = None
         try:
@@ -238,6 +239,7 @@ class EndpointBackend(Backend):
         """Ask. A server that does not know a parameter of ours, or how to be told to go on, is asked without it."""
         import openai
 
+        limited = generation.max_new_tokens is not None
         events = events_of(openai.AsyncStream[object])
         ask = partial(self.client().post, "/chat/completions", cast_to=object, stream=True, stream_cls=events)
         while True:
@@ -248,6 +250,10 @@ class EndpointBackend(Backend):
                         return await ask(body=body | _GO_ON)
                 return await ask(body=body)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                if limited and wants_shorter(error.body):
+                    # More than its context leaves behind this conversation, which only the endpoint can count.
+                    limited, generation = False, replace(generation, max_new_tokens=None)
+                    continue
                 refused = refused_parameter(error.body)
                 asked_for = {name for name in ("temperature", "top_p", "seed") if getattr(generation, name) is not None}
                 if refused is None or refused in self._refused or refused in asked_for:

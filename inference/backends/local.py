@@ -35,7 +35,8 @@ def generation_options(generation: Generation) -> dict[str, Any]:
 
 def within(generation: Generation, left: int) -> Generation:
     """An answer no longer than the positions that are left: behind them a model knows nothing, or breaks off."""
-    return replace(generation, max_new_tokens=min(generation.max_new_tokens, left))
+    wanted = left if generation.max_new_tokens is None else generation.max_new_tokens
+    return replace(generation, max_new_tokens=min(wanted, left))
 
 
 _RANDOM = threading.RLock()  # torch's generator is the process's: runs with a seed go one after the other
@@ -326,7 +327,7 @@ class LocalBackend(Backend):
             model = self._model(resident)
             encoded = [self._encode(resident, messages) for messages in conversations]
             answers = [Piece()] * len(encoded)
-            room = context_length(model) - generation.max_new_tokens
+            room = 0 if generation.max_new_tokens is None else context_length(model) - generation.max_new_tokens
             with self._turn(resident):
                 for chosen in _batches(list(map(len, encoded)), batch_size, room):
                     found = _generate_batch(model, resident.tokenizer, [encoded[i] for i in chosen], generation)

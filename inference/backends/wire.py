@@ -13,6 +13,7 @@ from ...modeling.errors import ExpertFailedError
 _NO_ANSWER = "the endpoint gave something else than an answer"
 _BROKEN = ("error", "abort")  # how servers say that an answer ended without being whole
 _OURS = ("max_tokens", "stream_options", "top_p", "temperature", "seed")  # that a server may refuse
+_SHORTER = ("context length", "context_length", "context window", "too large", "completion tokens")
 _MOST_TOKENS = 2**53  # and far more than there are
 
 DONE = object()
@@ -179,6 +180,14 @@ def refused_parameter(body: Any) -> str | None:
     message = str(given.get("message") or "")
     quoted = (name for name in _OURS if f"'{name}'" in message or f"`{name}`" in message or f'"{name}"' in message)
     return given.get("param") if given.get("param") in _OURS else next(quoted, None)
+
+
+def wants_shorter(body: Any) -> bool:
+    """Return whether an error says that conversation and answer together are more than the context."""
+    given = body.get("error", body) if isinstance(body, dict) else {}
+    given = given if isinstance(given, dict) else {}
+    told = f"{given.get('code')} {given.get('message')}".lower()
+    return any(words in told for words in _SHORTER)
 
 
 class Allowance:

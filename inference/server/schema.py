@@ -76,12 +76,12 @@ class ChatRequest(_Body):
         """Whether a streamed answer ends with its usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def generation(self, most: int, number: int = 0) -> Generation:
+    def generation(self, most: int | None, number: int = 0) -> Generation:
         """How the `number`-th answer is generated, with at most `most` tokens."""
-        wanted = self.max_completion_tokens or self.max_tokens or most
+        limits = [limit for limit in (self.max_completion_tokens or self.max_tokens, most) if limit is not None]
         extra = {name: value for name in _PASSED if (value := getattr(self, name)) is not None}
         return Generation(
-            max_new_tokens=min(wanted, most),
+            max_new_tokens=min(limits, default=None),
             temperature=self.temperature,
             top_p=self.top_p,
             seed=None if self.seed is None else (self.seed + number) % 2**63,

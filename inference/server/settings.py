@@ -20,7 +20,7 @@ class Settings:
         max_body: bytes of a request.
         max_messages: of a conversation.
         max_prompt_tokens: longest conversation, in tokens, about; no limit but the experts' own where None.
-        max_new_tokens: of an answer: the most that can be asked for, and what is given where nothing is asked for.
+        max_new_tokens: of an answer: the most that can be asked for; what the expert's context leaves where None.
         max_concurrent: requests at a time; those above are told to come again.
         rate: requests of one key (or address) in a minute; None for no limit.
         log_content: write questions and answers to the log.
@@ -37,7 +37,7 @@ class Settings:
     max_body: int = 4 * 2**20
     max_messages: int = 512
     max_prompt_tokens: int | None = None
-    max_new_tokens: int = 2048
+    max_new_tokens: int | None = None
     max_concurrent: int = 256
     rate: int | None = None
     log_content: bool = False

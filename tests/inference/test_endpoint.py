@@ -301,3 +301,30 @@ def test_who_reads_slowly_is_not_held_against_the_endpoint():
             return pieces
 
         assert text_of(asyncio.run(collect())) == "Paris it is."
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"message": "'max_tokens' or 'max_completion_tokens' is too large: 900. This model's maximum context length is "
+         "512 tokens and your request has 39 input tokens.", "type": "BadRequestError", "code": 400},
+        {"message": "max_tokens is too large: 900. This model supports at most 500 completion tokens.",
+         "param": "max_tokens", "code": "invalid_value"},
+        {"message": "This model's maximum context length is 512 tokens.", "code": "context_length_exceeded"},
+    ],
+)  # fmt: skip
+def test_an_answer_is_as_long_as_the_endpoints_context_leaves(told):
+    def answer(body):
+        if body.get("max_tokens", 0) > 500:
+            return 400, {"content-type": "application/json"}, json.dumps({"error": told}).encode()
+        return streaming(PARIS + END + DONE)(body)
+
+    with Server(answer) as server:
+        backend = EndpointBackend(Expert("e", "openai", "m", base_url=server.url), Timeouts(retries=0))
+
+        async def collect(count):
+            return text_of([piece async for piece in backend.stream(ASKED, Generation(count))])
+
+        assert [asyncio.run(collect(count)) for count in (900, 100, None)] == ["Paris it is."] * 3
+        # That one request was too long is not held against the parameter.
+        assert [body.get("max_tokens") for body, _ in server.seen] == [900, None, 100, None]

@@ -1,3 +1,4 @@
+import copy
 import hashlib
 import threading
 
@@ -140,3 +141,29 @@ def test_what_threads_encode_at_once_is_what_each_encodes_alone():
         thread.join()
     assert all(ids == alone[0] for ids in found[0])
     assert all(ids == alone[1] for ids in found[1])
+
+
+THINKS = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content.split('</think>')[-1].strip() if m.role == 'assistant' else m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+PROMPT{% endif %}"""
+
+
+@pytest.mark.parametrize(
+    ("prompt", "begun", "behind"),
+    [
+        ("", "<think>\nHm.\n</think>\n\nParis is ", "<think>\nHm.\n</think>\n\nParis is "),
+        ("", "<think>\nHm. It ", "<think>\nHm. It "),
+        ("<think>\n", "<think>Hm.</think>Paris is", "Hm.</think>Paris is"),
+        ("<think>\n", "Hm.</think>Paris is", "Hm.</think>Paris is"),
+        ("<think>\n", "Paris is", "\n</think>\n\nParis is"),
+    ],
+)
+def test_an_answer_goes_on_behind_its_thought_whatever_the_template_strips(prompt, begun, behind):
+    tokenizer = copy.deepcopy(tiny_tokenizer("chatml"))
+    tokenizer.chat_template = THINKS.replace("PROMPT", f"{{{{ {prompt!r} }}}}")
+    asked = [{"role": "user", "content": "Where is it?"}]
+    ids = encode_chat(tokenizer, asked, VOCABULARY, begun=begun)
+    alone = encode_chat(tokenizer, asked, VOCABULARY)
+    assert ids[: len(alone)] == alone
+    assert tokenizer.decode(ids[len(alone) :]) == behind
