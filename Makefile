@@ -19,8 +19,8 @@ $(INSTALLED): pyproject.toml setup.cfg constraints.txt
 demo: $(INSTALLED) ## the whole path on a real small LLM: train, evaluate, plug in, chat (CPU, 5 to 9 minutes)
 	$(BIN)/python -m expertoken.examples.skills.demo
 
-test: $(INSTALLED) ## all tests that can run here
-	$(BIN)/python -m pytest
+test: $(INSTALLED) ## all tests that can run here, on all cores
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 lint: $(INSTALLED) ## the linter, the formatter's check and the type checker
 	$(BIN)/ruff check .

@@ -4,10 +4,12 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from .chat import Message
 from .source import Source
+
+if TYPE_CHECKING:  # a pool is read without numpy
+    from .chat import Message
 
 
 def stop_texts(stop: Sequence[str] | str | None) -> tuple[str, ...]:
@@ -153,7 +155,7 @@ class Backend(ABC):
 
     @abstractmethod
     def stream(
-        self, messages: Sequence[Message], generation: Generation, *, begun: str = ""
+        self, messages: "Sequence[Message]", generation: Generation, *, begun: str = ""
     ) -> AsyncGenerator[Piece, None]:
         """Yield the answer in pieces as they arrive.
 
@@ -169,7 +171,7 @@ class Backend(ABC):
 
     def complete(
         self,
-        conversations: Sequence[Sequence[Message]],
+        conversations: "Sequence[Sequence[Message]]",
         generation: Generation,
         *,
         held: Any = None,
@@ -185,7 +187,7 @@ class Backend(ABC):
         """
         raise NotImplementedError
 
-    def log_likelihood(self, messages: Sequence[Message], continuation: str) -> tuple[float, bool]:
+    def log_likelihood(self, messages: "Sequence[Message]", continuation: str) -> tuple[float, bool]:
         """Return the log-probability of an answer that begins with `continuation`, and whether it is the greedy one.
 
         Only of kinds that say `scores_texts`.

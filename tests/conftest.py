@@ -2,6 +2,9 @@ import os
 
 # Before any library is imported: nothing here may reach a hub, and bars only clutter a test log.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1")
+# Where tests run beside each other, each has its share of the processors.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
 
 import pytest
 

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -45,11 +46,17 @@ def test_help_reads_well_and_needs_no_torch(verb):
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: " ".join(verb) or "expertoken")
 def test_help_takes_under_two_seconds(verb):
+    """Of a processor: other tests run meanwhile."""
+
+    def spent():
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     best = 9e9
-    for _ in range(3):  # the machine may be busy: one quick run shows that the work is small
-        started = time.perf_counter()
+    for _ in range(3):
+        before = spent()
         assert expertoken(*verb, "--help").returncode == 0
-        best = min(best, time.perf_counter() - started)
+        best = min(best, spent() - before)
         if best < 2:
             return
     assert best < 2
