@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..modeling.errors import ExpertokenError, ResultsError, did_you_mean, one_line
 from ..modeling.experts import SELF, Expert
-from ..modeling.files import PRODUCTS, atomic_folder, check_product, recover_folder
+from ..modeling.files import PRODUCTS, atomic_folder, check_product, restore_folder
 from ..modeling.pool import ExpertPool
 from ..modeling.utility import utility
 from . import SPLITS
@@ -233,7 +233,7 @@ class Supervision:
         import datasets
 
         path = Path(path)
-        recover_folder(path)
+        restore_folder(path)
         if not path.exists():
             raise ExpertokenError(f"{path}: there is no supervision folder; `expertoken prepare` makes one")
         try:

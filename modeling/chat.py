@@ -263,7 +263,9 @@ def encode_chat(
         ) from error
     if begun.strip():  # blanks alone are nothing to go on from
         # Not as a message, of which templates strip thoughts and blanks.
-        ids = [*ids, *encode_text(tokenizer, _behind(str(tokenizer.decode(ids[-_TAIL:])), begun)).input_ids]
+        told = _behind(str(tokenizer.decode(ids[-_TAIL:])), begun)
+        parts = _without_control(told, control_tokens(tokenizer))
+        ids = [*ids, *(token for part in parts for token in encode_text(tokenizer, part).input_ids)]
     if most is not None and len(ids) > most:
         raise ExpertokenError(f"the conversation has {len(ids)} tokens; at most {most} are read")
     if max(ids) >= vocab_size:
@@ -276,6 +278,17 @@ def encode_chat(
 
 _THOUGHT = ("<think>", "</think>")
 _TAIL = 16  # tokens at the end of a prompt, in which it may begin a thought
+
+
+def _without_control(text: str, control: Sequence[str]) -> Iterator[str]:
+    """Yield a text in parts that hold no control token, also none that the tokenizer does not call special."""
+    found = re.search("|".join(map(re.escape, sorted(control, key=len, reverse=True))), text) if control else None
+    while found is not None:
+        cut = found.start() + 1
+        yield text[:cut] if len(found[0]) > 1 else text[: cut - 1]  # a token of one character can't be cut: it goes
+        text = text[cut:]
+        found = found.re.search(text)
+    yield text
 
 
 def _behind(prompt: str, begun: str) -> str:

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from os.path import relpath
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 
 from .dispatch import gives_chances
 from .errors import ExpertokenError
-from .files import PRODUCTS, atomic_file, local_folder, recover_folder
+from .files import PRODUCTS, atomic_file, local_folder, restore_folder
 from .fingerprint import describe_dtype, fingerprints, library_versions, same_model
 from .loading import as_device, load_tokenizer
 from .meta import MetaLLM
@@ -31,6 +33,7 @@ ROWS_FILE, POOL_FILE, MANIFEST_FILE = "expert_tokens.safetensors", "experts.yaml
 ADAPTER_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
+_LOOKS = 5
 _PROBES = ("What is 2 + 2?", "Name a river.", "Who are you? Answer in one long sentence, please.")
 """Prompts of the comparison; any text does, these differ in length."""
 
@@ -240,18 +243,29 @@ def _resolved(model: str, folder: Path) -> str:
     return str(path.resolve()) if path.exists() else model
 
 
+def _read(file: Path) -> str:
+    """Return the text of a folder's file; while the folder is replaced there is none of that name for a moment."""
+    for _ in range(_LOOKS):
+        restore_folder(file.parent)
+        with suppress(FileNotFoundError):
+            return file.read_text("utf-8")
+        time.sleep(0.01)
+    return file.read_text("utf-8")
+
+
 def read_manifest(path: Path) -> Manifest:
     """Read `expertoken.json`.
 
     Raises:
         ExpertokenError: `path` holds no composite, one of another format, or what was changed by hand.
     """
-    recover_folder(path)
     file = path / MANIFEST_FILE
     try:
-        document = json.loads(file.read_text("utf-8"))
+        document = json.loads(_read(file))
     except FileNotFoundError:
         why = f"no {MANIFEST_FILE} in it" if path.exists() else "there is nothing of that name"
+        if path.parent.name and not path.exists() and not is_path(str(path)):  # as it is written, owner/name
+            why += f"; of one on the hub make a copy first: hf download {path} --local-dir FOLDER"
         raise ExpertokenError(f"{path}: no composite folder ({why})") from None
     except (OSError, ValueError) as error:
         raise ExpertokenError(f"{file}: can't be read ({error})") from None

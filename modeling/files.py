@@ -1,9 +1,10 @@
 """Files and folders that are complete or absent: written aside, flushed to disk, renamed into place."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import ExpertokenError, one_line
@@ -11,6 +12,8 @@ from .source import is_path
 
 PRODUCTS = {"composite": "expertoken.json", "supervision": "supervision.json"}
 """The folders that people name, to the file that tells them."""
+
+_TRIES = 100  # to exchange a folder, while others read it
 
 _OURS = {
     *PRODUCTS.values(),
@@ -32,17 +35,26 @@ _OURS = {
 
 
 def check_product(path: Path | str, product: str) -> None:
-    """Refuse to write one product over another.
+    """Refuse to write one product over another, or where a folder can't be replaced.
 
     Raises:
-        ExpertokenError: `path` is a file, or holds the other product.
+        ExpertokenError: `path` is a file or a mount point, or holds the other product.
     """
     path = Path(path)
+    _check_no_mount(path)
     if path.exists() and not path.is_dir():
         raise ExpertokenError(f"{path}: is a file; expected a folder to write the {product} to")
     for other, marker in PRODUCTS.items():
         if other != product and (path / marker).exists():
             raise ExpertokenError(f"{path}: holds a {other}; choose another folder for the {product}")
+
+
+def _check_no_mount(path: Path) -> None:
+    if path.is_mount():
+        raise ExpertokenError(
+            f"{path}: is a mount point, which can't be replaced in one step; choose a folder in it, such as "
+            f"{path / 'new'}"
+        )
 
 
 def local_folder(path: Path | str, revision: str | None = None) -> Path:
@@ -115,12 +127,14 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
     Our own files of the old folder are gone then; its subfolders (checkpoints, logs, reports) and what somebody else
     put there move over to the new one. POSIX has no portable exchange of two folders, so the old one is renamed aside
-    first; `recover_folder` finishes or undoes what a crash between the renames left.
+    first; `recover_folder` finishes or undoes what a crash between the renames left. Of a symbolic link the folder that
+    it leads to is replaced.
 
     Raises:
-        ExpertokenError: the folder could not be written (no space, no permission).
+        ExpertokenError: the folder could not be written (no space, no permission), or is a mount point.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()
+    _check_no_mount(path)
     aside, old = _aside(path, f"{os.getpid()}.tmp"), _aside(path, "old")
     try:
         recover_folder(path)
@@ -128,9 +142,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         aside.mkdir(parents=True)
         yield aside
         sync_folder(aside)
-        if path.exists():
-            path.rename(old)
-        aside.rename(path)
+        _exchange(aside, path, old)
         recover_folder(path)
         _sync(path.parent)
     except OSError as error:
@@ -140,9 +152,34 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _exchange(aside: Path, path: Path, old: Path) -> None:
+    """Put a folder in the place of another, which goes aside."""
+    for _ in range(_TRIES):
+        if path.exists():
+            path.rename(old)
+        try:
+            aside.rename(path)
+            return
+        except OSError:  # somebody who reads has put the old one back meanwhile, see `restore_folder`
+            if not path.exists():
+                raise
+    raise OSError(errno.EBUSY, "others read it all the time")
+
+
+def restore_folder(path: Path | str) -> None:
+    """Put an old folder back whose exchange was cut short: for those who read, and may not know of a writer at work.
+
+    Files of the old one that belong into the new one are moved by who writes next.
+    """
+    path = Path(path).resolve()
+    if not path.exists():
+        with suppress(OSError):  # there is none, it may not be moved, or somebody else was faster
+            _aside(path, "old").rename(path)
+
+
 def recover_folder(path: Path | str) -> None:
-    """Finish or undo an exchange that a crash cut short (see `atomic_folder`)."""
-    path = Path(path).absolute()
+    """Finish or undo an exchange that a crash cut short (see `atomic_folder`): for those who write."""
+    path = Path(path).resolve()
     old = _aside(path, "old")
     if not old.exists():
         return

@@ -92,7 +92,9 @@ def load_causal_lm(
     options: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
     loading: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if quantization:
-        loading |= {"quantization_config": _quantized(quantization, device, dtype), "device_map": {"": device}}
+        loading["quantization_config"] = _quantized(quantization, device, dtype)
+    if quantization or _loads_directly(device):
+        loading["device_map"] = {"": device}
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         with LOADING:
@@ -112,6 +114,16 @@ def load_causal_lm(
             f"{source.model}: a weights file is damaged ({one_line(error)}); fetch it again"
         ) from error
     return model.eval(), tokenizer
+
+
+def _loads_directly(device: torch.device) -> bool:
+    """Return whether weights can go to a device as they are read: eight processes are eight copies in memory otherwise.
+
+    DeepSpeed, where it splits weights while they are loaded, brings them there itself.
+    """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return device.type == "cuda" and not is_deepspeed_zero3_enabled()
 
 
 def _quantized(name: str, device: torch.device, dtype: torch.dtype | str) -> Any:

@@ -185,7 +185,8 @@ class MetaLLM:
         from peft import get_peft_model_state_dict
 
         named = {name: whole(p) for name, p in self.model.named_parameters() if "lora_" in name}
-        return get_peft_model_state_dict(self.model, state_dict=named)
+        # No embeddings: they stay as they are, and PEFT asks the hub about them at every checkpoint.
+        return get_peft_model_state_dict(self.model, state_dict=named, save_embedding_layers=False)
 
     def set_adapter_state(self, state: dict[str, torch.Tensor]) -> None:
         """Put weights as `adapter_state` gives them into the adapter, in place (collective likewise).

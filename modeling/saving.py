@@ -1,7 +1,6 @@
 """Saving a composite folder: written aside, verified in a fresh process, renamed into place."""
 
 import logging
-import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from .composite import Composite, Trained, write_composite
 from .errors import ExpertokenError
 from .files import atomic_folder, check_product
+from .memory import free_memory
 from .meta import MetaLLM
 from .sharding import full_shape
 from .verify import verify_reload
@@ -58,7 +58,7 @@ def _no_room(meta: MetaLLM) -> str | None:
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(meta.device)[0] / 2**30
     else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        free = free_memory() / 2**30
     if free >= needed:
         return None
     return f"a second copy of its base needs {needed:.1f} GiB, {free:.1f} GiB are free on {meta.device}"

@@ -107,7 +107,7 @@ def pooled(values: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> 
     return torch.cat(parts, -1)
 
 
-def _stack(model: "PreTrainedModel") -> tuple[nn.Module, str]:
+def layer_stack(model: "PreTrainedModel") -> tuple[nn.Module, str]:
     """Return the module that holds the model's layers, and the name they have there.
 
     Raises:
@@ -138,7 +138,7 @@ def cut(model: "PreTrainedModel", layer: int) -> None:
     count = config.num_hidden_layers
     if layer > count:
         raise ExpertokenError(f"state at layer {layer}: the model has {count} layers; expected 1 to {count}")
-    parent, name = _stack(model)
+    parent, name = layer_stack(model)
     setattr(parent, name, getattr(parent, name)[:layer])
     config.num_hidden_layers = layer
     for key, value in vars(config).items():
@@ -165,7 +165,7 @@ class LayerReader:
 
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
-        self._parent, name = _stack(model)
+        self._parent, name = layer_stack(model)
         self._layers: Any = getattr(self._parent, name)
         self._tail = self._find_tail()
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -141,24 +142,29 @@ def _create(folder: Path, keys: Sequence[bytes], width: int) -> None:
     with atomic_folder(folder) as aside:
         np.save(aside / _HASHES, np.array(keys, dtype="V16"))
         np.lib.format.open_memmap(aside / _HIDDEN, mode="w+", dtype=np.float32, shape=(len(keys), width)).flush()
-        _allocate(aside / _HIDDEN)
+        with (aside / _HIDDEN).open("r+b") as stream:
+            _allocate(stream, stream.seek(0, os.SEEK_END))
         np.save(aside / _MASS, np.zeros(len(keys), dtype=np.float32))
         np.save(aside / _DONE, np.zeros(len(keys), dtype=np.uint8))
 
 
-def _allocate(file: Path) -> None:
-    """Give a sparse file its blocks: on a full disk it would kill the process (SIGBUS) amid the forward pass."""
-    with file.open("r+b") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(stream.fileno(), 0, size)
-            return
-        # macOS has no such call. A block is allocated when something is written into it: its own first byte.
-        for start in range(0, size, _BLOCK):
-            stream.seek(start)
-            byte = stream.read(1)
-            stream.seek(start)
-            stream.write(byte)
+def _allocate(stream: IO[bytes], size: int) -> None:
+    """Give a sparse file its blocks: on a full disk it would kill the process (SIGBUS) amid the forward pass.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(stream.fileno(), 0, size)
+        return
+    # macOS has no such call. A block is allocated when something is written into it: its own first byte.
+    stream.truncate(size)
+    for start in range(0, size, _BLOCK):
+        stream.seek(start)
+        byte = stream.read(1)
+        stream.seek(start)
+        stream.write(byte)
+    stream.flush()
 
 
 def gather(places: Sequence[Place]) -> tuple[np.ndarray, np.ndarray]:
@@ -181,12 +187,23 @@ def gather(places: Sequence[Place]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def room_for(count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return empty arrays for `count` states and their Z, in memory or in a temporary file."""
+    """Return empty arrays for `count` states and their Z, in memory or in a temporary file.
+
+    Raises:
+        ExpertokenError: the disk of temporary files is full.
+    """
     if count * width * 4 <= _IN_MEMORY:
         hidden = np.empty((count, width), dtype=np.float32)
     else:
         with tempfile.TemporaryFile() as file:  # stays open through the mapping, gone with it
-            hidden = np.memmap(file, dtype=np.float32, mode="w+", shape=(count, width))
+            try:
+                _allocate(file, count * width * 4)
+            except OSError as error:
+                raise ExpertokenError(
+                    f"{tempfile.gettempdir()}: no room for {count * width * 4 / 2**30:.1f} GiB of states "
+                    f"({error.strerror}); free some, or let $TMPDIR name another folder"
+                ) from error
+            hidden = np.memmap(file, dtype=np.float32, mode="r+", shape=(count, width))
     return hidden, np.empty(count, dtype=np.float32)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from ..modeling.batching import MAX_TOKENS
-from ..modeling.source import ATTENTION, DTYPES
+from ..modeling.source import ATTENTION, DTYPES, QUANTIZATIONS
 from .objectives import OBJECTIVES
 
 T = TypeVar("T")
@@ -78,6 +78,11 @@ class ExpertokenArguments:
         None,
         "Type of the meta LLM's weights; auto is the saved type. Default: float32 on a CPU, else auto.",
         DTYPES,
+    )
+    quantization: str | None = _option(
+        None,
+        "tokens: load the meta LLM in 4 bits (nf4) or 8 (int8), where it does not fit otherwise. qlora is nf4 always.",
+        QUANTIZATIONS,
     )
     attn_implementation: str | None = _option(
         None, "Implementation of attention. Default: what transformers chooses for the model.", ATTENTION

@@ -20,6 +20,7 @@ START = "checkpoint-start"
 """Folder of the weights that training began with. It has no number, so a run does not resume from it."""
 
 _RUN_FILE = Path("runs") / "run.json"
+_FINISHED = Path("runs") / "finished.json"
 _NAMED = 5  # differences that an error names
 
 
@@ -118,6 +119,31 @@ def find_checkpoint(resume: str, output_dir: Path, run: dict[str, Any]) -> Path 
     return checkpoint
 
 
+def record_finished(output_dir: Path, state: TrainerState) -> None:
+    """Note that the run came to its end: its last checkpoint may be removed by then, since another one is the best."""
+    with atomic_file(output_dir / _FINISHED) as aside:
+        state.save_to_json(str(aside))
+
+
+def finished_run(resume: str, output_dir: Path, run: dict[str, Any]) -> Path | None:
+    """Return the file of the Trainer's state where this very run has come to its end and its best checkpoint is there.
+
+    Args:
+        resume: `--resume`; only by `auto` it is this very run.
+        output_dir: folder of the run.
+        run: identifies the run.
+    """
+    file, record = output_dir / _FINISHED, output_dir / _RUN_FILE
+    try:
+        if resume != "auto" or json.loads(record.read_text()) != run:
+            return None
+        state = TrainerState.load_from_json(str(file))
+    except (OSError, ValueError, TypeError):
+        return None
+    best = output_dir / Path(state.best_model_checkpoint or "").name
+    return file if best != output_dir and (best / ROWS_FILE).exists() else None
+
+
 def best_checkpoint(state: TrainerState, checkpoint: Path) -> Path:
     """The best checkpoint of a finished run, in the folder that its last one is in now."""
     recorded = Path(state.best_model_checkpoint or checkpoint)
@@ -135,5 +161,6 @@ def record_run(resume: str, output_dir: Path, run: dict[str, Any]) -> None:
     if resume == "never":
         for entry in _numbered(output_dir):
             shutil.rmtree(entry)
+    (output_dir / _FINISHED).unlink(missing_ok=True)
     with atomic_file(output_dir / _RUN_FILE) as aside:
         aside.write_text(json.dumps(run, indent=2) + "\n")

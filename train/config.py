@@ -38,6 +38,14 @@ _OURS = dict.fromkeys(
 ) | {"output_dir": "spelt --out, as in the other commands"}
 
 
+_DEFAULTS: dict[str, Any] = {
+    # Shares of all steps: of the Trainer's own 500 a run of 62 steps would see nothing.
+    "logging_steps": 0.02,
+    "save_steps": 0.1,
+    "include_num_input_tokens_seen": True,  # for tokens per second in the log
+}
+
+
 def make_parser(*, everything: bool) -> "HfArgumentParser":
     """The argument parser; without `everything` it knows our own arguments only and needs no torch."""
     if everything:
@@ -120,7 +128,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ExpertokenArguments, "Training
     mistakes += _choices({**recipe, **_values(argv)}, actions)
     if mistakes:
         raise ConfigError("training arguments: " + "; ".join(mistakes))
-    parser.set_defaults(**defaults)
+    parser.set_defaults(**_DEFAULTS | defaults)
     try:
         argv = _with_deepspeed_file(_cpu_by_default(argv, recipe), recipe)
         argv += ["--output_dir", str(_values(argv).get("out", recipe.get("out")))]  # the Trainer's name for it
@@ -161,7 +169,7 @@ def make_arguments(
         raise ConfigError("training arguments: " + "; ".join(mistakes))
     names = {item.name for item in fields(ExpertokenArguments)}
     ours = {key: value for key, value in options.items() if key in names}
-    theirs: dict[str, Any] = {"use_cpu": not torch.accelerator.is_available(), "report_to": "none"}
+    theirs: dict[str, Any] = {**_DEFAULTS, "use_cpu": not torch.accelerator.is_available(), "report_to": "none"}
     theirs |= {key: value for key, value in options.items() if key not in names and value is not None}
     try:
         return ExpertokenArguments(meta, data, out, **ours), TrainingArguments(output_dir=out, **theirs)

@@ -5,6 +5,8 @@ gradient), and a checkpoint holds the plain PEFT adapter with the rows beside it
 """
 
 import logging
+import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,18 @@ from ..modeling.distributed import Team, barrier
 from ..modeling.errors import ExpertokenError, is_out_of_memory, one_line
 from ..modeling.files import sync_folder
 from ..modeling.meta import MetaLLM
+from ..modeling.state import layer_stack
 from .arguments import ExpertokenArguments
-from .checkpoints import START, best_checkpoint, find_checkpoint, read_checkpoint, record_run, write_checkpoint
+from .checkpoints import (
+    START,
+    best_checkpoint,
+    find_checkpoint,
+    finished_run,
+    read_checkpoint,
+    record_finished,
+    record_run,
+    write_checkpoint,
+)
 from .objectives import OBJECTIVES, Objective
 from .positions import Positions
 from .tokens import mean_score
@@ -62,6 +74,7 @@ class DispatchTrainer(Trainer):
         self.composite, self.meta = composite, composite.meta
         self.objective: Objective = OBJECTIVES[objective]
         self.rows_learning_rate = rows_learning_rate
+        self._logged = (time.perf_counter(), 0)
         self._order = _Order()  # before the Trainer, which may ask for its sampler at once
         super().__init__(model=self.meta.model, data_collator=self._collate, **options)
         self.add_callback(self._order)
@@ -138,6 +151,16 @@ class DispatchTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             write_checkpoint(folder, self.composite, trained, self.state.global_step)
+
+    def log(self, logs: dict[str, float], *arguments: Any) -> None:
+        """Log, with the speed since the last time."""
+        now, seen = time.perf_counter(), self.state.num_input_tokens_seen
+        if "loss" in logs:
+            since, before = self._logged
+            if seen > before:
+                logs = logs | {"tokens_per_second": round((seen - before) / (now - since), 1)}
+            self._logged = (now, seen)
+        super().log(logs, *arguments)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The last of a checkpoint before `trainer_state.json`, which says that it is whole: so all is on disk here."""
@@ -262,6 +285,7 @@ def wrap_with_lora(meta: MetaLLM, options: ExpertokenArguments) -> None:
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=targets[0] if targets == ["all-linear"] else targets,
+        exclude_modules=_beside_texts(meta),
         task_type="CAUSAL_LM",
     )
     try:
@@ -270,6 +294,20 @@ def wrap_with_lora(meta: MetaLLM, options: ExpertokenArguments) -> None:
         raise ExpertokenError(f"--lora_target_modules {' '.join(targets)}: {one_line(error)}") from None
     meta.model = adapted
     meta.head.expert_rows.requires_grad_(True)
+
+
+def _beside_texts(meta: MetaLLM) -> str | None:
+    """Return a pattern of the modules that no text passes, such as a vision tower; None where there are none.
+
+    Their adapters would have no gradients, and DDP refuses such parameters.
+    """
+    model: Any = meta.model
+    stack = layer_stack(model)[0]
+    text = next(name for name, module in model.named_modules() if module is stack)
+    heads = {id(module) for module in meta.head.modules()}
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and id(m) not in heads]
+    beside = any(not name.startswith(f"{text}.") for name in linear)
+    return rf"(?!{re.escape(text)}\.).*" if text and beside else None
 
 
 def _out_of_memory(trainer: DispatchTrainer) -> str:
@@ -347,6 +385,10 @@ def train_lora(
     team = Team(arguments.process_index, arguments.world_size)
     # The first process looks for all: on other machines the folder may be seen later, or not at all.
     checkpoint = team.agree(lambda: find_checkpoint(options.resume, output, run))
+    finished = team.agree(lambda: finished_run(options.resume, output, run))
+    if finished:
+        state = TrainerState.load_from_json(str(finished))
+        return _as_finished(trainer, state, output / f"checkpoint-{state.global_step}")
     if arguments.process_index == 0:
         record_run(options.resume, output, run)
     barrier()
@@ -356,10 +398,7 @@ def train_lora(
     # By `auto` it is this very run; from a checkpoint that was named, somebody may want to go further.
     if checkpoint and state and options.resume == "auto" and state.global_step >= state.max_steps:
         # Killed behind its last step. The Trainer would make one more before it notices that it is through.
-        trainer.state = state
-        trainer._restore(best_checkpoint(state, checkpoint))
-        meta.model.eval()
-        return {"steps": state.global_step, "validation_score": state.best_metric, "seconds": 0.0, "engine": False}
+        return _as_finished(trainer, state, checkpoint)
     try:
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (OSError, RuntimeError, MemoryError) as error:
@@ -372,6 +411,8 @@ def train_lora(
             f"{arguments.output_dir}: a checkpoint could not be written or read ({one_line(error)}); checkpoints "
             "before it are whole, the same command goes on from there"
         ) from error
+    if arguments.process_index == 0:
+        record_finished(output, trainer.state)
     # accelerate put an autocast around the model's forward for --bf16; a decision is made without.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     meta.model.eval()
@@ -385,3 +426,11 @@ def train_lora(
         "validation_score": trainer.state.best_metric,
         "seconds": round(outcome.metrics["train_runtime"], 1),
     }
+
+
+def _as_finished(trainer: DispatchTrainer, state: TrainerState, last: Path) -> dict[str, Any]:
+    """Return what the manifest records of a run that has come to its end before; its best weights are restored."""
+    trainer.state = state
+    trainer._restore(best_checkpoint(state, last))
+    trainer.meta.model.eval()
+    return {"steps": state.global_step, "validation_score": state.best_metric, "seconds": 0.0, "engine": False}

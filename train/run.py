@@ -68,6 +68,15 @@ def check_run(options: ExpertokenArguments, arguments: "TrainingArguments", supe
             "--anywhere: positions inside the meta LLM's own answer need `self` in the pool; without it there is no "
             "such answer"
         )
+    if options.quantization and (options.method, options.quantization) not in (
+        ("tokens", "nf4"),
+        ("tokens", "int8"),
+        ("qlora", "nf4"),
+    ):
+        raise ExpertokenError(
+            f"--quantization {options.quantization}: not with method {options.method}; expected method tokens, or "
+            "qlora, which is nf4"
+        )
     check_offload(arguments)
     if options.method == "qlora" and getattr(arguments.deepspeed_plugin, "zero_stage", 0) == 3:
         raise ExpertokenError("method qlora: ZeRO-3 can't split 4-bit weights; launch it with ddp or zero2")
@@ -107,7 +116,7 @@ def load_meta(options: ExpertokenArguments, arguments: "TrainingArguments", pool
             len(pool.names),
             device="cpu" if split_later else arguments.device,
             dtype=options.dtype,
-            quantization="nf4" if options.method == "qlora" else None,
+            quantization="nf4" if options.method == "qlora" else options.quantization,
             attention=options.attn_implementation,
             state=StateSpec() if options.state == AUTO else StateSpec.parse(options.state),
         )
@@ -219,7 +228,7 @@ class Run:
             # Every second strength: what is compared are states, and the final fit tries all.
             transform = self.meta.transform if spec.layer else LogitTransform.of(self.meta.plain.config)
             options: dict[str, Any] = {"l2": sorted(self.options.l2)[::2], "transform": transform}
-            fits = [fit_rows(one, objective=self.objective, **options) for one in problems]
+            fits = [self._fit(one, **options) for one in problems]
             if any(not len(fit.fold_losses) for fit in fits):
                 raise ExpertokenError(
                     f"--state {AUTO}: expected at least {FOLDS} queries to choose by, found {len(problem.weights)}; "
@@ -230,8 +239,7 @@ class Run:
                 entry["subject_loss"] = float(fits[1].fold_losses.mean())
             found.append(entry)
             losses.append(np.concatenate([fit.fold_losses for fit in fits]))
-        # Agreed upon: another number of threads may turn a tie.
-        choice = self.team.agree(lambda: cheapest_of_the_best(np.stack(losses)))
+        choice = cheapest_of_the_best(np.stack(losses))
         self.meta.read_at(specs[choice], len(self.pool.names))
         self.meta.rows = initial_rows(self.meta, self.pool)
         if self.team.rank == 0:
@@ -244,13 +252,15 @@ class Run:
 
     def fit_tokens(self, *sides: str) -> Fit:
         """Compute the states of sides of the supervision, then fit the rows on all of them."""
-        # Every process solves the same small problem on the same states: cheaper than sending the rows around.
-        fit = fit_rows(
-            self._problem(sides), objective=self.objective, l2=self.options.l2, transform=self.meta.transform
-        )
+        fit = self._fit(self._problem(sides), l2=self.options.l2, transform=self.meta.transform)
         if (edge := fit.edge()) and self.team.rank == 0:
             logger.warning("%s", edge)
         return fit
+
+    def _fit(self, problem: Problem, **options: Any) -> Fit:
+        """Fit rows in the first process, on all cores, and let the others have them: they wait with nothing to do."""
+        alone = self.team.world > 1
+        return self.team.agree(lambda: fit_rows(problem, objective=self.objective, all_cores=alone, **options))
 
     def _problem(self, sides: Sequence[str]) -> Problem:
         queries: list[Query] = []

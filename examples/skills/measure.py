@@ -12,7 +12,7 @@ import json
 from itertools import islice
 from pathlib import Path
 
-from rich.progress import track
+from tqdm.auto import tqdm
 
 from expertoken.inference.backends.models import LocalModels
 from expertoken.modeling.backend import Generation, Opening
@@ -71,7 +71,7 @@ def measure(out: Path) -> dict[str, Path]:
     pool = full_pool()
     files = {expert.name: out / f"{expert.name}-{_key(expert, asked)}.jsonl" for expert in pool.candidates}
     missing = [expert for expert in pool.candidates if not files[expert.name].exists()]
-    for expert in track(missing, description="answering", disable=not missing):
+    for expert in tqdm(missing, desc="answering", unit="model", disable=not missing):
         backend = expert.kind.open(expert, Opening(base, models))
         conversations = [[{"role": "user", "content": row["query"]}] for row in asked]
         answers = backend.complete(conversations, Generation(max_new_tokens=_LONGEST_ANSWER), batch_size=64)

@@ -4,7 +4,6 @@ import re
 import resource
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 from typing import get_type_hints

@@ -69,7 +69,7 @@ def test_through_a_thousand_turns_with_faults_none_is_lost_and_every_fallback_is
         composite = composite_of(base_folder, experts, timeouts=QUICK, policy=order)
         for name in composite.pool.names:  # an expert that is left alone for a while would show only three faults
             composite._breakers[name] = Breaker(failures=TURNS)
-        app = create_app(composite, Settings(max_concurrent=2 * AT_A_TIME, max_new_tokens=1_000_000))
+        app = create_app(composite, Settings(max_concurrent=5 * AT_A_TIME, max_new_tokens=1_000_000))
         with served(app) as address:
             with wedges(address):
                 outcomes = asyncio.run(talk(address))

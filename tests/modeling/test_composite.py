@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,11 @@ from expertoken.modeling.composite import (
     describe_base,
     load_composite,
     probe_logits,
+    read_manifest,
     write_rows,
 )
 from expertoken.modeling.errors import ExpertokenError
-from expertoken.modeling.files import atomic_folder, recover_folder
+from expertoken.modeling.files import atomic_folder, check_product, recover_folder
 from expertoken.modeling.meta import MetaLLM
 from expertoken.modeling.saving import save_composite
 from expertoken.modeling.source import Source
@@ -101,6 +103,53 @@ def test_a_crash_between_the_two_renames_loses_nothing(tmp_path, moment):
     assert (target / "file").read_text() == ("old" if moment == "old aside" else "new")
     assert (target / "runs" / "log").read_text() == "kept"
     assert not (tmp_path / ".folder.old").exists()
+
+
+def test_who_reads_all_the_time_disturbs_no_save_and_always_finds_a_composite(tmp_path, composite):
+    save_composite(composite, tmp_path / "c", verify=False)
+    manifest = (tmp_path / "c" / MANIFEST_FILE).read_text()
+    over, found = threading.Event(), []
+
+    def read():
+        while not over.is_set():
+            try:
+                found.append(read_manifest(tmp_path / "c").experts)
+            except Exception as error:
+                found.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    try:
+        for _ in range(200):
+            with atomic_folder(tmp_path / "c") as folder:
+                (folder / MANIFEST_FILE).write_text(manifest)
+    finally:
+        over.set()
+        for reader in readers:
+            reader.join()
+    assert len(found) > 200
+    assert all(experts == ["math", "law"] for experts in found), next(e for e in found if e != ["math", "law"])
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["c"]
+
+
+def test_behind_a_symbolic_link_the_folder_it_leads_to_is_replaced(tmp_path, composite):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "c").symlink_to(tmp_path / "disk" / "c")
+    for _ in range(2):  # there is none yet, and then there is one
+        save_composite(composite, tmp_path / "c", verify=False)
+        assert (tmp_path / "c").is_symlink()
+        assert read_manifest(tmp_path / "c").experts == ["math", "law"]
+    assert [entry.name for entry in (tmp_path / "disk").iterdir()] == ["c"]
+
+
+def test_a_mount_point_is_refused_with_what_to_do(tmp_path, composite, monkeypatch):
+    (tmp_path / "c").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "c")
+    for write in (lambda: save_composite(composite, tmp_path / "c", verify=False),
+                  lambda: check_product(tmp_path / "c", "supervision")):  # fmt: skip
+        with pytest.raises(ExpertokenError, match="c: is a mount point, .* such as .*c/new"):
+            write()
 
 
 def test_saving_again_drops_our_stale_files_and_keeps_subfolders_and_what_others_put_there(tmp_path):

@@ -1,3 +1,5 @@
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -224,3 +226,16 @@ def test_out_of_memory_says_what_to_change_and_keeps_what_was_computed(meta, mon
         states_of(meta, texts, max_tokens=200)
     monkeypatch.setattr(meta, "states", states)
     assert 0 < states_of(meta, texts, max_tokens=200).computed < len(texts)
+
+
+def test_states_for_which_temporary_files_have_no_room_are_one_clear_line(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cache_module, "_IN_MEMORY", 1000)
+    hidden, _ = cache_module.room_for(100, 8)
+    hidden[:] = 1
+    assert hidden.shape == (100, 8)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ExpertokenError, match=r"no room for 0\.0 GiB of states \(No space left on device\).*\$TMPDIR"):
+        cache_module.room_for(100, 8)

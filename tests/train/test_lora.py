@@ -9,11 +9,18 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    TrainingArguments,
+)
 
 from expertoken.data_prep.results import BenchmarkResults
 from expertoken.data_prep.supervision import build_supervision, supervision_of
 from expertoken.modeling.composite import (
+    ADAPTER_WEIGHTS,
     ROWS_FILE,
     Composite,
     Manifest,
@@ -306,6 +313,31 @@ def test_lora_trains_heads_and_backbones_of_many_kinds(tmp_path, supervision, ar
     assert trained(folder)["expert_rows"].shape == (3, 32)
 
 
+def test_only_what_texts_pass_is_adapted(tmp_path, supervision):
+    """A vision tower's adapters would get no gradients, which several processes do not take."""
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    base = tiny_folder(tmp_path / "base", "gemma3")
+    text = AutoConfig.from_pretrained(base).to_dict()
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1, image_token_index=500)
+    Gemma3ForConditionalGeneration(config).save_pretrained(base)
+    folder = train(options(base, supervision, verify=True), arguments(tmp_path / "c", max_steps=4))
+    adapted = [name for name in trained(folder) if "lora_B" in name]
+    assert adapted
+    assert all("vision" not in name and "projector" not in name for name in adapted)
+    assert all(value.abs().max() > 0 for name, value in trained(folder).items() if name in adapted)
+
+
+@pytest.mark.parametrize("bits", ["nf4", "int8"])
+def test_tokens_are_learnt_on_a_meta_llm_in_few_bits(tmp_path, base_folder, supervision, bits):
+    pytest.importorskip("bitsandbytes")
+    given = options(base_folder, supervision, method="tokens", quantization=bits, verify=True)
+    folder = train(given, arguments(tmp_path / "c"))
+    assert load_composite(folder, device="cpu").meta.quantization == bits
+    with pytest.raises(ExpertokenError, match="--quantization nf4: not with method lora"):
+        train(options(base_folder, supervision, quantization="nf4"), arguments(tmp_path / "d"))
+
+
 def test_qlora_trains_on_four_bits_and_the_composite_is_loaded_so_again(tmp_path, base_folder, supervision):
     pytest.importorskip("bitsandbytes")
     folder = train(
@@ -420,6 +452,42 @@ def test_a_run_goes_on_in_a_folder_that_was_moved(tmp_path, base_folder, supervi
     (tmp_path / "one").rename(tmp_path / "two")
     train(*parse_arguments([*argv, "--out", str(tmp_path / "two"), "--max_steps", "8"]))
     assert read_manifest(tmp_path / "two").training["seconds"] == 0.0  # nothing was left to do
+
+
+@pytest.mark.parametrize("rate", ["1e-2", "1e-9"], ids=["a later checkpoint is the best", "the start is"])
+def test_a_finished_run_is_not_trained_again_whichever_checkpoint_is_left(tmp_path, base_folder, supervision, rate):
+    argv = ["lora", "--meta", str(base_folder), "--data", str(supervision), "--out", str(tmp_path / "c"),
+            "--report_to", "none", "--verify", "false", "--max_steps", "8", "--save_steps", "2",
+            "--learning_rate", rate, "--rows_learning_rate", rate, "--save_total_limit", "1"]  # fmt: skip
+    train(*parse_arguments(argv))
+    first = {name: (tmp_path / "c" / name).read_bytes() for name in ("expert_tokens.safetensors", ADAPTER_WEIGHTS)}
+    assert read_manifest(tmp_path / "c").training["seconds"] > 0
+    train(*parse_arguments(argv))
+    assert read_manifest(tmp_path / "c").training["seconds"] == 0.0
+    assert {name: (tmp_path / "c" / name).read_bytes() for name in first} == first
+    train(*parse_arguments([*argv, "--seed", "7", "--resume", "never"]))  # another run is another run
+    assert read_manifest(tmp_path / "c").training["seconds"] > 0
+
+
+def test_a_short_run_has_checkpoints_and_a_log_with_its_speed_by_itself(tmp_path, base_folder, supervision):
+    argv = ["lora", "--meta", str(base_folder), "--data", str(supervision), "--out", str(tmp_path / "c"),
+            "--report_to", "none", "--verify", "false", "--max_steps", "20"]  # fmt: skip
+    train(*parse_arguments(argv))
+    state = json.loads((last_complete_checkpoint(tmp_path / "c") / "trainer_state.json").read_text())
+    logged = [entry for entry in state["log_history"] if "loss" in entry]
+    assert len(logged) == 20
+    assert all(entry["tokens_per_second"] > 0 for entry in logged)
+    assert len([entry for entry in state["log_history"] if "eval_score" in entry]) == 11  # the start, too
+
+
+def test_a_checkpoint_asks_no_hub(tmp_path, base_folder, supervision, monkeypatch):
+    import peft.utils.save_and_load as saving
+
+    def asked(*_):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(saving, "check_file_exists_on_hf_hub", asked)
+    train(options(base_folder, supervision), arguments(tmp_path / "c", max_steps=4))
 
 
 def test_two_folders_for_one_run_are_refused(tmp_path, base_folder, supervision):
