@@ -56,7 +56,6 @@ def add(
     trust_remote_code: _Trust = False,
 ) -> None:
     """Fit a token for one more expert. The other tokens stay bit for bit as they are."""
-    from ..modeling.consent import agree
     from ..modeling.experts import recognised
     from ..modeling.pool import ExpertPool
     from ..train.plugin import add_expert
@@ -80,7 +79,6 @@ def add(
     entry.setdefault("backend", recognised(entry))
     pool = ExpertPool.parse({"experts": [entry]}, "the new expert", Path.cwd())
     [expert] = pool.candidates
-    agree(pool)  # they typed it
     for sentence in pool.missing():
         logger.warning(sentence)
     read = read_all([results], format, option)

@@ -93,7 +93,6 @@ def prepare(
     """Make supervision from benchmark results: per query the messages and who should answer."""
     from ..data_prep.labels import Labelling
     from ..data_prep.supervision import build_supervision, pool_of, select_candidates
-    from ..modeling.consent import agree
     from ..modeling.files import check_product
     from ..modeling.pool import ExpertPool
     from .tables import summary_table, wide_console
@@ -105,8 +104,6 @@ def prepare(
     if pool and self_model:
         raise ExpertokenError("--self-model is for results without a pool; in a pool file say `backend: self`")
     candidates = ExpertPool.from_yaml(pool) if pool else None
-    if candidates:
-        agree(candidates)  # their own file
     for sentence in candidates.missing() if candidates else ():
         logger.warning(sentence)
     merged = read_all(results, format, option).flag(_pair(text) for text in contaminated or ())

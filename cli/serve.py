@@ -30,7 +30,7 @@ def serve(
     rate: Annotated[int | None, typer.Option(min=1, help="Requests a minute of one key (or address).")] = None,
     decision_timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds for a decision; then the default answers.")
-    ] = 60.0,
+    ] = 300.0,
     first_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for an endpoint's first piece.")] = 60.0,
     idle_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds between two pieces of an endpoint.")] = 30.0,
     drain: Annotated[float, typer.Option(min=0, help="Seconds before that for which /ready says no.")] = 0.0,

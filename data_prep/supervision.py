@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ..modeling.consent import agree
 from ..modeling.errors import ExpertokenError, ResultsError, did_you_mean, one_line
 from ..modeling.experts import SELF, Expert
 from ..modeling.files import PRODUCTS, atomic_folder, check_product, restore_folder
@@ -397,6 +398,8 @@ def build_supervision(
         raise ExpertokenError(f"leaks: expected one of {', '.join(LEAKS)}, got {leaks!r}")
     if near_duplicates not in (None, "ignore", *LEAKS):
         raise ExpertokenError(f"near_duplicates: expected ignore, {', '.join(LEAKS)}, got {near_duplicates!r}")
+    if pool is not None:
+        agree(pool)
     labelling = Labelling(labelling) if isinstance(labelling, str) else labelling
     pool = pool or pool_of(results)
     results = select_candidates(results, pool)

@@ -16,8 +16,10 @@ import torch
 from ..modeling.batching import run_batches
 from ..modeling.chat import Query
 from ..modeling.dispatch import Dispatch, candidate_logits, dispatch_forward, pooled_logits
+from ..modeling.errors import ExpertokenError
 from ..modeling.meta import MetaLLM
 from ..modeling.state import Enough
+from .loop import at_work
 from .observer import Observer
 
 if TYPE_CHECKING:
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 _MOST_STARTS = 8  # caches that wait for self's turn: it gives one answer at a time
 _LONG = 2048  # tokens; on a CPU a pass over so many takes seconds, which short conversations do not wait for
+
+
+_NOBODY = ExpertokenError("nobody waits for this decision any more")
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,20 +173,36 @@ class Decider:
 
     def _decide_waiting(self, waiting: list[_Waiting]) -> None:
         # A function of its own, so that an idle thread holds no decision and no cache.
-        waiting = [one for one in waiting if not one.gone()]
         questions, since = [one.question for one in waiting], [one.since for one in waiting]
-        self._run(questions, since, lambda index, outcome: waiting[index].tell(outcome))
+        with at_work():
+            self._run(
+                questions,
+                since,
+                lambda index, outcome: waiting[index].tell(outcome),
+                lambda index: waiting[index].gone(),
+            )
 
     def _run(
         self,
         questions: Sequence[Question],
         started: Sequence[float],
         tell: Callable[[int, "Decision | Exception"], None],
+        gone: Callable[[int], bool] = lambda index: False,
     ) -> None:
-        """Decide in batches; `tell` gets each question's outcome, so that one failure fails no other question."""
+        """Decide in batches; `tell` gets each question's outcome, so that one failure fails no other question.
+
+        Nothing is computed for who is `gone` when the batch begins: one pass may take as long as somebody waits.
+        """
+
+        def decide(batch: list[int]) -> list[Decision | Exception]:
+            wanted = [index for index in batch if not gone(index)]
+            found = self._pass([questions[i] for i in wanted], [started[i] for i in wanted]) if wanted else []
+            outcomes = dict(zip(wanted, found, strict=True))
+            return [outcomes.get(index, _NOBODY) for index in batch]
+
         batches = run_batches(
             [len(question.query) for question in questions],
-            lambda batch: self._pass([questions[index] for index in batch], [started[index] for index in batch]),
+            decide,
             label="decision",
             on_error=tell,
         )

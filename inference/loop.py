@@ -3,12 +3,13 @@
 import asyncio
 import atexit
 import os
+import signal
 import sys
 import threading
 import time
-import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
@@ -16,17 +17,36 @@ T = TypeVar("T")
 
 _AT_EXIT = 5.0  # seconds that the program's end waits for threads that are about to end
 _INTERRUPTED = 2.0  # the same, where the user does not want to wait
-_ending: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+_working: set[threading.Event] = set()  # one for each piece of work, set at its end
+_lock = threading.Lock()
 
 
-def start_daemon(thread: threading.Thread) -> None:
-    """Start a daemon thread that the program's end waits for, a little.
+@contextmanager
+def at_work() -> Iterator[None]:
+    """Let the program's end wait, a little, for the work of a daemon thread.
 
     A daemon thread that comes back from torch's code while the interpreter ends is torn down in the midst of it, and
     the process aborts (seen once in six runs of the demo).
     """
-    _ending.add(thread)
-    thread.start()
+    ended = threading.Event()
+    with _lock:
+        _working.add(ended)
+    try:
+        yield
+    finally:
+        with _lock:
+            _working.discard(ended)
+        ended.set()
+
+
+def start_daemon(function: Callable[..., None], *arguments: Any) -> None:
+    """Run a function in a daemon thread that is `at_work` all the time."""
+
+    def run() -> None:
+        with at_work():
+            function(*arguments)
+
+    threading.Thread(target=run, daemon=True).start()
 
 
 def in_thread(function: Callable[..., T], *arguments: Any) -> "Future[T]":
@@ -43,15 +63,17 @@ def in_thread(function: Callable[..., T], *arguments: Any) -> "Future[T]":
             except BaseException as error:
                 future.set_exception(error)
 
-    start_daemon(threading.Thread(target=run, daemon=True))
+    start_daemon(run)
     return future
 
 
 @atexit.register
-def _wait(seconds: float = _AT_EXIT) -> None:
+def _wait(seconds: float = _AT_EXIT) -> bool:
+    """Wait for what is at work; return whether all of it came to its end."""
     deadline = time.monotonic() + seconds
-    for thread in list(_ending):
-        thread.join(max(0.0, deadline - time.monotonic()))
+    with _lock:
+        working = list(_working)
+    return all(ended.wait(max(0.0, deadline - time.monotonic())) for ended in working)
 
 
 def end_interrupted() -> NoReturn:
@@ -59,9 +81,9 @@ def end_interrupted() -> NoReturn:
 
     Such a thread can't be stopped, and Python's own end would tear it down.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
     print("interrupted", file=sys.stderr)  # noqa: T201 - the last word to who pressed Ctrl-C
-    _wait(_INTERRUPTED)
-    if any(thread.is_alive() for thread in list(_ending)):
+    if not _wait(_INTERRUPTED):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

@@ -104,7 +104,7 @@ class Timeouts:
     """Limits on waiting, in seconds.
 
     Attributes:
-        decision: limit on deciding who answers, waiting for other decisions included.
+        decision: limit on deciding who answers, waiting for other decisions included; None for no limit.
         connect: limit on opening a connection to an endpoint.
         first: limit on the first piece of an endpoint's answer, retries included.
         idle: limit on the time between two of its pieces that hold something.
@@ -112,7 +112,7 @@ class Timeouts:
             before the next best expert is asked.
     """
 
-    decision: float = 60.0
+    decision: float | None = None
     connect: float = 5.0
     first: float = 60.0
     idle: float = 30.0

@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
@@ -262,10 +263,7 @@ def encode_chat(
             f"{Path(tokenizer.name_or_path).name}: its chat template refuses this conversation ({one_line(error)})"
         ) from error
     if begun.strip():  # blanks alone are nothing to go on from
-        # Not as a message, of which templates strip thoughts and blanks.
-        told = _behind(str(tokenizer.decode(ids[-_TAIL:])), begun)
-        parts = _without_control(told, control_tokens(tokenizer))
-        ids = [*ids, *(token for part in parts for token in encode_text(tokenizer, part).input_ids)]
+        ids = [*ids, *_begun_ids(tokenizer, messages, str(tokenizer.decode(ids[-_TAIL:])), begun)]
     if most is not None and len(ids) > most:
         raise ExpertokenError(f"the conversation has {len(ids)} tokens; at most {most} are read")
     if max(ids) >= vocab_size:
@@ -289,6 +287,47 @@ def _without_control(text: str, control: Sequence[str]) -> Iterator[str]:
         text = text[cut:]
         found = found.re.search(text)
     yield text
+
+
+def _begun_ids(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], prompt: str, begun: str
+) -> Iterator[int]:
+    """Yield the ids of an answer that was begun, behind a prompt that ends with `prompt`.
+
+    Not of it as a message, of which templates strip thoughts and blanks.
+    """
+    told = _behind(prompt, begun)
+    control = control_tokens(tokenizer)
+    if told == begun and not any(mark in begun for mark in _THOUGHT):
+        with _turn(tokenizer):
+            yield from tokenizer(_header(tokenizer, messages), add_special_tokens=False).input_ids
+    # A thought begins and ends with tokens of their own, where the tokenizer has them.
+    known: Any = tokenizer
+    marks = {mark: int(known.convert_tokens_to_ids(mark)) for mark in _THOUGHT if mark in control}
+    for part in re.split(f"({'|'.join(map(re.escape, marks))})", told) if marks else [told]:
+        if part in marks:
+            yield marks[part]
+            continue
+        for text in _without_control(part, control):
+            yield from encode_text(tokenizer, text).input_ids
+
+
+_SENTINEL = "sentinel"
+
+
+def _header(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> str:
+    """Return what a template puts between its generation prompt and an answer, such as the name of a channel."""
+    from jinja2 import TemplateError
+
+    render = partial(tokenizer.apply_chat_template, tokenize=False)
+    try:
+        bare = str(render(list(messages), add_generation_prompt=True))
+        answer: Message = {"role": "assistant", "content": _SENTINEL}
+        whole = str(render([*messages, answer], continue_final_message=True))
+    except (TemplateError, ValueError):
+        return ""
+    before = whole.removesuffix(_SENTINEL)
+    return before[len(bare) :] if before.startswith(bare) and whole.endswith(_SENTINEL) else ""
 
 
 def _behind(prompt: str, begun: str) -> str:

@@ -2,24 +2,26 @@
 
 A composite's folder names environment variables and the addresses that their values are sent to. Whoever made the
 folder may have named any of them (`AWS_SECRET_ACCESS_KEY`, an address of their own). What was agreed to is remembered
-beside the caches, as pairs of a variable's name and an address.
+beside the caches, as pairs of a variable's name and an address. Who gives a pool to `build_supervision` (`expertoken
+prepare`) or an expert to `add_expert` has agreed to what it sends.
 """
 
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from .errors import ExpertokenError
+from .experts import Expert
 from .files import atomic_file, cache_folder
-from .pool import ExpertPool
 
 Sending = tuple[str, str]
 """The name of an environment variable, and the address that its value is sent to."""
 
 
-def sendings(pool: ExpertPool) -> list[Sending]:
-    """Return which keys the experts of a pool are sent, and where."""
-    return [(expert.key_variable, expert.kind.address(expert)) for expert in pool if expert.key_variable]
+def sendings(experts: Iterable[Expert]) -> list[Sending]:
+    """Return which keys experts are sent, and where."""
+    return [(expert.key_variable, expert.kind.address(expert)) for expert in experts if expert.key_variable]
 
 
 def _file() -> Path:
@@ -32,25 +34,27 @@ def _agreed() -> set[Sending]:
     return set()
 
 
-def agree(pool: ExpertPool) -> None:
-    """Remember that the user of this machine agrees to all that the pool sends: they wrote it, or said so."""
+def agree(experts: Iterable[Expert]) -> None:
+    """Remember that the user of this machine agrees to all that experts are sent: they wrote it, or said so."""
     known = _agreed()
-    if new := set(sendings(pool)) - known:
+    if new := set(sendings(experts)) - known:
         with suppress(OSError, ExpertokenError):  # a home that can't be written to: they say so again
             _file().parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(_file()) as aside:
                 aside.write_text(json.dumps(sorted(known | new), indent=2) + "\n", "utf-8")
 
 
-def check_agreed(pool: ExpertPool, folder: Path | str) -> None:
+def check_agreed(experts: Iterable[Expert], folder: Path | str) -> None:
     """See whether the user has agreed to what a composite's folder sends.
 
     Raises:
         ExpertokenError: not to all of it; the message names the variables and the addresses.
     """
     known = _agreed()
-    if new := [f"{variable} to {address}" for variable, address in sendings(pool) if (variable, address) not in known]:
+    if new := [
+        f"{variable} to {address}" for variable, address in sendings(experts) if (variable, address) not in known
+    ]:
         raise ExpertokenError(
             f"{folder}: sends keys of this machine to addresses that you have not agreed to ({'; '.join(new)}). If you "
-            f"trust it, say so once: `expertoken chat {folder} --send-keys`, or send_keys=True"
+            f"trust it, pass --send-keys (send_keys=True); what you agree to is kept in {_file()}"
         )

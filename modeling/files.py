@@ -50,7 +50,7 @@ def check_product(path: Path | str, product: str) -> None:
 
 
 def _check_no_mount(path: Path) -> None:
-    if path.is_mount():
+    if path.resolve().is_mount():  # a link to another disk is none
         raise ExpertokenError(
             f"{path}: is a mount point, which can't be replaced in one step; choose a folder in it, such as "
             f"{path / 'new'}"

@@ -121,8 +121,11 @@ def find_checkpoint(resume: str, output_dir: Path, run: dict[str, Any]) -> Path 
 
 def record_finished(output_dir: Path, state: TrainerState) -> None:
     """Note that the run came to its end: its last checkpoint may be removed by then, since another one is the best."""
-    with atomic_file(output_dir / _FINISHED) as aside:
-        state.save_to_json(str(aside))
+    try:
+        with atomic_file(output_dir / _FINISHED) as aside:
+            state.save_to_json(str(aside))
+    except ExpertokenError as error:  # the same command will train again: no reason to lose what is trained now
+        logger.warning("%s", error)
 
 
 def finished_run(resume: str, output_dir: Path, run: dict[str, Any]) -> Path | None:

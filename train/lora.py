@@ -152,14 +152,24 @@ class DispatchTrainer(Trainer):
             folder = Path(output_dir or str(self.args.output_dir))
             write_checkpoint(folder, self.composite, trained, self.state.global_step)
 
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """Evaluate; the time of that is none of the training's."""
+        found = super().evaluate(*arguments, **options)
+        self.begin_measuring()
+        return found
+
+    def begin_measuring(self) -> None:
+        """Measure the speed from now on."""
+        self._logged = (time.perf_counter(), self.state.num_input_tokens_seen)
+
     def log(self, logs: dict[str, float], *arguments: Any) -> None:
         """Log, with the speed since the last time."""
-        now, seen = time.perf_counter(), self.state.num_input_tokens_seen
         if "loss" in logs:
             since, before = self._logged
+            self.begin_measuring()
+            now, seen = self._logged
             if seen > before:
                 logs = logs | {"tokens_per_second": round((seen - before) / (now - since), 1)}
-            self._logged = (now, seen)
         super().log(logs, *arguments)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -213,7 +223,10 @@ class _StartCounts(TrainerCallback):
         start = Path(str(args.output_dir)) / START
         if state.global_step and state.best_global_step == 0 and start.exists():
             state.best_model_checkpoint = str(start)  # the Trainer looks for it by its step, and in the old place
-        if state.global_step or self.trainer is None:
+        if self.trainer is None:
+            return
+        if state.global_step:
+            self.trainer.begin_measuring()
             return
         found = self.trainer.evaluate()
         control.should_log = False
@@ -302,7 +315,10 @@ def _beside_texts(meta: MetaLLM) -> str | None:
     Their adapters would have no gradients, and DDP refuses such parameters.
     """
     model: Any = meta.model
-    stack = layer_stack(model)[0]
+    try:
+        stack = layer_stack(model)[0]
+    except ExpertokenError:  # nothing is known of its parts
+        return None
     text = next(name for name, module in model.named_modules() if module is stack)
     heads = {id(module) for module in meta.head.modules()}
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and id(m) not in heads]

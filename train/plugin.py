@@ -13,6 +13,7 @@ from ..data_prep.extension import extend_supervision
 from ..data_prep.results import BenchmarkResults
 from ..data_prep.supervision import Supervision, kept_at, supervision_of
 from ..modeling.composite import Composite, load_composite
+from ..modeling.consent import agree
 from ..modeling.dispatch import gives_chances
 from ..modeling.distributed import ALONE
 from ..modeling.errors import ExpertokenError
@@ -90,6 +91,7 @@ def add_expert(
         ExpertokenError: there are no results of the expert, its name is taken, or the supervision is gone.
     """
     folder = Path(folder)
+    agree([expert])
     with exclusive(folder, ALONE):
         return _add(folder, expert, results, data, l2, verify=verify, trust_remote_code=trust_remote_code)
 

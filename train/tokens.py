@@ -76,11 +76,17 @@ def _on_one_thread_where_small(fit: Callable[..., Fit]) -> Callable[..., Fit]:
     def run(problem: Problem, *arguments: Any, all_cores: bool = False, **options: Any) -> Fit:
         threadpoolctl = require_extra("threadpoolctl", "train")
         small = problem.states.hidden.size * problem.targets.shape[1] < _SMALL
-        threads = 1 if small else os.cpu_count() if all_cores else None  # launchers leave a process one of them
+        threads = 1 if small else _cores() if all_cores else None  # launchers leave a process one of them
         with threadpoolctl.threadpool_limits(threads) if threads else nullcontext():
             return fit(problem, *arguments, **options)
 
     return run
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    known = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(known(0)) if known else os.cpu_count() or 1
 
 
 @_on_one_thread_where_small

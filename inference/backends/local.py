@@ -160,7 +160,7 @@ async def stream_generate(
                 loop.call_soon_threadsafe(streamer.text_queue.put_nowait, streamer.stop_signal)
                 loop.call_soon_threadsafe(ended.set)
 
-    start_daemon(threading.Thread(target=run, args=(model, options), daemon=True))
+    start_daemon(run, model, options)
     del model, options, inputs  # the thread's alone: who reads slowly must not keep what has to make room
     try:
         # Not the streamer's own iterator, which needs Python 3.11.

@@ -335,9 +335,9 @@ async def _streamed(service: Service, completion: Completion, started: float, ht
         service.trace(completion)
         status = 200
 
-    async def end() -> None:
+    async def end(*, stopped: bool) -> None:
         await _ended(coming, pieces)
-        service.finish(completion, _STOPPED if service.draining and status == _GONE else status, started, http)
+        service.finish(completion, _STOPPED if stopped else status, started, http)
 
     return _Events(events(), end, service)
 
@@ -351,14 +351,16 @@ class _Events(StreamingResponse):
     While none comes (a model thinks, or is loaded to go on), comments keep proxies from closing the line.
     """
 
-    def __init__(self, events: AsyncGenerator[str, None], end: Callable[[], Awaitable[None]], service: Service) -> None:
+    def __init__(
+        self, events: AsyncGenerator[str, None], end: Callable[..., Awaitable[None]], service: Service
+    ) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         self._events = events
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._end, self._service = end, service
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        said, commenting = 0.0, None
+        said, commenting, stopped = 0.0, None, False
 
         async def noting(message: MutableMapping[str, Any]) -> None:
             nonlocal said, commenting
@@ -380,6 +382,7 @@ class _Events(StreamingResponse):
         except asyncio.CancelledError:
             if not self._service.draining:
                 raise
+            stopped = True
             # The server stops, and this answer had its time: that is said, and is no crash.
             for body in (f"data: {_CUT_OFF}\n\n", "data: [DONE]\n\n", ""):
                 await noting({"type": "http.response.body", "body": body.encode(), "more_body": bool(body)})
@@ -388,7 +391,7 @@ class _Events(StreamingResponse):
                 commenting.cancel()
             with anyio.CancelScope(shield=True):
                 await self._events.aclose()
-                await self._end()
+                await self._end(stopped=stopped)
 
 
 async def _ended(coming: asyncio.Future, pieces: AsyncGenerator) -> None:

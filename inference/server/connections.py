@@ -17,42 +17,46 @@ class Connection(_Protocol):
     uvicorn has a limit on connections that are idle between two requests, and no other one.
     """
 
-    _timer: asyncio.TimerHandle | None = None
+    # Apart: a client that sends goes on without reading, and the other way round.
+    _headers: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Wait for the first request."""
         super().connection_made(transport)
-        self._start(HEADERS)
+        self._headers = self._after(HEADERS)
 
     def data_received(self, data: bytes) -> None:
         """Wait for the rest of the headers, as long as no request is being answered."""
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
-            self._stop()
-        elif self._timer is None:  # a byte now and then does not prolong it
-            self._start(HEADERS)
+            _stop(self._headers)
+            self._headers = None
+        elif self._headers is None:  # a byte now and then does not prolong it
+            self._headers = self._after(HEADERS)
 
     def pause_writing(self) -> None:
         """Wait for a client that reads more slowly than it is written to."""
         super().pause_writing()
-        self._start(UNREAD)
+        _stop(self._unread)
+        self._unread = self._after(UNREAD)
 
     def resume_writing(self) -> None:
         """Go on: the client has read."""
         super().resume_writing()
-        self._stop()
+        _stop(self._unread)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the waiting."""
-        self._stop()
+        _stop(self._headers)
+        _stop(self._unread)
         super().connection_lost(exc)
 
-    def _start(self, seconds: float) -> None:
-        self._stop()
+    def _after(self, seconds: float) -> asyncio.TimerHandle:
         # Not `close`, which would wait until the client has read what is written already.
-        self._timer = asyncio.get_running_loop().call_later(seconds, self.transport.abort)
+        return asyncio.get_running_loop().call_later(seconds, self.transport.abort)
 
-    def _stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+
+def _stop(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

@@ -30,7 +30,7 @@ PATIENT = 30  # seconds until a test gives up
 
 @pytest.fixture
 def composite(base_folder, words):
-    return composite_of(base_folder, [*words, Expert("self", "self")], timeouts=Timeouts(decision=PATIENT))
+    return composite_of(base_folder, [*words, Expert("self", "self")], timeouts=Timeouts(decision=10 * PATIENT))
 
 
 def opened(url):
@@ -67,7 +67,7 @@ def held(composite, longer_than=0):
         longest = max(len(question.query) for question in questions)
         if longest > longer_than:
             begun.put(longest)
-            going.wait(PATIENT)
+            going.wait(10 * PATIENT)
         return passing(questions, started)
 
     composite._decider._pass = wait
@@ -158,6 +158,7 @@ def test_a_body_that_comes_byte_by_byte_frees_its_place(composite, monkeypatch):
 def test_headers_that_do_not_come_close_the_connection(composite, monkeypatch, part):
     monkeypatch.setattr(connections, "HEADERS", 0.5)
     with served(create_app(composite)) as url, opened(url) as slow:
+        slow.sendall(part)
         slow.settimeout(0.1)
         closed = False
         for _ in range(100):
@@ -184,7 +185,31 @@ def test_a_request_that_is_answered_longer_than_headers_may_take_is_not_cut_off(
         assert waiting.recv(4096).startswith(b"HTTP/1.1 200")
 
 
-def test_a_client_that_does_not_read_frees_its_place(base_folder, monkeypatch):
+def test_what_nobody_waits_for_any_more_is_not_decided(composite, monkeypatch):
+    """Else a queue of decisions that were given up makes the next one too late as well."""
+    monkeypatch.setattr(deciding, "_LONG", 100)
+    long = [{"role": "user", "content": "word " * 150}]
+
+    async def run():
+        with held(composite) as begun:
+            first = asyncio.ensure_future(composite.adecide(long))
+            await asyncio.to_thread(begun.get, timeout=PATIENT)
+            given_up = [asyncio.ensure_future(composite.adecide(long)) for _ in range(5)]
+            await asyncio.sleep(0.5)  # they are encoded, and wait
+            for one in given_up:
+                one.cancel()
+            await asyncio.gather(*given_up, return_exceptions=True)
+            passing, passes = composite._decider._pass, []
+            composite._decider._pass = lambda *asked: passes.append(1) or passing(*asked)
+        return await first, await composite.adecide(long), passes
+
+    first, last, passes = asyncio.run(run())
+    assert first.dispatch.expert == last.dispatch.expert
+    assert len(passes) <= 1
+
+
+@pytest.mark.parametrize("sends", [False, True])
+def test_a_client_that_does_not_read_frees_its_place(base_folder, monkeypatch, sends):
     monkeypatch.setattr(connections, "UNREAD", 0.5)
     with mock_expert("one", "--words", "200000") as (one, _):
         composite = composite_of(base_folder, [one, Expert("self", "self")])
@@ -192,6 +217,9 @@ def test_a_client_that_does_not_read_frees_its_place(base_folder, monkeypatch):
         with served(app) as url, opened(url) as lazy:
             sent(lazy, {"model": "comp/one", "messages": HELLO, "stream": True})
             until(lambda: in_flight(app) == 1)
+            if sends:
+                time.sleep(0.3)  # it is written to by now, and does not read
+                lazy.sendall(b"G")
             until(lambda: in_flight(app) == 0)
             assert post(url, {"model": "comp/one", "messages": HELLO, "max_tokens": 5})[1]["choices"][0]["message"][
                 "content"

@@ -167,3 +167,33 @@ def test_an_answer_goes_on_behind_its_thought_whatever_the_template_strips(promp
     alone = encode_chat(tokenizer, asked, VOCABULARY)
     assert ids[: len(alone)] == alone
     assert tokenizer.decode(ids[len(alone) :]) == behind
+
+
+def test_a_thought_ends_with_its_own_token_where_the_tokenizer_has_one():
+    """Written as text it would not end: the next expert would give its answer as a thought."""
+    tokenizer = copy.deepcopy(tiny_tokenizer("chatml"))
+    tokenizer.add_tokens(["<think>", "</think>"])  # added, and not special
+    opening, closing = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    asked = [{"role": "user", "content": "Where is it? <think>"}]
+    for prompt, begun, marks in (
+        ("<think>\n", "Paris is", [opening, closing]),
+        ("<think>\n", "<think>Hm.</think>Paris is", [opening, closing]),
+        ("", "<think>Hm.</think>Paris is", [opening, closing]),
+        ("", "Paris is", []),
+    ):
+        tokenizer.chat_template = THINKS.replace("PROMPT", f"{{{{ {prompt!r} }}}}")
+        ids = encode_chat(tokenizer, asked, len(tokenizer), begun=begun)
+        assert [token for token in ids if token in (opening, closing)] == marks  # and the user's is none
+        assert tokenizer.decode(ids).endswith("Paris is")
+
+
+CHANNELS = """{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %} final{% endif %}
+{{ m.content }}{% if not (loop.last and continue_final_message) %}<|im_end|>{% endif %}
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"""
+
+
+def test_what_a_template_puts_before_an_answer_stands_before_one_that_was_begun():
+    tokenizer = copy.deepcopy(tiny_tokenizer("chatml"))
+    tokenizer.chat_template = CHANNELS
+    ids = encode_chat(tokenizer, [{"role": "user", "content": "Where?"}], VOCABULARY, begun="Paris is")
+    assert tokenizer.decode(ids).endswith("<|im_start|>assistant finalParis is")
