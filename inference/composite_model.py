@@ -188,7 +188,7 @@ class CompositeModel(AnsweringModel):
                 question = await asyncio.to_thread(self._question_or_decision, messages, policy)
                 return question if isinstance(question, Decision) else await self._decider.adecide(question)
         except TimeoutError:
-            reason = f"the meta LLM did not decide within {limit:g} s"
+            reason = f"the meta LLM did not decide within {limit or 0:g} s"
         except Exception as error:
             if isinstance(error, ExpertokenError) and not isinstance(error, OutOfMemoryError):
                 raise

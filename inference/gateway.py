@@ -195,7 +195,7 @@ class GatewayModel(AnsweringModel):
             self._breaker.left()
             raise ExpertokenError(f"the meta LLM does not take the conversation: {error}") from error
         except (ExpertFailedError, TimeoutError) as error:
-            reason = one_line(error) or f"it did not decide within {self._opening.timeouts.decision:g} s"
+            reason = one_line(error) or f"it did not decide within {self._opening.timeouts.decision or 0:g} s"
             self._breaker.failed()
             self.observer.failed(self._endpoint.expert.name, reason, begun=False)
             logger.warning("%s: %s", _FAILED, reason)

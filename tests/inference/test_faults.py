@@ -24,7 +24,7 @@ from expertoken.tests.inference.mock_expert import FAULTS
 
 TURNS = 1000
 AT_A_TIME = 20
-QUICK = Timeouts(connect=0.5, first=1.0, idle=0.5, retries=0)
+QUICK = Timeouts(connect=1.0, first=3.0, idle=1.0, retries=0)
 
 
 def counted(shown, name):
