@@ -27,11 +27,14 @@ def calibrate(
     """
     from dataclasses import asdict, replace
 
+    import numpy as np
+
     from ..data_prep.reading import read_queries
     from ..inference.calibrate import calibrate as run
     from ..inference.composite_model import CompositeModel
     from ..modeling.composite import load_composite, write_calibration
     from ..modeling.errors import ExpertokenError
+    from ..modeling.utility import expected_usd
 
     if not composite.is_dir():
         raise ExpertokenError(f"{composite}: no such folder; expected a composite's, where what is found is stored")
@@ -52,4 +55,8 @@ def calibrate(
     write_calibration(composite, {"policy": found.policy.document(), "target": target, **reached})
     typer.echo(f"policy: {found.policy.document()}")
     typer.echo(f"on {found.prompts} prompts: {found.share:.1%} to experts instead of the default")
-    typer.echo(f"{found.cost:.3g} USD a request expected; {found.before:.3g} without")
+    usd = expected_usd(model.pool.candidates, 1, model.chooser.usd_per_query)
+    if unknown := [name for name, price in zip(model.pool.names, usd, strict=True) if np.isnan(price)]:
+        typer.echo(f"costs are unknown: no price of {', '.join(unknown)}")
+    else:
+        typer.echo(f"{found.cost:.3g} USD a request expected; {found.before:.3g} without")

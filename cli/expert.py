@@ -51,6 +51,7 @@ def add(
         float | None, typer.Option(min=0, help="USD per million tokens written. Needs --input-price.")
     ] = None,
     results_name: Annotated[str | None, typer.Option(help="How the results call it. Default: name or model.")] = None,
+    l2: Annotated[list[float] | None, typer.Option(help="L2 strengths to try; once for each.", min=0)] = None,
     data: _Data = None,
     verify: _Verify = True,
     trust_remote_code: _Trust = False,
@@ -58,6 +59,7 @@ def add(
     """Fit a token for one more expert. The other tokens stay bit for bit as they are."""
     from ..modeling.experts import recognised
     from ..modeling.pool import ExpertPool
+    from ..train.arguments import L2
     from ..train.plugin import add_expert
     from .prepare import read_all
 
@@ -82,7 +84,15 @@ def add(
     for sentence in pool.missing():
         logger.warning(sentence)
     read = read_all([results], format, option)
-    change = add_expert(composite, expert, read, data=data, verify=verify, trust_remote_code=trust_remote_code)
+    change = add_expert(
+        composite,
+        expert,
+        read,
+        data=data,
+        l2=l2 or L2,
+        verify=verify,
+        trust_remote_code=trust_remote_code,
+    )
     typer.echo(f"{name} added as {expert.token}; {change}")
 
 

@@ -300,6 +300,8 @@ def _sentence(row: Result) -> str:
     assert gain is not None
     points, interval = _points(gain, 2)
     told = f"{points} points ({interval}, {_p(gain.p)})"
+    if row.coverage is not None and row.coverage < 1:
+        told += f"; it was measured on {100 * row.coverage:.0f} % of the queries, and counts as wrong on the others"
     if gain.p >= _SURE:
         return f"Not told apart from {row.name}: {told}."
     return f"{'Better' if gain.difference > 0 else 'WORSE'} than {row.name}: {told}."

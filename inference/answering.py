@@ -231,7 +231,7 @@ class AnsweringModel(ABC):
     ) -> AsyncGenerator[Piece, None]:
         """Ask the candidates in their order until an answer is whole; the next one continues where one broke off."""
         turn = Turn(stream, generation)
-        order, chosen = self._order(decision.dispatch.ranking), decision.dispatch.expert
+        order, chosen = self._order(decision.dispatch.ranking, stream), decision.dispatch.expert
         while (name := next(order, None)) is not None:
             attempt = Attempt(name)
             async with aclosing(self._attempt(attempt, messages, decision, turn)) as pieces:
@@ -299,7 +299,7 @@ class AnsweringModel(ABC):
         stream.reply = replace(stream.reply, handed_over=dispatch, handed_over_after=len(turn.text))
         # Self goes on where none of them can; a candidate that failed in this turn is not asked again.
         experts = [one for one in dispatch.ranking if one != name and one not in stream.failures]
-        return self._order([*experts, name])
+        return self._order([*experts, name], stream)
 
     def _fail(self, name: str, failed: Failed, decision: Decision, turn: Turn) -> None:
         """Record that a candidate could not answer, or could not finish."""
@@ -311,7 +311,7 @@ class AnsweringModel(ABC):
         stream.reply = replace(stream.reply, failures=stream.failures | {name: failed.reason})
         logger.warning("expert %r failed, the next one is asked: %s", name, failed.reason)
 
-    def _order(self, ranking: Sequence[str]) -> Iterator[str]:
+    def _order(self, ranking: Sequence[str], stream: ReplyStream) -> Iterator[str]:
         """The ranking, without those that failed too often of late; they come last, where nobody else is left."""
         skipped = []
         for name in ranking:
@@ -320,6 +320,7 @@ class AnsweringModel(ABC):
             else:
                 self.observer.skipped(name)
                 skipped.append(name)
+                stream.reply = replace(stream.reply, skipped=tuple(dict.fromkeys([*stream.reply.skipped, name])))
         yield from skipped
 
     async def _ask(

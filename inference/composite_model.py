@@ -18,12 +18,14 @@ import torch
 
 from ..modeling.backend import Backend, Generation, Opening, Piece, Timeouts
 from ..modeling.chat import Message, encode_text, is_media
-from ..modeling.composite import Composite, load_composite
+from ..modeling.composite import POOL_FILE, Composite, load_composite
 from ..modeling.consent import agree, check_agreed
 from ..modeling.errors import ExpertokenError, OutOfMemoryError, one_line
+from ..modeling.files import local_folder
 from ..modeling.hub import push
 from ..modeling.loading import end_ids
 from ..modeling.policy import Policy, last_answerer
+from ..modeling.pool import ExpertPool
 from ..modeling.saving import save_composite
 from ..modeling.source import Source
 from .answering import AnsweringModel
@@ -132,6 +134,9 @@ class CompositeModel(AnsweringModel):
         Raises:
             ExpertokenError: the folder is not a whole composite, or sends keys to addresses that nobody here agreed to.
         """
+        folder = local_folder(path, revision)
+        if not options.get("send_keys") and (folder / POOL_FILE).exists():  # before a model is loaded for nothing
+            check_agreed(ExpertPool.from_yaml(folder / POOL_FILE), folder)
         composite = load_composite(
             path,
             device=device,
@@ -337,5 +342,5 @@ class CompositeModel(AnsweringModel):
 
 
 def _host(address: str) -> str:
-    """Return the host of an address."""
-    return urlsplit(address).hostname or address
+    """Return host and port of an address."""
+    return urlsplit(address).netloc or address

@@ -20,6 +20,7 @@ class Reply:
         expert: who answered; where one broke off and another went on, the one that went on.
         dispatch: the decision behind it.
         failures: experts that were asked before and failed, with the reason.
+        skipped: experts that were not asked, because they failed too often of late.
         finish: why it ended (stop, length, tool_calls, ...); None where it did not come to its end.
         prompt_tokens: that were read.
         completion_tokens: that were written.
@@ -37,6 +38,7 @@ class Reply:
     expert: str
     dispatch: Dispatch
     failures: dict[str, str] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
     finish: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0

@@ -84,6 +84,8 @@ class TerminalChat:
         if self.last is None:
             self.console.print("nothing was answered yet")
             return
+        for name in self.last.skipped:
+            self.console.print(f"{name} failed too often of late and is left alone for a while", markup=False)
         for name, reason in self.last.failures.items():
             self.console.print(f"{name} failed: {reason}", markup=False)
         if (handed := self.last.handed_over) is not None:

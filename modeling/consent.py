@@ -7,6 +7,8 @@ prepare`) or an expert to `add_expert` has agreed to what it sends.
 """
 
 import json
+import logging
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +16,8 @@ from pathlib import Path
 from .errors import ExpertokenError
 from .experts import Expert
 from .files import atomic_file, cache_folder
+
+logger = logging.getLogger(__name__)
 
 Sending = tuple[str, str]
 """The name of an environment variable, and the address that its value is sent to."""
@@ -38,6 +42,8 @@ def agree(experts: Iterable[Expert]) -> None:
     """Remember that the user of this machine agrees to all that experts are sent: they wrote it, or said so."""
     known = _agreed()
     if new := set(sendings(experts)) - known:
+        for variable, address in sorted(new):
+            logger.info("%s may be sent to %s from now on", variable, address)
         with suppress(OSError, ExpertokenError):  # a home that can't be written to: they say so again
             _file().parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(_file()) as aside:
@@ -45,15 +51,14 @@ def agree(experts: Iterable[Expert]) -> None:
 
 
 def check_agreed(experts: Iterable[Expert], folder: Path | str) -> None:
-    """See whether the user has agreed to what a composite's folder sends.
+    """See whether the user has agreed to what a composite's folder sends of the keys that this process has.
 
     Raises:
         ExpertokenError: not to all of it; the message names the variables and the addresses.
     """
     known = _agreed()
-    if new := [
-        f"{variable} to {address}" for variable, address in sendings(experts) if (variable, address) not in known
-    ]:
+    asked = [sent for sent in sendings(experts) if sent not in known and os.environ.get(sent[0])]
+    if new := [f"{variable} to {address}" for variable, address in asked]:
         raise ExpertokenError(
             f"{folder}: sends keys of this machine to addresses that you have not agreed to ({'; '.join(new)}). If you "
             f"trust it, pass --send-keys (send_keys=True); what you agree to is kept in {_file()}"

@@ -12,7 +12,7 @@ import torch
 from ..data_prep.extension import extend_supervision
 from ..data_prep.results import BenchmarkResults
 from ..data_prep.supervision import Supervision, kept_at, supervision_of
-from ..modeling.composite import Composite, load_composite
+from ..modeling.composite import POOL_FILE, Composite, load_composite, read_manifest
 from ..modeling.consent import agree
 from ..modeling.dispatch import gives_chances
 from ..modeling.distributed import ALONE
@@ -106,6 +106,8 @@ def _add(
     verify: bool,
     trust_remote_code: bool,
 ) -> Change:
+    read_manifest(folder)  # what can't be is told before a model is loaded
+    ExpertPool.from_yaml(folder / POOL_FILE).with_expert(expert)
     composite = load_composite(folder, trust_remote_code=trust_remote_code)
     old_pool, new_pool = composite.pool, composite.pool.with_expert(expert)
     extended = extend_supervision(supervision_of(composite.manifest, folder, data), old_pool, expert, results)

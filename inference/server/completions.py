@@ -57,6 +57,7 @@ class Completion:
             "chances": reply.dispatch.chances,
             "handed_over": _handed_over(reply),
             "failures": failures,
+            "skipped": list(reply.skipped),
             "cost": reply.cost,
             "decided_seconds": round(reply.decided, 4),
             "first_piece_seconds": round(reply.first, 4),

@@ -395,8 +395,10 @@ def test_an_answer_that_nobody_can_go_on_with_is_marked_never_silent(make):
 def test_an_expert_that_fails_again_and_again_is_left_alone_until_nobody_else_is_left(make):
     composite = make(winner=0)
     broken = composite._backends["math"] = Odd([RuntimeError("down")])
-    for _ in range(5):
-        assert composite.chat("hello", max_new_tokens=2).expert == "law"
+    for turn in range(5):
+        reply = composite.chat("hello", max_new_tokens=2)
+        assert reply.expert == "law"
+        assert reply.skipped == (() if turn < 3 else ("math",))  # whoever asks why is told
     assert len(broken.begun) == 3
     composite._backends["law"] = composite._backends["self"] = Odd([RuntimeError("down too")])
     with pytest.raises(ExpertokenError, match="math: down"):

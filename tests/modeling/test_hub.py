@@ -153,11 +153,15 @@ def test_what_is_no_folder_and_no_repository_is_one_line(tmp_path):
     assert local_folder(tmp_path / "gone") == tmp_path / "gone"
 
 
-def test_keys_of_this_machine_are_sent_where_a_composite_says_by_consent_only(tmp_path, meta):
+def test_keys_of_this_machine_are_sent_where_a_composite_says_by_consent_only(tmp_path, meta, monkeypatch):
     keyed = Expert("math", "openai", "m", base_url="http://elsewhere.example/v1", api_key_env="SOME_KEY")
     pool = ExpertPool([keyed, Expert("law", model="team/law"), Expert("self", "self")])
     save_composite(Composite(meta, pool, Manifest(describe_base(meta), ["math", "law"])), tmp_path / "c", verify=False)
     load_composite(tmp_path / "c", device="cpu")  # nothing is sent by who only reads it
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    CompositeModel.from_pretrained(tmp_path / "c", device="cpu")  # and nothing where there is none
+    monkeypatch.setenv("SOME_KEY", "word")
+    monkeypatch.setenv("OPENAI_API_KEY", "word")
     with pytest.raises(ExpertokenError, match=r"SOME_KEY to http://elsewhere.example/v1.*--send-keys"):
         CompositeModel.from_pretrained(tmp_path / "c", device="cpu")
     CompositeModel.from_pretrained(tmp_path / "c", device="cpu", send_keys=True)
