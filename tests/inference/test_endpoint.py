@@ -328,3 +328,9 @@ def test_an_answer_is_as_long_as_the_endpoints_context_leaves(told):
         assert [asyncio.run(collect(count)) for count in (900, 100, None)] == ["Paris it is."] * 3
         # That one request was too long is not held against the parameter.
         assert [body.get("max_tokens") for body, _ in server.seen] == [900, None, 100, None]
+
+
+def test_pieces_without_anything_in_them_use_up_nothing_of_an_answers_length():
+    """Else an endpoint that sends enough of them has answered, with nothing, at its limit."""
+    with Server(streaming(1000 * event({"content": ""}) + PARIS + END + DONE)) as server:
+        assert text_of(ask(server, Generation(8))) == "Paris it is."

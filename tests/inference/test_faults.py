@@ -24,7 +24,7 @@ from expertoken.tests.inference.mock_expert import FAULTS
 
 TURNS = 1000
 AT_A_TIME = 20
-QUICK = Timeouts(connect=1.0, first=3.0, idle=1.0, retries=0)
+QUICK = Timeouts(connect=1.0, first=5.0, idle=1.0, retries=0)
 
 
 def counted(shown, name):
@@ -110,7 +110,7 @@ def wedges(address):
     ).encode()
     host, port = address.removeprefix("http://").split(":")
     with ExitStack() as stack:
-        opened = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(10)]
+        opened = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(4)]
         for number, connection in enumerate(opened):
             connection.sendall(head + (body if number % 2 else body[:10]))
         over = threading.Event()
@@ -153,7 +153,7 @@ async def talk(address):
                 text += chunk.choices[0].delta.content or ""
                 last = chunk.model_extra.get("expertoken", last)
                 finish = chunk.choices[0].finish_reason
-            assert text
+            assert text, last
             assert finish in ("stop", "length")
             return last
 
