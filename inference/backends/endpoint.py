@@ -210,7 +210,8 @@ class EndpointBackend(Backend):
                 # Some models think for minutes before their first word, and stream that: they are alive.
                 if piece.visible or piece.thought:
                     told, waited, limit = True, 0.0, self.timeouts.idle
-                piece = allowance.of(piece)
+                # Before its first word nothing is used up: a server may say for long that it is there.
+                piece = allowance.of(piece) if told else piece
                 finished = finished or piece.finish is not None
                 text = repetition.without(piece.text, last=piece.finish is not None)
                 yield replace(piece, text=text, tool_calls=numbering.of(piece.tool_calls))

@@ -194,7 +194,7 @@ class Allowance:
     """Ends an answer at its limit, whatever the server thinks of that.
 
     Args:
-        most: characters, of thought and calls too; a piece counts one more, unless there is nothing in it.
+        most: characters, of thought and calls too; a piece counts one more.
     """
 
     def __init__(self, most: int) -> None:
@@ -207,8 +207,7 @@ class Allowance:
 
     def of(self, piece: Piece) -> Piece:
         """Return what of a piece is within the limit."""
-        if characters := _characters(piece):
-            self._left -= 1 + characters
+        self._left -= 1 + _characters(piece)
         if not self.spent:
             return piece
         text = piece.text[: max(0, len(piece.text) + self._left)]
