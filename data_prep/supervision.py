@@ -16,7 +16,7 @@ import pandas as pd
 from ..modeling.consent import agree
 from ..modeling.errors import ExpertokenError, ResultsError, did_you_mean, one_line
 from ..modeling.experts import SELF, Expert
-from ..modeling.files import PRODUCTS, atomic_folder, check_product, restore_folder
+from ..modeling.files import PRODUCTS, atomic_folder, check_product, read_settled
 from ..modeling.pool import ExpertPool
 from ..modeling.utility import utility
 from . import SPLITS
@@ -234,14 +234,15 @@ class Supervision:
         import datasets
 
         path = Path(path)
-        restore_folder(path)
-        if not path.exists():
-            raise ExpertokenError(f"{path}: there is no supervision folder; `expertoken prepare` makes one")
         try:
-            info = SupervisionInfo(**json.loads((path / INFO_FILE).read_text("utf-8")))
+            info = SupervisionInfo(**json.loads(read_settled(path / INFO_FILE)))
             with quiet_datasets():
                 data = datasets.load_from_disk(str(path / "data"))
         except (OSError, ValueError, TypeError) as error:
+            if not path.exists():
+                raise ExpertokenError(
+                    f"{path}: there is no supervision folder; `expertoken prepare` makes one"
+                ) from None
             raise ExpertokenError(
                 f"{path}: not a supervision folder, made by `expertoken prepare` ({one_line(error)})"
             ) from None

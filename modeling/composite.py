@@ -2,9 +2,7 @@
 
 import json
 import logging
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from os.path import relpath
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch
 
 from .dispatch import gives_chances
 from .errors import ExpertokenError
-from .files import PRODUCTS, atomic_file, local_folder, restore_folder
+from .files import PRODUCTS, atomic_file, local_folder, read_settled
 from .fingerprint import describe_dtype, fingerprints, library_versions, same_model
 from .loading import as_device, load_tokenizer
 from .meta import MetaLLM
@@ -33,7 +31,6 @@ ROWS_FILE, POOL_FILE, MANIFEST_FILE = "expert_tokens.safetensors", "experts.yaml
 ADAPTER_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-_LOOKS = 5
 _PROBES = ("What is 2 + 2?", "Name a river.", "Who are you? Answer in one long sentence, please.")
 """Prompts of the comparison; any text does, these differ in length."""
 
@@ -243,16 +240,6 @@ def _resolved(model: str, folder: Path) -> str:
     return str(path.resolve()) if path.exists() else model
 
 
-def _read(file: Path) -> str:
-    """Return the text of a folder's file; while the folder is replaced there is none of that name for a moment."""
-    for _ in range(_LOOKS):
-        restore_folder(file.parent)
-        with suppress(FileNotFoundError):
-            return file.read_text("utf-8")
-        time.sleep(0.01)
-    return file.read_text("utf-8")
-
-
 def read_manifest(path: Path) -> Manifest:
     """Read `expertoken.json`.
 
@@ -261,7 +248,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = path / MANIFEST_FILE
     try:
-        document = json.loads(_read(file))
+        document = json.loads(read_settled(file))
     except FileNotFoundError:
         why = f"no {MANIFEST_FILE} in it" if path.exists() else "there is nothing of that name"
         if path.parent.name and not path.exists() and not is_path(str(path)):  # as it is written, owner/name

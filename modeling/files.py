@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ PRODUCTS = {"composite": "expertoken.json", "supervision": "supervision.json"}
 """The folders that people name, to the file that tells them."""
 
 _TRIES = 100  # to exchange a folder, while others read it
+_LOOKS = 5  # for a file, while others exchange its folder
 
 _OURS = {
     *PRODUCTS.values(),
@@ -175,6 +177,20 @@ def restore_folder(path: Path | str) -> None:
     if not path.exists():
         with suppress(OSError):  # there is none, it may not be moved, or somebody else was faster
             _aside(path, "old").rename(path)
+
+
+def read_settled(file: Path) -> str:
+    """Return the text of a file of such a folder; while that is exchanged there is none of its name for a moment.
+
+    Raises:
+        OSError: there is none for good, or it can't be read.
+    """
+    for _ in range(_LOOKS):
+        restore_folder(file.parent)
+        with suppress(FileNotFoundError):
+            return file.read_text("utf-8")
+        time.sleep(0.01)
+    return file.read_text("utf-8")
 
 
 def recover_folder(path: Path | str) -> None:

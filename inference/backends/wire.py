@@ -175,8 +175,7 @@ def _function(delta: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 def refused_parameter(body: Any) -> str | None:
     """Return the parameter of ours that an error says is not known, or None."""
-    given = body.get("error", body) if isinstance(body, dict) else {}
-    given = given if isinstance(given, dict) else {}
+    given = _error_of(body)
     message = str(given.get("message") or "")
     quoted = (name for name in _OURS if f"'{name}'" in message or f"`{name}`" in message or f'"{name}"' in message)
     return given.get("param") if given.get("param") in _OURS else next(quoted, None)
@@ -184,10 +183,14 @@ def refused_parameter(body: Any) -> str | None:
 
 def wants_shorter(body: Any) -> bool:
     """Return whether an error says that conversation and answer together are more than the context."""
-    given = body.get("error", body) if isinstance(body, dict) else {}
-    given = given if isinstance(given, dict) else {}
+    given = _error_of(body)
     told = f"{given.get('code')} {given.get('message')}".lower()
     return any(words in told for words in _SHORTER)
+
+
+def _error_of(body: Any) -> dict[str, Any]:
+    given = body.get("error", body) if isinstance(body, dict) else {}
+    return given if isinstance(given, dict) else {}
 
 
 class Allowance:
