@@ -18,6 +18,7 @@ from .objectives import OBJECTIVES, Objective
 
 _SHAPE = 20_000  # states, at least, that the shape of all is estimated from
 _LEAST_SHARE = 0.05  # of the queries, that a candidate's penalty is reckoned by: few results must not run wild
+_PRECISION = 1e-7  # of the loss: a sum in float32 tells no smaller step apart, and a line search would look for it in vain
 _CURVATURE = 0.1  # of a logistic loss at chances of 0.1 to 0.9 it is 0.09 to 0.25; steps vary little from 0.03 to 0.25
 
 
@@ -284,7 +285,7 @@ class RowOptimizer:
             assert whitened.grad is not None
             return value.item(), whitened.grad.numpy().ravel()
 
-        limits = {"maxiter": self._max_iterations, "maxfun": 10**6}
+        limits = {"maxiter": self._max_iterations, "maxfun": 10**6, "ftol": _PRECISION}
         start = torch.linalg.solve_triangular(basis, torch.from_numpy(begin), upper=False, left=False).numpy()
         solution: Any = minimize(loss, start.ravel(), jac=True, method="L-BFGS-B", options=limits)
         found = (torch.from_numpy(solution.x.reshape(self.shape)) @ basis).numpy()
