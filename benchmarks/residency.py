@@ -70,7 +70,12 @@ class Decided(CompositeModel):
 
     wanted: np.ndarray
 
-    def decide(self, conversations: Sequence[Sequence[Message]], policy: Policy | None = None) -> list[Decision]:
+    def decide(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        policy: Policy | None = None,
+        generation: Generation | None = None,
+    ) -> list[Decision]:
         """As it was wanted."""
         names = [self.pool.names[expert] for expert in self.wanted]
         return [Decision(Dispatch(name, {name: 1.0}, "given", (name,)), 1, 0.0) for name in names]

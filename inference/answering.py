@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from typing import Any, overload
 
 from ..modeling.backend import Backend, Generation, Piece
+from ..modeling.capabilities import Needs, unable
 from ..modeling.chat import Message, as_messages, text_of
 from ..modeling.dispatch import Dispatch
 from ..modeling.errors import (
@@ -70,12 +71,25 @@ class AnsweringModel(ABC):
         """Tokens of a text, as the meta LLM reads it; where a backend does not count its own."""
 
     @abstractmethod
-    async def adecide(self, messages: Sequence[Message], policy: Policy | None = None) -> Decision:
-        """Decide on a conversation, together with whatever else is to be decided just now."""
+    async def adecide(
+        self, messages: Sequence[Message], policy: Policy | None = None, generation: Generation | None = None
+    ) -> Decision:
+        """Decide on a conversation, together with whatever else is to be decided just now.
+
+        Args:
+            messages: the conversation.
+            policy: how a candidate is chosen; the model's own where None.
+            generation: how it is to be answered: who can't serve that is no candidate.
+        """
 
     @abstractmethod
-    def decide(self, conversations: Sequence[Sequence[Message]], policy: Policy | None = None) -> list[Decision]:
-        """Decide on many; nothing is answered."""
+    def decide(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        policy: Policy | None = None,
+        generation: Generation | None = None,
+    ) -> list[Decision]:
+        """Decide on many; nothing is answered. Arguments as in `adecide`."""
 
     @abstractmethod
     def backend(self, name: str) -> Backend:
@@ -167,13 +181,28 @@ class AnsweringModel(ABC):
         """As `stream`."""
         options = _generation(generation)
         messages = as_messages(conversation)
-        return self.answer(messages, await self.adecide(messages, policy), options)
+        return self.answer(messages, await self.adecide(messages, policy, options), options)
 
     def _about(self, messages: Sequence[Message]) -> int:
         """Tokens of a conversation's texts, without what a template adds; estimated where they are very long."""
         text = "\n".join(text_of(message, placeholders=True) for message in messages)
         counted = text[:_COUNTED]
         return math.ceil(self.count(counted) * len(text) / max(1, len(counted)))
+
+    def _unable(
+        self, messages: Sequence[Message], generation: Generation | None, tokens: int | None = None
+    ) -> dict[str, str]:
+        """Return the candidates that can't serve a request, with the reason.
+
+        Args:
+            messages: the conversation.
+            generation: how it is to be answered.
+            tokens: of the conversation, where they are counted already.
+        """
+        candidates = self.pool.candidates
+        if tokens is None and any(expert.context_length is not None for expert in candidates):
+            tokens = self._about(messages)
+        return unable(candidates, Needs.of(messages, generation, tokens or 0))
 
     def _undisputed(self, messages: Sequence[Message], name: str) -> Decision:
         """For one candidate that alone may answer: it does, whatever the meta LLM can read of it.
@@ -185,13 +214,20 @@ class AnsweringModel(ABC):
         self._check_length(tokens, self.limit)
         return Decision(Dispatch(name, {name: 1.0}, "nobody else may answer", (name,)), tokens, 0.0)
 
-    def _undecided(self, messages: Sequence[Message], policy: Policy, reason: str, started: float) -> Decision:
+    def _undecided(
+        self,
+        messages: Sequence[Message],
+        policy: Policy,
+        reason: str,
+        started: float,
+        generation: Generation | None = None,
+    ) -> Decision:
         """Let the policy's `default` answer where the meta LLM can't decide. Self can't stand in for itself.
 
         Raises:
             NoAnswerError: the policy names nobody for that.
         """
-        names = self.chooser.candidates(policy)
+        names = self.chooser.candidates(policy, self._unable(messages, generation))
         if policy.default not in names or policy.default == self.pool.self_name:
             self.observer.lost()
             raise NoAnswerError(reason)
@@ -253,6 +289,15 @@ class AnsweringModel(ABC):
             self.observer.lost()
         raise NoAnswerError(stream.failures, begun=turn.begun, refused=turn.refused)
 
+    def _within_means(self, name: str, decision: Decision, turn: Turn) -> Generation:
+        """Return how the rest of an answer is to be generated, within what the candidate's entry says it can do."""
+        expert, generation = self.pool[name], turn.left(self.count)
+        if generation.max_new_tokens is None:
+            return generation
+        left = None if expert.context_length is None else max(1, expert.context_length - decision.prompt_tokens)
+        limits = (generation.max_new_tokens, expert.max_output_tokens, left)
+        return replace(generation, max_new_tokens=min(limit for limit in limits if limit is not None))
+
     async def _attempt(
         self, attempt: Attempt, messages: list[Message], decision: Decision, turn: Turn
     ) -> AsyncGenerator[Piece, None]:
@@ -260,7 +305,8 @@ class AnsweringModel(ABC):
         name = attempt.name
         turn.begin(name)
         try:
-            async with aclosing(self._ask(name, messages, turn.left(self.count), decision, turn)) as pieces:
+            generation = self._within_means(name, decision, turn)
+            async with aclosing(self._ask(name, messages, generation, decision, turn)) as pieces:
                 async for piece in pieces:
                     for passed in turn.take(piece):
                         yield passed

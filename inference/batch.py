@@ -193,7 +193,7 @@ def _answers(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Answers as they come, each with the place of its conversation."""
     decisions: dict[int, Decision] = {}
-    for place, decided in enumerate(_decided(composite, conversations, policy)):
+    for place, decided in enumerate(_decided(composite, conversations, policy, generation)):
         if isinstance(decided, Decision):
             decisions[place] = decided
         else:
@@ -238,14 +238,14 @@ def _checked(answers: Any, wanted: int) -> list[Piece]:
 
 
 def _decided(
-    composite: AnsweringModel, conversations: list[list[Message]], policy: Policy
+    composite: AnsweringModel, conversations: list[list[Message]], policy: Policy, generation: Generation
 ) -> list[Decision | ExpertokenError]:
     """A decision on each, or why there is none: one that is too long must not take the others along."""
     try:
-        return [*composite.decide(conversations, policy)]
+        return [*composite.decide(conversations, policy, generation)]
     except Exception as error:
         if len(conversations) > 1:
-            return [decided for one in conversations for decided in _decided(composite, [one], policy)]
+            return [decided for one in conversations for decided in _decided(composite, [one], policy, generation)]
         return [error if isinstance(error, ExpertokenError) else ExpertokenError(one_line(error))]
 
 

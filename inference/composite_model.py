@@ -83,7 +83,7 @@ class CompositeModel(AnsweringModel):
             agree(composite.pool)
         if composite.folder is not None:
             check_agreed(composite.pool, composite.folder)
-            if asked := [f"{e.name} at {_host(e.kind.address(e))}" for e in composite.pool if e.kind.remote]:
+            if asked := [f"{e.name} at {_hosts(e.kind.address(e))}" for e in composite.pool if e.kind.remote]:
                 logger.info("conversations can go to %s", ", ".join(asked))
         self.composite = composite
         self.meta, self.manifest = composite.meta, composite.manifest
@@ -173,11 +173,18 @@ class CompositeModel(AnsweringModel):
         """Upload the composite to the hub; see `modeling.hub.push`."""
         return push(self.composite, repo, private=private, message=commit_message)
 
-    def decide(self, conversations: Sequence[Sequence[Message]], policy: Policy | None = None) -> list[Decision]:
+    def decide(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        policy: Policy | None = None,
+        generation: Generation | None = None,
+    ) -> list[Decision]:
         """Decide on many, in as few forward passes as memory allows."""
-        return self._decider.decide([self._question(messages, policy) for messages in conversations])
+        return self._decider.decide([self._question(messages, policy, generation) for messages in conversations])
 
-    async def adecide(self, messages: Sequence[Message], policy: Policy | None = None) -> Decision:
+    async def adecide(
+        self, messages: Sequence[Message], policy: Policy | None = None, generation: Generation | None = None
+    ) -> Decision:
         """Decide on a conversation, together with whatever else is to be decided just now.
 
         Where the meta LLM can't decide, or not in time, the policy's `default` answers if one is named.
@@ -190,7 +197,7 @@ class CompositeModel(AnsweringModel):
         try:
             with anyio.fail_after(limit):
                 # Encoding a long conversation takes milliseconds, which other answers of this loop would wait for.
-                question = await asyncio.to_thread(self._question_or_decision, messages, policy)
+                question = await asyncio.to_thread(self._question_or_decision, messages, policy, generation)
                 return question if isinstance(question, Decision) else await self._decider.adecide(question)
         except TimeoutError:
             reason = f"the meta LLM did not decide within {limit or 0:g} s"
@@ -199,26 +206,38 @@ class CompositeModel(AnsweringModel):
                 raise
             reason = f"the meta LLM can't decide: {one_line(error)}"
         logger.warning("%s", reason)
-        return self._undecided(messages, policy, reason, started)
+        return self._undecided(messages, policy, reason, started, generation)
 
-    def _question(self, messages: Sequence[Message], policy: Policy | None, *, answer: bool = False) -> Question:
+    def _question(
+        self,
+        messages: Sequence[Message],
+        policy: Policy | None,
+        generation: Generation | None,
+        *,
+        answer: bool = False,
+    ) -> Question:
         policy = policy or self.policy
         self.chooser.candidates(policy)  # a mistake in it is told before anything is computed
         query = self.meta.encode(self._unnamed(messages))
-        self._check_length(len(query) + query.cut, self.limit)
+        tokens = len(query) + query.cut
+        self._check_length(tokens, self.limit)
+        unable = self._unable(messages, generation, tokens)
+        self.chooser.candidates(policy, unable)
         last = last_answerer(messages, self.pool)
         if answer and policy.sticky > 0 and last:  # most likely, so that its model may come while this is decided
             self.prepare(last)
         # A decision reads `[image_url]` for an image; an answer must not.
         answer = answer and query.whole and not any(is_media(message) for message in messages)
-        choose = partial(self.chooser.choose, policy, prompt_tokens=len(query) + query.cut, last=last)
+        choose = partial(self.chooser.choose, policy, prompt_tokens=tokens, last=last, unable=unable)
         return Question(query, choose, answer)
 
-    def _question_or_decision(self, messages: Sequence[Message], policy: Policy) -> Question | Decision:
-        names = self.chooser.candidates(policy)
+    def _question_or_decision(
+        self, messages: Sequence[Message], policy: Policy, generation: Generation | None
+    ) -> Question | Decision:
+        names = self.chooser.candidates(policy, self._unable(messages, generation))
         if len(names) == 1 and names[0] != self._self_name:  # self needs the forward pass for its answer
             return self._undisputed(messages, names[0])
-        return self._question(messages, policy, answer=True)
+        return self._question(messages, policy, generation, answer=True)
 
     async def _ask(
         self, name: str, messages: list[Message], generation: Generation, decision: Decision, turn: Turn
@@ -341,6 +360,6 @@ class CompositeModel(AnsweringModel):
                 yield piece if piece.usage is None else replace(piece, usage=(read, piece.usage[1]))
 
 
-def _host(address: str) -> str:
-    """Return host and port of an address."""
-    return urlsplit(address).netloc or address
+def _hosts(addresses: str) -> str:
+    """Return hosts and ports of addresses."""
+    return " and ".join(urlsplit(address).netloc or address for address in addresses.split(", "))

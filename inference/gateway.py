@@ -158,20 +158,29 @@ class GatewayModel(AnsweringModel):
         """Backends by candidate, as far as they were needed, and the meta LLM's."""
         return {self._endpoint.expert.name: self._endpoint} | super().opened
 
-    def decide(self, conversations: Sequence[Sequence[Message]], policy: Policy | None = None) -> list[Decision]:
+    def decide(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        policy: Policy | None = None,
+        generation: Generation | None = None,
+    ) -> list[Decision]:
         """Decide on many, some at a time."""
-        return BackgroundLoop.call(self._decide(conversations, policy))
+        return BackgroundLoop.call(self._decide(conversations, policy, generation))
 
-    async def _decide(self, conversations: Sequence[Sequence[Message]], policy: Policy | None) -> list[Decision]:
+    async def _decide(
+        self, conversations: Sequence[Sequence[Message]], policy: Policy | None, generation: Generation | None
+    ) -> list[Decision]:
         slots = asyncio.Semaphore(_CONCURRENT)
 
         async def one(messages: Sequence[Message]) -> Decision:
             async with slots:
-                return await self.adecide(messages, policy)
+                return await self.adecide(messages, policy, generation)
 
         return await asyncio.gather(*map(one, conversations))
 
-    async def adecide(self, messages: Sequence[Message], policy: Policy | None = None) -> Decision:
+    async def adecide(
+        self, messages: Sequence[Message], policy: Policy | None = None, generation: Generation | None = None
+    ) -> Decision:
         """Decide on a conversation by one token of the meta LLM's.
 
         Where its server can't be asked, the policy's `default` answers if one is named.
@@ -181,13 +190,14 @@ class GatewayModel(AnsweringModel):
             NoAnswerError: the meta LLM's server can't be asked, and nobody is named for that.
         """
         policy = policy or self.policy
-        names = self.chooser.candidates(policy)
+        unable = self._unable(messages, generation)
+        names = self.chooser.candidates(policy, unable)
         if len(names) == 1:
             return self._undisputed(messages, names[0])
         self._check_length(self._about(messages), self.limit)
         started = time.perf_counter()
         if not self._breaker.admits():
-            return self._undecided(messages, policy, f"{_FAILED}: it failed too often of late", started)
+            return self._undecided(messages, policy, f"{_FAILED}: it failed too often of late", started, generation)
         try:
             with anyio.fail_after(self._opening.timeouts.decision):
                 logits, tokens = await self._ask_meta_somehow(self._unnamed(messages))
@@ -199,13 +209,13 @@ class GatewayModel(AnsweringModel):
             self._breaker.failed()
             self.observer.failed(self._endpoint.expert.name, reason, begun=False)
             logger.warning("%s: %s", _FAILED, reason)
-            return self._undecided(messages, policy, f"{_FAILED}: {reason}", started)
+            return self._undecided(messages, policy, f"{_FAILED}: {reason}", started, generation)
         except BaseException:  # the user went away
             self._breaker.left()
             raise
         self._breaker.succeeded()
         last = last_answerer(messages, self.pool)
-        dispatch = self.chooser.choose(policy, logits, prompt_tokens=tokens, last=last)
+        dispatch = self.chooser.choose(policy, logits, prompt_tokens=tokens, last=last, unable=unable)
         seconds = time.perf_counter() - started
         self.observer.decided(dispatch, seconds, 1)
         return Decision(dispatch, tokens, seconds)

@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 SELF = "self"
 """Name of the meta LLM itself in distributions and reports, and of its kind in pools."""
 
+CAPABILITIES = ("tools", "images", "json_schema")
+"""What an expert may be able to do beyond answering in text: values of `supports` in a pool."""
+
 DEFAULT_KIND = "transformers"
 """Kind of a pool entry without `backend`."""
 
@@ -49,6 +52,9 @@ class Expert:
         api_key_env: NAME of the environment variable that holds the endpoint's key.
         cost: USD per million tokens, `{"input": ..., "output": ...}`.
         results: name in benchmark results, where that is neither `name` nor `model`.
+        supports: of `CAPABILITIES`, what it can do; None where that is not known. See `capabilities`.
+        context_length: tokens that it reads and writes together; None where not known.
+        max_output_tokens: longest answer; None where not known.
         options: values of the fields that only its kind knows.
     """
 
@@ -62,6 +68,9 @@ class Expert:
     api_key_env: str | None = None
     cost: dict[str, float] | None = field(default=None, hash=False)
     results: str | None = None
+    supports: tuple[str, ...] | None = None
+    context_length: int | None = None
+    max_output_tokens: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @classmethod
@@ -69,13 +78,28 @@ class Expert:
         """Return the expert of a pool entry, which must be free of mistakes."""
         known = {item.name for item in fields(cls)} - {"options"}
         options = {key: value for key, value in entry.items() if key not in known}
-        return cls(**{key: value for key, value in entry.items() if key in known}, options=options)
+        values = {key: value for key, value in entry.items() if key in known}
+        if values.get("supports") is not None:
+            values["supports"] = tuple(values["supports"])
+        return cls(**values, options=options)
 
     def entry(self) -> dict[str, Any]:
         """Return the pool entry of the expert: the inverse of `from_entry`."""
         values = asdict(self)
         options = values.pop("options")
+        if values["supports"] is not None:
+            values["supports"] = list(values["supports"])
         return {key: value for key, value in values.items() if value not in (None, "")} | options
+
+    @property
+    def capabilities(self) -> frozenset[str] | None:
+        """What the expert can do beyond answering in text; None where nobody knows.
+
+        A model in this process answers in text unless its entry says more.
+        """
+        if self.supports is None:
+            return None if self.kind.remote else frozenset()
+        return frozenset(self.supports)
 
     @property
     def kind(self) -> "ExpertKind":

@@ -124,14 +124,22 @@ class Chooser:
     chances: bool = False
     usd_per_query: Mapping[str, float] = field(default_factory=dict)
 
-    def candidates(self, policy: Policy) -> list[str]:
-        """Return the names of those who may answer under a policy, in pool order.
+    def candidates(self, policy: Policy, unable: Mapping[str, str] | None = None) -> list[str]:
+        """Return the names of those who may answer a request under a policy, in pool order.
+
+        Args:
+            policy: what is to be weighed.
+            unable: candidates that can't serve the request, with the reason; see `capabilities`.
 
         Raises:
-            ExpertokenError: the policy does not fit the pool, or weighs costs where decisions are not chances or no
-                cost is known.
+            ExpertokenError: the policy does not fit the pool, weighs costs where decisions are not chances or no cost
+                is known, or allows only candidates that can't serve the request.
         """
-        names = policy.candidates(self.pool)
+        permitted = policy.candidates(self.pool)
+        names = [name for name in permitted if name not in (unable or {})]
+        if not names:
+            reasons = "; ".join(f"{name} {(unable or {})[name]}" for name in permitted)
+            raise ExpertokenError(f"nobody here can serve this request: {reasons}")
         weighed = "cost_weight" if policy.cost_weight else "tolerance" if policy.tolerance is not None else None
         if weighed:
             if not self.chances:
@@ -149,7 +157,13 @@ class Chooser:
         return priced(expected_usd(self.pool.candidates, prompt_tokens, self.usd_per_query))
 
     def choose(
-        self, policy: Policy, logits: torch.Tensor, *, prompt_tokens: int = 0, last: str | None = None
+        self,
+        policy: Policy,
+        logits: torch.Tensor,
+        *,
+        prompt_tokens: int = 0,
+        last: str | None = None,
+        unable: Mapping[str, str] | None = None,
     ) -> Dispatch:
         """Decide.
 
@@ -158,6 +172,7 @@ class Chooser:
             logits: `[C]`, of the candidates in pool order.
             prompt_tokens: tokens of the request, for its cost.
             last: name of the candidate that gave the chat's last answer.
+            unable: candidates that can't serve the request, with the reason; nobody of them is asked.
 
         Returns:
             the decision, with the trained probabilities and chances as they are.
@@ -167,13 +182,13 @@ class Chooser:
         """
         names = self.pool.names
         plain = Dispatch.from_logits(names, logits, chances=self.chances)
-        if policy == Policy():
+        if policy == Policy() and not unable:
             return plain
-        allowed = self.candidates(policy)
+        allowed = self.candidates(policy, unable)
         changed = self._changed(policy, logits, last)
         shares = self._shares(allowed, changed)
         ranking = self._ranking(policy, allowed, changed, prompt_tokens)
-        reason = self._reason(policy, plain, ranking[0])
+        reason = self._reason(policy, plain, ranking[0], unable or {})
         best = max(allowed, key=shares.__getitem__)
         if policy.threshold is not None and shares[best] < policy.threshold:
             default = policy.fallback(self.pool)
@@ -216,10 +231,11 @@ class Chooser:
             *sorted(far, key=lambda name: -quality[place[name]]),
         ]
 
-    def _reason(self, policy: Policy, plain: Dispatch, first: str) -> str:
+    def _reason(self, policy: Policy, plain: Dispatch, first: str, unable: Mapping[str, str]) -> str:
         if first == plain.expert:
             return plain.reason
         parts = [
+            f"{plain.expert} {unable[plain.expert]}" if plain.expert in unable else "",
             f"only {', '.join(policy.allow)} may answer" if policy.allow is not None else "",
             f"{', '.join(policy.deny)} may not answer" if policy.deny else "",
             f"a USD is worth a score of {policy.cost_weight:g}"

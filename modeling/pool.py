@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from .errors import PoolError, did_you_mean, one_line
-from .experts import DEFAULT_KIND, SELF, Expert, ExpertKind, kind_names, kind_of, usable_kinds
+from .experts import CAPABILITIES, DEFAULT_KIND, SELF, Expert, ExpertKind, kind_names, kind_of, usable_kinds
 from .files import atomic_file
 from .source import is_path
 
@@ -21,7 +21,10 @@ RESERVED = (
 """Names that reports use themselves."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_COMMON = ("name", "backend", "description", "revision", "cost", "results")  # keys of every kind
+_COMMON = (
+    "name", "backend", "description", "revision", "cost", "results", "supports", "context_length", "max_output_tokens",
+)  # fmt: skip
+"""Keys of every kind."""
 _SECRETS = ("api_key", "key", "token")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 
@@ -61,6 +64,8 @@ def _field_mistakes(key: str, value: Any, kind: ExpertKind | None, place: str) -
         return [f"{place}.{key}: unknown key, {did_you_mean(key, [*attributes, *own])}"]
     if value is None or key == "cost":
         return []
+    if key in ("supports", "context_length", "max_output_tokens"):
+        return _capability_mistakes(key, value, place)
     if key not in attributes and not (kind and key in kind.paths):
         told = f"{place}.{key}: expected text, numbers, lists or mappings with texts as keys, got {value!r}"
         return [] if _is_plain(value) else [told]
@@ -115,6 +120,16 @@ def _checked(kind: ExpertKind, name: str, entry: Mapping[str, Any], place: str) 
         return [*getattr(kind, name)(entry, place)]
     except Exception as error:  # another package's code can fail with anything
         return [f"{place}: backend {kind.name!r} can't check it ({type(error).__name__}: {one_line(error)})"]
+
+
+def _capability_mistakes(key: str, value: Any, place: str) -> list[str]:
+    if key == "supports":
+        fine = isinstance(value, list | tuple) and all(name in CAPABILITIES for name in value)
+        expected = f"a list of {', '.join(CAPABILITIES)}"
+    else:
+        fine = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        expected = "a number of tokens above 0"
+    return [] if fine else [f"{place}.{key}: expected {expected}, got {value!r}"]
 
 
 def _cost_mistakes(cost: Any, place: str) -> list[str]:

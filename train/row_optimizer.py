@@ -18,7 +18,9 @@ from .objectives import OBJECTIVES, Objective
 
 _SHAPE = 20_000  # states, at least, that the shape of all is estimated from
 _LEAST_SHARE = 0.05  # of the queries, that a candidate's penalty is reckoned by: few results must not run wild
-_PRECISION = 1e-7  # of the loss: a sum in float32 tells no smaller step apart, and a line search would look for it in vain
+_PRECISION = (
+    1e-7  # of the loss: a sum in float32 tells no smaller step apart, and a line search would look for it in vain
+)
 _CURVATURE = 0.1  # of a logistic loss at chances of 0.1 to 0.9 it is 0.09 to 0.25; steps vary little from 0.03 to 0.25
 
 

@@ -3,12 +3,12 @@
 import asyncio
 import math
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
@@ -16,6 +16,7 @@ from ...modeling.backend import Backend, Generation, Opening, Piece, Timeouts
 from ...modeling.chat import Message
 from ...modeling.errors import ExpertFailedError, RequestRefusedError
 from ...modeling.experts import Expert, ExpertKind
+from .addresses import Address, Addresses, mistakes, told
 from .wire import (
     DONE,
     Allowance,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
     from tenacity import AsyncRetrying
 
+T = TypeVar("T")
 
 REQUESTS = (400, 413, 422)  # a fault of the request
 _FOR_NOW = (408, 409, 429)
@@ -41,7 +43,6 @@ _CHARACTERS = 32  # of a token, on average, at most: beyond that an endpoint doe
 _CERTAIN = 0.01  # a log-probability is not above 0, but for rounding
 _STOPS = 4  # stop texts that OpenAI's API takes
 _OPENAI = "//api.openai.com"
-_OPENAI_ADDRESS = f"https:{_OPENAI}/v1"
 _GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
 
 
@@ -63,27 +64,29 @@ class EndpointBackend(Backend):
         import openai  # noqa: F401 - half a second, and whoever opens an expert has it before the first request
 
         self.expert = expert
-        self.timeouts = timeouts or Timeouts()
+        self.timeouts = replace(timeouts or Timeouts(), **expert.options.get("timeouts") or {})
         self.retries: int = 0
         self._key = expert.api_key()
         self._refused: set[str] = set()  # parameters of ours that this server does not know
         # A client's connections belong to one event loop.
-        self._clients: dict[asyncio.AbstractEventLoop, AsyncOpenAI] = {}
+        self._clients: dict[tuple[asyncio.AbstractEventLoop, str], AsyncOpenAI] = {}
+        self.addresses = Addresses(expert)
         self._lock = threading.Lock()
 
-    def client(self) -> "AsyncOpenAI":
-        """The client of this event loop."""
+    def client(self, address: Address | None = None) -> "AsyncOpenAI":
+        """The client of this event loop for an address; for any where None."""
         import openai
 
-        loop = asyncio.get_running_loop()
+        address = address or self.addresses.pick()
+        key = (asyncio.get_running_loop(), address.url)
         with self._lock:
-            self._clients = {known: client for known, client in self._clients.items() if not known.is_closed()}
-            if loop not in self._clients:
+            self._clients = {known: client for known, client in self._clients.items() if not known[0].is_closed()}
+            if key not in self._clients:
                 limits = self.timeouts
                 timeout = openai.Timeout(max(limits.first, limits.idle), connect=limits.connect)
                 client = openai.AsyncOpenAI(
                     api_key=self._key,
-                    base_url=self.expert.base_url or _OPENAI_ADDRESS,  # not where a variable of this machine points
+                    base_url=address.url,
                     timeout=timeout,
                     max_retries=0,  # see `asking`: the client would heed a minute of Retry-After
                     # A conversation goes to the address of the pool, and to none that this one names.
@@ -91,9 +94,10 @@ class EndpointBackend(Backend):
                 )
                 # The client takes all of these from variables of this machine, for whom they are unknown.
                 client.organization = client.project = None
-                client._custom_headers = {"Accept-Encoding": "identity"}  # what is unpacked has no limit
-                self._clients[loop] = client
-            return self._clients[loop]
+                headers = self.expert.options.get("headers") or {}
+                client._custom_headers = headers | {"Accept-Encoding": "identity"}  # what is unpacked has no limit
+                self._clients[key] = client
+            return self._clients[key]
 
     @property
     def asking(self) -> "AsyncRetrying":
@@ -104,7 +108,7 @@ class EndpointBackend(Backend):
         from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
         pause = wait_random_exponential(multiplier=0.5, max=2)
-        attempts = stop_after_attempt(1 + self.timeouts.retries)
+        attempts = stop_after_attempt(len(self.addresses) + self.timeouts.retries)
 
         def count(_: Any) -> None:
             self.retries += 1
@@ -126,11 +130,15 @@ class EndpointBackend(Backend):
         import openai
 
         limit = self.timeouts.first
-        create: Any = self.client().chat.completions.create
+        tried: list[str] = []
         request = {"model": self.expert.model, "messages": list(messages), "max_tokens": 1, "temperature": 0.0}
 
         async def ask() -> Any:
-            return await create(**request, logprobs=True, top_logprobs=candidates)
+            async def create(client: "AsyncOpenAI") -> Any:
+                asking: Any = client.chat.completions.create
+                return await asking(**request, logprobs=True, top_logprobs=candidates)
+
+            return await self._at(tried, create)
 
         try:
             with anyio.fail_after(limit):
@@ -158,7 +166,7 @@ class EndpointBackend(Backend):
 
     def _options(self, generation: Generation) -> dict[str, Any]:
         # OpenAI's own newer models refuse the older name; other servers know the older one.
-        own = _OPENAI in (self.expert.base_url or _OPENAI) or "max_tokens" in self._refused
+        own = any(_OPENAI in address.url for address in self.addresses.all) or "max_tokens" in self._refused
         asked = {
             "max_completion_tokens" if own else "max_tokens": generation.max_new_tokens,
             "temperature": generation.temperature,
@@ -195,7 +203,7 @@ class EndpointBackend(Backend):
         chunks: Any = None
         try:
             with anyio.fail_after(self.timeouts.first):
-                chunks = await self.asking(self._begin, given, generation, going_on=bool(begun))
+                chunks = await self.asking(self._begin, given, generation, [], going_on=bool(begun))
             pieces = aiter(chunks)
             waited = anyio.current_time() - began
             while True:
@@ -236,13 +244,34 @@ class EndpointBackend(Backend):
                 with anyio.CancelScope(shield=True):
                     await chunks.close()
 
-    async def _begin(self, messages: list[Message], generation: Generation, *, going_on: bool) -> Any:
+    async def _at(self, tried: list[str], ask: "Callable[[AsyncOpenAI], Awaitable[T]]") -> T:
+        """Ask at one of the addresses, and remember how that went; `tried` gets the address."""
+        import openai
+
+        address = self.addresses.pick(tried)
+        tried.append(address.url)
+        try:
+            found = await ask(self.client(address))
+        except BaseException as error:
+            at_fault = isinstance(error, openai.OpenAIError | OSError) and _passes(error)
+            address.breaker.failed() if at_fault else address.breaker.left()
+            raise
+        address.breaker.succeeded()
+        return found
+
+    async def _begin(self, messages: list[Message], generation: Generation, tried: list[str], *, going_on: bool) -> Any:
+        """Ask at an address that was not `tried` yet, where there is one."""
+        return await self._at(tried, partial(self._begin_at, messages, generation, going_on))
+
+    async def _begin_at(
+        self, messages: list[Message], generation: Generation, going_on: bool, client: "AsyncOpenAI"
+    ) -> Any:
         """Ask. A server that does not know a parameter of ours, or how to be told to go on, is asked without it."""
         import openai
 
         limited = generation.max_new_tokens is not None
         events = events_of(openai.AsyncStream[object])
-        ask = partial(self.client().post, "/chat/completions", cast_to=object, stream=True, stream_cls=events)
+        ask = partial(client.post, "/chat/completions", cast_to=object, stream=True, stream_cls=events)
         while True:
             body = self._options(generation) | {"messages": messages}
             try:
@@ -296,21 +325,19 @@ def _open(expert: Expert, opening: Opening) -> EndpointBackend:
 
 def _key(expert: Expert) -> str | None:
     # The client's own variable belongs to its default address; an endpoint elsewhere must not receive that key.
-    return expert.api_key_env or (None if expert.base_url else "OPENAI_API_KEY")
-
-
-def _address(expert: Expert) -> str:
-    return expert.base_url or "OpenAI"
+    elsewhere = expert.base_url or expert.options.get("addresses")
+    return expert.api_key_env or (None if elsewhere else "OPENAI_API_KEY")
 
 
 ENDPOINT = ExpertKind(
     "openai",
     _open,
-    fields=("model", "base_url", "api_key_env"),
+    fields=("model", "base_url", "api_key_env", "addresses", "timeouts", "headers"),
     remote=True,
     priced=True,
     key=_key,
-    address=_address,
-    recognises=lambda entry: bool(entry.get("base_url")),
+    address=told,
+    check=mistakes,
+    recognises=lambda entry: bool(entry.get("base_url") or entry.get("addresses")),
 )
 KINDS = (ENDPOINT,)

@@ -126,9 +126,9 @@ class Service:
         """Decide; nothing is asked of an expert yet."""
         policy = self.policy(request)
         messages = await asyncio.to_thread(self.messages, request)  # megabytes of them take a while
-        with self.tracing.span("decide"):
-            decision = await self.composite.adecide(messages, policy)
         first = request.generation(self.settings.max_new_tokens)
+        with self.tracing.span("decide"):
+            decision = await self.composite.adecide(messages, policy, first)
         streams = [self.composite.answer(messages, decision, first)]
         for number in range(1, request.n):
             # The decision's cache serves one answer; it is changed by that.
@@ -297,7 +297,17 @@ def _add_status(app: FastAPI, service: Service) -> None:
 
 
 def _model(name: str, service: Service) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": service.started, "owned_by": "expertoken"}
+    """Return what is told of a model: under `supports` what it is known to do, of the composite what somebody does."""
+    pool, own = service.composite.pool, service.settings.name
+    allowed = service.composite.policy.candidates(pool)
+    experts = [pool[one] for one in allowed if name in (own, f"{own}/{one}")]
+    known = {can for expert in experts for can in expert.capabilities or ()}
+    told: dict[str, Any] = {"id": name, "object": "model", "created": service.started, "owned_by": "expertoken"}
+    told["supports"] = None if any(e.capabilities is None for e in experts) and not known else sorted(known)
+    for key in ("context_length", "max_output_tokens"):
+        lengths = [getattr(expert, key) for expert in experts]
+        told[key] = None if None in lengths else max(lengths)
+    return told
 
 
 async def _streamed(service: Service, completion: Completion, started: float, http: Request) -> Response:

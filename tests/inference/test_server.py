@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import openai
 import pytest
@@ -490,14 +491,36 @@ def test_what_is_far_too_long_is_not_encoded_whole(composite, monkeypatch):
 
 def test_why_a_request_is_refused_is_told_and_counted_as_no_failure(base_folder):
     composite = composite_of(base_folder, [Expert("local", model=str(base_folder)), Expert("self", "self")])
-    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
+    sound = [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": ""}}]}]
     with served(create_app(composite, Settings(api_keys=(KEY,)))) as address:
         headers = {"authorization": f"Bearer {KEY}"}
-        status, body, _ = post(address, {"model": "composite", "messages": image}, headers)
+        status, body, _ = post(address, {"model": "composite", "messages": sound}, headers)
         told = "no expert could answer: a message has a part that is no text; models that run here read text only"
         assert (status, body["error"]["message"]) == (400, told)
     counted = [line for line in composite.observer.failures.collect()[0].samples if line.name.endswith("_total")]
     assert {sample.labels["when"] for sample in counted} == {"refused"}
+
+
+def test_who_cannot_serve_a_request_is_not_asked(base_folder, words):
+    able, plain = (replace(expert, supports=can) for expert, can in zip(words, (("tools",), ()), strict=True))
+    composite = composite_of(base_folder, [plain, able, Expert("self", "self")])
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    with served(create_app(composite)) as address:
+        asked = {"model": "composite", "messages": HELLO, "expertoken": {"show": True}}
+        assert post(address, asked)[1]["expertoken"][0]["expert"] == "two"
+        [told] = post(address, asked | {"tools": [tool]})[1]["expertoken"]
+        assert (told["expert"], told["failures"]) == ("one", {})
+        status, body, _ = post(address, asked | {"tools": [tool], "model": "composite/self"})
+        assert (status, body["error"]["message"]) == (400, "nobody here can serve this request: self can't call tools")
+
+
+def test_models_tell_what_they_are_known_to_do(base_folder, words):
+    first = replace(words[0], supports=("tools",), context_length=8192)
+    with served(create_app(composite_of(base_folder, [first, words[1]]))) as address:
+        models = {model["id"]: model for model in json.loads(get(address, "/v1/models"))["data"]}
+    assert models["composite/one"]["supports"] == models["composite"]["supports"] == ["tools"]
+    assert (models["composite/one"]["context_length"], models["composite"]["context_length"]) == (8192, None)
+    assert models["composite/two"]["supports"] is None
 
 
 def test_a_request_that_everybody_refuses_is_no_lost_turn(client, url):
