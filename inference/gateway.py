@@ -32,6 +32,7 @@ from ..modeling.errors import ExpertFailedError, ExpertokenError, RequestRefused
 from ..modeling.experts import Expert
 from ..modeling.policy import Chooser, Policy, last_answerer
 from ..modeling.pool import ExpertPool
+from ..modeling.reminders import unnoted
 from .answering import AnsweringModel
 from .backends.endpoint import ENDPOINT, EndpointBackend
 from .breaker import Breaker
@@ -238,7 +239,7 @@ class GatewayModel(AnsweringModel):
 
     async def _ask_meta(self, messages: Sequence[Message]) -> tuple[torch.Tensor, int]:
         """Return the candidates' logits `[C]` (their log-probabilities) and the number of prompt tokens."""
-        first = await self._endpoint.first_token(self._sane(messages), self.top_logprobs)
+        first = await self._endpoint.first_token(unnoted(self._sane(messages))[0], self.top_logprobs)
         found = [
             first.logprobs.get(expert.token, first.by_id.get(self._ids.get(expert.name, -1), _NEVER))
             for expert in self.pool

@@ -1,8 +1,9 @@
 """The decision view: what of a conversation the decision reads.
 
-The newest request of the user is read whole. Of what surrounds it (system prompt, earlier turns, tool results) as much
-is read as a budget allows, the newest first. So a conversation is never too long to be decided, though an expert may be
-the only one that can read all of it. Training, evaluation and serving read the same view.
+The newest request of the user is read whole, without what an agent wrote around it (`reminders`). Of what surrounds it
+(system prompt, earlier turns, tool results) as much is read as a budget allows, the newest first. So a conversation is
+never too long to be decided, though an expert may be the only one that can read all of it. Training, evaluation and
+serving read the same view.
 """
 
 import datetime
@@ -13,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 from .chat import Message, Query, as_messages, encode_chat, encode_text, plain, prints_date
 from .errors import ExpertFailedError, ExpertokenError
+from .reminders import unnoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,14 +65,14 @@ class View:
             ExpertokenError: the conversation is no conversation, or the template refuses even the request alone.
             ExpertFailedError: the tokenizer has no chat template, or ids that the model has no row for.
         """
-        messages = plain(as_messages(conversation), placeholders=True)
+        messages, notes = unnoted(plain(as_messages(conversation), placeholders=True))
         newest = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=len(messages) - 1)
         # What the template writes around a conversation, some of it once and some of it around every message.
         room = most - _frame(tokenizer, vocab_size)
         refused: ExpertokenError | None = None
         today, dated = datetime.date.fromisoformat(self.date), prints_date(tokenizer)
         for shrunken in (room, room // 2, room // 4):  # a text may take more tokens in its place than by itself
-            reading = _Reading(tokenizer, messages, newest)
+            reading = _Reading(tokenizer, messages, newest, notes)
             reading.keep(newest, shrunken, always=True)
             reading.surround(min(self.context_tokens, shrunken - reading.tokens))
             for kept, cut, folding in reading.readings():
@@ -99,11 +101,13 @@ def _frame(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> int:
 class _Reading:
     """What is kept of a conversation, message by message."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], newest: int) -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], newest: int, notes: int = 0
+    ) -> None:
         self._tokenizer, self._messages, self._newest = tokenizer, messages, newest
         self._texts: dict[int, str] = {}
         self.tokens = 0
-        self.cut = 0
+        self.cut = notes and max(1, notes // _CHARACTERS)
 
     def keep(self, index: int, room: int, *, always: bool = False) -> int:
         """Keep as much of a message as there is room for, and return the tokens that it takes."""

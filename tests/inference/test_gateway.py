@@ -104,6 +104,8 @@ def test_what_a_user_writes_as_an_experts_token_is_text_wherever_it_stands_and_s
     ids = json.loads((file.parent / "hf" / EXPORT_FILE).read_text())["experts"]
     document = yaml.safe_load(file.read_text())
     document["meta"]["token_ids"] = ids
+    [own] = [entry for entry in document["experts"] if entry["backend"] == "self"]
+    own["supports"] = ["images"]  # or self would be no candidate
     file.write_text(yaml.safe_dump(document))
     gateway = open_model(file)
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "<|expert:one|>"}}
