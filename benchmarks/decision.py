@@ -76,7 +76,7 @@ def measure(composite: CompositeModel, questions: list[str], tokens: int, *, own
         meta.plain(meta.pad([query])["input_ids"], use_cache=True, logits_to_keep=1)
 
     for number, text in enumerate([questions[0], *questions]):  # the first is a warm-up
-        question = composite._question([{"role": "user", "content": text}], None, None, answer=True)
+        question = composite._question([{"role": "user", "content": text}], None, answer=True)
         [decision] = composite._decider.decide([question])
         assert (decision.dispatch.expert == "self") == own
         ways: dict[str, Any] = {

@@ -48,6 +48,9 @@ def serve(
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="A page elsewhere that may ask (https://chat.example); may be repeated.")
     ] = None,
+    session_store: Annotated[
+        str | None, typer.Option(help="redis://HOST:PORT/N, where several servers remember who answered a chat.")
+    ] = None,
     trust_proxy: Annotated[
         bool, typer.Option(help="Believe X-Forwarded-For of a proxy here (others: FORWARDED_ALLOW_IPS).")
     ] = False,
@@ -83,6 +86,7 @@ def serve(
         log_content=log_content,
         hosts=tuple(name.lower() for name in allow_host or ()),
         origins=tuple(cors_origin or ()),
+        session_store=session_store,
     )
     check_free(host, port)  # before a model is loaded for nothing
     timeouts = Timeouts(decision=decision_timeout, first=first_timeout, idle=idle_timeout)

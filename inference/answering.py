@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import fields, replace
 from typing import Any, overload
@@ -30,6 +30,7 @@ from .handover import HandOver
 from .loop import BackgroundLoop, in_thread
 from .observer import Answered, Observer, Spent
 from .reply import Attempt, Failed, HandedOver, Reply, ReplyStream, Turn, Whole
+from .sessions import Affinity
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,11 @@ class AnsweringModel(ABC):
 
     @abstractmethod
     async def adecide(
-        self, messages: Sequence[Message], policy: Policy | None = None, generation: Generation | None = None
+        self,
+        messages: Sequence[Message],
+        policy: Policy | None = None,
+        generation: Generation | None = None,
+        affinity: Affinity | None = None,
     ) -> Decision:
         """Decide on a conversation, together with whatever else is to be decided just now.
 
@@ -80,6 +85,7 @@ class AnsweringModel(ABC):
             messages: the conversation.
             policy: how a candidate is chosen; the model's own where None.
             generation: how it is to be answered: who can't serve that is no candidate.
+            affinity: what binds the conversation to who answered last; what its messages say where None.
         """
 
     @abstractmethod
@@ -213,6 +219,24 @@ class AnsweringModel(ABC):
         tokens = self._about(messages)
         self._check_length(tokens, self.limit)
         return Decision(Dispatch(name, {name: 1.0}, "nobody else may answer", (name,)), tokens, 0.0)
+
+    def _bound(
+        self, messages: Sequence[Message], policy: Policy, affinity: Affinity, unable: Mapping[str, str]
+    ) -> Decision | None:
+        """Return the decision for who called tools whose results come now, or None where nobody did, or may not.
+
+        Another expert would read calls that it did not make, under ids that its server does not know.
+        """
+        names = self.chooser.candidates(policy, unable)
+        if not affinity.open_calls or affinity.last not in names:
+            return None
+        tokens = self._about(messages)
+        self._check_length(tokens, self.limit)
+        ranking = (affinity.last, *(name for name in names if name != affinity.last))
+        if policy.fallbacks is not None:
+            ranking = ranking[: 1 + policy.fallbacks]
+        dispatch = Dispatch(affinity.last, {affinity.last: 1.0}, "its tool calls are open", ranking)
+        return Decision(dispatch, tokens, 0.0, whole=False)
 
     def _undecided(
         self,
@@ -388,7 +412,7 @@ class AnsweringModel(ABC):
         if not turn.part and turn.usage is None:
             return
         read, written = turn.usage or (decision.prompt_tokens, self.count(turn.part))
-        cost = self.pool[name].price(read, written)
+        cost = self.pool[name].price(read, written, turn.cached)
         reply = turn.stream.reply
         turn.stream.reply = replace(
             reply,

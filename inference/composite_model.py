@@ -24,7 +24,7 @@ from ..modeling.errors import ExpertokenError, OutOfMemoryError, one_line
 from ..modeling.files import local_folder
 from ..modeling.hub import push
 from ..modeling.loading import end_ids
-from ..modeling.policy import Policy, last_answerer
+from ..modeling.policy import Policy
 from ..modeling.pool import ExpertPool
 from ..modeling.saving import save_composite
 from ..modeling.source import Source
@@ -36,6 +36,7 @@ from .handover import HandOver, Watch
 from .loop import in_thread
 from .observer import Observer
 from .reply import Turn
+from .sessions import Affinity
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +184,11 @@ class CompositeModel(AnsweringModel):
         return self._decider.decide([self._question(messages, policy, generation) for messages in conversations])
 
     async def adecide(
-        self, messages: Sequence[Message], policy: Policy | None = None, generation: Generation | None = None
+        self,
+        messages: Sequence[Message],
+        policy: Policy | None = None,
+        generation: Generation | None = None,
+        affinity: Affinity | None = None,
     ) -> Decision:
         """Decide on a conversation, together with whatever else is to be decided just now.
 
@@ -193,11 +198,12 @@ class CompositeModel(AnsweringModel):
             ExpertokenError: the conversation is too long or refused, or the policy does not fit the pool.
             NoAnswerError: the meta LLM can't decide, and nobody is named for that.
         """
+        affinity = affinity or Affinity.of(messages, self.pool)
         policy, started, limit = policy or self.policy, time.perf_counter(), self._opening.timeouts.decision
         try:
             with anyio.fail_after(limit):
                 # Encoding a long conversation takes milliseconds, which other answers of this loop would wait for.
-                question = await asyncio.to_thread(self._question_or_decision, messages, policy, generation)
+                question = await asyncio.to_thread(self._question_or_decision, messages, policy, generation, affinity)
                 return question if isinstance(question, Decision) else await self._decider.adecide(question)
         except TimeoutError:
             reason = f"the meta LLM did not decide within {limit or 0:g} s"
@@ -212,32 +218,38 @@ class CompositeModel(AnsweringModel):
         self,
         messages: Sequence[Message],
         policy: Policy | None,
-        generation: Generation | None,
+        generation: Generation | None = None,
+        affinity: Affinity | None = None,
         *,
         answer: bool = False,
     ) -> Question:
-        policy = policy or self.policy
+        policy, affinity = policy or self.policy, affinity or Affinity.of(messages, self.pool)
         self.chooser.candidates(policy)  # a mistake in it is told before anything is computed
         query = self.meta.encode(self._unnamed(messages))
         tokens = len(query) + query.cut
         self._check_length(tokens, self.limit)
         unable = self._unable(messages, generation, tokens)
         self.chooser.candidates(policy, unable)
-        last = last_answerer(messages, self.pool)
+        last = affinity.last
         if answer and policy.sticky > 0 and last:  # most likely, so that its model may come while this is decided
             self.prepare(last)
         # A decision reads `[image_url]` for an image; an answer must not.
         answer = answer and query.whole and not any(is_media(message) for message in messages)
-        choose = partial(self.chooser.choose, policy, prompt_tokens=tokens, last=last, unable=unable)
+        choose = partial(
+            self.chooser.choose, policy, prompt_tokens=tokens, last=last, cached=affinity.cached, unable=unable
+        )
         return Question(query, choose, answer)
 
     def _question_or_decision(
-        self, messages: Sequence[Message], policy: Policy, generation: Generation | None
+        self, messages: Sequence[Message], policy: Policy, generation: Generation | None, affinity: Affinity
     ) -> Question | Decision:
-        names = self.chooser.candidates(policy, self._unable(messages, generation))
+        unable = self._unable(messages, generation)
+        names = self.chooser.candidates(policy, unable)
+        if (bound := self._bound(messages, policy, affinity, unable)) is not None:
+            return bound
         if len(names) == 1 and names[0] != self._self_name:  # self needs the forward pass for its answer
             return self._undisputed(messages, names[0])
-        return self._question(messages, policy, generation, answer=True)
+        return self._question(messages, policy, generation, affinity, answer=True)
 
     async def _ask(
         self, name: str, messages: list[Message], generation: Generation, decision: Decision, turn: Turn

@@ -30,7 +30,7 @@ from ..modeling.backend import Backend, Generation, Opening, Piece, Timeouts
 from ..modeling.chat import Message, apart, plain, text_of
 from ..modeling.errors import ExpertFailedError, ExpertokenError, RequestRefusedError, one_line
 from ..modeling.experts import Expert
-from ..modeling.policy import Chooser, Policy, last_answerer
+from ..modeling.policy import Chooser, Policy
 from ..modeling.pool import ExpertPool
 from ..modeling.reminders import unnoted
 from .answering import AnsweringModel
@@ -39,6 +39,7 @@ from .breaker import Breaker
 from .decider import Decision
 from .loop import BackgroundLoop
 from .observer import Observer
+from .sessions import Affinity
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +181,11 @@ class GatewayModel(AnsweringModel):
         return await asyncio.gather(*map(one, conversations))
 
     async def adecide(
-        self, messages: Sequence[Message], policy: Policy | None = None, generation: Generation | None = None
+        self,
+        messages: Sequence[Message],
+        policy: Policy | None = None,
+        generation: Generation | None = None,
+        affinity: Affinity | None = None,
     ) -> Decision:
         """Decide on a conversation by one token of the meta LLM's.
 
@@ -195,6 +200,9 @@ class GatewayModel(AnsweringModel):
         names = self.chooser.candidates(policy, unable)
         if len(names) == 1:
             return self._undisputed(messages, names[0])
+        affinity = affinity or Affinity.of(messages, self.pool)
+        if (bound := self._bound(messages, policy, affinity, unable)) is not None:
+            return bound
         self._check_length(self._about(messages), self.limit)
         started = time.perf_counter()
         if not self._breaker.admits():
@@ -215,8 +223,9 @@ class GatewayModel(AnsweringModel):
             self._breaker.left()
             raise
         self._breaker.succeeded()
-        last = last_answerer(messages, self.pool)
-        dispatch = self.chooser.choose(policy, logits, prompt_tokens=tokens, last=last, unable=unable)
+        dispatch = self.chooser.choose(
+            policy, logits, prompt_tokens=tokens, last=affinity.last, cached=affinity.cached, unable=unable
+        )
         seconds = time.perf_counter() - started
         self.observer.decided(dispatch, seconds, 1)
         return Decision(dispatch, tokens, seconds)

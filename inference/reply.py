@@ -32,6 +32,7 @@ class Reply:
         handed_over_after: characters that self had written then.
         thought: what the models thought, by the name under which their servers sent it.
         details: further counts of tokens, as servers gave them (`completion_tokens_details`, ...).
+        calls: ids of the tool calls in it.
     """
 
     text: str
@@ -50,6 +51,7 @@ class Reply:
     handed_over_after: int = 0
     thought: Mapping[str, str] = field(default_factory=dict)
     details: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    calls: tuple[str, ...] = ()
 
 
 class ReplyStream:
@@ -158,6 +160,7 @@ class Turn:
         stops: that end it.
         calls: whether it calls tools.
         usage: tokens of the present candidate, where it counts them.
+        cached: tokens of its prompt that it had cached, as far as it says so.
         refused: whether all who failed refused the request itself.
     """
 
@@ -172,6 +175,7 @@ class Turn:
         self.stream.reply = replace(self.stream.reply, expert=name)
         self.stops = StopTexts(self.generation.stop)  # what was held back is not out, and is not gone on with
         self.usage: tuple[int, int] | None = None
+        self.cached = 0
         self._finish: str | None = None
         self._from = len(self.text)
 
@@ -228,7 +232,11 @@ class Turn:
             self.stream.reply = replace(self.stream.reply, first=self.elapsed)
         self.calls = self.calls or bool(piece.tool_calls)
         reply = self.stream.reply
+        if piece.tool_calls:
+            ids = (call.get("id") for call in piece.tool_calls)
+            reply = replace(reply, calls=tuple(dict.fromkeys((*reply.calls, *filter(None, ids)))))
         if piece.details:
+            self.cached += piece.details.get("prompt_tokens_details", {}).get("cached_tokens", 0)
             reply = replace(reply, details=added(reply.details, piece.details))
         if piece.thought:
             known = reply.thought

@@ -50,7 +50,8 @@ class Expert:
         revision: git revision of `model` on the hub.
         base_url: address of an endpoint.
         api_key_env: NAME of the environment variable that holds the endpoint's key.
-        cost: USD per million tokens, `{"input": ..., "output": ...}`.
+        cost: USD per million tokens, `{"input": ..., "output": ...}`, and maybe `cached_input` for what the endpoint
+            has cached.
         results: name in benchmark results, where that is neither `name` nor `model`.
         supports: of `CAPABILITIES`, what it can do; None where that is not known. See `capabilities`.
         context_length: tokens that it reads and writes together; None where not known.
@@ -132,11 +133,18 @@ class Expert:
             raise ExpertFailedError(f"the environment variable {self.key_variable} with its key is not set")
         return key
 
-    def price(self, read: int, written: int) -> float | None:
-        """USD for tokens read and written, or None where the pool has no price."""
+    def price(self, read: int, written: int, cached: int = 0) -> float | None:
+        """USD for tokens read and written, or None where the pool has no price.
+
+        Args:
+            read: tokens of the prompt.
+            written: tokens of the answer.
+            cached: tokens of the prompt that the endpoint had cached.
+        """
         if self.cost is None:
             return None
-        return (read * self.cost["input"] + written * self.cost["output"]) / 1e6
+        less = self.cost["input"] - self.cost.get("cached_input", self.cost["input"])
+        return (read * self.cost["input"] - min(cached, read) * less + written * self.cost["output"]) / 1e6
 
     def find_in(self, models: Iterable[str]) -> str | None:
         """The one of `models` that results call this expert by, or None."""

@@ -152,9 +152,9 @@ class Chooser:
                 raise ExpertokenError(f"policy.{weighed}: no candidate's cost is known; write `cost` into the pool")
         return names
 
-    def usd(self, prompt_tokens: int) -> np.ndarray:
+    def usd(self, prompt_tokens: int, cached: Mapping[str, int] | None = None) -> np.ndarray:
         """Return the expected cost of each candidate on a request, `[C]` USD; see `utility.priced` for unknown ones."""
-        return priced(expected_usd(self.pool.candidates, prompt_tokens, self.usd_per_query))
+        return priced(expected_usd(self.pool.candidates, prompt_tokens, self.usd_per_query, cached))
 
     def choose(
         self,
@@ -163,6 +163,7 @@ class Chooser:
         *,
         prompt_tokens: int = 0,
         last: str | None = None,
+        cached: int = 0,
         unable: Mapping[str, str] | None = None,
     ) -> Dispatch:
         """Decide.
@@ -172,6 +173,7 @@ class Chooser:
             logits: `[C]`, of the candidates in pool order.
             prompt_tokens: tokens of the request, for its cost.
             last: name of the candidate that gave the chat's last answer.
+            cached: tokens of the request that this candidate has cached: what a switch to another one would cost.
             unable: candidates that can't serve the request, with the reason; nobody of them is asked.
 
         Returns:
@@ -187,7 +189,8 @@ class Chooser:
         allowed = self.candidates(policy, unable)
         changed = self._changed(policy, logits, last)
         shares = self._shares(allowed, changed)
-        ranking = self._ranking(policy, allowed, changed, prompt_tokens)
+        known = {last: cached} if last is not None and cached else {}
+        ranking = self._ranking(policy, allowed, changed, self.usd(prompt_tokens, known))
         reason = self._reason(policy, plain, ranking[0], unable or {})
         best = max(allowed, key=shares.__getitem__)
         if policy.threshold is not None and shares[best] < policy.threshold:
@@ -214,12 +217,12 @@ class Chooser:
             changed[self.pool.names.index(last)] += policy.sticky
         return changed
 
-    def _ranking(self, policy: Policy, allowed: Sequence[str], logits: torch.Tensor, prompt_tokens: int) -> list[str]:
+    def _ranking(self, policy: Policy, allowed: Sequence[str], logits: torch.Tensor, usd: np.ndarray) -> list[str]:
         """Return those who may answer, the first choice first."""
         place = {name: index for index, name in enumerate(self.pool.names)}
         if not policy.cost_weight and policy.tolerance is None:
             return sorted(allowed, key=lambda name: float(logits[place[name]]), reverse=True)
-        quality, usd = logits.sigmoid().numpy(), self.usd(prompt_tokens)
+        quality = logits.sigmoid().numpy()
         if policy.tolerance is None:
             worth = utility(quality, usd, policy.cost_weight)
             return sorted(allowed, key=lambda name: worth[place[name]], reverse=True)

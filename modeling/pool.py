@@ -135,10 +135,12 @@ def _capability_mistakes(key: str, value: Any, place: str) -> list[str]:
 def _cost_mistakes(cost: Any, place: str) -> list[str]:
     if cost is None:
         return []
-    ok = isinstance(cost, dict) and set(cost) == {"input", "output"}
+    ok = isinstance(cost, dict) and set(cost) - {"cached_input"} == {"input", "output"}
     if ok and all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < 1e6 for v in cost.values()):
         return []
-    return [f"{place}.cost: expected {{input: USD, output: USD}} per million tokens, got {cost!r}"]
+    return [
+        f"{place}.cost: expected {{input: USD, output: USD}} per million tokens (and maybe cached_input), got {cost!r}"
+    ]
 
 
 class ExpertPool:

@@ -36,7 +36,12 @@ def priced(usd: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(usd), np.where(np.isinf(known), 0.0, known), usd)
 
 
-def expected_usd(experts: Sequence[Expert], prompt_tokens: int, measured: Mapping[str, float]) -> np.ndarray:
+def expected_usd(
+    experts: Sequence[Expert],
+    prompt_tokens: int,
+    measured: Mapping[str, float],
+    cached: Mapping[str, int] | None = None,
+) -> np.ndarray:
     """Return what each candidate is expected to cost on a request, `[C]` USD, NaN where nothing is known.
 
     The pool's price comes first, then the mean cost in the results that the composite was trained on. A model that runs
@@ -46,10 +51,11 @@ def expected_usd(experts: Sequence[Expert], prompt_tokens: int, measured: Mappin
         experts: the candidates.
         prompt_tokens: tokens of the request.
         measured: mean USD of an answer by candidate, from results.
+        cached: tokens of the request that a candidate has cached, by name.
     """
     found = []
     for expert in experts:
-        price = expert.price(prompt_tokens, OUTPUT_TOKENS)
+        price = expert.price(prompt_tokens, OUTPUT_TOKENS, (cached or {}).get(expert.name, 0))
         if price is None:
             price = measured.get(expert.name, np.nan if expert.kind.priced else 0.0)
         found.append(price)

@@ -8,8 +8,6 @@ from typing import Any
 from ...modeling.experts import Expert
 from ..breaker import Breaker
 
-OPENAI = "https://api.openai.com/v1"
-
 
 @dataclass(frozen=True)
 class Address:
@@ -30,13 +28,13 @@ class Addresses:
     """All addresses of an expert.
 
     Args:
-        expert: with `addresses`, with `base_url`, or with neither: then OpenAI's own.
+        expert: with `addresses`, with `base_url`, or with neither.
+        default: the address where the expert has none.
     """
 
-    def __init__(self, expert: Expert) -> None:
+    def __init__(self, expert: Expert, default: str) -> None:
         given = expert.options.get("addresses")
-        # Not where a variable of this machine points, which the client would take.
-        alone = [{"base_url": expert.base_url or OPENAI}]
+        alone = [{"base_url": expert.base_url or default}]
         self.all = [Address(entry["base_url"], float(entry.get("weight", 1))) for entry in given or alone]
 
     def __len__(self) -> int:

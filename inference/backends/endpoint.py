@@ -43,6 +43,7 @@ _CHARACTERS = 32  # of a token, on average, at most: beyond that an endpoint doe
 _CERTAIN = 0.01  # a log-probability is not above 0, but for rounding
 _STOPS = 4  # stop texts that OpenAI's API takes
 _OPENAI = "//api.openai.com"
+_OPENAI_ADDRESS = f"https:{_OPENAI}/v1"
 _GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
 
 
@@ -70,7 +71,7 @@ class EndpointBackend(Backend):
         self._refused: set[str] = set()  # parameters of ours that this server does not know
         # A client's connections belong to one event loop.
         self._clients: dict[tuple[asyncio.AbstractEventLoop, str], AsyncOpenAI] = {}
-        self.addresses = Addresses(expert)
+        self.addresses = Addresses(expert, _OPENAI_ADDRESS)  # not where a variable of this machine points
         self._lock = threading.Lock()
 
     def client(self, address: Address | None = None) -> "AsyncOpenAI":

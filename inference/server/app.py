@@ -25,6 +25,8 @@ from ...modeling.chat import Message, as_messages
 from ...modeling.errors import ExpertokenError, NoAnswerError, one_line
 from ...modeling.policy import Policy
 from ..answering import AnsweringModel
+from ..reply import Reply
+from ..sessions import Affinity, LastAnswer, key_of, open_store
 from .completions import Completion, merged, public
 from .guard import Guard, error_body
 from .prometheus import Metrics
@@ -36,7 +38,6 @@ logger = logging.getLogger("expertoken.requests")
 
 T = TypeVar("T")
 
-_REMEMBERED = 10_000  # answers whose expert is known when their chat goes on
 _SILENCE = 10.0  # seconds without a word, until a comment keeps proxies and browsers waiting
 _GONE = 499  # the client went away: as nginx logs it; nobody reads it
 _STOPPED = HTTPStatus.SERVICE_UNAVAILABLE  # the server stopped before the answer was whole
@@ -69,7 +70,7 @@ class Service:
         composite.chooser.candidates(composite.policy)  # a policy that fits nobody is told at the start
         self.started = int(time.time())
         self.draining = False
-        self._answerers: dict[bytes, str] = {}
+        self.sessions = open_store(settings.session_store)
         for expert in composite.pool.experts:
             if expert.kind.remote:  # costs nothing to hold; local ones are loaded when they are called
                 _open(composite, expert.name)
@@ -96,46 +97,48 @@ class Service:
         return Policy(allow=(request.model.removeprefix(f"{self.settings.name}/"),))
 
     def messages(self, request: ChatRequest) -> list[Message]:
-        """The conversation, with who gave its answers as far as that is remembered.
+        """The conversation.
 
         Raises:
             ExpertokenError: it is not well formed, or too long.
         """
         if len(request.messages) > self.settings.max_messages:
             raise ExpertokenError(f"{len(request.messages)} messages; at most {self.settings.max_messages} are read")
-        named, asked = [], _digest(None)
-        for message in as_messages(request.messages):
-            name = None
-            if message["role"] == "user":  # what a user calls himself is no expert's name
-                asked = _digest(message.get("content"))  # once, however many answers there are
-            elif message["role"] == "assistant":
-                name = message.get("name") or self._answerers.get(_turn(asked, message.get("content")))
-            named.append(message | {"name": name} if name else message)
-        return named
+        return as_messages(request.messages)
 
-    def remember(self, messages: list[Message], text: str, expert: str) -> None:
-        """Who gave an answer: clients send the text back without it when the chat goes on."""
-        asked = next((m.get("content") for m in reversed(messages) if m["role"] == "user"), None)
-        turn = _turn(_digest(asked), text)
-        self._answerers.pop(turn, None)
-        self._answerers[turn] = expert  # as the newest
-        if len(self._answerers) > _REMEMBERED:
-            del self._answerers[next(iter(self._answerers))]
+    async def affinity(self, messages: list[Message], request: ChatRequest, http: Request) -> Affinity:
+        """What binds a conversation that goes on to who answered last: clients do not say who that was."""
+        answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        known = None
+        if answers:
+            so_far, where = messages[: answers[-1] + 1], _session_of(request, http)
+            known = await self.sessions.get(await asyncio.to_thread(key_of, so_far, tools=request.tools, **where))
+        return await asyncio.to_thread(Affinity.of, messages, self.composite.pool, known)
 
-    async def answer(self, request: ChatRequest) -> Completion:
+    async def remember(self, completion: Completion, reply: Reply) -> None:
+        """Who gave an answer, for when the chat goes on."""
+        calls = [{"id": call} for call in reply.calls]
+        said: Message = {"role": "assistant", "content": reply.text, "tool_calls": calls}
+        messages, tools = [*completion.request.messages, said], completion.request.tools
+        key = await asyncio.to_thread(key_of, messages, session=completion.session, scope=completion.scope, tools=tools)
+        tokens = reply.prompt_tokens + reply.completion_tokens
+        await self.sessions.put(key, LastAnswer(reply.expert, tokens, time.time()))
+
+    async def answer(self, request: ChatRequest, http: Request) -> Completion:
         """Decide; nothing is asked of an expert yet."""
         policy = self.policy(request)
         messages = await asyncio.to_thread(self.messages, request)  # megabytes of them take a while
+        affinity = await self.affinity(messages, request, http)
         first = request.generation(self.settings.max_new_tokens)
         with self.tracing.span("decide"):
-            decision = await self.composite.adecide(messages, policy, first)
+            decision = await self.composite.adecide(messages, policy, first, affinity)
         streams = [self.composite.answer(messages, decision, first)]
         for number in range(1, request.n):
             # The decision's cache serves one answer; it is changed by that.
             other = request.generation(self.settings.max_new_tokens, number)
             streams.append(self.composite.answer(messages, replace(decision, own=None), other))
         # Without keys whoever asks owns this machine.
-        return Completion(request, streams, reasons=not self.settings.api_keys)
+        return Completion(request, streams, reasons=not self.settings.api_keys, **_session_of(request, http))
 
     def log(
         self, completion: Completion | None, request: ChatRequest, status: int, started: float, http: Request
@@ -161,10 +164,11 @@ class Service:
         """What the log tells, in the request's span; before the response's last byte, with which the span ends."""
         self.tracing.note({"id": completion.id} | _told(completion.replies[0]))
 
-    def finish(self, completion: Completion, status: int, started: float, http: Request) -> None:
+    async def finish(self, completion: Completion, status: int, started: float, http: Request) -> None:
         """An answer ended, as far as it came."""
         for reply in completion.replies:
-            self.remember(completion.request.messages, reply.text, reply.expert)
+            if reply.finish is None and reply.text:  # whoever stopped it may go on from there
+                await self.remember(completion, reply)
         self.log(completion, completion.request, status, started, http)
 
 
@@ -189,13 +193,11 @@ def _open(composite: AnsweringModel, name: str) -> None:
         logger.warning("expert %r can't be asked: %s", name, one_line(error))
 
 
-def _digest(content: Any) -> bytes:
-    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).digest()
-
-
-def _turn(asked: bytes, answer: Any) -> bytes:
-    """Return what tells an answer by its question's digest: a greeting is given by many, to many."""
-    return hashlib.blake2b(asked + json.dumps(answer or "").encode(), digest_size=16).digest()
+def _session_of(request: ChatRequest, http: Request) -> dict[str, Any]:
+    """Return the session that a request says that it belongs to, and what keeps it apart from other clients'."""
+    key = http.headers.get("authorization", "")
+    scope = hashlib.blake2b(key.encode(), digest_size=16).hexdigest() if key else ""
+    return {"session": http.headers.get("x-session-id") or request.session, "scope": scope}
 
 
 def create_app(composite: AnsweringModel, settings: Settings | None = None) -> FastAPI:
@@ -243,18 +245,20 @@ def create_app(composite: AnsweringModel, settings: Settings | None = None) -> F
         """Answer a conversation, as OpenAI's API does."""
         started, completion = time.time(), None
         try:
-            completion = await _unless_gone(service.answer(request), http)
+            completion = await _unless_gone(service.answer(request, http), http)
             if completion is None:
                 service.log(None, request, _GONE, started, http)
                 return Response(status_code=_GONE)
             if request.stream:
                 return await _streamed(service, completion, started, http)
             body = await _unless_gone(completion.whole(), http)
+            for reply in completion.replies if body is not None else ():
+                await service.remember(completion, reply)
             response = JSONResponse(body)
         except BaseException as error:
             service.log(completion, request, _status(error), started, http)
             raise
-        service.finish(completion, _GONE if body is None else 200, started, http)
+        await service.finish(completion, _GONE if body is None else 200, started, http)
         service.trace(completion)
         return response
 
@@ -321,7 +325,7 @@ async def _streamed(service: Service, completion: Completion, started: float, ht
     try:
         told = await _unless_gone(asyncio.wait([coming], timeout=_SILENCE), http)
         if told is None:
-            service.finish(completion, _GONE, started, http)
+            await service.finish(completion, _GONE, started, http)
             return Response(status_code=_GONE)
         if coming.done():
             coming.result()  # raises what went wrong
@@ -331,9 +335,13 @@ async def _streamed(service: Service, completion: Completion, started: float, ht
             await _ended(coming, pieces)
 
     async def all_pieces() -> AsyncGenerator[tuple[int, Piece], None]:
-        yield await coming
-        async for piece in pieces:
-            yield piece
+        found: tuple[int, Piece] | None = await coming
+        while found is not None:
+            index, piece = found
+            if piece.finish is not None:  # before the client has it, and asks what comes next
+                await service.remember(completion, completion.replies[index])
+            yield index, piece
+            found = await anext(pieces, None)
 
     status = _GONE
 
@@ -347,7 +355,7 @@ async def _streamed(service: Service, completion: Completion, started: float, ht
 
     async def end(*, stopped: bool) -> None:
         await _ended(coming, pieces)
-        service.finish(completion, _STOPPED if stopped else status, started, http)
+        await service.finish(completion, _STOPPED if stopped else status, started, http)
 
     return _Events(events(), end, service)
 

@@ -24,11 +24,15 @@ class Completion:
         request: that is answered.
         streams: an answer each.
         reasons: whether those who ask may know why an expert failed: reasons name paths and variables of this machine.
+        session: id of the session that it belongs to, as the client says; None where it says nothing.
+        scope: what keeps this client's sessions apart from others'.
     """
 
     request: ChatRequest
     streams: Sequence[ReplyStream]
     reasons: bool = False
+    session: str | None = None
+    scope: str = ""
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 

@@ -69,7 +69,15 @@ class ChatRequest(_Body):
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    metadata: dict[str, Any] | None = None
+    prompt_cache_key: Annotated[str, StringConstraints(max_length=300)] | None = None
     expertoken: Extension = Field(default_factory=Extension)
+
+    @property
+    def session(self) -> str | None:
+        """The session that the request says that it belongs to, or None."""
+        user = (self.metadata or {}).get("user_id")
+        return self.prompt_cache_key or (user if isinstance(user, str) and user else None)
 
     @property
     def include_usage(self) -> bool:

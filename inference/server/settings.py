@@ -26,6 +26,7 @@ class Settings:
         log_content: write questions and answers to the log.
         hosts: further names by which this server is asked for without keys.
         origins: of pages elsewhere that may ask from a browser.
+        session_store: URL of the Redis that several servers remember sessions in; None for this process's memory.
 
     Raises:
         ExpertokenError: the host can be reached from elsewhere, and there are no API keys.
@@ -43,6 +44,7 @@ class Settings:
     log_content: bool = False
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
+    session_store: str | None = None
 
     def __post_init__(self) -> None:
         if not self.api_keys and not is_loopback(self.host):

@@ -56,7 +56,8 @@ def test_headers_of_an_entry_reach_its_server(recorded):
 
 
 def test_requests_are_spread_over_the_addresses_by_weight():
-    addresses = Addresses(expert(addresses=[{"base_url": "http://a/v1", "weight": 3}, {"base_url": "http://b/v1"}]))
+    given = expert(addresses=[{"base_url": "http://a/v1", "weight": 3}, {"base_url": "http://b/v1"}])
+    addresses = Addresses(given, "")
     counts = Counter(addresses.pick().url for _ in range(4000))
     assert counts["http://a/v1"] / 4000 == pytest.approx(0.75, abs=0.04)
 

@@ -598,7 +598,7 @@ def test_an_image_is_nothing_that_self_answers_though_it_may_hand_over(make):
     composite = make(winner=None)
     parts = [{"type": "text", "text": "hello"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
     for composite.anywhere in (False, True):
-        with pytest.raises(NoAnswerError, match="no text"):
+        with pytest.raises(ExpertokenError, match="self can't read images"):
             composite.chat([{"role": "user", "content": parts}], policy=Policy(allow=("self",)))
 
 

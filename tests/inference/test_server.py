@@ -19,7 +19,6 @@ from starlette.routing import Route
 
 from expertoken.inference.server import Settings, create_app, guard
 from expertoken.inference.server import app as server
-from expertoken.inference.server.schema import ChatRequest
 from expertoken.modeling.backend import Timeouts
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
@@ -831,19 +830,6 @@ def test_a_chat_that_goes_on_stays_with_its_expert_though_the_client_does_not_sa
         forged = [{"role": "user", "content": "hello", "name": "two"}]
         _, body, _ = post(address, {"model": "comp", "messages": forged} | extra)
         assert body["choices"][0]["message"]["content"].startswith("one")
-
-
-def test_of_more_chats_than_are_remembered_the_one_answered_longest_ago_is_forgotten(composite, monkeypatch):
-    monkeypatch.setattr(server, "_REMEMBERED", 2)
-    service = create_app(composite, Settings(name="comp")).state.service
-    for answer in ("first", "second", "first", "third"):
-        service.remember(HELLO, answer, "two")
-    chats = {answer: [*HELLO, {"role": "assistant", "content": answer}] for answer in ("first", "second", "third")}
-    known = {
-        answer: "name" in service.messages(ChatRequest(model="comp", messages=chat))[1]
-        for answer, chat in chats.items()
-    }
-    assert known == {"first": True, "second": False, "third": True}
 
 
 def test_what_local_experts_take_is_told(base_folder, tmp_path):
