@@ -12,7 +12,7 @@ from typing import Any, overload
 
 from ..modeling.backend import Backend, Generation, Piece
 from ..modeling.capabilities import Needs, unable
-from ..modeling.chat import Message, as_messages, text_of
+from ..modeling.chat import Message, as_messages, plain, text_of
 from ..modeling.dispatch import Dispatch
 from ..modeling.errors import (
     ExpertFailedError,
@@ -23,6 +23,7 @@ from ..modeling.errors import (
     one_line,
 )
 from ..modeling.policy import Chooser, Policy
+from ..modeling.reminders import unnoted
 from .backends.models import LocalModels
 from .breaker import Breaker
 from .decider import Decision
@@ -189,11 +190,16 @@ class AnsweringModel(ABC):
         messages = as_messages(conversation)
         return self.answer(messages, await self.adecide(messages, policy, options), options)
 
-    def _about(self, messages: Sequence[Message]) -> int:
+    def about(self, messages: Sequence[Message]) -> int:
         """Tokens of a conversation's texts, without what a template adds; estimated where they are very long."""
         text = "\n".join(text_of(message, placeholders=True) for message in messages)
         counted = text[:_COUNTED]
         return math.ceil(self.count(counted) * len(text) / max(1, len(counted)))
+
+    def view(self, messages: Sequence[Message]) -> str:
+        """Return the text that a decision on a conversation reads."""
+        kept, _ = unnoted(plain(messages, placeholders=True))
+        return "\n".join(f"{message['role']}: {message['content']}" for message in kept)
 
     def _unable(
         self, messages: Sequence[Message], generation: Generation | None, tokens: int | None = None
@@ -207,7 +213,7 @@ class AnsweringModel(ABC):
         """
         candidates = self.pool.candidates
         if tokens is None and any(expert.context_length is not None for expert in candidates):
-            tokens = self._about(messages)
+            tokens = self.about(messages)
         return unable(candidates, Needs.of(messages, generation, tokens or 0))
 
     def _undisputed(self, messages: Sequence[Message], name: str) -> Decision:
@@ -216,7 +222,7 @@ class AnsweringModel(ABC):
         Raises:
             ExpertokenError: the conversation is longer than the operator allows.
         """
-        tokens = self._about(messages)
+        tokens = self.about(messages)
         self._check_length(tokens, self.limit)
         return Decision(Dispatch(name, {name: 1.0}, "nobody else may answer", (name,)), tokens, 0.0)
 
@@ -230,7 +236,7 @@ class AnsweringModel(ABC):
         names = self.chooser.candidates(policy, unable)
         if not affinity.open_calls or affinity.last not in names:
             return None
-        tokens = self._about(messages)
+        tokens = self.about(messages)
         self._check_length(tokens, self.limit)
         ranking = (affinity.last, *(name for name in names if name != affinity.last))
         if policy.fallbacks is not None:
@@ -259,7 +265,7 @@ class AnsweringModel(ABC):
         if policy.fallbacks is not None:
             ranking = ranking[: 1 + policy.fallbacks]
         dispatch = Dispatch(policy.default, {policy.default: 1.0}, f"{reason}: {policy.default} answers", ranking)
-        return Decision(dispatch, self._about(messages), time.perf_counter() - started, whole=False)
+        return Decision(dispatch, self.about(messages), time.perf_counter() - started, whole=False)
 
     @staticmethod
     def _check_length(tokens: int, most: int | None) -> None:

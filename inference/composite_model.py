@@ -162,6 +162,10 @@ class CompositeModel(AnsweringModel):
         found = len(encode_text(self.meta.tokenizer, head).input_ids)
         return found if len(text) <= _COUNTED else found * len(text) // _COUNTED
 
+    def view(self, messages: Sequence[Message]) -> str:
+        """Return the text that a decision on a conversation reads, with the chat template's tokens."""
+        return str(self.meta.tokenizer.decode(self.meta.encode(self._unnamed(messages)).ids))
+
     def observe(self, observer: Observer) -> None:
         """Tell another observer from now on."""
         self.observer = self._decider.observer = observer

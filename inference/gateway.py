@@ -203,7 +203,7 @@ class GatewayModel(AnsweringModel):
         affinity = affinity or Affinity.of(messages, self.pool)
         if (bound := self._bound(messages, policy, affinity, unable)) is not None:
             return bound
-        self._check_length(self._about(messages), self.limit)
+        self._check_length(self.about(messages), self.limit)
         started = time.perf_counter()
         if not self._breaker.admits():
             return self._undecided(messages, policy, f"{_FAILED}: it failed too often of late", started, generation)
@@ -244,7 +244,7 @@ class GatewayModel(AnsweringModel):
             if len(messages) == 1 and text == request.get("content"):
                 raise
             logits, tokens = await self._ask_meta([{"role": "user", "content": text}])
-            return logits, max(tokens, self._about(messages))
+            return logits, max(tokens, self.about(messages))
 
     async def _ask_meta(self, messages: Sequence[Message]) -> tuple[torch.Tensor, int]:
         """Return the candidates' logits `[C]` (their log-probabilities) and the number of prompt tokens."""
@@ -265,7 +265,7 @@ class GatewayModel(AnsweringModel):
             raise ExpertFailedError(
                 f"no expert's token is among its {self.top_logprobs} most probable ones; is it the exported checkpoint?"
             )
-        read = self._about(messages) if first.prompt_tokens is None else first.prompt_tokens
+        read = self.about(messages) if first.prompt_tokens is None else first.prompt_tokens
         return torch.tensor(found), read
 
 

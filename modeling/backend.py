@@ -3,7 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .source import Source
@@ -117,6 +119,10 @@ class Timeouts:
     first: float = 60.0
     idle: float = 30.0
     retries: int = 1
+
+
+REQUEST_HEADERS: ContextVar[Mapping[str, str]] = ContextVar("request_headers", default=MappingProxyType({}))
+"""Headers by which a request can be found again: they go along where an endpoint is asked on its behalf."""
 
 
 class Models(Protocol):

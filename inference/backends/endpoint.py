@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
-from ...modeling.backend import Backend, Generation, Opening, Piece, Timeouts
+from ...modeling.backend import REQUEST_HEADERS, Backend, Generation, Opening, Piece, Timeouts
 from ...modeling.chat import Message
 from ...modeling.errors import ExpertFailedError, RequestRefusedError
 from ...modeling.experts import Expert, ExpertKind
@@ -137,7 +137,8 @@ class EndpointBackend(Backend):
         async def ask() -> Any:
             async def create(client: "AsyncOpenAI") -> Any:
                 asking: Any = client.chat.completions.create
-                return await asking(**request, logprobs=True, top_logprobs=candidates)
+                headers = dict(REQUEST_HEADERS.get())
+                return await asking(**request, logprobs=True, top_logprobs=candidates, extra_headers=headers)
 
             return await self._at(tried, create)
 
@@ -272,7 +273,8 @@ class EndpointBackend(Backend):
 
         limited = generation.max_new_tokens is not None
         events = events_of(openai.AsyncStream[object])
-        ask = partial(client.post, "/chat/completions", cast_to=object, stream=True, stream_cls=events)
+        headers: Any = {"headers": dict(REQUEST_HEADERS.get())}
+        ask = partial(client.post, "/chat/completions", cast_to=object, stream=True, stream_cls=events, options=headers)
         while True:
             body = self._options(generation) | {"messages": messages}
             try:

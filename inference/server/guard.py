@@ -6,7 +6,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,13 +27,52 @@ logger = logging.getLogger("expertoken.requests")
 
 _PATIENCE = 10.0  # seconds between two parts of a body
 _WHOLE = 60.0  # seconds for all of a body
-_ANSWERS = "/v1/chat/completions"
+_ANSWERS = ("/v1/chat/completions", "/v1/messages", "/v1/responses", "/v1/route", "/v1/messages/count_tokens")
+_ANTHROPIC = "/v1/messages"
 
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
     """An error as OpenAI's API has it."""
     message = message.encode("utf-8", "replace").decode()  # it may quote half a surrogate, which can't be sent
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+_KINDS = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_error(message: str, status: int) -> dict[str, Any]:
+    """An error as Anthropic's API has it."""
+    kind = _KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def _in_anthropics_form(send: Send) -> Send:
+    """Return a `send` that makes errors of OpenAI's form, wherever they come from, into Anthropic's."""
+    held: MutableMapping[str, Any] | None = None
+
+    async def reshaping(message: MutableMapping[str, Any]) -> None:
+        nonlocal held
+        if message["type"] == "http.response.start" and message["status"] >= 400:
+            held = message
+            return
+        if held is None:
+            await send(message)
+            return
+        start, held = held, None  # an error is one body
+        told = json.loads(message.get("body") or b"{}").get("error") or {}
+        content = json.dumps(anthropic_error(str(told.get("message")), start["status"])).encode()
+        headers = [item for item in start["headers"] if item[0].lower() != b"content-length"]
+        length = (b"content-length", str(len(content)).encode())
+        await send({**start, "headers": [*headers, length]})
+        await send({"type": "http.response.body", "body": content})
+
+    return reshaping
 
 
 class Guard:
@@ -69,6 +108,8 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         # Behind a prefix (a mount, a proxy's root path) the router takes it off, so it is taken off here.
         path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path.startswith(_ANTHROPIC):
+            send = _in_anthropics_form(send)
         if path in self.open_paths:
             await self.app(scope, receive, send)
             return
@@ -78,12 +119,12 @@ class Guard:
             told = "without API keys this server answers on loopback only; --allow-host NAME lets another name in"
             await _refuse(send, 403, error_body(told, "invalid_request_error"))
             return
-        key = _bearer(headers.get("authorization", ""))
+        key = key_of(headers)
         if self.settings.api_keys and not self._knows(key):
             body = error_body("no valid API key was given", "invalid_request_error", "invalid_api_key")
-            await (self._turn_away if path == _ANSWERS else _refuse)(send, 401, body)
+            await (self._turn_away if path in _ANSWERS else _refuse)(send, 401, body)
             return
-        if path != _ANSWERS:
+        if path not in _ANSWERS:
             await self.app(scope, receive, send)
             return
         who = key if self.settings.api_keys else (scope.get("client") or ("",))[0]
@@ -231,9 +272,11 @@ class _BrokenBodyError(Exception):
     """A body went over its limit while it was read, or stopped coming."""
 
 
-def _bearer(header: str) -> str | None:
-    kind, _, key = header.partition(" ")
-    return key.strip() if kind.lower() == "bearer" and key.strip() else None
+def key_of(headers: Mapping[str, str]) -> str | None:
+    """Return the API key of a request: a bearer's, or under `x-api-key` as Anthropic's clients send it."""
+    kind, _, key = headers.get("authorization", "").partition(" ")
+    bearer = key.strip() if kind.lower() == "bearer" else ""
+    return bearer or headers.get("x-api-key", "").strip() or None
 
 
 async def _refuse(send: Send, status: int, body: dict[str, Any], retry: int | None = None) -> None:

@@ -16,8 +16,8 @@ _PASSED = (
 StopText = Annotated[str, StringConstraints(max_length=200)]
 
 
-class _Body(BaseModel):
-    """Null means what is not given, as clients send it."""
+class RequestBody(BaseModel):
+    """Body of a request. Null means what is not given, as clients send it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -25,13 +25,13 @@ class _Body(BaseModel):
         return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
-class StreamOptions(_Body):
+class StreamOptions(RequestBody):
     """Of a streamed answer."""
 
     include_usage: bool = False
 
 
-class Extension(_Body):
+class Extension(RequestBody):
     """What a composite can be asked beyond OpenAI's API, under the key `expertoken`."""
 
     model_config = ConfigDict(extra="forbid")
@@ -42,7 +42,7 @@ class Extension(_Body):
     )
 
 
-class ChatRequest(_Body):
+class ChatRequest(RequestBody):
     """Body of `POST /v1/chat/completions`; fields that are not known here are ignored, as the field's servers do."""
 
     model_config = ConfigDict(extra="ignore")

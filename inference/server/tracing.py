@@ -1,7 +1,7 @@
 """Spans for OpenTelemetry, where an operator wants them: the request, its decision, and how it was answered."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,6 +57,20 @@ class Tracing:
             return
         with self._provider.get_tracer("expertoken").start_as_current_span(name):
             yield
+
+    def propagated(self, given: Mapping[str, str]) -> dict[str, str]:
+        """Return the headers that join what experts do to the present trace.
+
+        Args:
+            given: headers of the request.
+        """
+        if self._provider is None:
+            return {name: given[name] for name in ("traceparent", "tracestate") if name in given}
+        from opentelemetry import propagate
+
+        found: dict[str, str] = {}
+        propagate.inject(found)
+        return found
 
     def note(self, attributes: dict[str, Any]) -> None:
         """What is told of the present request."""

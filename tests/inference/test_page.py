@@ -6,8 +6,7 @@ import urllib.request
 
 import pytest
 
-from expertoken.inference.server import Settings, create_app
-from expertoken.inference.server import app as server
+from expertoken.inference.server import Settings, create_app, streaming
 from expertoken.modeling.experts import Expert
 from expertoken.tests.inference.conftest import composite_of, mock_expert, served
 
@@ -117,7 +116,7 @@ def test_a_key_that_is_wrong_is_told_and_the_right_one_gets_in(browser, base_fol
 
 
 def test_what_keeps_the_line_open_is_no_answer(browser, base_folder, monkeypatch):
-    monkeypatch.setattr(server, "_SILENCE", 0.2)
+    monkeypatch.setattr(streaming, "_SILENCE", 0.2)
     with (
         mock_expert("slow", "--first", "1") as (slow, _),
         served(create_app(composite_of(base_folder, [slow]))) as address,

@@ -17,8 +17,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
-from expertoken.inference.server import Settings, create_app, guard
-from expertoken.inference.server import app as server
+from expertoken.inference.server import Settings, create_app, guard, streaming
 from expertoken.modeling.backend import Timeouts
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
@@ -563,7 +562,7 @@ def test_thinking_that_a_client_sends_back_is_passed_on_to_the_expert(url):
 
 
 def test_while_a_model_thinks_comments_keep_the_line_open(base_folder, monkeypatch):
-    monkeypatch.setattr(server, "_SILENCE", 0.2)
+    monkeypatch.setattr(streaming, "_SILENCE", 0.2)
     with (
         mock_expert("slow", "--first", "1") as (slow, _),
         served(create_app(composite_of(base_folder, [slow]))) as address,
@@ -580,7 +579,7 @@ def test_while_a_model_thinks_comments_keep_the_line_open(base_folder, monkeypat
 
 def test_comments_keep_the_line_open_in_mid_answer_too(base_folder, monkeypatch):
     """The second expert is slow to go on where the first one stopped."""
-    monkeypatch.setattr(server, "_SILENCE", 0.2)
+    monkeypatch.setattr(streaming, "_SILENCE", 0.2)
     with (
         mock_expert("one", "--fault", "cut") as (one, _),
         mock_expert("two", "--first", "1") as (two, _),
@@ -598,7 +597,7 @@ def test_comments_keep_the_line_open_in_mid_answer_too(base_folder, monkeypatch)
 
 
 def test_what_fails_after_a_long_silence_is_told_in_the_stream(base_folder, monkeypatch):
-    monkeypatch.setattr(server, "_SILENCE", 0.2)
+    monkeypatch.setattr(streaming, "_SILENCE", 0.2)
     timeouts = Timeouts(first=1, retries=0)
     with (
         mock_expert("slow", "--fault", "hang") as (slow, _),

@@ -1,0 +1,99 @@
+"""An answer as blocks, one after the other: thought, text, calls of tools. Two of the APIs tell answers so."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Literal
+
+from ...modeling.backend import Piece
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A block begins.
+
+    Attributes:
+        kind: what it holds.
+        id: of a call.
+        name: of a called function.
+    """
+
+    kind: Literal["thought", "text", "call"]
+    id: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Added:
+    """More of the block that is open: text, or a call's arguments as JSON."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Closed:
+    """The block that is open ends."""
+
+
+Step = Opened | Added | Closed
+
+
+class Blocks:
+    """Makes blocks of pieces. A call that begins before another has ended waits for that one's end."""
+
+    def __init__(self) -> None:
+        self._open: str | None = None  # a kind, or `call` and the call's index
+        self._waiting: dict[int, list[Added]] = {}
+        self._begun: dict[int, Opened] = {}
+
+    def of(self, piece: Piece) -> list[Step]:
+        """Return the steps that a piece makes."""
+        steps: list[Step] = []
+        if thought := "".join((piece.thought or {}).values()):
+            steps += [*self._switch("thought"), Added(thought)]
+        if piece.text:
+            steps += [*self._switch("text"), Added(piece.text)]
+        for call in piece.tool_calls or ():
+            steps += self._call(call)
+        return steps
+
+    def end(self) -> list[Step]:
+        """Return the steps that are left behind the last piece."""
+        steps: list[Step] = [] if self._open is None else [Closed()]
+        for index, added in self._waiting.items():
+            steps += [self._begun[index], *added, Closed()]
+        self._open, self._waiting = None, {}
+        return steps
+
+    def _switch(self, kind: Literal["thought", "text"]) -> list[Step]:
+        if self._open == kind:
+            return []
+        closing: list[Step] = [] if self._open is None else [Closed()]
+        self._open = kind
+        return [*closing, Opened(kind)]
+
+    def _call(self, call: dict) -> list[Step]:
+        index, function = call.get("index") or 0, call.get("function") or {}
+        arguments = [Added(function["arguments"])] if function.get("arguments") else []
+        if self._open == f"call {index}":
+            return [*arguments]
+        if index not in self._begun:
+            opened = Opened("call", call.get("id") or f"call_{index}", function.get("name") or "")
+            self._begun[index] = opened
+            if self._open is None or not self._open.startswith("call"):
+                closing: list[Step] = [] if self._open is None else [Closed()]
+                self._open = f"call {index}"
+                return [*closing, opened, *arguments]
+        self._waiting.setdefault(index, []).extend(arguments)
+        return []
+
+
+async def steps_of(pieces: AsyncGenerator[tuple[int, Piece], None]) -> AsyncGenerator[Step, None]:
+    """Yield the steps of an answer; the pieces carry its number, which is always 0 here."""
+    blocks = Blocks()
+    async with aclosing(pieces):
+        async for _, piece in pieces:
+            for step in blocks.of(piece):
+                yield step
+    for step in blocks.end():
+        yield step

@@ -1,0 +1,264 @@
+"""What the routes share: who may be asked, sessions, decisions, and one line of log for each request."""
+
+import asyncio
+import hashlib
+import json
+import logging
+import re
+import time
+import uuid
+from dataclasses import replace
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import Request
+
+from ...modeling.backend import REQUEST_HEADERS
+from ...modeling.chat import Message, as_messages
+from ...modeling.errors import ExpertokenError, NoAnswerError, one_line
+from ...modeling.policy import Policy
+from ..answering import AnsweringModel
+from ..reply import Reply
+from ..sessions import Affinity, LastAnswer, key_of, open_store
+from .completions import Completion
+from .guard import key_of as api_key
+from .prometheus import Metrics
+from .schema import ChatRequest
+from .settings import Settings
+from .tracing import Tracing
+
+logger = logging.getLogger("expertoken.requests")
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+GONE = 499
+"""The client went away: as nginx logs it; nobody reads it."""
+
+STOPPED = HTTPStatus.SERVICE_UNAVAILABLE
+"""The server stopped before the answer was whole."""
+
+
+class UnknownModelError(ExpertokenError):
+    """A model that is not served here."""
+
+
+class Service:
+    """What the routes share.
+
+    Args:
+        composite: that answers; its observer becomes `metrics`.
+        settings: of the server.
+    """
+
+    def __init__(self, composite: AnsweringModel, settings: Settings) -> None:
+        self.composite, self.settings, self.tracing = composite, settings, Tracing()
+        self.metrics = Metrics(composite)
+        composite.observe(self.metrics)
+        composite.limit = settings.max_prompt_tokens
+        composite.chooser.candidates(composite.policy)  # a policy that fits nobody is told at the start
+        self.started = int(time.time())
+        self.draining = False
+        self.sessions = open_store(settings.session_store)
+        for expert in composite.pool.experts:
+            if expert.kind.remote:  # costs nothing to hold; local ones are loaded when they are called
+                _open(composite, expert.name)
+
+    @property
+    def models(self) -> list[str]:
+        """Names that clients may ask for."""
+        allowed = self.composite.policy.candidates(self.composite.pool)
+        return [self.settings.name, *(f"{self.settings.name}/{name}" for name in allowed)]
+
+    def policy(self, request: ChatRequest) -> Policy:
+        """Of a request: the composite's own, what the request says, and the expert that it addresses.
+
+        Raises:
+            UnknownModelError: the model is none of ours.
+        """
+        if request.model not in self.models:
+            raise UnknownModelError(f"no model {request.model!r} here; GET /v1/models lists them")
+        own = self.composite.policy
+        policy = Policy.parse(request.expertoken.policy, own).within(own)
+        if request.model == self.settings.name:
+            return policy
+        # Addressed by name: it alone, without thresholds and costs.
+        return Policy(allow=(request.model.removeprefix(f"{self.settings.name}/"),))
+
+    def messages(self, request: ChatRequest) -> list[Message]:
+        """The conversation.
+
+        Raises:
+            ExpertokenError: it is not well formed, or too long.
+        """
+        if len(request.messages) > self.settings.max_messages:
+            raise ExpertokenError(f"{len(request.messages)} messages; at most {self.settings.max_messages} are read")
+        return as_messages(request.messages)
+
+    async def affinity(self, messages: list[Message], request: ChatRequest, http: Request) -> Affinity:
+        """What binds a conversation that goes on to who answered last: clients do not say who that was."""
+        answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        known = None
+        if answers:
+            so_far, where = messages[: answers[-1] + 1], session_of(request, http)
+            known = await self.sessions.get(await asyncio.to_thread(key_of, so_far, tools=request.tools, **where))
+        return await asyncio.to_thread(Affinity.of, messages, self.composite.pool, known)
+
+    async def remember(self, completion: Completion, reply: Reply) -> None:
+        """Who gave an answer, for when the chat goes on."""
+        calls = [{"id": call} for call in reply.calls]
+        said: Message = {"role": "assistant", "content": reply.text, "tool_calls": calls}
+        messages, tools = [*completion.request.messages, said], completion.request.tools
+        key = await asyncio.to_thread(key_of, messages, session=completion.session, scope=completion.scope, tools=tools)
+        tokens = reply.prompt_tokens + reply.completion_tokens
+        await self.sessions.put(key, LastAnswer(reply.expert, tokens, time.time()))
+
+    def begin(self, http: Request) -> str:
+        """Return the id of a request, the client's own or a new one; experts get it, and what joins the trace."""
+        given = http.headers.get("x-request-id", "")
+        found = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        REQUEST_HEADERS.set({"x-request-id": found} | self.tracing.propagated(http.headers))
+        http.scope["state"]["request_id"] = found
+        return found
+
+    async def answer(self, request: ChatRequest, http: Request) -> Completion:
+        """Decide; nothing is asked of an expert yet."""
+        policy = self.policy(request)
+        messages = await asyncio.to_thread(self.messages, request)  # megabytes of them take a while
+        affinity = await self.affinity(messages, request, http)
+        first = request.generation(self.settings.max_new_tokens)
+        with self.tracing.span("decide"):
+            decision = await self.composite.adecide(messages, policy, first, affinity)
+        streams = [self.composite.answer(messages, decision, first)]
+        for number in range(1, request.n):
+            # The decision's cache serves one answer; it is changed by that.
+            other = request.generation(self.settings.max_new_tokens, number)
+            streams.append(self.composite.answer(messages, replace(decision, own=None), other))
+        # Without keys whoever asks owns this machine.
+        return Completion(request, streams, reasons=not self.settings.api_keys, **session_of(request, http))
+
+    async def route(self, request: ChatRequest, http: Request) -> dict[str, Any]:
+        """Return who would answer, with all that the decision weighed; nothing is asked of an expert."""
+        self.begin(http)
+        policy = self.policy(request)
+        messages = await asyncio.to_thread(self.messages, request)
+        affinity = await self.affinity(messages, request, http)
+        generation = request.generation(self.settings.max_new_tokens)
+        decision = await self.composite.adecide(messages, policy, generation, affinity)
+        dispatch, names = decision.dispatch, self.composite.pool.names
+        usd = self.composite.chooser.usd(decision.prompt_tokens, {affinity.last or "": affinity.cached})
+        return {
+            "object": "route",
+            "model": f"{self.settings.name}/{dispatch.expert}",
+            "expert": dispatch.expert,
+            "reason": dispatch.reason,
+            "ranking": list(dispatch.ranking),
+            "probabilities": dispatch.probabilities,
+            "chances": dispatch.chances,
+            "costs": dict(zip(names, usd.tolist(), strict=True)),
+            "last": affinity.last,
+            "prompt_tokens": decision.prompt_tokens,
+            "view": await asyncio.to_thread(self.composite.view, messages),
+            "decided_seconds": round(decision.seconds, 4),
+        }
+
+    def count(self, request: ChatRequest) -> int:
+        """Return the tokens of a conversation and its tools, about."""
+        tools = json.dumps(request.tools) if request.tools else ""
+        return self.composite.about(self.messages(request)) + self.composite.count(tools)
+
+    def headers(self, completion: Completion, http: Request) -> dict[str, str]:
+        """Return what the headers of an answer tell of its decision."""
+        reply = completion.replies[0]
+        told = {
+            "x-request-id": http.scope["state"]["request_id"],
+            "x-expertoken-expert": reply.expert,
+            "x-expertoken-decision-ms": f"{1000 * reply.decided:.1f}",
+        }
+        share = reply.dispatch.probabilities.get(reply.expert)
+        return told | ({} if share is None else {"x-expertoken-probability": f"{share:.4f}"})
+
+    def log(
+        self, completion: Completion | None, request: ChatRequest, status: int, started: float, http: Request
+    ) -> None:
+        """One line about a request, without what was said in it unless the operator wants that."""
+        http.scope["state"]["logged"] = True
+        entry: dict[str, Any] = {
+            "time": round(started, 3),
+            "seconds": round(time.time() - started, 4),
+            "status": status,
+            "model": request.model if request.model in self.models else None,
+            "stream": request.stream,
+            "request_id": http.scope["state"].get("request_id"),
+            "messages": len(request.messages),
+        }
+        if completion is not None:
+            entry |= {"id": completion.id, "answers": [_told(reply) for reply in completion.replies]}
+        if self.settings.log_content:
+            texts = [reply.text for reply in completion.replies] if completion else []
+            entry |= {"request": request.messages, "texts": texts}
+        logger.info(json.dumps(entry))
+
+    def trace(self, completion: Completion) -> None:
+        """What the log tells, in the request's span; before the response's last byte, with which the span ends."""
+        self.tracing.note({"id": completion.id} | _told(completion.replies[0]))
+
+    async def finish(self, completion: Completion, status: int, started: float, http: Request) -> None:
+        """An answer ended, as far as it came."""
+        for reply in completion.replies:
+            if reply.finish is None and reply.text:  # whoever stopped it may go on from there
+                await self.remember(completion, reply)
+        self.log(completion, completion.request, status, started, http)
+
+
+def _told(reply: Any) -> dict[str, Any]:
+    return {
+        "expert": reply.expert,
+        "finish": reply.finish,
+        "handed_over": reply.handed_over.expert if reply.handed_over else None,
+        "failed": list(reply.failures),
+        "prompt_tokens": reply.prompt_tokens,
+        "completion_tokens": reply.completion_tokens,
+        "cost": reply.cost,
+        "decided": round(reply.decided, 4),
+        "first": round(reply.first, 4),
+    }
+
+
+def _open(composite: AnsweringModel, name: str) -> None:
+    try:
+        composite.backend(name)
+    except ExpertokenError as error:  # the others answer
+        logger.warning("expert %r can't be asked: %s", name, one_line(error))
+
+
+def session_of(request: ChatRequest, http: Request) -> dict[str, Any]:
+    """Return the session that a request says that it belongs to, and what keeps it apart from other clients'."""
+    key = api_key(http.headers)
+    scope = hashlib.blake2b(key.encode(), digest_size=16).hexdigest() if key else ""
+    return {"session": http.headers.get("x-session-id") or request.session, "scope": scope}
+
+
+def model_card(name: str, service: Service) -> dict[str, Any]:
+    """Return what is told of a model: under `supports` what it is known to do, of the composite what somebody does."""
+    pool, own = service.composite.pool, service.settings.name
+    allowed = service.composite.policy.candidates(pool)
+    experts = [pool[one] for one in allowed if name in (own, f"{own}/{one}")]
+    known = {can for expert in experts for can in expert.capabilities or ()}
+    told: dict[str, Any] = {"id": name, "object": "model", "created": service.started, "owned_by": "expertoken"}
+    told["supports"] = None if any(e.capabilities is None for e in experts) and not known else sorted(known)
+    for key in ("context_length", "max_output_tokens"):
+        lengths = [getattr(expert, key) for expert in experts]
+        told[key] = None if None in lengths else max(lengths)
+    return told
+
+
+def status_of(error: BaseException) -> int:
+    """Return the HTTP status of an error."""
+    if isinstance(error, asyncio.CancelledError):
+        return STOPPED
+    if not isinstance(error, ExpertokenError):
+        return HTTPStatus.INTERNAL_SERVER_ERROR
+    if isinstance(error, UnknownModelError):
+        return HTTPStatus.NOT_FOUND
+    failed = isinstance(error, NoAnswerError) and not error.refused
+    return HTTPStatus.BAD_GATEWAY if failed else HTTPStatus.BAD_REQUEST

@@ -1,0 +1,181 @@
+"""Answers as server-sent events: they begin with the first piece, and end whatever happens."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import anyio
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from ...modeling.backend import Piece
+from .completions import Completion, merged
+from .dialect import CHAT, Dialect
+from .schema import ChatRequest
+from .service import GONE, STOPPED, Service, status_of
+
+T = TypeVar("T")
+
+_SILENCE = 10.0  # seconds without a word, until a comment keeps proxies and browsers waiting
+
+
+async def answered(service: Service, request: ChatRequest, http: Request, dialect: Dialect = CHAT) -> Response:
+    """Answer a conversation.
+
+    Args:
+        service: what the routes share.
+        request: the conversation, and how it is to be answered.
+        http: the request as it came.
+        dialect: in which the answer is told.
+    """
+    started, completion = time.time(), None
+    service.begin(http)
+    try:
+        completion = await unless_gone(service.answer(request, http), http)
+        if completion is None:
+            service.log(None, request, GONE, started, http)
+            return Response(status_code=GONE)
+        if request.stream:
+            return await _streamed(service, completion, dialect, started, http)
+        body = await unless_gone(completion.whole(), http)
+        for reply in completion.replies if body is not None else ():
+            await service.remember(completion, reply)
+        told = None if body is None else dialect.whole(completion, body)
+        response = JSONResponse(told, headers=service.headers(completion, http))
+    except BaseException as error:
+        service.log(completion, request, status_of(error), started, http)
+        raise
+    await service.finish(completion, GONE if body is None else 200, started, http)
+    service.trace(completion)
+    return response
+
+
+async def _streamed(
+    service: Service, completion: Completion, dialect: Dialect, started: float, http: Request
+) -> Response:
+    """Return a streamed response. It begins with the first piece: an error before that is one of the whole request.
+
+    Where that takes long (a model that thinks), the response begins before it.
+    """
+    pieces = merged(completion.streams)
+    coming = asyncio.ensure_future(anext(pieces))
+    begun = False
+    try:
+        told = await unless_gone(asyncio.wait([coming], timeout=_SILENCE), http)
+        if told is None:
+            await service.finish(completion, GONE, started, http)
+            return Response(status_code=GONE)
+        if coming.done():
+            coming.result()  # raises what went wrong
+        begun = True
+    finally:
+        if not begun:
+            await _ended(coming, pieces)
+
+    async def all_pieces() -> AsyncGenerator[tuple[int, Piece], None]:
+        found: tuple[int, Piece] | None = await coming
+        while found is not None:
+            index, piece = found
+            if piece.finish is not None:  # before the client has it, and asks what comes next
+                await service.remember(completion, completion.replies[index])
+            yield index, piece
+            found = await anext(pieces, None)
+
+    status = GONE
+
+    async def events() -> AsyncGenerator[str, None]:
+        nonlocal status
+        async with aclosing(dialect.events(completion, all_pieces())) as told:
+            async for event in told:
+                yield event
+        service.trace(completion)
+        status = 200
+
+    async def end(*, stopped: bool) -> None:
+        await _ended(coming, pieces)
+        await service.finish(completion, STOPPED if stopped else status, started, http)
+
+    return _Events(events(), end, service, dialect, service.headers(completion, http))
+
+
+_CUT_OFF = "the server was stopped in mid-answer"
+
+
+class _Events(StreamingResponse):
+    """Server-sent events, with an end that comes whatever happens: the client may be gone before the first of them.
+
+    While none comes (a model thinks, or is loaded to go on), comments keep proxies from closing the line.
+    """
+
+    def __init__(
+        self,
+        events: AsyncGenerator[str, None],
+        end: Callable[..., Awaitable[None]],
+        service: Service,
+        dialect: Dialect,
+        headers: dict[str, str],
+    ) -> None:
+        headers = headers | {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        self._events = events
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._end, self._service, self._dialect = end, service, dialect
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        said, commenting, stopped = 0.0, None, False
+
+        async def noting(message: MutableMapping[str, Any]) -> None:
+            nonlocal said, commenting
+            said = time.monotonic()
+            if commenting is None:
+                commenting = asyncio.ensure_future(comment())
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                commenting.cancel()
+            await send(message)
+
+        async def comment() -> None:
+            while True:
+                await asyncio.sleep(max(0.0, said + _SILENCE - time.monotonic()))
+                if time.monotonic() - said >= _SILENCE:
+                    await noting({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+
+        try:
+            await super().__call__(scope, receive, noting)
+        except asyncio.CancelledError:
+            if not self._service.draining:
+                raise
+            stopped = True
+            # The server stops, and this answer had its time: that is said, and is no crash.
+            for body in (*self._dialect.broken(_CUT_OFF), ""):
+                await noting({"type": "http.response.body", "body": body.encode(), "more_body": bool(body)})
+        finally:
+            if commenting is not None:
+                commenting.cancel()
+            with anyio.CancelScope(shield=True):
+                await self._events.aclose()
+                await self._end(stopped=stopped)
+
+
+async def _ended(coming: asyncio.Future, pieces: AsyncGenerator) -> None:
+    """An answer that was begun, ended whatever it was doing."""
+    coming.cancel()
+    await asyncio.gather(coming, return_exceptions=True)
+    await pieces.aclose()
+
+
+async def unless_gone(answer: Awaitable[T], http: Request) -> T | None:
+    """An answer or its first piece, or None where the client went away before: nobody generates for nobody."""
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(answer), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
