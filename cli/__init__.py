@@ -19,6 +19,7 @@ from . import (
     expert,
     export,
     generate,
+    keys,
     lm_eval,
     prepare,
     select,
@@ -63,6 +64,7 @@ app.command()(export.export)
 app.command("lm-eval", context_settings=lm_eval.PASS_THROUGH, add_help_option=False)(lm_eval.lm_eval)
 app.add_typer(expert.app, name="expert")
 app.add_typer(cache.app, name="cache")
+app.add_typer(keys.app, name="keys")
 
 
 def main() -> None:

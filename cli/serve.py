@@ -48,6 +48,9 @@ def serve(
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="A page elsewhere that may ask (https://chat.example); may be repeated.")
     ] = None,
+    keys: Annotated[
+        Path | None, typer.Option(help="File of hashed API keys, as `expertoken keys add` writes it.")
+    ] = None,
     session_store: Annotated[
         str | None, typer.Option(help="redis://HOST:PORT/N, where several servers remember who answered a chat.")
     ] = None,
@@ -59,6 +62,9 @@ def serve(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
     send_keys: Annotated[bool, typer.Option(help="Agree to where the composite sends your keys.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Tell who would answer, where keys go and what is wrong; serve nothing.")
+    ] = False,
 ) -> None:
     """Serve a composite: POST /v1/chat/completions, GET /v1/models, /health, /ready, /metrics, a chat page at /.
 
@@ -69,14 +75,15 @@ def serve(
     require_extra("fastapi", "serve")
     from ..inference.factory import open_model
     from ..inference.server import Settings
+    from ..inference.server.keys import keys_from_environment
     from ..inference.server.serve import check_free, run
-    from ..inference.server.settings import keys_from_environment
     from ..modeling.backend import Timeouts
 
     settings = Settings(
         name=name or composite.resolve().name.removesuffix(".yaml").removesuffix(".yml"),
         host=host,
         api_keys=keys_from_environment(),
+        key_file=keys,
         max_body=max_body,
         max_messages=max_messages,
         max_prompt_tokens=max_prompt_tokens,
@@ -88,6 +95,9 @@ def serve(
         origins=tuple(cors_origin or ()),
         session_store=session_store,
     )
+    if check:
+        _check(composite, keys)
+        return
     check_free(host, port)  # before a model is loaded for nothing
     timeouts = Timeouts(decision=decision_timeout, first=first_timeout, idle=idle_timeout)
     model = open_model(
@@ -101,3 +111,29 @@ def serve(
         quantization=expert_quantization,
     )
     run(model, settings, port=port, drain=drain, shutdown=shutdown, trust_proxy=trust_proxy, otel=otel)
+
+
+def _check(composite: Path, keys: Path | None) -> None:
+    """Print what is known of what would be served; leave with 1 where something is wrong."""
+    from rich.table import Table
+
+    from ..inference.check import check
+    from ..inference.server.keys import read_keys
+    from .tables import wide_console
+
+    rows, wrong = check(composite)
+    table = Table("candidate", "backend", "where", "key from", "USD in / out", "may answer", "wrong")
+    for row in rows:
+        answers = "yes" if row.may_answer else "no"
+        table.add_row(row.name, row.kind, row.where, row.key, row.price, answers, row.wrong or "")
+    console = wide_console()
+    console.print(table)
+    for client in read_keys(keys) if keys is not None else ():
+        unknown = set(client.experts or ()) - {row.name for row in rows}
+        may = "all" if client.experts is None else ", ".join(client.experts)
+        console.print(f"key of {client.name}: {may}")
+        wrong += [f"the key of {client.name} names {name!r}, which is no candidate" for name in sorted(unknown)]
+    for told in wrong:
+        console.print(f"wrong: {told}", markup=False)
+    if wrong or any(row.wrong for row in rows if row.may_answer):
+        raise typer.Exit(1)

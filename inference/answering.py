@@ -106,6 +106,14 @@ class AnsweringModel(ABC):
             ExpertFailedError: it can't be opened.
         """
 
+    @abstractmethod
+    def reloaded(self) -> "AnsweringModel":
+        """Return this model as its files are now, over what is in memory; this one goes on with its answers.
+
+        Raises:
+            ExpertokenError: the files are not well formed any more.
+        """
+
     def batched(self, names: Iterable[str]) -> list[str]:
         """Those of them whose models run here and answer in batches, in the order in which least has to be loaded."""
         return []

@@ -58,6 +58,8 @@ class CompositeModel(AnsweringModel):
         quantization: of local experts: nf4, int8 or None.
         anywhere: whether self may hand over in mid-answer; where None, whether that was trained.
         send_keys: agree to what a loaded composite sends of this machine's keys; see `modeling.consent`.
+        before: the model that this one takes the place of: models in memory and turns are shared, and who failed is
+            known.
 
     Raises:
         ExpertokenError: the composite was loaded and sends keys to addresses that nobody here agreed to; a pinned
@@ -79,6 +81,7 @@ class CompositeModel(AnsweringModel):
         quantization: str | None = None,
         anywhere: bool | None = None,
         send_keys: bool = False,
+        before: "CompositeModel | None" = None,
     ) -> None:
         if send_keys:
             agree(composite.pool)
@@ -100,13 +103,26 @@ class CompositeModel(AnsweringModel):
         pins = {name: self._source(name) for name in pinned}
         if remote := [name for name, source in pins.items() if source is None]:
             raise ExpertokenError(f"{', '.join(remote)}: can't be pinned in memory, since others hold it")
-        self.local_models = LocalModels(
-            self.meta.device, dtype, budget=budget, pinned=tuple(filter(None, pins.values())), quantization=quantization
-        )
-        self.local_models.add(self.meta.source, self.meta.plain, self.meta.tokenizer)
+        given: dict[str, Any] = {
+            "policy": policy, "timeouts": timeouts, "budget": budget, "pinned": tuple(pinned),
+            "quantization": quantization, "anywhere": anywhere,
+        }  # fmt: skip
+        self._dtype, self._given = dtype, given
+        if before is None:
+            self.local_models = LocalModels(
+                self.meta.device,
+                dtype,
+                budget=budget,
+                pinned=tuple(filter(None, pins.values())),
+                quantization=quantization,
+            )
+            self.local_models.add(self.meta.source, self.meta.plain, self.meta.tokenizer)
+        else:
+            self.local_models = before.local_models
+            self._breakers |= {name: known for name, known in before._breakers.items() if name in self._breakers}
         self._opening = Opening(self.meta.source, self.local_models, timeouts or Timeouts())
         # Self gives one answer at a time, as every model here does.
-        self._own_turn = partial(turn_of, threading.RLock())
+        self._own_turn: Any = partial(turn_of, threading.RLock()) if before is None else before._own_turn
         self._self_name = self.pool.self_name
         self._decider = Decider(self.meta, self._self_name, self.observer)
 
@@ -169,6 +185,26 @@ class CompositeModel(AnsweringModel):
     def observe(self, observer: Observer) -> None:
         """Tell another observer from now on."""
         self.observer = self._decider.observer = observer
+
+    def reloaded(self) -> "CompositeModel":
+        """Return the composite as its folder is now (experts, rows, calibration), over the weights in memory.
+
+        Answers that are being given go on as they began.
+
+        Raises:
+            ExpertokenError: the composite was not loaded from a folder, or that is not a whole composite of the same
+                base any more.
+        """
+        if self.composite.folder is None:
+            raise ExpertokenError("this composite was not loaded from a folder")
+        composite = load_composite(
+            self.composite.folder,
+            device=self.meta.device,
+            trust_remote_code=self.meta.source.trust_remote_code,
+            beside=self.meta,
+        )
+        pinned = [name for name in self._given["pinned"] if name in composite.pool.names]
+        return CompositeModel(composite, self._dtype, before=self, **self._given | {"pinned": pinned})
 
     def save_pretrained(self, path: Path | str, *, verify: bool = True) -> None:
         """Write a composite folder; see `modeling.composite.save_composite`."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import DynamicCache
 
 _MOST_STARTS = 8  # caches that wait for self's turn: it gives one answer at a time
+_IDLE = 60.0  # seconds after which a thread without questions ends; the next question begins another one
 _LONG = 2048  # tokens; on a CPU a pass over so many takes seconds, which short conversations do not wait for
 
 
@@ -153,23 +154,32 @@ class Decider:
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(settle, outcome)
 
-        lane = self._lane(long=len(question.query) > _LONG)
-        lane.put(_Waiting(question, time.perf_counter(), tell, future.cancelled))
+        waiting = _Waiting(question, time.perf_counter(), tell, future.cancelled)
+        self._enqueue(waiting, long=len(question.query) > _LONG)
         return await future
 
-    def _lane(self, *, long: bool) -> "queue.SimpleQueue[_Waiting]":
-        """Return the queue for conversations of a length, with a thread that decides what has gathered in it."""
+    def _enqueue(self, waiting: _Waiting, *, long: bool) -> None:
+        """Put a question into the queue for its length, which a thread decides what has gathered in."""
         with self._lock:
             if long not in self._lanes:
                 lane: queue.SimpleQueue[_Waiting] = queue.SimpleQueue()
                 self._lanes[long] = lane
                 name = "decider-long" if long else "decider"
-                threading.Thread(target=self._work, args=(lane,), name=name, daemon=True).start()
-            return self._lanes[long]
+                threading.Thread(target=self._work, args=(lane, long), name=name, daemon=True).start()
+            self._lanes[long].put(waiting)
 
-    def _work(self, lane: "queue.SimpleQueue[_Waiting]") -> None:
+    def _work(self, lane: "queue.SimpleQueue[_Waiting]", long: bool) -> None:
         while True:
-            self._decide_waiting([lane.get(), *_drain(lane)])
+            try:
+                first = lane.get(timeout=_IDLE)
+            except queue.Empty:
+                with self._lock:  # a decider that another one has replaced must not stay for its threads' sake
+                    if lane.empty():
+                        del self._lanes[long]
+                        return
+                continue
+            self._decide_waiting([first, *_drain(lane)])
+            del first
 
     def _decide_waiting(self, waiting: list[_Waiting]) -> None:
         # A function of its own, so that an idle thread holds no decision and no cache.

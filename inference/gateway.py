@@ -94,8 +94,10 @@ class GatewayModel(AnsweringModel):
         elif not token_ids:
             logger.warning("without `token_ids` self may write experts' tokens; `expertoken export` lists them")
         self.top_logprobs, self._opening = top_logprobs, Opening(timeouts=timeouts or Timeouts())
-        self._endpoint = EndpointBackend(meta, timeouts)
+        self.meta, self._endpoint = meta, EndpointBackend(meta, timeouts)
         self._breaker = Breaker()
+        self._file: Path | None = None
+        self._options: dict[str, Any] = {}
         self._ids = dict(token_ids or {})
         self._sane = partial(_sane, control=tuple(control_tokens))
         self._self = _Self(self._endpoint, {str(place): -100 for place in self._ids.values()}, self._sane)
@@ -134,7 +136,21 @@ class GatewayModel(AnsweringModel):
         endpoint = ExpertPool.parse({"experts": [entry]}, f"{path}, meta").experts[0]
         pool = ExpertPool.parse(document, str(path), path.parent)
         known: dict[str, Any] = {"top_logprobs": count, "token_ids": ids, "control_tokens": control, "policy": policy}
-        return cls(endpoint, pool, **known | options)
+        gateway = cls(endpoint, pool, **known | options)
+        gateway._file, gateway._options = path, options
+        return gateway
+
+    def reloaded(self) -> "GatewayModel":
+        """Return the gateway as its file is now; this one goes on with its answers.
+
+        Raises:
+            ExpertokenError: it was not read from a file, or that is not well formed any more.
+        """
+        if self._file is None:
+            raise ExpertokenError("this gateway was not read from a file")
+        fresh = GatewayModel.from_yaml(self._file, **self._options)
+        fresh._breakers |= {name: known for name, known in self._breakers.items() if name in fresh._breakers}
+        return fresh
 
     @property
     def identity(self) -> str:

@@ -287,6 +287,7 @@ def load_composite(
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    beside: MetaLLM | None = None,
 ) -> Composite:
     """Load a composite folder.
 
@@ -297,6 +298,7 @@ def load_composite(
             (bfloat16 is many times slower on most).
         revision: of a composite on the hub.
         trust_remote_code: allow the base model's repository to run its own code. A folder can't allow that for itself.
+        beside: a meta LLM in memory on the same base, whose weights are used; None to load them.
 
     Raises:
         ExpertokenError: a file is missing or damaged, the base model is not the one it was trained on, or it needs
@@ -323,9 +325,12 @@ def load_composite(
             f"{path / MANIFEST_FILE} (`base.model`)"
         )
     source = Source(model, base.get("revision"), trust_remote_code)
-    meta = MetaLLM.from_pretrained(
-        source, len(pool.names), device=device, dtype=dtype, quantization=base.get("quantization"), state=state
-    )
+    if beside is not None:
+        meta = beside.beside(len(pool.names), state)
+    else:
+        meta = MetaLLM.from_pretrained(
+            source, len(pool.names), device=device, dtype=dtype, quantization=base.get("quantization"), state=state
+        )
     meta.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     meta.view = View(**manifest.decision.get("view", {}))
     if "path" in manifest.data:

@@ -37,6 +37,7 @@ class MetaLLM:
         num_candidates: C, the experts and self where it is a candidate.
         quantization: of the model, or None.
         state: which state decides.
+        base_fingerprint: of the model, where that is known already.
 
     Attributes:
         vocab_size: V, the rows of the original head.
@@ -57,10 +58,12 @@ class MetaLLM:
         num_candidates: int,
         quantization: str | None = None,
         state: StateSpec = StateSpec(),  # noqa: B008 - frozen
+        *,
+        base_fingerprint: str | None = None,
     ) -> None:
         self.plain = model
         self.quantization = quantization
-        self.base_fingerprint = fingerprint(model)
+        self.base_fingerprint = base_fingerprint or fingerprint(model)
         self.tokenizer = tokenizer
         self.source = source
         self.vocab_size = full_shape(output_head(model).weight)[0]
@@ -138,6 +141,23 @@ class MetaLLM:
             source, device=device, dtype=dtype, quantization=quantization, attention=attention
         )
         return cls(model, tokenizer, source, num_candidates, quantization, state)
+
+    def beside(self, num_candidates: int, state: StateSpec) -> "MetaLLM":
+        """Return another meta LLM over the same weights, with rows (zeros) of its own.
+
+        Args:
+            num_candidates: C.
+            state: which state decides.
+        """
+        return MetaLLM(
+            self.plain,
+            self.tokenizer,
+            self.source,
+            num_candidates,
+            self.quantization,
+            state,
+            base_fingerprint=self.base_fingerprint,
+        )
 
     @property
     def layers(self) -> int:

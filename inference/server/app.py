@@ -20,7 +20,7 @@ from .completions import public
 from .guard import Guard, error_body
 from .openai_responses import RESPONSES, ResponsesRequest
 from .schema import ChatRequest
-from .service import Service, UnknownModelError, model_card, status_of
+from .service import Service, UnknownModelError, client_of, model_card, status_of
 from .settings import Settings
 from .streaming import answered
 
@@ -52,6 +52,7 @@ def create_app(composite: AnsweringModel, settings: Settings | None = None) -> F
         metrics=service.metrics,
         open_paths=open_paths,
         stopping=lambda: service.draining,
+        keys=lambda: service.keys,
     )
     if settings.origins:
         app.add_middleware(
@@ -62,14 +63,14 @@ def create_app(composite: AnsweringModel, settings: Settings | None = None) -> F
     _add_status(app, service)
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models(http: Request) -> dict[str, Any]:
         """The composite, and each expert as `composite/expert`."""
-        return {"object": "list", "data": [model_card(name, service) for name in service.models]}
+        return {"object": "list", "data": [model_card(name, service) for name in service.models(client_of(http))]}
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    async def model(name: str, http: Request) -> dict[str, Any]:
         """One of them."""
-        if name not in service.models:
+        if name not in service.models(client_of(http)):
             raise UnknownModelError(f"no model {name!r} here; GET /v1/models lists them")
         return model_card(name, service)
 

@@ -4,7 +4,6 @@ import asyncio
 import json
 import logging
 import math
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from contextlib import suppress
@@ -16,6 +15,7 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
+from .keys import KeyRing
 from .prometheus import Metrics
 from .settings import Settings, is_elsewhere, is_loopback
 
@@ -84,6 +84,7 @@ class Guard:
         metrics: are told how requests end.
         open_paths: what is told to whoever asks: the page's own files, and what watches a service, which has no key.
         stopping: returns whether the server is being stopped.
+        keys: returns the API keys, which may be read anew while the server runs.
     """
 
     def __init__(
@@ -93,9 +94,10 @@ class Guard:
         metrics: Metrics,
         open_paths: Collection[str],
         stopping: Callable[[], bool],
+        keys: Callable[[], KeyRing],
     ) -> None:
         self.app, self.settings, self.metrics, self.open_paths = app, settings, metrics, open_paths
-        self._stopping = stopping
+        self._stopping, self._keys = stopping, keys
         self._running = 0
         self._rate = None if settings.rate is None else RateLimitItemPerMinute(settings.rate)
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
@@ -113,21 +115,24 @@ class Guard:
         if path in self.open_paths:
             await self.app(scope, receive, send)
             return
-        if not self.settings.api_keys and not self._is_from_here(scope, headers):
+        keys = self._keys()
+        if not keys and not self._is_from_here(scope, headers):
             # Without keys only this machine may ask. By a name of its own, or from where it is, a foreign page could
             # get here in a browser.
             told = "without API keys this server answers on loopback only; --allow-host NAME lets another name in"
             await _refuse(send, 403, error_body(told, "invalid_request_error"))
             return
         key = key_of(headers)
-        if self.settings.api_keys and not self._knows(key):
+        client = keys.find(key)
+        if keys and client is None:
             body = error_body("no valid API key was given", "invalid_request_error", "invalid_api_key")
             await (self._turn_away if path in _ANSWERS else _refuse)(send, 401, body)
             return
+        scope.setdefault("state", {})["client"] = client
         if path not in _ANSWERS:
             await self.app(scope, receive, send)
             return
-        who = key if self.settings.api_keys else (scope.get("client") or ("",))[0]
+        who = key if keys else (scope.get("client") or ("",))[0]
         await self._answer(scope, receive, send, headers, who or "")
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], who: str) -> None:
@@ -236,13 +241,6 @@ class Guard:
     def _is_local(self, host: str) -> bool:
         name = (host if host.endswith("]") else host.rsplit(":", 1)[0]).lower()
         return is_loopback(name.strip("[]")) or name in (self.settings.host, *self.settings.hosts)
-
-    def _knows(self, key: str | None) -> bool:
-        if key is None:
-            return False
-        # All of them, each in constant time: how long it takes tells nothing.
-        found = [secrets.compare_digest(key.encode(), known.encode()) for known in self.settings.api_keys]
-        return any(found)
 
 
 def _name_of(origin: str) -> str:

@@ -1,6 +1,6 @@
 """What happens, for Prometheus."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 from ...modeling.dispatch import Dispatch
 from ..answering import AnsweringModel
 from ..observer import Answered, Observer, Spent
+from ..reply import Reply
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -16,8 +17,15 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 class _State(Collector):
     """What is so when somebody asks: of local experts, endpoints and breakers."""
 
-    def __init__(self, model: AnsweringModel) -> None:
-        self._model = model
+    def __init__(self, model: Callable[[], AnsweringModel]) -> None:
+        self._current = model
+
+    @property
+    def _model(self) -> AnsweringModel:
+        return self._current()
+
+    def describe(self) -> list[Metric]:
+        return []  # or the registry would collect once to see, before there is a model
 
     def collect(self) -> Iterator[Metric]:
         alone = GaugeMetricFamily("expertoken_left_alone", "1 for who failed too often of late", labels=["expert"])
@@ -39,10 +47,10 @@ class Metrics(Observer):
     """Counts what it is told, in a registry of its own.
 
     Args:
-        model: whose answers are counted.
+        model: returns the one whose answers are counted; another one may take its place.
     """
 
-    def __init__(self, model: AnsweringModel) -> None:
+    def __init__(self, model: Callable[[], AnsweringModel]) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)  # memory among others
         self.registry.register(_State(model))
@@ -65,6 +73,9 @@ class Metrics(Observer):
         self.tokens = counter("tokens", "Tokens, by who read or wrote them", "expert", "kind")
         self.cost = counter("cost_usd", "What answers cost, by the pool's prices", "expert")
         self.requests = counter("requests", "HTTP requests for an answer", "status")
+        self.client_requests = counter("client_requests", "Answers, by whose key it was", "client")
+        self.client_tokens = counter("client_tokens", "Tokens of answers, by whose key it was", "client", "kind")
+        self.client_cost = counter("client_cost_usd", "What answers cost, by whose key it was", "client")
         self.in_flight = Gauge("expertoken_in_flight", "Requests being answered", registry=self.registry)
         self.deciding = histogram("decision_seconds", "From the question to the decision, waiting included")
         self.batches = histogram("decision_batch", "Decisions made in one pass", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
@@ -103,6 +114,14 @@ class Metrics(Observer):
             self.fallbacks.labels(answer.chosen, answer.expert).inc()
         self.first.labels(answer.expert).observe(answer.first)
         self.whole.labels(answer.expert).observe(answer.seconds)
+
+    def used(self, client: str, replies: Iterable[Reply]) -> None:
+        """A client got answers."""
+        self.client_requests.labels(client).inc()
+        for reply in replies:
+            self.client_tokens.labels(client, "read").inc(reply.prompt_tokens)
+            self.client_tokens.labels(client, "written").inc(reply.completion_tokens)
+            self.client_cost.labels(client).inc(reply.cost or 0.0)
 
     def lost(self) -> None:
         """A turn ended without a whole answer."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import signal
 from socket import SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, getaddrinfo, socket
 from threading import Timer
 from types import FrameType
@@ -66,6 +67,8 @@ def run(
         proxy_headers=trust_proxy, http=Connection,
     )  # fmt: skip
 
+    tasks: set[asyncio.Task] = set()  # a loop holds its tasks weakly
+
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             if drain and not app.state.service.draining:
@@ -73,6 +76,13 @@ def run(
             else:
                 super().handle_exit(sig, frame)
             app.state.service.draining = True
+
+        async def startup(self, sockets: list[socket] | None = None) -> None:
+            await super().startup(sockets)
+            if hasattr(signal, "SIGHUP"):  # not on Windows
+                reloading = app.state.service.reload
+                loop = asyncio.get_running_loop()
+                loop.add_signal_handler(signal.SIGHUP, lambda: tasks.add(loop.create_task(reloading())))
 
         async def shutdown(self, sockets: list[socket] | None = None) -> None:
             running = list(self.server_state.tasks)

@@ -18,10 +18,12 @@ from ...modeling.chat import Message, as_messages
 from ...modeling.errors import ExpertokenError, NoAnswerError, one_line
 from ...modeling.policy import Policy
 from ..answering import AnsweringModel
+from ..loop import in_thread
 from ..reply import Reply
 from ..sessions import Affinity, LastAnswer, key_of, open_store
 from .completions import Completion
 from .guard import key_of as api_key
+from .keys import Client, KeyRing, ring_of
 from .prometheus import Metrics
 from .schema import ChatRequest
 from .settings import Settings
@@ -52,32 +54,63 @@ class Service:
 
     def __init__(self, composite: AnsweringModel, settings: Settings) -> None:
         self.composite, self.settings, self.tracing = composite, settings, Tracing()
-        self.metrics = Metrics(composite)
-        composite.observe(self.metrics)
-        composite.limit = settings.max_prompt_tokens
-        composite.chooser.candidates(composite.policy)  # a policy that fits nobody is told at the start
+        self.keys = ring_of(settings.api_keys, settings.key_file)
+        self.metrics = Metrics(lambda: self.composite)
         self.started = int(time.time())
         self.draining = False
         self.sessions = open_store(settings.session_store)
+        self._use(composite, self.keys)
+
+    def _use(self, composite: AnsweringModel, keys: KeyRing) -> None:
+        """Answer by a composite from now on.
+
+        Raises:
+            ExpertokenError: a policy, its own or a key's, leaves nobody who may answer.
+        """
+        composite.chooser.candidates(composite.policy)
+        for client in keys.clients:
+            try:
+                composite.chooser.candidates(_narrowed(composite.policy, client))
+            except ExpertokenError as error:
+                raise ExpertokenError(f"the key of {client.name!r}: {error}") from None
+        composite.observe(self.metrics)
+        composite.limit = self.settings.max_prompt_tokens
         for expert in composite.pool.experts:
             if expert.kind.remote:  # costs nothing to hold; local ones are loaded when they are called
                 _open(composite, expert.name)
+        self.composite, self.keys = composite, keys
 
-    @property
-    def models(self) -> list[str]:
-        """Names that clients may ask for."""
-        allowed = self.composite.policy.candidates(self.composite.pool)
+    async def reload(self) -> bool:
+        """Read pool, rows, calibration and keys anew; answers that are being given go on as they began.
+
+        Returns:
+            whether that worked; otherwise everything stays as it was, and the log says why.
+        """
+        try:
+            composite = await asyncio.wrap_future(in_thread(self.composite.reloaded))
+            keys = await asyncio.to_thread(ring_of, self.settings.api_keys, self.settings.key_file)
+            self._use(composite, keys)
+        except ExpertokenError as error:
+            logger.error("not reloaded: %s", error)
+            return False
+        names = ", ".join(composite.policy.candidates(composite.pool))
+        logger.warning("reloaded: %s may answer; %d keys", names, len(keys.clients))
+        return True
+
+    def models(self, client: Client | None = None) -> list[str]:
+        """Return the names that a client may ask for."""
+        allowed = _narrowed(self.composite.policy, client).candidates(self.composite.pool)
         return [self.settings.name, *(f"{self.settings.name}/{name}" for name in allowed)]
 
-    def policy(self, request: ChatRequest) -> Policy:
-        """Of a request: the composite's own, what the request says, and the expert that it addresses.
+    def policy(self, request: ChatRequest, client: Client | None = None) -> Policy:
+        """Of a request: the composite's own, what key and request say, and the expert that it addresses.
 
         Raises:
             UnknownModelError: the model is none of ours.
         """
-        if request.model not in self.models:
+        if request.model not in self.models(client):
             raise UnknownModelError(f"no model {request.model!r} here; GET /v1/models lists them")
-        own = self.composite.policy
+        own = _narrowed(self.composite.policy, client)
         policy = Policy.parse(request.expertoken.policy, own).within(own)
         if request.model == self.settings.name:
             return policy
@@ -122,24 +155,24 @@ class Service:
 
     async def answer(self, request: ChatRequest, http: Request) -> Completion:
         """Decide; nothing is asked of an expert yet."""
-        policy = self.policy(request)
+        policy, composite = self.policy(request, client_of(http)), self.composite
         messages = await asyncio.to_thread(self.messages, request)  # megabytes of them take a while
         affinity = await self.affinity(messages, request, http)
         first = request.generation(self.settings.max_new_tokens)
         with self.tracing.span("decide"):
-            decision = await self.composite.adecide(messages, policy, first, affinity)
-        streams = [self.composite.answer(messages, decision, first)]
+            decision = await composite.adecide(messages, policy, first, affinity)
+        streams = [composite.answer(messages, decision, first)]
         for number in range(1, request.n):
             # The decision's cache serves one answer; it is changed by that.
             other = request.generation(self.settings.max_new_tokens, number)
-            streams.append(self.composite.answer(messages, replace(decision, own=None), other))
+            streams.append(composite.answer(messages, replace(decision, own=None), other))
         # Without keys whoever asks owns this machine.
-        return Completion(request, streams, reasons=not self.settings.api_keys, **session_of(request, http))
+        return Completion(request, streams, reasons=not self.keys, **session_of(request, http))
 
     async def route(self, request: ChatRequest, http: Request) -> dict[str, Any]:
         """Return who would answer, with all that the decision weighed; nothing is asked of an expert."""
         self.begin(http)
-        policy = self.policy(request)
+        policy = self.policy(request, client_of(http))
         messages = await asyncio.to_thread(self.messages, request)
         affinity = await self.affinity(messages, request, http)
         generation = request.generation(self.settings.max_new_tokens)
@@ -186,7 +219,8 @@ class Service:
             "time": round(started, 3),
             "seconds": round(time.time() - started, 4),
             "status": status,
-            "model": request.model if request.model in self.models else None,
+            "model": request.model if request.model in self.models() else None,
+            "client": getattr(client_of(http), "name", None),
             "stream": request.stream,
             "request_id": http.scope["state"].get("request_id"),
             "messages": len(request.messages),
@@ -207,7 +241,20 @@ class Service:
         for reply in completion.replies:
             if reply.finish is None and reply.text:  # whoever stopped it may go on from there
                 await self.remember(completion, reply)
+        if (client := client_of(http)) is not None:
+            self.metrics.used(client.name, completion.replies)
         self.log(completion, completion.request, status, started, http)
+
+
+def client_of(http: Request) -> Client | None:
+    """Return whose key a request came with; None where there are no keys."""
+    found: Client | None = http.scope["state"].get("client")
+    return found
+
+
+def _narrowed(policy: Policy, client: Client | None) -> Policy:
+    """Return a policy within what a client may use."""
+    return policy if client is None or client.experts is None else policy.within(Policy(allow=client.experts))
 
 
 def _told(reply: Any) -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """What an operator sets."""
 
 import ipaddress
-import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from ...modeling.errors import ExpertokenError
-
-KEYS_VARIABLE = "EXPERTOKEN_API_KEYS"
+from .keys import KEYS_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -17,6 +16,7 @@ class Settings:
         name: of the composite, as clients call it; its experts are `name/expert`.
         host: address it is bound to.
         api_keys: one of them has to come with each request; nobody is asked where there are none.
+        key_file: further ones, as hashes, with what each may use; see `keys`.
         max_body: bytes of a request.
         max_messages: of a conversation.
         max_prompt_tokens: longest conversation, in tokens, about; no limit but the experts' own where None.
@@ -35,6 +35,7 @@ class Settings:
     name: str = "composite"
     host: str = "127.0.0.1"
     api_keys: tuple[str, ...] = ()
+    key_file: Path | None = None
     max_body: int = 4 * 2**20
     max_messages: int = 512
     max_prompt_tokens: int | None = None
@@ -47,26 +48,11 @@ class Settings:
     session_store: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.api_keys and not is_loopback(self.host):
+        if not self.api_keys and self.key_file is None and not is_loopback(self.host):
             raise ExpertokenError(
                 f"--host {self.host} can be reached from elsewhere: put API keys, separated by commas, into the "
-                f"environment variable {KEYS_VARIABLE}, or bind to 127.0.0.1"
+                f"environment variable {KEYS_VARIABLE} or a file (--keys), or bind to 127.0.0.1"
             )
-
-
-def keys_from_environment() -> tuple[str, ...]:
-    """The API keys of `EXPERTOKEN_API_KEYS`.
-
-    Raises:
-        ExpertokenError: one is so short that it can be guessed.
-    """
-    keys = tuple(key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key.strip())
-    if any(len(key) < _SHORTEST_KEY for key in keys):
-        raise ExpertokenError(f"{KEYS_VARIABLE}: a key needs at least {_SHORTEST_KEY} characters")
-    return keys
-
-
-_SHORTEST_KEY = 16
 
 
 def is_loopback(host: str) -> bool:

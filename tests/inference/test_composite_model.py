@@ -445,7 +445,7 @@ def test_decisions_that_come_together_are_made_in_one_pass_and_each_self_answer_
         first = asyncio.ensure_future(composite.achat(CHAT, max_new_tokens=8))
         await asyncio.to_thread(began.wait, 30)
         others = [asyncio.ensure_future(composite.achat(prompt, max_new_tokens=8)) for prompt in prompts]
-        while composite._decider._lane(long=False).qsize() < len(prompts):
+        while composite._decider._lanes[False].qsize() < len(prompts):
             await asyncio.sleep(0.01)
         held.set()
         await first

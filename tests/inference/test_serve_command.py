@@ -22,6 +22,7 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
+from expertoken.modeling.composite import POOL_FILE
 from expertoken.modeling.experts import Expert
 from expertoken.tests.inference.conftest import composite_of, mock_expert, served
 
@@ -189,3 +190,71 @@ def test_a_gateways_file_is_served_by_the_name_of_the_file(words, tmp_path):
         assert answer.choices[0].message.content.startswith("two0")
         with pytest.raises(openai.InternalServerError, match="the meta LLM can't be asked"):
             client(address).chat.completions.create(model="gate", messages=HELLO)
+
+
+def until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_reload_takes_in_what_changed_and_loses_no_stream(base_folder, words, tmp_path):
+    """An expert is plugged in, another one is calibrated away, and a long answer goes on meanwhile."""
+    with mock_expert("slow", "--between", "0.2", "--words", "20") as (slow, _):
+        composite_of(base_folder, [slow, words[0]]).save_pretrained(tmp_path / "c", verify=False)
+        with serve(str(tmp_path / "c")) as (process, address, lines):
+            stream = client(address).chat.completions.create(model="c/slow", messages=HELLO, stream=True)
+            told = [next(iter(stream)).choices[0].delta.content]
+            composite_of(base_folder, [words[1], words[0]]).save_pretrained(tmp_path / "c", verify=False)
+            process.send_signal(signal.SIGHUP)
+            until(lambda: any("reloaded: two, one may answer" in line for line in lines))
+            assert [model.id for model in client(address).models.list()] == ["c", "c/two", "c/one"]
+            asked = [{"role": "user", "content": "hello"}]
+            answer = client(address).chat.completions.create(model="c", messages=asked)
+            assert answer.choices[0].message.content.startswith("two")
+            told += [chunk.choices[0].delta.content or "" for chunk in stream]
+            assert "".join(told).split() == [f"slow{number}" for number in range(20)]
+            (tmp_path / "c" / POOL_FILE).write_text("experts: nonsense")
+            process.send_signal(signal.SIGHUP)
+            until(lambda: any("not reloaded: " in line for line in lines))
+            assert client(address).chat.completions.create(model="c", messages=HELLO)
+
+
+def test_a_gateway_reads_its_file_again(words, tmp_path):
+    def write(*experts):
+        entries = [expert.entry() for expert in experts]
+        meta = {"model": "m", "base_url": "http://127.0.0.1:9/v1"}
+        (tmp_path / "gate.yaml").write_text(yaml.safe_dump({"meta": meta, "experts": entries}))
+
+    write(words[0])
+    with serve(str(tmp_path / "gate.yaml")) as (process, address, lines):
+        assert client(address).chat.completions.create(model="gate", messages=HELLO).choices[0].message.content
+        write(words[1])
+        process.send_signal(signal.SIGHUP)
+        until(lambda: any("reloaded: two may answer" in line for line in lines))
+        answer = client(address).chat.completions.create(model="gate", messages=HELLO)
+        assert answer.choices[0].message.content.startswith("two")
+
+
+def checked(*arguments, **environment):
+    command = [str(Path(sys.executable).parent / "expertoken"), "serve", *arguments, "--check"]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=120)
+
+
+def test_a_check_tells_who_would_answer_and_what_is_wrong(base_folder, words, tmp_path):
+    composite_of(base_folder, [*words, Expert("self", "self")]).save_pretrained(tmp_path / "fine", verify=False)
+    fine = checked(str(tmp_path / "fine"))
+    assert fine.returncode == 0, fine.stdout + fine.stderr
+    assert words[0].base_url in fine.stdout
+    bad = [
+        Expert("down", "openai", "m", base_url="http://127.0.0.1:9/v1"),
+        Expert("keyless", "openai", "m", base_url=words[0].base_url, api_key_env="NOT_SET_KEY"),
+    ]
+    composite_of(base_folder, [words[0]]).save_pretrained(tmp_path / "bad", verify=False)
+    pool = [expert.entry() for expert in (*bad, words[0])]
+    (tmp_path / "bad" / POOL_FILE).write_text(yaml.safe_dump({"experts": pool}))
+    told = checked(str(tmp_path / "bad"))
+    assert told.returncode == 1
+    assert "NOT_SET_KEY is not set" in told.stdout
+    assert "127.0.0.1:9" in told.stdout

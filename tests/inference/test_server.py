@@ -726,7 +726,7 @@ def test_an_address_that_others_reach_needs_a_key():
 
 
 def test_a_key_that_can_be_guessed_is_refused(monkeypatch):
-    from expertoken.inference.server.settings import keys_from_environment
+    from expertoken.inference.server.keys import keys_from_environment
 
     monkeypatch.setenv("EXPERTOKEN_API_KEYS", f"{KEY}, short")
     with pytest.raises(ExpertokenError, match="at least 16") as error:
