@@ -51,6 +51,9 @@ def serve(
     keys: Annotated[
         Path | None, typer.Option(help="File of hashed API keys, as `expertoken keys add` writes it.")
     ] = None,
+    feedback: Annotated[
+        Path | None, typer.Option(help="JSONL file for what people think of answers, with what they asked.")
+    ] = None,
     session_store: Annotated[
         str | None, typer.Option(help="redis://HOST:PORT/N, where several servers remember who answered a chat.")
     ] = None,
@@ -94,6 +97,7 @@ def serve(
         hosts=tuple(name.lower() for name in allow_host or ()),
         origins=tuple(cors_origin or ()),
         session_store=session_store,
+        feedback=feedback,
     )
     if check:
         _check(composite, keys)

@@ -122,6 +122,11 @@ class AnsweringModel(ABC):
         """Begin to load a candidate that will be wanted soon, where there is room for it; nothing waits for that."""
 
     @property
+    def calibrated_shares(self) -> Mapping[str, float]:
+        """Share of each candidate in the prompts of the calibration; empty where there was none."""
+        return {}
+
+    @property
     def left_alone(self) -> list[str]:
         """Candidates that failed too often of late."""
         return [name for name, breaker in self._breakers.items() if breaker.is_open]

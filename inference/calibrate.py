@@ -26,6 +26,7 @@ class Calibration:
         share: of requests that experts answer instead of the default.
         cost: USD a request, expected.
         before: the same cost without a policy.
+        shares: of requests, by candidate; a server tells how far it is from them.
     """
 
     policy: Policy
@@ -33,6 +34,7 @@ class Calibration:
     share: float
     cost: float
     before: float
+    shares: dict[str, float]
 
 
 def calibrate(
@@ -86,6 +88,7 @@ def calibrate(
         reached,
         _spent(composite, chosen, lengths),
         _spent(composite, _choices(composite, composite.composite.trained_policy, logits, lengths), lengths),
+        {name: chosen.count(name) / len(chosen) for name in composite.pool.names},
     )
 
 

@@ -5,7 +5,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
@@ -168,6 +168,11 @@ class CompositeModel(AnsweringModel):
         """Tells composites apart that decide or answer differently."""
         rows = hashlib.sha256(self.meta.rows.numpy().tobytes()).hexdigest()[:16]
         return f"{self.meta.base_fingerprint}-{rows}-{self.manifest.training.get('validation_score')}"
+
+    @property
+    def calibrated_shares(self) -> Mapping[str, float]:
+        """Share of each candidate in the prompts of the calibration; empty where there was none."""
+        return (self.manifest.calibration or {}).get("shares", {})
 
     def count(self, text: str) -> int:
         """Tokens of a text, as the meta LLM reads it; where a backend does not count its own.

@@ -17,6 +17,7 @@ from ...modeling.errors import ExpertokenError
 from ..answering import AnsweringModel
 from .anthropic_messages import MESSAGES, MessagesRequest
 from .completions import public
+from .feedback import FeedbackRequest
 from .guard import Guard, error_body
 from .openai_responses import RESPONSES, ResponsesRequest
 from .schema import ChatRequest
@@ -99,6 +100,13 @@ def create_app(composite: AnsweringModel, settings: Settings | None = None) -> F
     async def route(request: ChatRequest, http: Request) -> dict[str, Any]:
         """Decide who would answer, and answer nothing."""
         return await service.route(request, http)
+
+    if service.feedback is not None:
+
+        @app.post("/v1/feedback")
+        async def feedback(request: FeedbackRequest, http: Request) -> dict[str, Any]:
+            """Judge an answer, by its id."""
+            return await asyncio.to_thread(service.judge, request, http)
 
     _add_page(app)
     return app

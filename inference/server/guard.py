@@ -27,7 +27,8 @@ logger = logging.getLogger("expertoken.requests")
 
 _PATIENCE = 10.0  # seconds between two parts of a body
 _WHOLE = 60.0  # seconds for all of a body
-_ANSWERS = ("/v1/chat/completions", "/v1/messages", "/v1/responses", "/v1/route", "/v1/messages/count_tokens")
+_ANSWERS = ("/v1/chat/completions", "/v1/messages", "/v1/responses", "/v1/route", "/v1/messages/count_tokens",
+            "/v1/feedback")  # fmt: skip
 _ANTHROPIC = "/v1/messages"
 
 

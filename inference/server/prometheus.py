@@ -1,5 +1,7 @@
 """What happens, for Prometheus."""
 
+from collections import Counter as Counts
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -11,6 +13,7 @@ from ..answering import AnsweringModel
 from ..observer import Answered, Observer, Spent
 from ..reply import Reply
 
+_RECENT = 1000  # decisions whose shares are held against the calibration's
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
@@ -41,6 +44,24 @@ class _State(Collector):
         if (models := self._model.local_models) is not None:
             yield CounterMetricFamily("expertoken_local_loads", "Local experts loaded into memory", value=models.loads)
             yield GaugeMetricFamily("expertoken_local_bytes", "Weights of local experts in memory", value=models.taken)
+
+
+class _Drift(Collector):
+    """How far the shares of the newest decisions are from those on the prompts of the calibration."""
+
+    def __init__(self, model: Callable[[], AnsweringModel], recent: deque[str]) -> None:
+        self._model, self._recent = model, recent
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        told = "Shares of the newest decisions beside those of the calibration: half the sum of differences, 0 to 1"
+        calibrated, recent = self._model().calibrated_shares, Counts(self._recent)
+        if calibrated and (total := recent.total()):
+            names = {*calibrated, *recent}
+            apart = sum(abs(recent[name] / total - calibrated.get(name, 0.0)) for name in names) / 2
+            yield GaugeMetricFamily("expertoken_share_drift", told, value=apart)
 
 
 class Metrics(Observer):
@@ -76,6 +97,15 @@ class Metrics(Observer):
         self.client_requests = counter("client_requests", "Answers, by whose key it was", "client")
         self.client_tokens = counter("client_tokens", "Tokens of answers, by whose key it was", "client", "kind")
         self.client_cost = counter("client_cost_usd", "What answers cost, by whose key it was", "client")
+        self.judgements = counter("feedback", "Judgements of answers", "expert")
+        self.judged_scores = counter("feedback_score", "Scores of judgements, summed", "expert")
+        self.sessions = counter(
+            "session_turns", "Turns of chats that went on, by whether the expert changed", "switched"
+        )
+        self.margins = histogram("decision_margin", "Probability of the candidate before that of the next",
+                                 buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0))  # fmt: skip
+        self._recent: deque[str] = deque(maxlen=_RECENT)
+        self.registry.register(_Drift(model, self._recent))
         self.in_flight = Gauge("expertoken_in_flight", "Requests being answered", registry=self.registry)
         self.deciding = histogram("decision_seconds", "From the question to the decision, waiting included")
         self.batches = histogram("decision_batch", "Decisions made in one pass", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
@@ -85,6 +115,9 @@ class Metrics(Observer):
     def decided(self, dispatch: Dispatch, seconds: float, batch: int) -> None:
         """A decision was made."""
         self.decisions.labels(dispatch.expert).inc()
+        ordered = sorted(dispatch.probabilities.values(), reverse=True)
+        self.margins.observe(ordered[0] - ordered[1] if len(ordered) > 1 else 1.0)
+        self._recent.append(dispatch.expert)
         self.deciding.observe(seconds)
         self.batches.observe(batch)
 
@@ -114,6 +147,15 @@ class Metrics(Observer):
             self.fallbacks.labels(answer.chosen, answer.expert).inc()
         self.first.labels(answer.expert).observe(answer.first)
         self.whole.labels(answer.expert).observe(answer.seconds)
+
+    def went_on(self, last: str, chosen: str) -> None:
+        """A chat went on."""
+        self.sessions.labels("yes" if chosen != last else "no").inc()
+
+    def judged(self, expert: str, score: float) -> None:
+        """Somebody judged an answer."""
+        self.judgements.labels(expert).inc()
+        self.judged_scores.labels(expert).inc(score)
 
     def used(self, client: str, replies: Iterable[Reply]) -> None:
         """A client got answers."""

@@ -22,6 +22,7 @@ from ..loop import in_thread
 from ..reply import Reply
 from ..sessions import Affinity, LastAnswer, key_of, open_store
 from .completions import Completion
+from .feedback import Feedback, FeedbackRequest
 from .guard import key_of as api_key
 from .keys import Client, KeyRing, ring_of
 from .prometheus import Metrics
@@ -59,6 +60,7 @@ class Service:
         self.started = int(time.time())
         self.draining = False
         self.sessions = open_store(settings.session_store)
+        self.feedback = None if settings.feedback is None else Feedback(settings.feedback)
         self._use(composite, self.keys)
 
     def _use(self, composite: AnsweringModel, keys: KeyRing) -> None:
@@ -143,6 +145,10 @@ class Service:
         messages, tools = [*completion.request.messages, said], completion.request.tools
         key = await asyncio.to_thread(key_of, messages, session=completion.session, scope=completion.scope, tools=tools)
         tokens = reply.prompt_tokens + reply.completion_tokens
+        if self.feedback is not None and reply is completion.replies[0]:
+            await asyncio.to_thread(
+                self.feedback.remember, completion.id, completion.request.messages, reply.expert, completion.scope
+            )
         await self.sessions.put(key, LastAnswer(reply.expert, tokens, time.time()))
 
     def begin(self, http: Request) -> str:
@@ -166,6 +172,8 @@ class Service:
             # The decision's cache serves one answer; it is changed by that.
             other = request.generation(self.settings.max_new_tokens, number)
             streams.append(composite.answer(messages, replace(decision, own=None), other))
+        if affinity.last is not None:
+            self.metrics.went_on(affinity.last, decision.dispatch.expert)
         # Without keys whoever asks owns this machine.
         return Completion(request, streams, reasons=not self.keys, **session_of(request, http))
 
@@ -209,6 +217,13 @@ class Service:
         }
         share = reply.dispatch.probabilities.get(reply.expert)
         return told | ({} if share is None else {"x-expertoken-probability": f"{share:.4f}"})
+
+    def judge(self, request: FeedbackRequest, http: Request) -> dict[str, Any]:
+        """Write down what somebody thinks of an answer."""
+        assert self.feedback is not None
+        told = self.feedback.judge(request, _scope_of(http))
+        self.metrics.judged(told["expert"], told["score"])
+        return told
 
     def log(
         self, completion: Completion | None, request: ChatRequest, status: int, started: float, http: Request
@@ -280,9 +295,12 @@ def _open(composite: AnsweringModel, name: str) -> None:
 
 def session_of(request: ChatRequest, http: Request) -> dict[str, Any]:
     """Return the session that a request says that it belongs to, and what keeps it apart from other clients'."""
+    return {"session": http.headers.get("x-session-id") or request.session, "scope": _scope_of(http)}
+
+
+def _scope_of(http: Request) -> str:
     key = api_key(http.headers)
-    scope = hashlib.blake2b(key.encode(), digest_size=16).hexdigest() if key else ""
-    return {"session": http.headers.get("x-session-id") or request.session, "scope": scope}
+    return hashlib.blake2b(key.encode(), digest_size=16).hexdigest() if key else ""
 
 
 def model_card(name: str, service: Service) -> dict[str, Any]:

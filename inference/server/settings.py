@@ -26,6 +26,7 @@ class Settings:
         log_content: write questions and answers to the log.
         hosts: further names by which this server is asked for without keys.
         origins: of pages elsewhere that may ask from a browser.
+        feedback: file that gets what people think of answers, with what they asked; None to take none.
         session_store: URL of the Redis that several servers remember sessions in; None for this process's memory.
 
     Raises:
@@ -46,6 +47,7 @@ class Settings:
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     session_store: str | None = None
+    feedback: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.api_keys and self.key_file is None and not is_loopback(self.host):

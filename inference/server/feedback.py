@@ -1,0 +1,114 @@
+"""What people think of answers, written down as benchmark results: `POST /v1/feedback`.
+
+Each judgement becomes a line of a file in the `table` format (`query`, `model`, `score`, `benchmark`, `id`), from which
+a composite learns as from any other results. It holds what was asked, so it exists only where an operator names a file.
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, Field
+
+from ...modeling.chat import Message
+from ...modeling.errors import ExpertokenError
+from .schema import RequestBody
+
+_WAITING = 10_000  # answers that can be judged
+_CHARACTERS = 64 * 2**20  # of their conversations together, about
+_THUMBS = {"up": 1.0, "down": 0.0}
+BENCHMARK = "feedback"
+
+
+class FeedbackRequest(RequestBody):
+    """Body of `POST /v1/feedback`: the answer's id, and a thumb or a score."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str = Field(max_length=200, description="of the answer, as the response told it")
+    thumb: str | None = Field(None, pattern="^(up|down)$")
+    score: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+
+    @property
+    def value(self) -> float:
+        """The judgement as a score.
+
+        Raises:
+            ExpertokenError: there is none, or there are two.
+        """
+        if (self.thumb is None) == (self.score is None):
+            raise ExpertokenError("expected either `thumb` (up or down) or `score` (0 to 1)")
+        return self.score if self.score is not None else _THUMBS[str(self.thumb)]
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """An answer that can be judged: what was asked, who answered, and whose answer it is."""
+
+    query: str
+    expert: str
+    scope: str
+
+
+class Feedback:
+    """The answers that can be judged, and the file of judgements.
+
+    Args:
+        file: that gets the lines; it is made where there is none.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._known: OrderedDict[str, _Judged] = OrderedDict()
+        self._size = 0
+        self._lock = threading.Lock()
+
+    def remember(self, answer: str, messages: Sequence[Message], expert: str, scope: str) -> None:
+        """Make an answer known, so that it can be judged; the oldest are forgotten.
+
+        Args:
+            answer: id of the answer.
+            messages: the conversation that it answers.
+            expert: who answered.
+            scope: whose answer it is: nobody judges another client's.
+        """
+        query = json.dumps(list(messages), ensure_ascii=False)
+        with self._lock:
+            self._known[_bare(answer)] = _Judged(query, expert, scope)
+            self._size += len(query)
+            while self._known and (len(self._known) > _WAITING or self._size > _CHARACTERS):
+                _, old = self._known.popitem(last=False)
+                self._size -= len(old.query)
+
+    def judge(self, request: FeedbackRequest, scope: str) -> dict[str, Any]:
+        """Write a judgement down.
+
+        Raises:
+            ExpertokenError: the answer is not known (any more), or the file can't be written.
+        """
+        score = request.value
+        with self._lock:
+            judged = self._known.get(_bare(request.id))
+            if judged is None or judged.scope != scope:
+                raise ExpertokenError("no answer of that id that could still be judged")
+            messages = json.loads(judged.query)
+            alone = len(messages) == 1 and isinstance(messages[0].get("content"), str)
+            query = messages[0]["content"] if alone else messages
+            row = {
+                "query": query, "model": judged.expert, "score": score, "benchmark": BENCHMARK, "id": _bare(request.id)
+            }  # fmt: skip
+            try:
+                with self._file.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            except OSError as error:
+                raise ExpertokenError(f"the feedback could not be written ({error.strerror})") from error
+        return {"object": "feedback", "id": request.id, "expert": judged.expert, "score": score}
+
+
+def _bare(answer: str) -> str:
+    """Return an answer's id without what an API puts before it."""
+    return answer.rsplit("-", 1)[-1].rsplit("_", 1)[-1]
