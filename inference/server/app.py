@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, Response
+from markdown_it import MarkdownIt
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -20,7 +21,7 @@ from .completions import public
 from .feedback import FeedbackRequest
 from .guard import Guard, error_body
 from .openai_responses import RESPONSES, ResponsesRequest
-from .schema import ChatRequest
+from .schema import ChatRequest, RenderRequest
 from .service import Service, UnknownModelError, client_of, model_card, status_of
 from .settings import Settings
 from .streaming import answered
@@ -122,6 +123,13 @@ def _add_page(app: FastAPI) -> None:
 
     for found in _PAGE.iterdir():
         page(found.name)
+
+    # Raw HTML stays text, links lead to no script, and pictures of elsewhere are not asked for.
+    markdown = MarkdownIt("js-default", {"breaks": True}).disable("image")
+
+    @app.post("/render", include_in_schema=False)
+    def render(asked: RenderRequest) -> dict[str, list[str]]:
+        return {"html": [str(markdown.render(text)) for text in asked.texts]}
 
 
 def _add_status(app: FastAPI, service: Service) -> None:

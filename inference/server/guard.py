@@ -29,6 +29,7 @@ _PATIENCE = 10.0  # seconds between two parts of a body
 _WHOLE = 60.0  # seconds for all of a body
 _ANSWERS = ("/v1/chat/completions", "/v1/messages", "/v1/responses", "/v1/route", "/v1/messages/count_tokens",
             "/v1/feedback")  # fmt: skip
+_RENDER = "/render"  # what the page shows: limited as what is answered, but none of that
 _ANTHROPIC = "/v1/messages"
 
 
@@ -130,7 +131,7 @@ class Guard:
             await (self._turn_away if path in _ANSWERS else _refuse)(send, 401, body)
             return
         scope.setdefault("state", {})["client"] = client
-        if path not in _ANSWERS:
+        if path not in (*_ANSWERS, _RENDER):
             await self.app(scope, receive, send)
             return
         who = key if keys else (scope.get("client") or ("",))[0]
@@ -138,7 +139,8 @@ class Guard:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: dict[str, str], who: str) -> None:
         """A request for an answer, within its limits."""
-        if self._rate is not None and not self._limiter.hit(self._rate, who):
+        counted = scope["path"].removeprefix(scope.get("root_path", "")) != _RENDER
+        if counted and self._rate is not None and not self._limiter.hit(self._rate, who):
             told = f"more than {self.settings.rate} requests in a minute"
             until = self._limiter.get_window_stats(self._rate, who).reset_time
             wait = max(1, math.ceil(until - time.time()))
@@ -158,6 +160,7 @@ class Guard:
             body = error_body("too many requests at a time; come again", "overloaded_error", "overloaded")
             await self._turn_away(send, 503, body, retry=1)
             return
+        scope["state"]["counted"] = counted
         await self._admitted(scope, receive, send)
 
     async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -216,15 +219,17 @@ class Guard:
         finally:
             self._running -= 1
             self.metrics.in_flight.dec()
-            self._note(status, logged=state.get("logged", False))
+            self._note(status, logged=state.get("logged", False), counted=state.get("counted", True))
 
     async def _turn_away(self, send: Send, status: int, body: dict[str, Any], retry: int | None = None) -> None:
         """Refuse a request for an answer."""
         self._note(status)
         await _refuse(send, status, body, retry)
 
-    def _note(self, status: int, *, logged: bool = False) -> None:
+    def _note(self, status: int, *, logged: bool = False, counted: bool = True) -> None:
         """Count a request for an answer, and write its line where nobody could who knows more of it."""
+        if not counted:
+            return
         self.metrics.requests.labels(str(int(status))).inc()  # an `HTTPStatus` has another text before Python 3.11
         if not logged:
             logger.info(json.dumps({"time": round(time.time(), 3), "status": status}))

@@ -25,6 +25,12 @@ class RequestBody(BaseModel):
         return {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
+class RenderRequest(RequestBody):
+    """Answers that the page shows as HTML."""
+
+    texts: list[Annotated[str, StringConstraints(max_length=500_000)]] = Field(max_length=4, fail_fast=True)
+
+
 class StreamOptions(RequestBody):
     """Of a streamed answer."""
 

@@ -1,5 +1,6 @@
 """The chat page, in a real browser."""
 
+import asyncio
 import os
 import shutil
 import urllib.request
@@ -74,7 +75,7 @@ def test_a_person_types_reads_the_answer_and_who_gave_it(page):
     assert answer.locator(".who").inner_text() == "one"
     assert "one 100 %" in answer.locator(".bar").get_attribute("aria-label")
     assert "$" in page.locator("#cost").inner_text()
-    answer.locator("summary").click()
+    answer.locator(".why summary").click()
     picture(page, "desktop")
     assert "probability" in answer.locator(".reason").inner_text()
 
@@ -198,7 +199,7 @@ def test_a_failure_is_told_only_where_it_is_asked_for(page):
     answer = say(page, "hello one do: refuse")
     assert answer.locator(".text").inner_text().startswith("two0")
     assert answer.locator(".who").inner_text() == "two"
-    answer.locator("summary").click()
+    answer.locator(".why summary").click()
     assert "one failed: the endpoint answered 500" in answer.locator(".reason").inner_text()
 
 
@@ -221,7 +222,7 @@ def test_on_a_phone_everything_is_within_its_width(browser, url):
     page = context.new_page()
     page.goto(url)
     answer = say(page, "hello")
-    answer.locator("summary").click()
+    answer.locator(".why summary").click()
     say(page, "hello there")
     picture(page, "phone")
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
@@ -266,3 +267,175 @@ def test_of_two_messages_before_the_start_one_is_sent_and_the_other_is_kept(page
     page.locator("article.assistant:not(.waiting)").wait_for()
     assert page.locator("article.user .text").all_inner_texts() == ["hello"]
     assert page.locator("#text").input_value() == "hello there"
+
+
+MARKDOWN = """# Title
+
+A **word**, `code`, [a link](https://example.org) and ![a picture](https://example.org/x.png).
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+```python
+print("<b>")
+```
+
+<script>alert(1)</script>
+"""
+
+
+@pytest.fixture
+def speaking(browser, base_folder):
+    """Opens a page on a composite whose expert streams these deltas."""
+    from contextlib import ExitStack
+
+    from starlette.applications import Starlette
+    from starlette.responses import StreamingResponse
+    from starlette.routing import Route
+
+    from expertoken.tests.inference.mock_expert import chunk
+
+    with ExitStack() as stack:
+
+        def start(*deltas, width=1000, scheme="light"):
+            seen = []
+
+            async def answer(request):
+                seen.append(await request.json())
+
+                async def parts():
+                    for delta in deltas:
+                        yield chunk(delta)
+                        await asyncio.sleep(0.3)
+                    yield chunk({}, "stop")
+
+                return StreamingResponse(parts(), media_type="text/event-stream")
+
+            expert = stack.enter_context(
+                served(Starlette(routes=[Route("/v1/chat/completions", answer, methods=["POST"])]))
+            )
+            composite = composite_of(base_folder, [Expert("one", "openai", "m", base_url=f"{expert}/v1")])
+            address = stack.enter_context(served(create_app(composite, Settings(name="comp"))))
+            context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+            context.grant_permissions(["clipboard-read", "clipboard-write"], origin=address)
+            stack.callback(context.close)
+            page = context.new_page()
+            page.seen = seen
+            page.on("pageerror", lambda error: pytest.fail(str(error)))
+            page.goto(address)
+            return page
+
+        yield start
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1000, "light"), (1000, "dark"), (375, "light")])
+def test_markdown_is_shown_and_no_markup_of_the_answer_is(speaking, width, scheme):
+    page = speaking({"content": MARKDOWN[:60]}, {"content": MARKDOWN[60:]}, width=width, scheme=scheme)
+    text = say(page, "hello").locator(".text")
+    text.locator("pre code").wait_for()
+    assert text.locator("h1").inner_text() == "Title"
+    assert text.locator("td").all_inner_texts() == ["1", "2"]
+    assert text.locator("a").first.get_attribute("rel") == "noopener noreferrer"
+    assert text.locator("pre code").inner_text().strip() == 'print("<b>")'
+    assert text.locator("script, img").count() == 0
+    assert "<script>alert(1)</script>" in text.inner_text()
+    text.locator(".copy").click()
+    text.locator(".copy", has_text="Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()").strip() == 'print("<b>")'
+    picture(page, f"markdown-{width}-{scheme}")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.reload()
+    page.locator("article.assistant h1").wait_for()
+
+
+def test_thought_is_folded_away_once_the_answer_comes(speaking):
+    page = speaking({"reasoning_content": "let me see"}, {"reasoning_content": ", yes"}, {"content": "It is 4."})
+    page.fill("#text", "hello")
+    page.press("#text", "Enter")
+    page.locator(".thought[open] div", has_text="let me see").wait_for()
+    answer = page.locator("article.assistant:not(.waiting)")
+    answer.wait_for()
+    assert not answer.locator(".thought div").is_visible()
+    answer.locator(".thought summary").click()
+    picture(page, "thought")
+    assert answer.locator(".thought div").inner_text() == "let me see, yes"
+    assert answer.locator(".text").inner_text().strip() == "It is 4."
+
+
+def test_a_system_prompt_goes_along_and_stays(speaking):
+    page = speaking({"content": "yes"})
+    page.locator("#instructions summary").click()
+    page.fill("#system", "be brief")
+    say(page, "hello")
+    page.reload()
+    say(page, "hello there")
+    assert [body["messages"][0] for body in page.seen] == [{"role": "system", "content": "be brief"}] * 2
+
+
+def test_a_question_can_be_asked_otherwise(page):
+    first = say(page, "hello")
+    say(page, "hello there")
+    page.locator("article.user .edit").first.click()
+    assert page.locator("#text").input_value() == "hello"
+    assert page.locator("#editing").is_visible()
+    page.press("#text", "Escape")
+    assert page.locator("article").count() == 4
+    page.locator("article.user .edit").first.click()
+    page.fill("#text", "hello two do: refuse")
+    page.press("#text", "Enter")
+    page.locator("article.assistant:not(.waiting)").wait_for()
+    assert page.locator("article.user .text").all_inner_texts() == ["hello two do: refuse"]
+    assert first.locator(".text").inner_text() == "one0 one1 one2 one3 one4"
+
+
+def test_two_tabs_have_a_chat_each(page, url):
+    say(page, "hello")
+    other = page.context.new_page()
+    other.goto(url)
+    other.locator("article.assistant").wait_for()
+    say(other, "hello there")
+    page.reload()
+    assert page.locator("article.user .text").all_inner_texts() == ["hello"]
+    other.reload()
+    assert other.locator("article.user .text").all_inner_texts() == ["hello", "hello there"]
+
+
+def test_what_had_come_of_an_answer_is_there_after_a_reload(speaking):
+    page = speaking(*({"content": f"word{number} "} for number in range(30)))
+    page.fill("#text", "hello")
+    page.press("#text", "Enter")
+    page.locator("article.assistant .text", has_text="word6").wait_for()
+    page.reload()
+    answer = page.locator("article.assistant")
+    assert answer.locator(".text").inner_text().startswith("word0 word1")
+    assert answer.locator(".mark").inner_text() == "broken off"
+    answer.locator(".again button").click()
+    page.locator("article.assistant.waiting").wait_for()
+
+
+def test_the_seam_shows_where_another_expert_went_on(speaking):
+    page = speaking({"content": "Hello"})
+    say(page, "hello")
+    page.evaluate("""() => {
+      const turn = state.turns.at(-1);
+      turn.content = "First part. Second part.";
+      turn.told = { ...turn.told, expert: "math", handed_over: { expert: "math", after_characters: 12,
+        probabilities: { math: 0.9 } } };
+      return render(document.querySelector("article.assistant"), turn);
+    }""")
+    text = page.locator("article.assistant .text")
+    text.locator(".seam", has_text="math goes on").wait_for()
+    picture(page, "seam")
+    assert text.locator("div").all_inner_texts() == ["First part.", "Second part."]
+
+
+def test_everything_is_reached_by_keys_and_has_a_name(page):
+    say(page, "hello")
+    unnamed = page.evaluate("""() => [...document.querySelectorAll("button, select, textarea, input, summary")]
+      .filter((one) => one.checkVisibility())
+      .filter((one) => !(one.textContent.trim() || one.ariaLabel || one.labels?.length)).length""")
+    assert unnamed == 0
+    page.locator("article.assistant summary").last.focus()
+    page.keyboard.press("Enter")
+    assert page.locator("article.assistant .reason").is_visible()

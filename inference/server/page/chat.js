@@ -6,7 +6,10 @@ const SHOWN = 7; // candidates in a bar; the others are one part
 const STORE = "expertoken-chat";
 const $ = (id) => document.getElementById(id);
 
-const state = { turns: [], models: [], controller: null };
+const RENDERED = 400; // milliseconds between two renderings of an answer that is coming
+const KEPT = 1000; // and between two savings of it
+
+const state = { turns: [], models: [], controller: null, editing: null };
 
 // --- what is kept over a reload ---------------------------------------------------------------------------------
 
@@ -15,8 +18,10 @@ function store() {
 }
 
 function save() {
+  const kept = JSON.stringify(state.turns.map(({ html, ...turn }) => turn));
   try {
-    localStorage.setItem(store(), JSON.stringify(state.turns));
+    sessionStorage.setItem(store(), kept); // each tab has a chat of its own; a new one begins with the newest of all
+    localStorage.setItem(store(), kept);
   } catch {
     // The browser keeps nothing (private window, no room): the chat goes on without.
   }
@@ -24,9 +29,10 @@ function save() {
 
 function restore() {
   try {
-    const kept = JSON.parse(localStorage.getItem(store())) ?? [];
+    const kept = JSON.parse(sessionStorage.getItem(store()) ?? localStorage.getItem(store())) ?? [];
     state.turns = kept.every((turn) => typeof turn.content === "string" && typeof turn.role === "string") ? kept : [];
     $("machinery").checked = localStorage.getItem(`${STORE}-plain`) !== "true";
+    $("system").value = localStorage.getItem(`${store()}-system`) ?? "";
   } catch {
     state.turns = [];
   }
@@ -88,6 +94,20 @@ async function* events(response) {
   }
 }
 
+// Answers are Markdown. The server makes HTML of it, without any that was in the answer.
+async function render(article, turn) {
+  const { content, told } = turn;
+  const seam = told?.handed_over?.after_characters;
+  const texts = seam ? [content.slice(0, seam), content.slice(seam)] : [content];
+  try {
+    const { html } = await (await ask("render", { method: "POST", body: JSON.stringify({ texts }) })).json();
+    turn.html = { parts: html, length: content.length };
+    draw(article, turn);
+  } catch {
+    // It stays the text that it is.
+  }
+}
+
 // --- what is seen -----------------------------------------------------------------------------------------------
 
 function colour(name) {
@@ -115,7 +135,12 @@ function element(tag, properties, ...children) {
 function draw(article, turn) {
   article.className = turn.role;
   article.classList.toggle("waiting", Boolean(turn.waiting));
-  article.querySelector(".text").textContent = turn.content;
+  drawText(article.querySelector(".text"), turn);
+  const thought = article.querySelector(".thought");
+  thought.hidden = !turn.thought;
+  thought.querySelector("div").textContent = turn.thought ?? "";
+  if (turn.waiting) thought.open = !turn.content; // it is what there is until the answer begins
+  article.querySelector(".edit").hidden = turn.role !== "user";
   const mark = article.querySelector(".mark");
   mark.hidden = !turn.error;
   mark.textContent = turn.error ?? "";
@@ -144,6 +169,25 @@ function draw(article, turn) {
       element("span", { textContent: percent(share) }))));
 }
 
+function drawText(place, turn) {
+  if (turn.role !== "assistant" || !turn.html) {
+    place.textContent = turn.content;
+    return;
+  }
+  const seam = element("p", { className: "seam", textContent: `${turn.told?.expert} goes on` });
+  place.replaceChildren(...turn.html.parts.flatMap((html, part) =>
+    [...(part ? [seam] : []), element("div", { innerHTML: html })]), turn.content.slice(turn.html.length));
+  for (const link of place.querySelectorAll("a")) Object.assign(link, { target: "_blank", rel: "noopener noreferrer" });
+  for (const code of place.querySelectorAll("pre")) {
+    const copy = element("button", { type: "button", className: "copy", textContent: "Copy" });
+    copy.onclick = async () => {
+      await navigator.clipboard.writeText(code.querySelector("code").textContent);
+      copy.textContent = "Copied";
+    };
+    code.append(copy);
+  }
+}
+
 function dollars(cost) {
   if (cost < 1e-6) return "under $0.000001";
   return `$${cost < 0.01 ? cost.toPrecision(2) : cost.toFixed(2)}`;
@@ -155,6 +199,7 @@ function add(turn, index) {
   select.append(element("option", { value: "", textContent: "the composite" }),
     ...state.models.map((name) => element("option", { value: name, textContent: name })));
   article.querySelector(".again button").onclick = () => retry(index, select.value);
+  article.querySelector(".edit").onclick = () => edit(index);
   $("chat").append(article);
   draw(article, turn);
   return article;
@@ -182,8 +227,9 @@ async function answer(expert = "", spent = 0, before = null) {
   // A question that got no answer is left out: some models refuse two questions in a row.
   const answered = state.turns.filter((t, place) => t.content && (t.role === "assistant" ||
     place === state.turns.length - 1 || state.turns[place + 1]?.content));
-  const messages = answered.map(({ role, content, told }) =>
-    ({ role, content, ...(role === "assistant" && told ? { name: told.expert } : {}) }));
+  const system = $("system").value.trim();
+  const messages = [...(system ? [{ role: "system", content: system }] : []), ...answered.map(({ role, content, told }) =>
+    ({ role, content, ...(role === "assistant" && told ? { name: told.expert } : {}) }))];
   state.turns.push(turn);
   const article = add(turn, index);
   drawHead();
@@ -194,10 +240,23 @@ async function answer(expert = "", spent = 0, before = null) {
     const body = { model: expert ? `${state.name}/${expert}` : state.name, messages, stream: true,
       expertoken: { show: true } };
     const options = { method: "POST", body: JSON.stringify(body), signal: state.controller.signal };
+    let rendered = Date.now();
+    let kept = Date.now();
     for await (const event of events(await ask("v1/chat/completions", options))) {
       if (event.error) throw new Error(event.error.message);
-      turn.content += event.choices[0]?.delta.content ?? "";
+      const delta = event.choices[0]?.delta ?? {};
+      turn.content += delta.content ?? "";
+      const thought = delta.reasoning_content ?? delta.reasoning;
+      if (thought) turn.thought = (turn.thought ?? "") + thought;
       turn.told = event.expertoken ?? turn.told;
+      if (Date.now() - rendered > RENDERED) {
+        rendered = Date.now();
+        render(article, turn);
+      }
+      if (Date.now() - kept > KEPT) {
+        kept = Date.now();
+        save();
+      }
       draw(article, turn);
       scroll();
     }
@@ -208,11 +267,26 @@ async function answer(expert = "", spent = 0, before = null) {
   if (before && !turn.content) { // nothing came of asking again: what was there stays
     Object.assign(turn, before, { error: `asked again: ${turn.error ?? "an empty answer"}`, spent: before.spent ?? 0 });
   }
+  if (turn.content) await render(article, turn);
   $("said").textContent = turn.error ?? `${turn.told?.expert ?? "the composite"} answered`;
   busy(false);
   draw(article, turn);
   drawHead();
   save();
+}
+
+function edit(index) {
+  if (!$("stop").hidden) return;
+  state.editing = index;
+  $("text").value = state.turns[index].content;
+  $("editing").hidden = false;
+  grow();
+  $("text").focus();
+}
+
+function leaveEditing() {
+  state.editing = null;
+  $("editing").hidden = true;
 }
 
 function retry(index, expert) {
@@ -245,6 +319,11 @@ async function send() {
     grow();
     return;
   }
+  if (state.editing !== null) { // what was said behind the question was said to another one
+    state.turns.length = state.editing;
+    leaveEditing();
+    drawAll();
+  }
   state.turns.push({ role: "user", content });
   for (const again of document.querySelectorAll(".again")) again.hidden = true;
   add(state.turns.at(-1), state.turns.length - 1);
@@ -265,12 +344,18 @@ $("text").onkeydown = (event) => {
     event.preventDefault();
     send();
   }
+  if (event.key === "Escape" && state.editing !== null) {
+    $("text").value = "";
+    leaveEditing();
+  }
 };
+$("system").onchange = () => localStorage.setItem(`${store()}-system`, $("system").value);
 $("stop").onclick = () => state.controller.abort();
 $("reset").onclick = async () => {
   await ready;
   state.controller?.abort();
   state.turns = [];
+  leaveEditing();
   save();
   drawAll();
 };
@@ -292,12 +377,16 @@ async function start() {
     return;
   }
   restore();
-  for (const turn of state.turns) turn.waiting = false;
+  for (const turn of state.turns) {
+    if (turn.waiting) Object.assign(turn, { waiting: false, error: "broken off" }); // the page was left meanwhile
+  }
   if (state.turns.at(-1)?.role === "user") { // the page was left before the answer came
     state.turns.push({ role: "assistant", content: "", error: "broken off" });
   }
   drawAll();
   $("chat").scrollTop = $("chat").scrollHeight;
+  const articles = document.querySelectorAll("article");
+  state.turns.forEach((turn, place) => turn.role === "assistant" && turn.content && render(articles[place], turn));
 }
 
 const ready = start();
