@@ -307,7 +307,10 @@ class _Self(Backend):
         if self._bias:
             extra["logit_bias"] = extra.get("logit_bias", {}) | self._bias
         begun = self._sane([{"role": "assistant", "content": begun}])[0]["content"]
-        return self._endpoint.stream(self._sane(messages), replace(generation, extra=extra), begun=begun)
+        # Where nobody says otherwise a model in the process is greedy; a server would sample.
+        temperature = 0.0 if generation.temperature is None else generation.temperature
+        asked = replace(generation, extra=extra, temperature=temperature)
+        return self._endpoint.stream(self._sane(messages), asked, begun=begun)
 
 
 def _sane(messages: Sequence[Message], control: Sequence[str]) -> list[Message]:

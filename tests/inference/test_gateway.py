@@ -122,6 +122,9 @@ def test_what_a_user_writes_as_an_experts_token_is_text_wherever_it_stands_and_s
     assert all("<|expert:" not in json.dumps(body["messages"]) for body in seen)
     assert "[image_url]" in seen[0]["messages"][0]["content"]
     assert seen[-1]["logit_bias"] == {str(place): -100 for place in ids.values()}
+    assert seen[-1]["temperature"] == 0  # as it is in the process
+    gateway.chat(chat, policy=Policy(threshold=1.0, default="self", fallbacks=0), temperature=0.5)
+    assert seen[-1]["temperature"] == 0.5
 
 
 def test_the_exports_example_of_a_gateways_file_is_one(setting):

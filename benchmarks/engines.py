@@ -1,0 +1,155 @@
+"""Real engines as meta LLM: `python benchmarks/engines.py COMPOSITE --vllm PATH --llama PATH`.
+
+The composite is exported, served by vLLM's command and by llama.cpp's `llama-server`, and a gateway decides on each by
+its log-probabilities. Printed are how many decisions are the composite's own, the largest difference of a probability,
+and of self's greedy answers how many are the same as in the process. The questions are those of the demo's kinds, with
+other numbers and names.
+
+`make demo` makes a composite. docs/deploy.md says how the engines are installed on a CPU.
+"""
+
+import argparse
+import os
+import random
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import yaml
+
+from expertoken.inference.composite_model import CompositeModel
+from expertoken.inference.gateway import GatewayModel
+from expertoken.modeling.export import GATEWAY_FILE, export_checkpoint
+from expertoken.modeling.policy import Policy
+
+_KINDS = (
+    "What is {0} + {1}?",
+    "How many metres are {2} kilometres?",
+    "Write an SQL query for the table {3}(title, director, rating): every title with rating over {0}.",
+    "{4} is a {1}-year-old pilot from Quito. Give name, age and city as JSON.",
+    "What day of the week comes {2} days after {5}?",
+    "Write {6} in Roman numerals.",
+    "What is the capital of {7}?",
+    "Tell me something about {3}.",
+)
+_DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
+_COUNTRIES = ("Italy", "Spain", "Peru", "Japan", "Kenya")
+_ANSWERS = 8  # of self, that are compared
+
+
+def questions(count: int) -> list[str]:
+    """Questions of the demo's kinds."""
+    rng = random.Random(0)
+    return [
+        _KINDS[number % len(_KINDS)].format(
+            rng.randint(10, 99), rng.randint(10, 99), rng.randint(2, 9), rng.choice(("films", "books", "songs")),
+            rng.choice(("Marta", "Ben", "Ivo")), rng.choice(_DAYS), rng.randint(11, 999), rng.choice(_COUNTRIES),
+        )
+        for number in range(count)
+    ]  # fmt: skip
+
+
+@contextmanager
+def engine(command: Sequence[str], port: int, log: Path) -> Iterator[str]:
+    """Run an engine; gives its address once it answers."""
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with log.open("w") as stream:
+        environment = os.environ | variables | {"HF_HUB_OFFLINE": "1"}
+        environment.pop("PYTHONPATH", None)
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
+        try:
+            address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 900
+            while not _healthy(address):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit(f"{command[0]} did not start; see {log}")
+                time.sleep(1)
+            yield f"{address}/v1"
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _healthy(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/health", timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def gateway_on(checkpoint: Path, address: str) -> GatewayModel:
+    """A gateway on an exported checkpoint, whose experts nobody asks here."""
+    document = yaml.safe_load((checkpoint / GATEWAY_FILE).read_text("utf-8"))
+    document["meta"] |= {"model": "meta", "base_url": address}
+    for expert in document["experts"]:
+        if expert["backend"] != "self":
+            expert |= {"backend": "openai", "base_url": "http://127.0.0.1:9/v1", "model": expert["name"]}
+            expert.pop("base", None)
+    file = checkpoint.parent / "gateway.yaml"
+    file.write_text(yaml.safe_dump(document), "utf-8")
+    return GatewayModel.from_yaml(file)
+
+
+def row(name: str, composite: CompositeModel, gateway: GatewayModel, asked: list[str]) -> str:
+    """A line of the table."""
+    own = composite.route(asked)
+    started = time.perf_counter()
+    theirs = [gateway.route(text) for text in asked]
+    seconds = (time.perf_counter() - started) / len(asked)
+    same = sum(one.expert == other.expert for one, other in zip(own, theirs, strict=True))
+    apart = max(
+        abs(one.probabilities[expert] - other.probabilities[expert])
+        for one, other in zip(own, theirs, strict=True)
+        for expert in one.probabilities
+    )
+    policy = Policy(threshold=1.0, default="self", fallbacks=0)
+    texts = [
+        [model.chat(text, policy=policy, max_new_tokens=24).text for text in asked[:_ANSWERS]]
+        for model in (composite, gateway)
+    ]
+    answers = sum(one == other for one, other in zip(*texts, strict=True))
+    return f"| {name} | {same} of {len(asked)} | {apart:.1e} | {answers} of {_ANSWERS} | {1000 * seconds:.0f} |"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("composite", type=Path, help="composite folder, of the demo")
+    parser.add_argument("--vllm", help="vLLM's command")
+    parser.add_argument("--llama", help="llama.cpp's llama-server")
+    parser.add_argument("--convert", help="llama.cpp's convert_hf_to_gguf.py with its Python, where --llama is given")
+    parser.add_argument("--questions", type=int, default=200, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("runs/engines"), help="default: %(default)s")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = options.out / "meta"
+    if not checkpoint.exists():
+        export_checkpoint(options.composite, checkpoint, prompts=questions(400)[200:])
+    composite = CompositeModel.from_pretrained(options.composite, device="cpu")
+    asked = questions(options.questions)
+    print("| engine | same decisions | largest difference of a probability | same answers of self | ms a decision |")
+    print("|---|---|---|---|---|")
+    if options.vllm:
+        command = [
+            options.vllm, "serve", str(checkpoint), "--served-model-name", "meta", "--host", "127.0.0.1", "--port",
+            "8701", "--max-logprobs", "20", "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048",
+            "--max-num-seqs", "8",
+        ]  # fmt: skip
+        with engine(command, 8701, options.out / "vllm.log") as address:
+            print(row("vLLM", composite, gateway_on(checkpoint, address), asked), flush=True)
+    if options.llama:
+        file = options.out / "meta.gguf"
+        if not file.exists():
+            subprocess.run(
+                [*shlex.split(options.convert), str(checkpoint), "--outfile", str(file), "--outtype", "f32"], check=True
+            )
+        command = [options.llama, "-m", str(file), "--host", "127.0.0.1", "--port", "8702", "-c", "4096", "--jinja"]
+        with engine(command, 8702, options.out / "llama.log") as address:
+            print(row("llama.cpp", composite, gateway_on(checkpoint, address), asked), flush=True)
+
+
+if __name__ == "__main__":
+    main()
