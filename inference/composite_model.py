@@ -17,6 +17,7 @@ import anyio
 import torch
 
 from ..modeling.backend import Backend, Generation, Opening, Piece, Timeouts
+from ..modeling.capabilities import wants_tools
 from ..modeling.chat import Message, encode_text, is_media
 from ..modeling.composite import POOL_FILE, Composite, load_composite
 from ..modeling.consent import agree, check_agreed
@@ -280,6 +281,7 @@ class CompositeModel(AnsweringModel):
             self.prepare(last)
         # A decision reads `[image_url]` for an image; an answer must not.
         answer = answer and query.whole and not any(is_media(message) for message in messages)
+        answer = answer and not wants_tools({} if generation is None else generation.extra)  # other prompts
         choose = partial(
             self.chooser.choose, policy, prompt_tokens=tokens, last=last, cached=affinity.cached, unable=unable
         )
@@ -303,6 +305,7 @@ class CompositeModel(AnsweringModel):
         # Not where something is out already, or was: self goes on from that as everybody does.
         first = name == self._self_name and name == decision.dispatch.expert and not (turn.begun or turn.handed_over)
         first = first and decision.whole  # of a view, nothing can be gone on with
+        first = first and not wants_tools(generation.extra)
         if first:
             generation = within(generation, self._positions - decision.prompt_tokens)
         if first and self.anywhere and decision.choose is not None and not any(map(is_media, messages)):

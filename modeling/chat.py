@@ -249,7 +249,7 @@ def encode_chat(
             f"the conversation has {characters} characters, and so more than {most} tokens; at most {most} are read"
         )
     try:
-        with _turn(tokenizer):
+        with exclusive(tokenizer):
             ids: Any = tokenizer.apply_chat_template(
                 messages,
                 add_generation_prompt=True,
@@ -299,7 +299,7 @@ def _begun_ids(
     told = _behind(prompt, begun)
     control = control_tokens(tokenizer)
     if told == begun and not any(mark in begun for mark in _THOUGHT):
-        with _turn(tokenizer):
+        with exclusive(tokenizer):
             yield from tokenizer(_header(tokenizer, messages), add_special_tokens=False).input_ids
     # A thought begins and ends with tokens of their own, where the tokenizer has them.
     known: Any = tokenizer
@@ -361,7 +361,7 @@ def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, offsets: boo
         text: what a user wrote, or part of it.
         offsets: whether to return each token's `offset_mapping` too, in characters.
     """
-    with _turn(tokenizer):
+    with exclusive(tokenizer):
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=offsets)
 
 
@@ -369,7 +369,7 @@ _TURNS: "WeakKeyDictionary[PreTrainedTokenizerBase, threading.Lock]" = WeakKeyDi
 _TURNS_LOCK = threading.Lock()
 
 
-def _turn(tokenizer: "PreTrainedTokenizerBase") -> threading.Lock:
+def exclusive(tokenizer: "PreTrainedTokenizerBase") -> threading.Lock:
     """Return the lock under which a tokenizer encodes.
 
     How it reads control tokens is a setting of the tokenizer. Between setting it and encoding, another thread may set

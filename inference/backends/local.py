@@ -14,11 +14,13 @@ import anyio
 import torch
 
 from ...modeling.backend import Backend, Generation, Piece
+from ...modeling.capabilities import wants_tools
 from ...modeling.chat import Message, encode_chat, encode_text
 from ...modeling.errors import ExpertFailedError, ExpertokenError, RequestRefusedError, one_line
 from ...modeling.loading import context_length, end_ids
 from ...modeling.source import Source
 from ..loop import in_thread, start_daemon
+from .local_tools import encode_with_tools, read_calls
 from .models import LocalModels, Resident
 
 if TYPE_CHECKING:
@@ -99,6 +101,7 @@ async def stream_generate(
     state: torch.Tensor | None = None,
     ready: Callable[[threading.Event], AbstractContextManager] | None = None,
     watch: Any = None,
+    raw: bool = False,
 ) -> AsyncGenerator[Piece, None]:
     """Run `model.generate` in a thread and yield its text as it comes; closing the iterator stops the thread.
 
@@ -113,6 +116,7 @@ async def stream_generate(
             nobody waits any more. Not around the iteration: who reads slowly, or from several threads, must not hold a
             lock for that.
         watch: a logits processor, entered by the thread too; it sees every position that is generated.
+        raw: whether the text is to hold special tokens.
 
     Raises:
         ExpertFailedError: generation failed.
@@ -134,7 +138,7 @@ async def stream_generate(
             count, last = count + 1, int(input_ids[0, -1])
             return torch.full((len(input_ids),), stopped.is_set(), device=input_ids.device)
 
-    streamer = AsyncTextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = AsyncTextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=not raw)
     options = generation_options(generation) | inputs
     if watch is not None:
         options["logits_processor"] = LogitsProcessorList([watch])
@@ -208,10 +212,18 @@ class LocalBackend(Backend):
         models: that hold it; it is in memory while it answers, and between answers where there is room.
         source: of the model.
         adapter: folder and revision of a LoRA adapter on it.
+        calls: whether it may call tools; see `local_tools`.
     """
 
-    def __init__(self, models: LocalModels, source: Source, adapter: tuple[str, str | None] | None = None) -> None:
-        self.models, self.source, self._adapter = models, source, adapter
+    def __init__(
+        self,
+        models: LocalModels,
+        source: Source,
+        adapter: tuple[str, str | None] | None = None,
+        *,
+        calls: bool = False,
+    ) -> None:
+        self.models, self.source, self._adapter, self._calls = models, source, adapter, calls
 
     @contextmanager
     def _turn(self, resident: Resident, stopped: threading.Event | None = None) -> Iterator[None]:
@@ -233,8 +245,13 @@ class LocalBackend(Backend):
         self.models.slot(resident, self.source, *self._adapter)
         return resident.adapted
 
-    def _encode(self, resident: Resident, messages: Sequence[Message], begun: str = "") -> list[int]:
+    def _encode(self, resident: Resident, messages: Sequence[Message], begun: str = "", tools: Any = None) -> list[int]:
         rows = int(resident.model.get_input_embeddings().weight.shape[0])
+        if tools is not None:
+            ids = encode_with_tools(resident.tokenizer, messages, tools)
+            if len(ids) >= context_length(resident.model):
+                raise RequestRefusedError(f"{len(ids)} tokens; the model reads {context_length(resident.model) - 1}")
+            return ids
         try:
             return encode_chat(resident.tokenizer, messages, rows, begun=begun, most=context_length(resident.model) - 1)
         except ExpertFailedError:
@@ -253,7 +270,9 @@ class LocalBackend(Backend):
             if self._adapter is not None and self._adapter not in resident.slots:
                 await asyncio.wrap_future(in_thread(self._model, resident))
             # Encoding a long conversation takes milliseconds, which other answers of this loop would wait for.
-            ids = await asyncio.to_thread(self._encode, resident, messages, begun)
+            calling = self._calls and not begun and wants_tools(generation.extra)
+            tools = generation.extra["tools"] if calling else None
+            ids = await asyncio.to_thread(self._encode, resident, messages, begun, tools)
             model = self._model(resident)
             given = torch.tensor([ids], device=model.device)
             inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
@@ -264,7 +283,10 @@ class LocalBackend(Backend):
                 within(generation, context_length(model) - len(ids)),
                 # The lease ends with the generation, not with the reading: who reads slowly holds no model.
                 ready=lambda stopped: _both(lease, self._turn(resident, stopped)),
+                raw=calling,
             )
+            if tools is not None:
+                generating = read_calls(generating, resident.tokenizer, ids, tools)
             del model, given, inputs
             async with aclosing(generating) as pieces:
                 async for piece in pieces:
@@ -323,6 +345,8 @@ class LocalBackend(Backend):
             held: the model, where the caller is inside a block of `hold`.
             batch_size: conversations of one batch.
         """
+        if self._calls and wants_tools(generation.extra):
+            raise ExpertFailedError("tools are called in one conversation at a time")
         with nullcontext(held) if held else self.hold() as resident:
             model = self._model(resident)
             encoded = [self._encode(resident, messages) for messages in conversations]

@@ -54,7 +54,7 @@ def _open(expert: "Expert", opening: "Opening") -> "Backend":
         with opening.models.lease(weights.source) as resident:
             opening.models.slot(resident, weights.source, *weights.adapter)
     models: Any = opening.models  # as `LocalModels`, which this light module does not import
-    return LocalBackend(models, weights.source, weights.adapter)
+    return LocalBackend(models, weights.source, weights.adapter, calls="tools" in (expert.supports or ()))
 
 
 def _no_adapter(entry: Mapping[str, Any], place: str) -> list[str]:
