@@ -67,7 +67,7 @@ class ChatRequest(RequestBody):
     stop: StopText | Annotated[list[StopText], Field(max_length=4, fail_fast=True)] | None = None
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Any] | None = None  # experts read it, and say what is wrong with it
+    logit_bias: dict[str, Any] | None = Field(None, max_length=4096)  # experts say what else is wrong with it
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None

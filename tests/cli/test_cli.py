@@ -27,7 +27,7 @@ VERBS = [[], ["prepare"], ["train"], ["evaluate"], ["select"], ["chat"], ["exper
 
 def expertoken(*arguments, cwd=None, **options):
     command = [str(Path(sys.executable).parent / "expertoken"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300, **options)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=550, **options)
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: " ".join(verb) or "expertoken")

@@ -255,7 +255,7 @@ def test_the_command_runs_pairs_on_a_local_ray_cluster(base_folder, task_folder,
     command = [str(Path(sys.executable).parent / "expertoken"), "collect", "pool.yaml", "--tasks", "sums,choices"]
     command += ["--out", "out", "--meta", str(base_folder), "--include-path", str(task_folder), "--engine", "ray"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=550)
     assert done.returncode == 0, done.stderr
     assert "4 results in out" in done.stdout
     on_ray = read_results(tmp_path / "out")

@@ -97,7 +97,7 @@ def run(tmp_path, base_folder):
     def expertoken(*arguments, **options):
         command = [str(Path(sys.executable).parent / "expertoken"), *map(str, arguments)]
         done = subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300, **options
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=550, **options
         )
         assert "very-secret" not in done.stdout + done.stderr
         return done

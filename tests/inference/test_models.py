@@ -148,12 +148,15 @@ def test_busy_models_can_not_keep_another_out_for_good_nor_two_by_turns(sources,
         thread.start()
     time.sleep(0.5)
     started = time.monotonic()
+    module.load_causal_lm(sources[count], device="cpu")
+    loading = time.monotonic() - started
+    started = time.monotonic()
     with models.lease(sources[count]):
         waited = time.monotonic() - started
     over.set()
     for thread in threads:
         thread.join(10)
-    assert waited < 5
+    assert waited < 5 + 5 * loading  # which takes long where others keep the processors busy
 
 
 def test_others_answer_while_a_model_is_loaded(sources, size, monkeypatch):
