@@ -29,7 +29,7 @@ import torch
 from expertoken import Expert, ExpertPool
 from expertoken.examples.smollm2 import smollm2
 from expertoken.inference.composite_model import CompositeModel
-from expertoken.inference.sessions import Affinity, LastAnswer, RedisStore, SessionStore, key_of
+from expertoken.inference.sessions import Affinity, LastAnswer, RedisStore, SessionStore, keys_of
 from expertoken.modeling.composite import Composite, Manifest, describe_base
 from expertoken.modeling.meta import MetaLLM
 from expertoken.modeling.policy import Policy
@@ -126,7 +126,7 @@ async def replay(gateways: list[CompositeModel], stores: list[SessionStore], tra
                 bound = [Affinity() for _ in gateways]
                 if affinity and any(m["role"] == "assistant" for m in messages):
                     end = max(place for place, m in enumerate(messages) if m["role"] == "assistant")
-                    key = key_of(messages[: end + 1], tools=[TOOL])
+                    [key] = keys_of(messages[: end + 1], tools=[TOOL])
                     known = [await store.get(key) for store in stores]
                     bound = [Affinity.of(messages, g.pool, k) for g, k in zip(gateways, known, strict=True)]
                 decisions = [
@@ -153,7 +153,7 @@ async def replay(gateways: list[CompositeModel], stores: list[SessionStore], tra
                 messages.append(said)
                 if affinity:
                     store = stores[turn % len(stores)]
-                    await store.put(key_of(messages, tools=[TOOL]), LastAnswer(chosen, read + 60, time.time()))
+                    await store.put(keys_of(messages, tools=[TOOL])[0], LastAnswer(chosen, read + 60, time.time()))
                 if not done:
                     text = "line of a file\n" * rng.randint(5, 300)
                     messages.append({"role": "tool", "tool_call_id": calls[0]["id"], "content": text})

@@ -1,6 +1,7 @@
 """Answering a conversation: the candidates are asked in their order until an answer is whole."""
 
 import asyncio
+import json
 import logging
 import math
 import time
@@ -225,9 +226,16 @@ class AnsweringModel(ABC):
             tokens: of the conversation, where they are counted already.
         """
         candidates = self.pool.candidates
-        if tokens is None and any(expert.context_length is not None for expert in candidates):
-            tokens = self.about(messages)
+        if any(expert.context_length is not None for expert in candidates):
+            tokens = (self.about(messages) if tokens is None else tokens) + self._tool_tokens(generation)
         return unable(candidates, Needs.of(messages, generation, tokens or 0))
+
+    def _tool_tokens(self, generation: Generation | None) -> int:
+        """Return the tokens that a request's tools take in a prompt, about."""
+        tools = None if generation is None else generation.extra.get("tools")
+        text = json.dumps(tools) if tools else ""
+        head = text[:_COUNTED]
+        return self.count(head) * len(text) // len(head) if head else 0
 
     def _undisputed(self, messages: Sequence[Message], name: str) -> Decision:
         """For one candidate that alone may answer: it does, whatever the meta LLM can read of it.
@@ -337,7 +345,9 @@ class AnsweringModel(ABC):
         expert, generation = self.pool[name], turn.left(self.count)
         if generation.max_new_tokens is None:
             return generation
-        left = None if expert.context_length is None else max(1, expert.context_length - decision.prompt_tokens)
+        left = None
+        if expert.context_length is not None:
+            left = max(1, expert.context_length - decision.prompt_tokens - self._tool_tokens(generation))
         limits = (generation.max_new_tokens, expert.max_output_tokens, left)
         return replace(generation, max_new_tokens=min(limit for limit in limits if limit is not None))
 

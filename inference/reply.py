@@ -176,6 +176,7 @@ class Turn:
         self.stops = StopTexts(self.generation.stop)  # what was held back is not out, and is not gone on with
         self.usage: tuple[int, int] | None = None
         self.cached = 0
+        self._before = self.stream.reply.details
         self._finish: str | None = None
         self._from = len(self.text)
 
@@ -236,8 +237,9 @@ class Turn:
             ids = (call.get("id") for call in piece.tool_calls)
             reply = replace(reply, calls=tuple(dict.fromkeys((*reply.calls, *filter(None, ids)))))
         if piece.details:
-            self.cached += piece.details.get("prompt_tokens_details", {}).get("cached_tokens", 0)
-            reply = replace(reply, details=added(reply.details, piece.details))
+            # Of a server that tells them with every piece the last ones hold.
+            self.cached = piece.details.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+            reply = replace(reply, details=added(self._before, piece.details))
         if piece.thought:
             known = reply.thought
             more = {name: known.get(name, "") + part for name, part in piece.thought.items()}

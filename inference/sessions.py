@@ -44,19 +44,22 @@ class Affinity:
     open_calls: bool = False
 
     @classmethod
-    def of(cls, messages: Sequence[Message], pool: ExpertPool, known: "LastAnswer | None" = None) -> "Affinity":
+    def of(
+        cls, messages: Sequence[Message], pool: ExpertPool, known: "LastAnswer | None" = None, *, exact: bool = True
+    ) -> "Affinity":
         """Return what binds a conversation.
 
         Args:
             messages: the conversation; `name` of an answer says who gave it.
             pool: the candidates.
             known: what is remembered of the conversation.
+            exact: whether that is of its last answer, and not only of the session, in which others may go on beside.
         """
         if known is None or known.expert not in pool.names:
             last = last_answerer(messages, pool)
             return cls(last, 0, last is not None and _waits(messages))
         warm = time.time() - known.at < _CACHED_FOR
-        return cls(known.expert, known.tokens if warm else 0, _waits(messages))
+        return cls(known.expert, known.tokens if warm else 0, exact and _waits(messages))
 
 
 def _waits(messages: Sequence[Message]) -> bool:
@@ -168,30 +171,33 @@ def open_store(url: str | None) -> SessionStore:
     return ProcessStore() if url is None else RedisStore(url)
 
 
-def key_of(
+def keys_of(
     messages: Sequence[Message],
     *,
     session: str | None = None,
     scope: str = "",
     tools: Any = None,
-) -> str:
-    """Return the key under which a conversation's last answer is remembered.
+) -> list[str]:
+    """Return the keys under which a conversation's last answer is remembered: of that answer, then of the session.
 
     Args:
         messages: the conversation up to that answer, the answer included.
-        session: the id that the client sent, or None.
+        session: the id that the client sent, or None. Agents send one id for conversations that run beside each other.
         scope: what keeps clients apart: one must not find out another's sessions.
         tools: of the request.
     """
-    if session is not None:
-        return _digest("id", scope, session)
     first = next((place for place, message in enumerate(messages) if message.get("role") == "user"), 0)
     beginning = [(message.get("role"), message.get("content")) for message in messages[: first + 1]]
     asked = next((m.get("content") for m in reversed(messages) if m.get("role") == "user"), None)
     said = next((m for m in reversed(messages) if m.get("role") == "assistant"), {})
-    # Agents send calls back as they got them, and what was said beside them now and then not.
-    calls = [call.get("id") for call in said.get("tool_calls") or () if isinstance(call, dict)]
-    return _digest("turn", scope, beginning, tools or None, asked, calls or said.get("content") or "")
+    given = said.get("tool_calls")
+    calls = [call.get("id") for call in given if isinstance(call, dict)] if isinstance(given, list) else []
+    where = [session] if session is not None else [beginning, tools or None]
+    # Agents send calls back as they got them; what was said and asked before they may have shortened.
+    exact = (
+        _digest("calls", scope, where, calls) if calls else _digest("turn", scope, where, asked, said.get("content"))
+    )
+    return [exact] if session is None else [exact, _digest("id", scope, session)]
 
 
 def _digest(*parts: Any) -> str:

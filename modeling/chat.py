@@ -109,6 +109,8 @@ def as_messages(conversation: str | Sequence[Message]) -> list[Message]:
         known = isinstance(message, dict) and message.get("role") in ROLES
         if not known or not (_is_content(message.get("content")) or _calls_tools(message)):
             raise ExpertokenError(f"messages[{index}]: {expected}")
+        if not isinstance(message.get("tool_calls") or [], list):
+            raise ExpertokenError(f"messages[{index}].tool_calls: expected a list")
     return messages
 
 

@@ -62,9 +62,10 @@ class Policy:
             raise ExpertokenError(f"policy: expected a mapping, got {type(document).__name__}")
         for key, value in document.items():
             if key not in known:
-                raise ExpertokenError(f"policy.{key}: unknown key, {did_you_mean(str(key), known)}")
+                raise ExpertokenError(f"policy.{str(key)[:_QUOTED]}: unknown key, {did_you_mean(str(key), known)}")
             if not _CHECKS[key](value):
-                raise ExpertokenError(f"policy.{key}: expected {_EXPECTED[key]}, got {value!r}")
+                got = repr(value)[:_QUOTED] if not isinstance(value, list | dict) else type(value).__name__
+                raise ExpertokenError(f"policy.{key}: expected {_EXPECTED[key]}, got {got}")
         given: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in document.items()
         }
@@ -259,6 +260,7 @@ def last_answerer(messages: Sequence[dict[str, Any]], pool: ExpertPool) -> str |
     return named[-1] if named and named[-1] in pool.names else None
 
 
+_QUOTED = 100  # characters of what somebody else wrote
 _LARGEST = 1e30  # far above any cost or logit; more would overflow where it is multiplied
 
 

@@ -21,10 +21,9 @@ _NOTES = (
 _REQUESTS = ("user_query", "userRequest", "user-request")
 """Tags around the request itself; what stands outside of them is the agent's."""
 
-_NOTE = re.compile(rf"<({'|'.join(map(re.escape, _NOTES))})(?:\s[^<>]*)?>.*?</\1>", re.DOTALL)
-_REQUEST = re.compile(rf"<({'|'.join(map(re.escape, _REQUESTS))})>(.*?)</\1>", re.DOTALL)
-_TASK = re.compile(r"\A\s*<(task|feedback|answer|user_message)>\s*(.*?)\s*</\1>\s*\Z", re.DOTALL)
-_INSTRUCTIONS = re.compile(r"# AGENTS\.md instructions[^\n]*\n+<INSTRUCTIONS>.*?</INSTRUCTIONS>", re.DOTALL)
+_OPENING = re.compile(rf"<({'|'.join(map(re.escape, (*_NOTES, *_REQUESTS)))})(?:\s[^<>]*)?>")
+_TASKS = ("task", "feedback", "answer", "user_message")  # Cline's, words that a question may be marked up with, too
+_INSTRUCTIONS = ("# AGENTS.md instructions", "</INSTRUCTIONS>")
 
 
 def without_reminders(text: str) -> str:
@@ -35,15 +34,42 @@ def without_reminders(text: str) -> str:
     """
     if "</" not in text:  # as nearly all texts
         return text
-    found = [match[2].strip() for match in _REQUEST.finditer(text)]
-    if found:
-        return "\n\n".join(found)
-    rest = _INSTRUCTIONS.sub("", _NOTE.sub("", text))
+    rest, requests = _without_tags(_without_instructions(text))
+    if requests:
+        return "\n\n".join(requests)
     if rest == text:
         return text
     rest = rest.strip()
-    whole = _TASK.match(rest)  # Cline's tags, which are words that a question may be marked up with, too
-    return whole[2] if whole else rest
+    for tag in _TASKS:
+        if rest.startswith(f"<{tag}>") and rest.endswith(f"</{tag}>"):
+            return rest[len(tag) + 2 : -len(tag) - 3].strip()
+    return rest
+
+
+def _without_tags(text: str) -> tuple[str, list[str]]:
+    """Return a text without notes, and the requests in it that are marked as such.
+
+    By hand and not by one expression, which goes over the rest of the text for each opening that nothing closes.
+    """
+    kept, requests, place = [], [], 0
+    last = {tag: text.rfind(f"</{tag}>") for tag in (*_NOTES, *_REQUESTS)}
+    for found in _OPENING.finditer(text):
+        tag = found[1]
+        if found.start() < place or last[tag] < found.end():
+            continue
+        end = text.index(f"</{tag}>", found.end())
+        kept.append(text[place : found.start()])
+        if tag in _REQUESTS:
+            requests.append(text[found.end() : end].strip())
+        place = end + len(tag) + 3
+    return "".join([*kept, text[place:]]), requests
+
+
+def _without_instructions(text: str) -> str:
+    """Return a text without the instructions of a file that Codex puts before a request."""
+    opening, closing = _INSTRUCTIONS
+    start, end = text.find(opening), text.find(closing)
+    return text if start < 0 or end < start else text[:start] + text[end + len(closing) :]
 
 
 def unnoted(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
@@ -61,6 +87,14 @@ def unnoted(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
     return (found, notes) if any(message["role"] == "user" for message in found) else (messages, 0)
 
 
+def _is_picture(message: dict[str, Any]) -> bool:
+    """Return whether a message is media alone: what a tool showed comes so behind its result."""
+    content = message.get("content")
+    return isinstance(content, list) and not any(
+        part.get("type") == "text" for part in content if isinstance(part, dict)
+    )
+
+
 def is_open_call(messages: Sequence[dict[str, Any]], text_of: Any) -> bool:
     """Return whether the assistant's last tool calls are open: nothing but their results has followed.
 
@@ -72,6 +106,6 @@ def is_open_call(messages: Sequence[dict[str, Any]], text_of: Any) -> bool:
         role = message.get("role")
         if role == "assistant":
             return bool(message.get("tool_calls"))
-        if role == "user" and without_reminders(text_of(message)):
+        if role == "user" and not _is_picture(message) and without_reminders(text_of(message)):
             return False
     return False

@@ -7,6 +7,7 @@ serving read the same view.
 """
 
 import datetime
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ CUT = "\n[...]\n"
 """Stands where a text was cut."""
 
 _MARGIN = 8  # tokens of a message besides its text: role and control tokens
+_PLACEHOLDERS = re.compile(r"(\[\w+\]\n?)+")
 _LEAST = 16  # tokens of a text below which nothing of it is kept
 _CHARACTERS = 4  # of a token, about, where a text that is left out is not counted
 
@@ -66,7 +68,14 @@ class View:
             ExpertFailedError: the tokenizer has no chat template, or ids that the model has no row for.
         """
         messages, notes = unnoted(plain(as_messages(conversation), placeholders=True))
-        newest = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=len(messages) - 1)
+        asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        # What a tool showed comes as the user's media behind its result, and is no request.
+        shown = [
+            i
+            for i in asked
+            if i and messages[i - 1]["role"] == "tool" and _PLACEHOLDERS.fullmatch(messages[i]["content"])
+        ]
+        newest = max([i for i in asked if i not in shown] or asked, default=len(messages) - 1)
         # What the template writes around a conversation, some of it once and some of it around every message.
         room = most - _frame(tokenizer, vocab_size)
         refused: ExpertokenError | None = None

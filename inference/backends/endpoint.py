@@ -41,6 +41,7 @@ _FOR_NOW = (408, 409, 429)
 _MOST_TOKENS = 2**17  # of an answer, where nobody says
 _CHARACTERS = 32  # of a token, on average, at most: beyond that an endpoint does not heed the limit that it was given
 _CERTAIN = 0.01  # a log-probability is not above 0, but for rounding
+_SHARE = 0.8  # of the time for the first piece, that the addresses have between them
 _STOPS = 4  # stop texts that OpenAI's API takes
 _OPENAI = "//api.openai.com"
 _OPENAI_ADDRESS = f"https:{_OPENAI}/v1"
@@ -131,7 +132,7 @@ class EndpointBackend(Backend):
         import openai
 
         limit = self.timeouts.first
-        tried: list[str] = []
+        tried: list[Address] = []
         request = {"model": self.expert.model, "messages": list(messages), "max_tokens": 1, "temperature": 0.0}
 
         async def ask() -> Any:
@@ -145,6 +146,7 @@ class EndpointBackend(Backend):
         try:
             with anyio.fail_after(limit):
                 answer: Any = await self.asking(ask)
+            tried[-1].breaker.succeeded()
             top = answer.choices[0].logprobs.content[0].top_logprobs
             found = [(entry.token or "", getattr(entry, "id", None), float(entry.logprob)) for entry in top]
         except openai.APIStatusError as error:
@@ -152,6 +154,8 @@ class EndpointBackend(Backend):
             raise kind(f"its endpoint answered {error.status_code}") from error
         except TimeoutError as error:
             raise ExpertFailedError(f"its endpoint gave nothing within {limit:g} s") from error
+        except UnicodeError as error:  # of the client, which can't write it: no fault of the endpoint
+            raise RequestRefusedError("the request holds something that can't be sent") from error
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             raise ExpertFailedError("its endpoint gives no log-probabilities") from error
         except Exception as error:
@@ -203,9 +207,10 @@ class EndpointBackend(Backend):
         allowance = Allowance(_CHARACTERS * (generation.max_new_tokens or _MOST_TOKENS))
         repetition, numbering, unicode = Repetition(begun), Numbering(), Unicode()
         chunks: Any = None
+        tried: list[Address] = []
         try:
             with anyio.fail_after(self.timeouts.first):
-                chunks = await self.asking(self._begin, given, generation, [], going_on=bool(begun))
+                chunks = await self.asking(self._begin, given, generation, tried, going_on=bool(begun))
             pieces = aiter(chunks)
             waited = anyio.current_time() - began
             while True:
@@ -219,6 +224,7 @@ class EndpointBackend(Backend):
                 piece = piece_of(chunk, unicode)
                 # Some models think for minutes before their first word, and stream that: they are alive.
                 if piece.visible or piece.thought:
+                    tried[-1].breaker.succeeded()
                     told, waited, limit = True, 0.0, self.timeouts.idle
                 # Before its first word nothing is used up: a server may say for long that it is there.
                 piece = allowance.of(piece) if told else piece
@@ -235,6 +241,7 @@ class EndpointBackend(Backend):
             kind = RequestRefusedError if error.status_code in REQUESTS else ExpertFailedError
             raise kind(f"the endpoint answered {error.status_code}") from error
         except (TimeoutError, openai.APITimeoutError) as error:
+            _note_hung(tried, error)
             stopped = f"stopped in its answer for {self.timeouts.idle:g} s"
             what = stopped if told else f"gave nothing within {self.timeouts.first:g} s"
             raise ExpertFailedError(f"the endpoint {what}") from error
@@ -246,22 +253,30 @@ class EndpointBackend(Backend):
                 with anyio.CancelScope(shield=True):
                     await chunks.close()
 
-    async def _at(self, tried: list[str], ask: "Callable[[AsyncOpenAI], Awaitable[T]]") -> T:
-        """Ask at one of the addresses, and remember how that went; `tried` gets the address."""
+    async def _at(self, tried: list[Address], ask: "Callable[[AsyncOpenAI], Awaitable[T]]") -> T:
+        """Ask at one of the addresses, and remember where that failed; `tried` gets the address.
+
+        One that says nothing leaves the others time for an answer.
+        """
         import openai
 
-        address = self.addresses.pick(tried)
-        tried.append(address.url)
+        address = self.addresses.pick({one.url for one in tried})
+        tried.append(address)
+        share = _SHARE * self.timeouts.first / len(self.addresses) if len(self.addresses) > 1 else None
         try:
-            found = await ask(self.client(address))
+            with anyio.fail_after(share):
+                return await ask(self.client(address))
+        except TimeoutError as error:
+            address.breaker.failed()
+            raise _SilentError from error
         except BaseException as error:
             at_fault = isinstance(error, openai.OpenAIError | OSError) and _passes(error)
             address.breaker.failed() if at_fault else address.breaker.left()
             raise
-        address.breaker.succeeded()
-        return found
 
-    async def _begin(self, messages: list[Message], generation: Generation, tried: list[str], *, going_on: bool) -> Any:
+    async def _begin(
+        self, messages: list[Message], generation: Generation, tried: list[Address], *, going_on: bool
+    ) -> Any:
         """Ask at an address that was not `tried` yet, where there is one."""
         return await self._at(tried, partial(self._begin_at, messages, generation, going_on))
 
@@ -313,10 +328,22 @@ class FirstToken:
     prompt_tokens: int | None
 
 
+class _SilentError(TimeoutError):
+    """An address that is one of several said nothing in its share of the time."""
+
+
+def _note_hung(tried: Sequence[Address], error: Exception) -> None:
+    """Note that an address hangs, where that is not noted yet."""
+    if tried and not isinstance(error, _SilentError):
+        tried[-1].breaker.failed()
+
+
 def _passes(error: BaseException) -> bool:
     """Whether a server may answer the same request a moment later."""
     import openai
 
+    if isinstance(error, _SilentError):
+        return True
     if isinstance(error, openai.APIStatusError):
         return error.status_code in _FOR_NOW or error.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
     return isinstance(error, openai.APIConnectionError)

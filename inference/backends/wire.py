@@ -252,7 +252,7 @@ def _call(call: Any) -> dict[str, Any]:
     texts = (call.get("id"), call.get("type"), function.get("name"), function.get("arguments"))
     if not all(isinstance(text, str | None) for text in texts) or not isinstance(call.get("index"), int | None):
         raise TypeError
-    return _sendable(call)
+    return sendable(call)
 
 
 def _logprobs(given: Any) -> dict[str, Any] | None:
@@ -262,18 +262,18 @@ def _logprobs(given: Any) -> dict[str, Any] | None:
         AttributeError, TypeError: they are something else.
     """
     found = {key: list(given[key]) for key in ("content", "refusal") if given.get(key)} if given else {}
-    return _sendable(found) or None
+    return sendable(found) or None
 
 
 _UNLIKELY = -9999.0  # what OpenAI's API says for a probability of 0: JSON has no infinity
 
 
-def _sendable(thing: Any) -> Any:
-    """What was read as JSON without what JSON and UTF-8 can't write."""
+def sendable(thing: Any) -> Any:
+    """Return what was read as JSON without what JSON and UTF-8 can't write."""
     if isinstance(thing, dict):
-        return {_text(key): _sendable(value) for key, value in thing.items()}
+        return {_text(key): sendable(value) for key, value in thing.items()}
     if isinstance(thing, list):
-        return [_sendable(value) for value in thing]
+        return [sendable(value) for value in thing]
     if isinstance(thing, float) and not math.isfinite(thing):
         return _UNLIKELY
     return _text(thing) if isinstance(thing, str) else thing

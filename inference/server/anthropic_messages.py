@@ -31,6 +31,7 @@ from pydantic import ConfigDict, Field, StringConstraints
 
 from ...modeling.backend import Piece
 from ...modeling.errors import ExpertokenError
+from ..backends.wire import sendable
 from .blocks import Added, Closed, Opened, steps_of
 from .completions import Completion, public
 from .dialect import event
@@ -185,6 +186,12 @@ def _usage(completion: Completion) -> dict[str, Any]:
     return counts | ({"cache_read_input_tokens": cached} if cached else {})
 
 
+def _end(finish: str | None, *, called: bool) -> Any:
+    """Return why an answer ended; servers say `stop` where they were told which function to call."""
+    found = _ENDS.get(finish or "", "end_turn")
+    return "tool_use" if called and found == "end_turn" else found
+
+
 def _id(completion: Completion) -> str:
     return completion.id.replace("chatcmpl-", "msg_")
 
@@ -204,8 +211,9 @@ class MessagesDialect:
             blocks.append(TextBlock(type="text", text=told["content"]))
         for call in told.get("tool_calls", ()):
             given: Any = {}
-            with suppress(ValueError):
-                given = json.loads(call["function"]["arguments"] or "{}")
+            with suppress(ValueError, RecursionError):
+                given = sendable(json.loads(call["function"]["arguments"] or "{}"))
+                json.dumps(given)
             given = given if isinstance(given, dict) else {}
             blocks.append(ToolUseBlock(type="tool_use", id=call["id"], name=call["function"]["name"], input=given))
         message = Message.construct(
@@ -214,7 +222,7 @@ class MessagesDialect:
             role="assistant",
             model=body["model"],
             content=blocks,
-            stop_reason=_ENDS.get(choice["finish_reason"], "end_turn"),
+            stop_reason=_end(choice["finish_reason"], called=bool(told.get("tool_calls"))),
             stop_sequence=None,
             usage=Usage(**_usage(completion)),
         )
@@ -254,8 +262,8 @@ class MessagesDialect:
             for told in self.broken(public(error)):
                 yield told
             return
-        finish = completion.replies[0].finish or ""
-        ended = Delta.construct(stop_reason=_ENDS.get(finish, "end_turn"), stop_sequence=None)
+        reply = completion.replies[0]
+        ended = Delta.construct(stop_reason=_end(reply.finish, called=bool(reply.calls)), stop_sequence=None)
         usage = MessageDeltaUsage(**_usage(completion))
         last = RawMessageDeltaEvent.construct(type="message_delta", delta=ended, usage=usage)
         shown = completion.shown(completion.replies[0]) if completion.request.expertoken.show else None

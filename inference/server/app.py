@@ -5,6 +5,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+import anyio
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
@@ -19,7 +20,7 @@ from ..answering import AnsweringModel
 from .anthropic_messages import MESSAGES, MessagesRequest
 from .completions import public
 from .feedback import FeedbackRequest
-from .guard import Guard, error_body
+from .guard import Guard, anthropic_error, error_body
 from .openai_responses import RESPONSES, ResponsesRequest
 from .schema import ChatRequest, RenderRequest
 from .service import Service, UnknownModelError, client_of, model_card, status_of
@@ -67,14 +68,17 @@ def create_app(composite: AnsweringModel, settings: Settings | None = None) -> F
     @app.get("/v1/models")
     async def models(http: Request) -> dict[str, Any]:
         """The composite, and each expert as `composite/expert`."""
-        return {"object": "list", "data": [model_card(name, service) for name in service.models(client_of(http))]}
+        return {
+            "object": "list",
+            "data": [model_card(name, service, client_of(http)) for name in service.models(client_of(http))],
+        }
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str, http: Request) -> dict[str, Any]:
         """One of them."""
         if name not in service.models(client_of(http)):
             raise UnknownModelError(f"no model {name!r} here; GET /v1/models lists them")
-        return model_card(name, service)
+        return model_card(name, service, client_of(http))
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(request: ChatRequest, http: Request) -> Response:
@@ -87,9 +91,10 @@ def create_app(composite: AnsweringModel, settings: Settings | None = None) -> F
         return await answered(service, await asyncio.to_thread(request.chat), http, MESSAGES)
 
     @app.post("/v1/messages/count_tokens")
-    async def count_tokens(request: MessagesRequest) -> dict[str, int]:
+    async def count_tokens(request: MessagesRequest, http: Request) -> dict[str, int]:
         """Count a conversation's tokens, about, as the meta LLM reads them."""
         chat = await asyncio.to_thread(request.chat)
+        service.policy(chat, client_of(http))  # a model that is none of theirs is not counted for
         return {"input_tokens": await asyncio.to_thread(service.count, chat)}
 
     @app.post("/v1/responses", response_model=None)
@@ -127,9 +132,14 @@ def _add_page(app: FastAPI) -> None:
     # Raw HTML stays text, links lead to no script, and pictures of elsewhere are not asked for.
     markdown = MarkdownIt("js-default", {"breaks": True}).disable("image")
 
-    @app.post("/render", include_in_schema=False)
-    def render(asked: RenderRequest) -> dict[str, list[str]]:
+    few = anyio.CapacityLimiter(2)  # Markdown that is made to be slow takes seconds
+
+    def rendered(asked: RenderRequest) -> dict[str, list[str]]:
         return {"html": [str(markdown.render(text)) for text in asked.texts]}
+
+    @app.post("/render", include_in_schema=False)
+    async def render(asked: RenderRequest) -> dict[str, list[str]]:
+        return await anyio.to_thread.run_sync(rendered, asked, limiter=few)
 
 
 def _add_status(app: FastAPI, service: Service) -> None:
@@ -149,8 +159,11 @@ def _add_status(app: FastAPI, service: Service) -> None:
         return JSONResponse({"status": "draining" if service.draining else "ready"}, status)
 
     @app.get("/metrics")
-    async def metrics() -> Response:
-        """For Prometheus."""
+    async def metrics(http: Request) -> Response:
+        """For Prometheus; with a key that may use everything."""
+        client = client_of(http)
+        if client is not None and client.experts is not None:
+            return JSONResponse(error_body("this key may not see metrics", "invalid_request_error"), 403)
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -177,8 +190,10 @@ def _add_errors(app: FastAPI) -> None:
         )
 
     @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(error_body("the server failed; its log says why", "server_error"), 500)
+    async def failed(http: Request, error: Exception) -> JSONResponse:
+        told = "the server failed; its log says why"  # outside of the guard, which gives errors their form elsewhere
+        anthropics = http.url.path.startswith("/v1/messages")
+        return JSONResponse(anthropic_error(told, 500) if anthropics else error_body(told, "server_error"), 500)
 
     @app.exception_handler(ExpertokenError)
     async def refused(_: Request, error: ExpertokenError) -> JSONResponse:

@@ -45,14 +45,16 @@ class Blocks:
         self._open: str | None = None  # a kind, or `call` and the call's index
         self._waiting: dict[int, list[Added]] = {}
         self._begun: dict[int, Opened] = {}
+        self._late: list[str] = []
 
     def of(self, piece: Piece) -> list[Step]:
         """Return the steps that a piece makes."""
         steps: list[Step] = []
-        if thought := "".join((piece.thought or {}).values()):
-            steps += [*self._switch("thought"), Added(thought)]
+        thought = piece.thought or {}  # under both names where a server wants to please everybody
+        if told := thought.get("reasoning_content") or thought.get("reasoning"):
+            steps += self._text("thought", told)
         if piece.text:
-            steps += [*self._switch("text"), Added(piece.text)]
+            steps += self._text("text", piece.text)
         for call in piece.tool_calls or ():
             steps += self._call(call)
         return steps
@@ -62,15 +64,21 @@ class Blocks:
         steps: list[Step] = [] if self._open is None else [Closed()]
         for index, added in self._waiting.items():
             steps += [self._begun[index], *added, Closed()]
-        self._open, self._waiting = None, {}
+        if self._late:
+            steps += [Opened("text"), Added("".join(self._late)), Closed()]
+        self._open, self._waiting, self._late = None, {}, []
         return steps
 
-    def _switch(self, kind: Literal["thought", "text"]) -> list[Step]:
-        if self._open == kind:
+    def _text(self, kind: Literal["thought", "text"], text: str) -> list[Step]:
+        if self._open is not None and self._open.startswith("call"):
+            if kind == "text":  # a call that goes on behind it must not become two
+                self._late.append(text)
             return []
+        if self._open == kind:
+            return [Added(text)]
         closing: list[Step] = [] if self._open is None else [Closed()]
         self._open = kind
-        return [*closing, Opened(kind)]
+        return [*closing, Opened(kind), Added(text)]
 
     def _call(self, call: dict) -> list[Step]:
         index, function = call.get("index") or 0, call.get("function") or {}

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ class Completion:
         request: that is answered.
         streams: an answer each.
         reasons: whether those who ask may know why an expert failed: reasons name paths and variables of this machine.
+        visible_to: names of the candidates that this client may know of; all where None.
         session: id of the session that it belongs to, as the client says; None where it says nothing.
         scope: what keeps this client's sessions apart from others'.
     """
@@ -31,6 +32,7 @@ class Completion:
     request: ChatRequest
     streams: Sequence[ReplyStream]
     reasons: bool = False
+    visible_to: Collection[str] | None = None
     session: str | None = None
     scope: str = ""
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
@@ -57,8 +59,8 @@ class Completion:
             "expert": reply.expert,
             "chosen": reply.dispatch.expert,
             "reason": reply.dispatch.reason,
-            "probabilities": reply.dispatch.probabilities,
-            "chances": reply.dispatch.chances,
+            "probabilities": visible(reply.dispatch.probabilities, self.visible_to),
+            "chances": None if reply.dispatch.chances is None else visible(reply.dispatch.chances, self.visible_to),
             "handed_over": _handed_over(reply),
             "failures": failures,
             "skipped": list(reply.skipped),
@@ -189,6 +191,11 @@ def _add_call(calls: dict[int, dict[str, Any]], delta: dict[str, Any]) -> None:
     call["id"] = delta.get("id") or call["id"]
     for key in ("name", "arguments"):
         call["function"][key] += (delta.get("function") or {}).get(key) or ""
+
+
+def visible(table: Mapping[str, float], names: Collection[str] | None) -> dict[str, float]:
+    """Return what of a table by candidate a client may know of."""
+    return {name: value for name, value in table.items() if names is None or name in names}
 
 
 def public(error: ExpertokenError) -> str:

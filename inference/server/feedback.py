@@ -102,10 +102,12 @@ class Feedback:
                 "query": query, "model": judged.expert, "score": score, "benchmark": BENCHMARK, "id": _bare(request.id)
             }  # fmt: skip
             try:
-                with self._file.open("a", encoding="utf-8") as stream:
+                with self._file.open("a", encoding="utf-8", errors="replace") as stream:
                     stream.write(json.dumps(row, ensure_ascii=False) + "\n")
             except OSError as error:
                 raise ExpertokenError(f"the feedback could not be written ({error.strerror})") from error
+            del self._known[_bare(request.id)]  # one judgement for an answer
+            self._size -= len(judged.query)
         return {"object": "feedback", "id": request.id, "expert": judged.expert, "score": score}
 
 

@@ -41,6 +41,7 @@ def error_body(message: str, kind: str, code: str | None = None, param: str | No
 
 _KINDS = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",

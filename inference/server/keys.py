@@ -43,14 +43,15 @@ class KeyRing:
     """All keys of a server.
 
     Args:
-        clients: whose they are; without any, nobody is asked for a key.
+        clients: whose they are.
+        required: whether a request needs a key though there is none yet, or no more: where a file holds them.
     """
 
-    def __init__(self, clients: Iterable[Client] = ()) -> None:
-        self.clients = list(clients)
+    def __init__(self, clients: Iterable[Client] = (), *, required: bool = False) -> None:
+        self.clients, self._required = list(clients), required
 
     def __bool__(self) -> bool:
-        return bool(self.clients)
+        return self._required or bool(self.clients)
 
     def find(self, key: str | None) -> Client | None:
         """Return whose key it is, or None."""
@@ -74,7 +75,7 @@ def ring_of(keys: Iterable[str], file: Path | None) -> KeyRing:
         ExpertokenError: the file is none.
     """
     given = [Client(f"key-{number}", hashed(key)) for number, key in enumerate(keys, start=1)]
-    return KeyRing([*given, *([] if file is None else read_keys(file))])
+    return KeyRing([*given, *([] if file is None else read_keys(file))], required=file is not None)
 
 
 def keys_from_environment() -> tuple[str, ...]:
@@ -96,10 +97,10 @@ def read_keys(file: Path) -> list[Client]:
         ExpertokenError: it can't be read, or has a mistake; no value is quoted, which may be a key.
     """
     try:
-        document = yaml.safe_load(file.read_text("utf-8"))
+        document = yaml.load(file.read_text("utf-8"), yaml.BaseLoader)  # noqa: S506 - all texts, nothing else is made
     except (OSError, UnicodeDecodeError) as error:
         raise ExpertokenError(f"{file}: can't be read ({one_line(error)})") from None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         raise ExpertokenError(f"{file}: is not YAML") from None
     entries = document.get("keys") if isinstance(document, dict) else None
     if not isinstance(entries, list):
@@ -108,6 +109,8 @@ def read_keys(file: Path) -> list[Client]:
     names = [client.name for client in clients]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ExpertokenError(f"{file}: the name {twice[0]!r} appears twice")
+    if len({client.digest for client in clients}) < len(clients):
+        raise ExpertokenError(f"{file}: two names have the same key")
     return clients
 
 

@@ -4,7 +4,6 @@ What is sent is of the client library's own types. Nothing is stored: clients se
 (`store: false`). Tools of OpenAI's servers are left out, since no expert here has them; functions are called.
 """
 
-import json
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -19,6 +18,7 @@ from pydantic import ConfigDict, Field, StringConstraints
 
 from ...modeling.backend import Piece
 from ...modeling.errors import ExpertokenError
+from ..backends.wire import sendable
 from .blocks import Added, Closed, Opened, steps_of
 from .completions import Completion, public
 from .dialect import event
@@ -72,7 +72,7 @@ class ResponsesRequest(RequestBody):
             )
         items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        messages += _joined(_message(item, f"input[{place}]") for place, item in enumerate(items))
+        messages += _joined(one for place, item in enumerate(items) for one in _messages(item, f"input[{place}]"))
         keys = ("name", "description", "parameters", "strict")
         tools = [
             {"type": "function", "function": {key: tool[key] for key in keys if tool.get(key) is not None}}
@@ -111,21 +111,24 @@ def _answer_format(given: Any) -> dict[str, Any] | None:
     return {"type": "json_schema", "json_schema": schema}
 
 
-def _message(item: dict[str, Any], place: str) -> dict[str, Any] | None:
-    """Return the chat message of an item, or None where it is nothing that another expert could read."""
+def _messages(item: dict[str, Any], place: str) -> list[dict[str, Any]]:
+    """Return the chat messages of an item; none where it is nothing that another expert could read."""
     kind = item.get("type", "message")
     if kind == "message":
-        return {"role": item.get("role"), "content": _content(item.get("content"), place)}
+        return [{"role": item.get("role"), "content": _content(item.get("content"), place)}]
     if kind == "function_call":
         function = {"name": str(item.get("name")), "arguments": str(item.get("arguments") or "{}")}
         call = {"id": str(item.get("call_id")), "type": "function", "function": function}
-        return {"role": "assistant", "content": None, "tool_calls": [call]}
+        return [{"role": "assistant", "content": None, "tool_calls": [call]}]
     if kind == "function_call_output":
         told = _content(item.get("output"), place)
-        text = told if isinstance(told, str) else json.dumps(told)
-        return {"role": "tool", "tool_call_id": str(item.get("call_id")), "content": text}
+        parts = [] if isinstance(told, str) else told
+        text = told if isinstance(told, str) else "\n".join(part["text"] for part in parts if part["type"] == "text")
+        result = {"role": "tool", "tool_call_id": str(item.get("call_id")), "content": text or "(no text)"}
+        shown = [part for part in parts if part["type"] != "text"]  # results are text there, and pictures a user's
+        return [result, {"role": "user", "content": shown}] if shown else [result]
     if kind == "reasoning":
-        return None
+        return []
     raise ExpertokenError(
         f"{place}.type: expected message, function_call, function_call_output or reasoning, got {str(kind)[:40]!r}"
     )
@@ -153,15 +156,18 @@ def _content(content: Any, place: str) -> Any:
     return "\n".join(texts) if len(texts) == len(parts) else parts
 
 
-def _joined(messages: Iterator[dict[str, Any] | None]) -> list[dict[str, Any]]:
+def _joined(messages: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return messages in which an answer's text and its calls are one, as the chat API has them."""
     found: list[dict[str, Any]] = []
     for message in messages:
-        if message is None:
-            continue
         last = found[-1] if found else {}
-        if message.get("tool_calls") and last.get("role") == "assistant":
-            found[-1] = last | {"tool_calls": [*last.get("tool_calls", ()), *message["tool_calls"]]}
+        if message["role"] == "assistant" == last.get("role") and not isinstance(last.get("content"), list):
+            if message.get("tool_calls"):
+                last.setdefault("tool_calls", []).extend(message["tool_calls"])
+            elif message["content"]:
+                last["content"] = (
+                    f"{last['content']}\n{message['content']}" if last.get("content") else message["content"]
+                )
         else:
             found.append(message)
     return found
@@ -232,10 +238,9 @@ class _Output:
         """Return the response as far as it has come."""
         request, cut = self.completion.request, _INCOMPLETE.get(finish or "")
         status: Any = "in_progress" if not done else "incomplete" if cut else "completed"
-        tools = [
-            {"type": "function", "strict": None, "parameters": None} | (tool.get("function") or {})
-            for tool in request.tools or ()
-        ]
+        # By their names: what else they say is the client's, and may be anything.
+        names = [str((tool.get("function") or {}).get("name")) for tool in request.tools or ()]
+        tools = [{"type": "function", "name": sendable(n), "strict": None, "parameters": None} for n in names]
         response = r.Response.construct(
             id=self.completion.id.replace("chatcmpl-", "resp_"),
             object="response",
@@ -245,7 +250,7 @@ class _Output:
             error=None,
             incomplete_details=IncompleteDetails(reason=cut) if cut and done else None,
             instructions=None,
-            metadata={name: value for name, value in (request.metadata or {}).items() if isinstance(value, str)},
+            metadata={sendable(n): sendable(v) for n, v in (request.metadata or {}).items() if isinstance(v, str)},
             output=[item.model("completed") for item in self.items] if done else [],
             parallel_tool_calls=request.parallel_tool_calls is not False,
             temperature=request.temperature,

@@ -28,7 +28,7 @@ class RequestBody(BaseModel):
 class RenderRequest(RequestBody):
     """Answers that the page shows as HTML."""
 
-    texts: list[Annotated[str, StringConstraints(max_length=500_000)]] = Field(max_length=4, fail_fast=True)
+    texts: list[Annotated[str, StringConstraints(max_length=50_000)]] = Field(max_length=2, fail_fast=True)
 
 
 class StreamOptions(RequestBody):

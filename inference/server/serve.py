@@ -82,7 +82,13 @@ def run(
             if hasattr(signal, "SIGHUP"):  # not on Windows
                 reloading = app.state.service.reload
                 loop = asyncio.get_running_loop()
-                loop.add_signal_handler(signal.SIGHUP, lambda: tasks.add(loop.create_task(reloading())))
+
+                def reload() -> None:
+                    task = loop.create_task(reloading())
+                    tasks.add(task)
+                    task.add_done_callback(tasks.discard)
+
+                loop.add_signal_handler(signal.SIGHUP, reload)
 
         async def shutdown(self, sockets: list[socket] | None = None) -> None:
             running = list(self.server_state.tasks)

@@ -1,13 +1,14 @@
 """What the routes share: who may be asked, sessions, decisions, and one line of log for each request."""
 
 import asyncio
-import hashlib
 import json
 import logging
 import re
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -20,10 +21,9 @@ from ...modeling.policy import Policy
 from ..answering import AnsweringModel
 from ..loop import in_thread
 from ..reply import Reply
-from ..sessions import Affinity, LastAnswer, key_of, open_store
-from .completions import Completion
+from ..sessions import Affinity, LastAnswer, keys_of, open_store
+from .completions import Completion, visible
 from .feedback import Feedback, FeedbackRequest
-from .guard import key_of as api_key
 from .keys import Client, KeyRing, ring_of
 from .prometheus import Metrics
 from .schema import ChatRequest
@@ -32,6 +32,7 @@ from .tracing import Tracing
 
 logger = logging.getLogger("expertoken.requests")
 
+_COUNTED = 100_000  # characters: to count the tokens of more takes long
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 GONE = 499
@@ -59,6 +60,7 @@ class Service:
         self.metrics = Metrics(lambda: self.composite)
         self.started = int(time.time())
         self.draining = False
+        self._reloading = asyncio.Lock()
         self.sessions = open_store(settings.session_store)
         self.feedback = None if settings.feedback is None else Feedback(settings.feedback)
         self._use(composite, self.keys)
@@ -88,13 +90,14 @@ class Service:
         Returns:
             whether that worked; otherwise everything stays as it was, and the log says why.
         """
-        try:
-            composite = await asyncio.wrap_future(in_thread(self.composite.reloaded))
-            keys = await asyncio.to_thread(ring_of, self.settings.api_keys, self.settings.key_file)
-            self._use(composite, keys)
-        except ExpertokenError as error:
-            logger.error("not reloaded: %s", error)
-            return False
+        async with self._reloading:  # the newest files are the last ones in
+            try:
+                composite = await asyncio.wrap_future(in_thread(self.composite.reloaded))
+                keys = await asyncio.to_thread(ring_of, self.settings.api_keys, self.settings.key_file)
+                self._use(composite, keys)
+            except Exception as error:  # of another package's backend, too
+                logger.error("not reloaded: %s", error if isinstance(error, ExpertokenError) else one_line(error))
+                return False
         names = ", ".join(composite.policy.candidates(composite.pool))
         logger.warning("reloaded: %s may answer; %d keys", names, len(keys.clients))
         return True
@@ -129,27 +132,35 @@ class Service:
             raise ExpertokenError(f"{len(request.messages)} messages; at most {self.settings.max_messages} are read")
         return as_messages(request.messages)
 
-    async def affinity(self, messages: list[Message], request: ChatRequest, http: Request) -> Affinity:
+    async def affinity(
+        self, composite: AnsweringModel, messages: list[Message], request: ChatRequest, http: Request
+    ) -> Affinity:
         """What binds a conversation that goes on to who answered last: clients do not say who that was."""
         answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-        known = None
+        known, exact = None, True
         if answers:
             so_far, where = messages[: answers[-1] + 1], session_of(request, http)
-            known = await self.sessions.get(await asyncio.to_thread(key_of, so_far, tools=request.tools, **where))
-        return await asyncio.to_thread(Affinity.of, messages, self.composite.pool, known)
+            for place, key in enumerate(await asyncio.to_thread(keys_of, so_far, tools=request.tools, **where)):
+                if (known := await self.sessions.get(key)) is not None:
+                    exact = place == 0
+                    break
+        return await asyncio.to_thread(partial(Affinity.of, messages, composite.pool, known, exact=exact))
 
     async def remember(self, completion: Completion, reply: Reply) -> None:
         """Who gave an answer, for when the chat goes on."""
         calls = [{"id": call} for call in reply.calls]
         said: Message = {"role": "assistant", "content": reply.text, "tool_calls": calls}
         messages, tools = [*completion.request.messages, said], completion.request.tools
-        key = await asyncio.to_thread(key_of, messages, session=completion.session, scope=completion.scope, tools=tools)
+        keys = await asyncio.to_thread(
+            keys_of, messages, session=completion.session, scope=completion.scope, tools=tools
+        )
         tokens = reply.prompt_tokens + reply.completion_tokens
         if self.feedback is not None and reply is completion.replies[0]:
             await asyncio.to_thread(
                 self.feedback.remember, completion.id, completion.request.messages, reply.expert, completion.scope
             )
-        await self.sessions.put(key, LastAnswer(reply.expert, tokens, time.time()))
+        for key in keys:
+            await self.sessions.put(key, LastAnswer(reply.expert, tokens, time.time()))
 
     def begin(self, http: Request) -> str:
         """Return the id of a request, the client's own or a new one; experts get it, and what joins the trace."""
@@ -163,7 +174,7 @@ class Service:
         """Decide; nothing is asked of an expert yet."""
         policy, composite = self.policy(request, client_of(http)), self.composite
         messages = await asyncio.to_thread(self.messages, request)  # megabytes of them take a while
-        affinity = await self.affinity(messages, request, http)
+        affinity = await self.affinity(composite, messages, request, http)
         first = request.generation(self.settings.max_new_tokens)
         with self.tracing.span("decide"):
             decision = await composite.adecide(messages, policy, first, affinity)
@@ -175,37 +186,50 @@ class Service:
         if affinity.last is not None:
             self.metrics.went_on(affinity.last, decision.dispatch.expert)
         # Without keys whoever asks owns this machine.
-        return Completion(request, streams, reasons=not self.keys, **session_of(request, http))
+        return Completion(
+            request,
+            streams,
+            reasons=not self.keys,
+            visible_to=getattr(client_of(http), "experts", None),
+            **session_of(request, http),
+        )
 
     async def route(self, request: ChatRequest, http: Request) -> dict[str, Any]:
         """Return who would answer, with all that the decision weighed; nothing is asked of an expert."""
         self.begin(http)
-        policy = self.policy(request, client_of(http))
+        policy, composite = self.policy(request, client_of(http)), self.composite
         messages = await asyncio.to_thread(self.messages, request)
-        affinity = await self.affinity(messages, request, http)
+        affinity = await self.affinity(composite, messages, request, http)
         generation = request.generation(self.settings.max_new_tokens)
-        decision = await self.composite.adecide(messages, policy, generation, affinity)
-        dispatch, names = decision.dispatch, self.composite.pool.names
-        usd = self.composite.chooser.usd(decision.prompt_tokens, {affinity.last or "": affinity.cached})
+        decision = await composite.adecide(messages, policy, generation, affinity)
+        dispatch, names = decision.dispatch, composite.pool.names
+        client = client_of(http)
+
+        def seen(table: Mapping[str, float]) -> dict[str, float]:
+            return visible(table, None if client is None else client.experts)
+
+        usd = composite.chooser.usd(decision.prompt_tokens, {affinity.last or "": affinity.cached})
         return {
             "object": "route",
             "model": f"{self.settings.name}/{dispatch.expert}",
             "expert": dispatch.expert,
             "reason": dispatch.reason,
             "ranking": list(dispatch.ranking),
-            "probabilities": dispatch.probabilities,
-            "chances": dispatch.chances,
-            "costs": dict(zip(names, usd.tolist(), strict=True)),
+            "probabilities": seen(dispatch.probabilities),
+            "chances": None if dispatch.chances is None else seen(dispatch.chances),
+            "costs": seen(dict(zip(names, usd.tolist(), strict=True))),
             "last": affinity.last,
             "prompt_tokens": decision.prompt_tokens,
-            "view": await asyncio.to_thread(self.composite.view, messages),
+            "view": await asyncio.to_thread(composite.view, messages),
             "decided_seconds": round(decision.seconds, 4),
         }
 
     def count(self, request: ChatRequest) -> int:
         """Return the tokens of a conversation and its tools, about."""
         tools = json.dumps(request.tools) if request.tools else ""
-        return self.composite.about(self.messages(request)) + self.composite.count(tools)
+        head = tools[:_COUNTED]
+        counted = self.composite.count(head) * len(tools) // max(1, len(head))
+        return self.composite.about(self.messages(request)) + counted
 
     def headers(self, completion: Completion, http: Request) -> dict[str, str]:
         """Return what the headers of an answer tell of its decision."""
@@ -299,14 +323,14 @@ def session_of(request: ChatRequest, http: Request) -> dict[str, Any]:
 
 
 def _scope_of(http: Request) -> str:
-    key = api_key(http.headers)
-    return hashlib.blake2b(key.encode(), digest_size=16).hexdigest() if key else ""
+    client = client_of(http)
+    return "" if client is None else client.digest
 
 
-def model_card(name: str, service: Service) -> dict[str, Any]:
+def model_card(name: str, service: Service, client: Client | None = None) -> dict[str, Any]:
     """Return what is told of a model: under `supports` what it is known to do, of the composite what somebody does."""
     pool, own = service.composite.pool, service.settings.name
-    allowed = service.composite.policy.candidates(pool)
+    allowed = _narrowed(service.composite.policy, client).candidates(pool)
     experts = [pool[one] for one in allowed if name in (own, f"{own}/{one}")]
     known = {can for expert in experts for can in expert.capabilities or ()}
     told: dict[str, Any] = {"id": name, "object": "model", "created": service.started, "owned_by": "expertoken"}

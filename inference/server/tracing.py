@@ -1,6 +1,7 @@
 """Spans for OpenTelemetry, where an operator wants them: the request, its decision, and how it was answered."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,11 @@ from typing import Any
 from fastapi import FastAPI
 
 from ...modeling.errors import require_extra
+
+_TRACE = {
+    "traceparent": re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"),
+    "tracestate": re.compile(r"[ -~]{1,512}"),
+}
 
 
 class Tracing:
@@ -65,7 +71,7 @@ class Tracing:
             given: headers of the request.
         """
         if self._provider is None:
-            return {name: given[name] for name in ("traceparent", "tracestate") if name in given}
+            return {name: given[name] for name, form in _TRACE.items() if form.fullmatch(given.get(name, ""))}
         from opentelemetry import propagate
 
         found: dict[str, str] = {}

@@ -129,3 +129,14 @@ def test_mistakes_are_named_without_what_may_be_secret(more, message):
     with pytest.raises(PoolError, match=message) as found:
         expert(**more)
     assert "123" not in str(found.value)
+
+
+def test_an_address_that_hangs_is_passed_over_in_its_share_of_the_time_and_left_alone(recorded):
+    url, seen = recorded
+    with mock_expert("hung", "--fault", "hang") as (hung, _):
+        entries = [{"base_url": hung.base_url, "weight": 1000}, {"base_url": url}]
+        backend = EndpointBackend(expert(addresses=entries), Timeouts(first=4, retries=0))
+        for _ in range(4):
+            assert asked(backend) == "yes"
+        assert len(seen) == 4
+        assert backend.addresses.all[0].breaker.is_open

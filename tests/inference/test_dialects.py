@@ -326,3 +326,81 @@ def test_a_requests_id_and_its_trace_reach_the_expert(base_folder):
                 assert headers[-1]["traceparent"] == trace
             forged = httpx.post(f"{address}/v1/chat/completions", json=asked, headers={"x-request-id": "a b"})
             assert forged.headers["x-request-id"] == headers[-1]["x-request-id"] != "a b"
+
+
+def test_a_call_that_goes_on_behind_text_stays_one():
+    blocks, steps = Blocks(), []
+    for piece in (Piece(tool_calls=[call(0, '{"a"', id="x")]), Piece("so "), Piece(tool_calls=[call(0, ":1}")])):
+        steps += blocks.of(piece)
+    steps += blocks.end()
+    assert steps == [
+        Opened("call", "x"), Added('{"a"'), Added(":1}"), Closed(), Opened("text"), Added("so "), Closed()
+    ]  # fmt: skip
+
+
+def test_thought_under_two_names_is_told_once():
+    blocks = Blocks()
+    assert blocks.of(Piece(thought={"reasoning_content": "a", "reasoning": "a"})) == [Opened("thought"), Added("a")]
+
+
+def test_calls_text_and_results_of_one_answer_come_in_an_order_that_servers_take():
+    items = [
+        {"role": "user", "content": "look"},
+        {"type": "function_call", "call_id": "c1", "name": "read", "arguments": "{}"},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look."}]},
+        {"type": "function_call_output", "call_id": "c1", "output": [
+            {"type": "input_text", "text": "a picture"}, {"type": "input_image", "image_url": "data:,x"}]},
+    ]  # fmt: skip
+    _, said, result, shown = ResponsesRequest(model="m", input=items).chat().messages
+    assert (said["content"], [one["id"] for one in said["tool_calls"]]) == ("I look.", ["c1"])
+    assert result == {"role": "tool", "tool_call_id": "c1", "content": "a picture"}
+    assert shown == {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}
+
+
+def test_a_call_that_was_forced_ends_as_a_call_though_the_server_says_stop(base_folder):
+    with serving(base_folder, [{"tool_calls": [one]} for one in CALLS], "stop") as (address, _):
+        tool = {"name": "read", "input_schema": SCHEMA}
+        asked = {"model": "comp", "max_tokens": 100, "messages": HELLO, "tools": [tool]}
+        assert claude(address).messages.create(**asked).stop_reason == "tool_use"
+        with claude(address).messages.stream(**asked) as stream:
+            assert stream.get_final_message().stop_reason == "tool_use"
+
+
+@pytest.mark.parametrize("arguments", ['{"a": "\\ud83d"}', '{"a": NaN}', '{"a": ' + "[" * 5000 + "}"])
+def test_arguments_that_no_json_can_hold_are_no_error_of_the_server(base_folder, arguments):
+    with serving(base_folder, [{"tool_calls": [call(0, arguments, id="c", function={"name": "f"})]}]) as (address, _):
+        answer = httpx.post(f"{address}/v1/messages", json={"model": "comp", "max_tokens": 5, "messages": HELLO})
+        assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_client_sends_along_breaks_no_response(base_folder, stream):
+    deep = json.loads("[" * 400 + "]" * 400)
+    tool = {"type": "function", "name": "f", "parameters": {"a": deep}}
+    body = json.dumps({"model": "comp", "input": "hello", "stream": stream, "tools": [tool],
+                       "metadata": {"a": "\ud83d"}})  # fmt: skip
+    with serving(base_folder, TEXT) as (address, _):
+        headers = {"content-type": "application/json"}
+        answer = httpx.post(f"{address}/v1/responses", content=body, headers=headers)
+        assert answer.status_code == 200
+        assert "completed" in answer.text
+
+
+@pytest.mark.parametrize("calls", [5, True, "x", {"a": 1}])
+def test_tool_calls_are_a_list(base_folder, calls):
+    chat = [*HELLO, {"role": "assistant", "content": "x", "tool_calls": calls}, *HELLO]
+    with serving(base_folder, TEXT) as (address, _):
+        for path in ("chat/completions", "route"):
+            answer = httpx.post(f"{address}/v1/{path}", json={"model": "comp", "messages": chat})
+            assert (answer.status_code, "tool_calls: expected a list" in answer.text) == (400, True)
+
+
+def test_odd_trace_headers_go_to_nobody(base_folder):
+    with serving(base_folder, TEXT) as (address, _):
+        for value in (b"\xff", b"x" * 30_000):
+            answer = httpx.post(
+                f"{address}/v1/chat/completions",
+                json={"model": "comp", "messages": HELLO},
+                headers=[(b"traceparent", value)],
+            )
+            assert answer.headers["x-expertoken-expert"] == "one"

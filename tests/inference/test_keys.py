@@ -132,6 +132,38 @@ def test_keys_that_are_read_again_hold_at_once(serving):
     assert ask(address, everyone)
 
 
+def test_without_its_last_key_a_server_is_closed_and_not_open(serving):
+    import asyncio
+
+    address, everyone, _, service, file = serving
+    service.composite.reloaded = lambda: service.composite
+    for name in ("everyone", "few"):
+        remove_key(file, name)
+    assert asyncio.run(service.reload()) is True
+    assert httpx.get(f"{address}/v1/models").status_code == 401
+    with pytest.raises(openai.AuthenticationError):
+        ask(address, everyone)
+
+
+def test_a_key_for_some_learns_nothing_of_the_others(serving):
+    address, _, few, *_ = serving
+    headers = {"authorization": f"Bearer {few}"}
+    told = httpx.post(f"{address}/v1/route", json={"model": "comp", "messages": HELLO}, headers=headers).json()
+    assert list(told["probabilities"]) == list(told["costs"]) == ["two"]
+    assert httpx.get(f"{address}/metrics", headers=headers).status_code == 403
+    [shown] = ask(address, few, show=True).model_extra["expertoken"]
+    assert list(shown["probabilities"]) == ["two"]
+
+
+@pytest.mark.parametrize(
+    "text", ["keys: [{name: a, sha256: 2001-99-99}]", "keys: " + "[" * 3000, "keys: !!int x", "keys: !!timestamp x"]
+)
+def test_a_key_file_of_any_form_is_one_clear_error(tmp_path, text):
+    (tmp_path / "keys.yaml").write_text(text)
+    with pytest.raises(ExpertokenError):
+        read_keys(tmp_path / "keys.yaml")
+
+
 def test_a_key_for_nobody_does_not_start(tmp_path, base_folder, words):
     add_key(tmp_path / "keys.yaml", "few", ["gone"])
     with pytest.raises(ExpertokenError, match="the key of 'few': policy.allow: no candidate 'gone'"):

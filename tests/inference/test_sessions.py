@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from expertoken.inference.loop import BackgroundLoop
 from expertoken.inference.server import Settings, create_app
-from expertoken.inference.sessions import Affinity, LastAnswer, ProcessStore, RedisStore, key_of
+from expertoken.inference.sessions import Affinity, LastAnswer, ProcessStore, RedisStore, keys_of
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
 from expertoken.modeling.policy import Chooser, Policy
@@ -139,10 +139,29 @@ def test_a_session_that_the_client_names_is_known_whatever_became_of_its_message
     for given in ({"metadata": {"user_id": "u1"}}, {"prompt_cache_key": "k1"}):
         with served(create_app(composite_of(base_folder, callers))) as address:
             said, _ = turn(address, [HELLO], expertoken={"show": True, "policy": {"allow": ["two"]}}, **given)
-            short = [{"role": "user", "content": "hello there"}, said | {"tool_calls": [{"id": "x", "function": {}}]}]
-            result = {"role": "tool", "tool_call_id": "x", "content": "ok"}
+            short = [{"role": "user", "content": "hello there"}, said]
+            result = {"role": "tool", "tool_call_id": said["tool_calls"][0]["id"], "content": "ok"}
             assert turn(address, [*short, result], **given)[1] == "two"
             assert turn(address, [*short, result])[1] == "one"
+
+
+def test_what_goes_on_beside_a_loop_under_the_same_id_does_not_end_it(base_folder, callers):
+    """Agents ask for titles and let subagents work, all under one id."""
+    given = {"metadata": {"user_id": "u1"}}
+    with served(create_app(composite_of(base_folder, callers))) as address:
+        said, _ = turn(address, [HELLO], expertoken={"show": True, "policy": {"allow": ["two"]}}, **given)
+        title = {"role": "user", "content": "hello there"}
+        assert turn(address, [title], **given)[1] == "one"
+        result = {"role": "tool", "tool_call_id": said["tool_calls"][0]["id"], "content": "ok"}
+        assert turn(address, [HELLO, said, result], **given)[1] == "two"
+
+
+def test_a_picture_behind_a_tools_result_ends_no_loop(base_folder, callers):
+    with served(create_app(composite_of(base_folder, callers))) as address:
+        said, _ = turn(address, [HELLO], expertoken={"show": True, "policy": {"allow": ["two"]}})
+        result = {"role": "tool", "tool_call_id": said["tool_calls"][0]["id"], "content": "ok"}
+        shown = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}
+        assert turn(address, [HELLO, said, result, shown])[1] == "two"
 
 
 def test_where_the_expert_of_a_loop_fails_another_one_goes_on(base_folder, callers):
@@ -156,8 +175,8 @@ def test_where_the_expert_of_a_loop_fails_another_one_goes_on(base_folder, calle
 
 def test_other_clients_find_no_session_by_its_id():
     messages = [HELLO, {"role": "assistant", "content": "hi"}]
-    assert key_of(messages, session="s", scope="a") != key_of(messages, session="s", scope="b")
-    assert key_of(messages, scope="a") != key_of(messages, scope="b")
+    assert keys_of(messages, session="s", scope="a") != keys_of(messages, session="s", scope="b")
+    assert keys_of(messages, scope="a") != keys_of(messages, scope="b")
 
 
 def test_of_more_sessions_than_are_remembered_the_one_used_longest_ago_is_forgotten():

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from expertoken.modeling.chat import text_of
@@ -77,3 +79,20 @@ RESULT = {"role": "tool", "tool_call_id": "1", "content": "42"}
 )
 def test_tool_calls_are_open_until_somebody_says_something_new(messages, found):
     assert is_open_call(messages, text_of) is found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<system-reminder>" * 60_000 + "</x",
+        "<user_query>" * 80_000 + "</x",
+        "# AGENTS.md instructions\n<INSTRUCTIONS>" * 25_000 + "</x",
+        "<system-reminder></system-reminder><task>" + " " * 1_000_000 + "x",
+        "<system-reminder></system-reminder>" * 25_000,
+    ],
+    ids=["openings", "requests", "instructions", "blanks", "pairs"],
+)
+def test_a_megabyte_that_is_made_to_be_slow_takes_no_longer_than_another(text):
+    started = time.process_time()
+    without_reminders(text)
+    assert time.process_time() - started < 2

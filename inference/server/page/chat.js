@@ -98,9 +98,11 @@ async function* events(response) {
 async function render(article, turn) {
   const { content, told } = turn;
   const seam = told?.handed_over?.after_characters;
-  const texts = seam ? [content.slice(0, seam), content.slice(seam)] : [content];
+  const characters = seam ? [...content] : []; // the server counts characters, and not halves of them
+  const texts = seam ? [characters.slice(0, seam).join(""), characters.slice(seam).join("")] : [content];
   try {
     const { html } = await (await ask("render", { method: "POST", body: JSON.stringify({ texts }) })).json();
+    if ((turn.html?.length ?? 0) > content.length && turn.content.startsWith(content)) return; // a later one is there
     turn.html = { parts: html, length: content.length };
     draw(article, turn);
   } catch {
