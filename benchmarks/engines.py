@@ -1,7 +1,8 @@
 """Real engines as meta LLM: `python benchmarks/engines.py COMPOSITE --vllm PATH --llama PATH`.
 
 The composite is exported, served by vLLM's command and by llama.cpp's `llama-server`, and a gateway decides on each by
-its log-probabilities. Printed are how many decisions are the composite's own, the largest difference of a probability,
+its log-probabilities. Printed are how many decisions are the composite's own, the largest difference of a probability
+(from the same checkpoint under transformers, which is the engine's; from the composite, which is the export's as well),
 and of self's greedy answers how many are the same as in the process. The questions are those of the demo's kinds, with
 other numbers and names.
 
@@ -9,6 +10,7 @@ other numbers and names.
 """
 
 import argparse
+import json
 import os
 import random
 import shlex
@@ -17,13 +19,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expertoken.inference.composite_model import CompositeModel
 from expertoken.inference.gateway import GatewayModel
-from expertoken.modeling.export import GATEWAY_FILE, export_checkpoint
+from expertoken.modeling.export import EXPORT_FILE, GATEWAY_FILE, export_checkpoint
 from expertoken.modeling.policy import Policy
 
 _KINDS = (
@@ -93,7 +98,25 @@ def gateway_on(checkpoint: Path, address: str) -> GatewayModel:
     return GatewayModel.from_yaml(file)
 
 
-def row(name: str, composite: CompositeModel, gateway: GatewayModel, asked: list[str]) -> str:
+@torch.inference_mode()
+def exported(checkpoint: Path, names: list[str], asked: list[str]) -> list[dict[str, float]]:
+    """What transformers makes of the checkpoint: each expert's probability, and self's, which is the rest."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    ids = json.loads((checkpoint / EXPORT_FILE).read_text("utf-8"))["experts"]
+    found = []
+    for text in asked:
+        chat = [{"role": "user", "content": text}]
+        given: Any = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        shares = model(**given).logits[0, -1].softmax(-1)
+        told = {name: float(shares[ids[name]]) for name in names if name in ids}
+        found.append(told | {name: 1 - sum(told.values()) for name in names if name not in ids})
+    return found
+
+
+def row(name: str, composite: CompositeModel, gateway: GatewayModel, checkpoint: Path, asked: list[str]) -> str:
     """A line of the table."""
     own = composite.route(asked)
     started = time.perf_counter()
@@ -105,13 +128,20 @@ def row(name: str, composite: CompositeModel, gateway: GatewayModel, asked: list
         for one, other in zip(own, theirs, strict=True)
         for expert in one.probabilities
     )
+    plain = exported(checkpoint, composite.pool.names, asked)
+    engine_apart = max(
+        abs(one[expert] - other.probabilities[expert])
+        for one, other in zip(plain, theirs, strict=True)
+        for expert in one
+    )
     policy = Policy(threshold=1.0, default="self", fallbacks=0)
     texts = [
         [model.chat(text, policy=policy, max_new_tokens=24).text for text in asked[:_ANSWERS]]
         for model in (composite, gateway)
     ]
     answers = sum(one == other for one, other in zip(*texts, strict=True))
-    return f"| {name} | {same} of {len(asked)} | {apart:.1e} | {answers} of {_ANSWERS} | {1000 * seconds:.0f} |"
+    parts = f"{engine_apart:.1e} | {apart:.1e}"
+    return f"| {name} | {same} of {len(asked)} | {parts} | {answers} of {_ANSWERS} | {1000 * seconds:.0f} |"
 
 
 def main() -> None:
@@ -130,8 +160,15 @@ def main() -> None:
         export_checkpoint(options.composite, checkpoint, prompts=questions(400)[200:])
     composite = CompositeModel.from_pretrained(options.composite, device="cpu")
     asked = questions(options.questions)
-    print("| engine | same decisions | largest difference of a probability | same answers of self | ms a decision |")
-    print("|---|---|---|---|---|")
+    head = (
+        "engine",
+        "the composite's decisions",
+        "apart from the checkpoint, at most",
+        "from the composite",
+        "self's answers",
+    )
+    print(f"| {' | '.join((*head, 'ms a decision'))} |")
+    print("|---|---|---|---|---|---|")
     if options.vllm:
         command = [
             options.vllm, "serve", str(checkpoint), "--served-model-name", "meta", "--host", "127.0.0.1", "--port",
@@ -139,7 +176,7 @@ def main() -> None:
             "--max-num-seqs", "8",
         ]  # fmt: skip
         with engine(command, 8701, options.out / "vllm.log") as address:
-            print(row("vLLM", composite, gateway_on(checkpoint, address), asked), flush=True)
+            print(row("vLLM", composite, gateway_on(checkpoint, address), checkpoint, asked), flush=True)
     if options.llama:
         file = options.out / "meta.gguf"
         if not file.exists():
@@ -148,7 +185,7 @@ def main() -> None:
             )
         command = [options.llama, "-m", str(file), "--host", "127.0.0.1", "--port", "8702", "-c", "4096", "--jinja"]
         with engine(command, 8702, options.out / "llama.log") as address:
-            print(row("llama.cpp", composite, gateway_on(checkpoint, address), asked), flush=True)
+            print(row("llama.cpp", composite, gateway_on(checkpoint, address), checkpoint, asked), flush=True)
 
 
 if __name__ == "__main__":
