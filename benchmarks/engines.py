@@ -43,6 +43,7 @@ _KINDS = (
 )
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
 _COUNTRIES = ("Italy", "Spain", "Peru", "Japan", "Kenya")
+_TOP = 100  # log-probabilities: an expert that is not among them counts as improbable, and self gets its share
 _ANSWERS = 8  # of self, that are compared
 
 
@@ -88,7 +89,7 @@ def _healthy(address: str) -> bool:
 def gateway_on(checkpoint: Path, address: str) -> GatewayModel:
     """A gateway on an exported checkpoint, whose experts nobody asks here."""
     document = yaml.safe_load((checkpoint / GATEWAY_FILE).read_text("utf-8"))
-    document["meta"] |= {"model": "meta", "base_url": address}
+    document["meta"] |= {"model": "meta", "base_url": address, "top_logprobs": _TOP}
     for expert in document["experts"]:
         if expert["backend"] != "self":
             expert |= {"backend": "openai", "base_url": "http://127.0.0.1:9/v1", "model": expert["name"]}
@@ -172,7 +173,7 @@ def main() -> None:
     if options.vllm:
         command = [
             options.vllm, "serve", str(checkpoint), "--served-model-name", "meta", "--host", "127.0.0.1", "--port",
-            "8701", "--max-logprobs", "20", "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048",
+            "8701", "--max-logprobs", str(_TOP), "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048",
             "--max-num-seqs", "8",
         ]  # fmt: skip
         with engine(command, 8701, options.out / "vllm.log") as address:
