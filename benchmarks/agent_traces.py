@@ -13,15 +13,11 @@ Needs `redis-server` or the package fakeredis.
 import argparse
 import asyncio
 import random
-import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
@@ -35,6 +31,7 @@ from expertoken.modeling.meta import MetaLLM
 from expertoken.modeling.policy import Policy
 from expertoken.modeling.state import StateSpec
 from expertoken.modeling.view import View
+from expertoken.tests.inference.conftest import redis_server
 
 TOPICS = {
     "python": (
@@ -49,7 +46,7 @@ SYSTEM = "You are a coding agent. " + "Read files before you change them. Run th
 REMINDERS = (
     "<system-reminder>\nThe TODO list is empty. {0}\n</system-reminder>\n{1}",
     "{1}\n<system-reminder>{0} was changed by the user or a linter.</system-reminder>",
-    "<environment_context>\n  <cwd>/work/{0}</cwd>\n  <shell>bash</shell>\n</environment_context>\n\n{1}",
+    "<environment_context>\n  <cwd>/home/user/{0}</cwd>\n  <shell>bash</shell>\n</environment_context>\n\n{1}",
     "<task>\n{1}\n</task>\n<environment_details>\n# Open tabs\n{0}\n</environment_details>",
 )
 COST = {"input": 3.0, "output": 15.0, "cached_input": 0.3}  # USD per million tokens
@@ -169,27 +166,6 @@ def reminded(gateway: CompositeModel, count: int) -> int:
     return sum(one.expert == other.expert for one, other in zip(plain, sent, strict=True))
 
 
-@contextmanager
-def redis_url() -> Iterator[str]:
-    """The URL of a store that runs meanwhile."""
-    if (program := shutil.which("redis-server")) is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            socket = Path(folder) / "redis.sock"
-            process = subprocess.Popen([program, "--port", "0", "--unixsocket", str(socket), "--save", ""], stdout=-3)
-            while not socket.exists():
-                time.sleep(0.01)
-            yield f"unix://{socket}"
-            process.kill()
-            process.wait()
-        return
-    from fakeredis import TcpFakeServer
-
-    server = TcpFakeServer(("127.0.0.1", 0), server_type="redis")
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"redis://127.0.0.1:{server.server_address[1]}/0"
-    server.shutdown()
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,7 +179,7 @@ def main() -> None:
     twin = CompositeModel(gateway.composite, policy=gateway.policy, before=gateway)
     print("| | requests | inside a loop | switches inside | gateways differ | USD |\n|---|---|---|---|---|---|")
     found = {}
-    with redis_url() as url:
+    with tempfile.TemporaryDirectory() as folder, redis_server(Path(folder)) as url:
         for name, affinity in (("with affinity", True), ("without", False)):
             stores: list[SessionStore] = [RedisStore(url), RedisStore(url)]
             found[name] = one = asyncio.run(replay([gateway, twin], stores, options.traces, affinity=affinity))

@@ -206,9 +206,15 @@ class AnsweringModel(ABC):
 
     def about(self, messages: Sequence[Message]) -> int:
         """Tokens of a conversation's texts, without what a template adds; estimated where they are very long."""
-        text = "\n".join(text_of(message, placeholders=True) for message in messages)
+        return self._estimated("\n".join(text_of(message, placeholders=True) for message in messages))
+
+    def _estimated(self, text: str) -> int:
         counted = text[:_COUNTED]
         return math.ceil(self.count(counted) * len(text) / max(1, len(counted)))
+
+    def about_tools(self, tools: Any) -> int:
+        """Return the tokens that a request's tools take in a prompt, about; 0 where there are none."""
+        return self._estimated(json.dumps(tools)) if tools else 0
 
     def view(self, messages: Sequence[Message]) -> str:
         """Return the text that a decision on a conversation reads."""
@@ -227,15 +233,9 @@ class AnsweringModel(ABC):
         """
         candidates = self.pool.candidates
         if any(expert.context_length is not None for expert in candidates):
-            tokens = (self.about(messages) if tokens is None else tokens) + self._tool_tokens(generation)
+            tools = None if generation is None else generation.extra.get("tools")
+            tokens = (self.about(messages) if tokens is None else tokens) + self.about_tools(tools)
         return unable(candidates, Needs.of(messages, generation, tokens or 0))
-
-    def _tool_tokens(self, generation: Generation | None) -> int:
-        """Return the tokens that a request's tools take in a prompt, about."""
-        tools = None if generation is None else generation.extra.get("tools")
-        text = json.dumps(tools) if tools else ""
-        head = text[:_COUNTED]
-        return self.count(head) * len(text) // len(head) if head else 0
 
     def _undisputed(self, messages: Sequence[Message], name: str) -> Decision:
         """For one candidate that alone may answer: it does, whatever the meta LLM can read of it.
@@ -259,9 +259,7 @@ class AnsweringModel(ABC):
             return None
         tokens = self.about(messages)
         self._check_length(tokens, self.limit)
-        ranking = (affinity.last, *(name for name in names if name != affinity.last))
-        if policy.fallbacks is not None:
-            ranking = ranking[: 1 + policy.fallbacks]
+        ranking = _first(affinity.last, names, policy)
         dispatch = Dispatch(affinity.last, {affinity.last: 1.0}, "its tool calls are open", ranking)
         return Decision(dispatch, tokens, 0.0, whole=False)
 
@@ -282,9 +280,7 @@ class AnsweringModel(ABC):
         if policy.default not in names or policy.default == self.pool.self_name:
             self.observer.lost()
             raise NoAnswerError(reason)
-        ranking = (policy.default, *(name for name in names if name != policy.default))
-        if policy.fallbacks is not None:
-            ranking = ranking[: 1 + policy.fallbacks]
+        ranking = _first(policy.default, names, policy)
         dispatch = Dispatch(policy.default, {policy.default: 1.0}, f"{reason}: {policy.default} answers", ranking)
         return Decision(dispatch, self.about(messages), time.perf_counter() - started, whole=False)
 
@@ -347,7 +343,8 @@ class AnsweringModel(ABC):
             return generation
         left = None
         if expert.context_length is not None:
-            left = max(1, expert.context_length - decision.prompt_tokens - self._tool_tokens(generation))
+            read = decision.prompt_tokens + self.about_tools(generation.extra.get("tools"))
+            left = max(1, expert.context_length - read)
         limits = (generation.max_new_tokens, expert.max_output_tokens, left)
         return replace(generation, max_new_tokens=min(limit for limit in limits if limit is not None))
 
@@ -450,6 +447,12 @@ class AnsweringModel(ABC):
             cost=reply.cost if cost is None else (reply.cost or 0.0) + cost,
         )
         self.observer.spent(Spent(name, read, written, cost))
+
+
+def _first(name: str, names: Sequence[str], policy: Policy) -> tuple[str, ...]:
+    """Return a ranking without a decision: one candidate, then the others in their order, as many as may be asked."""
+    ranking = (name, *(other for other in names if other != name))
+    return ranking if policy.fallbacks is None else ranking[: 1 + policy.fallbacks]
 
 
 def _generation(options: dict[str, Any]) -> Generation:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..modeling.chat import Message, text_of
+from ..modeling.chat import Message
 from ..modeling.errors import ExpertokenError, one_line, require_extra
 from ..modeling.policy import last_answerer
 from ..modeling.pool import ExpertPool
@@ -57,13 +57,9 @@ class Affinity:
         """
         if known is None or known.expert not in pool.names:
             last = last_answerer(messages, pool)
-            return cls(last, 0, last is not None and _waits(messages))
+            return cls(last, 0, last is not None and is_open_call(messages))
         warm = time.time() - known.at < _CACHED_FOR
-        return cls(known.expert, known.tokens if warm else 0, exact and _waits(messages))
-
-
-def _waits(messages: Sequence[Message]) -> bool:
-    return is_open_call(messages, lambda message: text_of(message, placeholders=True))
+        return cls(known.expert, known.tokens if warm else 0, exact and is_open_call(messages))
 
 
 @dataclass(frozen=True)

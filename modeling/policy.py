@@ -191,7 +191,7 @@ class Chooser:
         changed = self._changed(policy, logits, last)
         shares = self._shares(allowed, changed)
         known = {last: cached} if last is not None and cached else {}
-        ranking = self._ranking(policy, allowed, changed, self.usd(prompt_tokens, known))
+        ranking = self._ranking(policy, allowed, changed, prompt_tokens, known)
         reason = self._reason(policy, plain, ranking[0], unable or {})
         best = max(allowed, key=shares.__getitem__)
         if policy.threshold is not None and shares[best] < policy.threshold:
@@ -218,12 +218,19 @@ class Chooser:
             changed[self.pool.names.index(last)] += policy.sticky
         return changed
 
-    def _ranking(self, policy: Policy, allowed: Sequence[str], logits: torch.Tensor, usd: np.ndarray) -> list[str]:
+    def _ranking(
+        self,
+        policy: Policy,
+        allowed: Sequence[str],
+        logits: torch.Tensor,
+        prompt_tokens: int,
+        cached: Mapping[str, int],
+    ) -> list[str]:
         """Return those who may answer, the first choice first."""
         place = {name: index for index, name in enumerate(self.pool.names)}
         if not policy.cost_weight and policy.tolerance is None:
             return sorted(allowed, key=lambda name: float(logits[place[name]]), reverse=True)
-        quality = logits.sigmoid().numpy()
+        quality, usd = logits.sigmoid().numpy(), self.usd(prompt_tokens, cached)
         if policy.tolerance is None:
             worth = utility(quality, usd, policy.cost_weight)
             return sorted(allowed, key=lambda name: worth[place[name]], reverse=True)

@@ -12,7 +12,7 @@ import yaml
 from .errors import PoolError, did_you_mean, one_line
 from .experts import CAPABILITIES, DEFAULT_KIND, SELF, Expert, ExpertKind, kind_names, kind_of, usable_kinds
 from .files import atomic_file
-from .source import is_path
+from .source import is_address, is_path
 
 RESERVED = (
     "composite", "random", "oracle", "names", "words", "kNN", "guarded-kNN", "linear", "MLP", "ensemble", "ranking",
@@ -101,8 +101,7 @@ def _address_mistakes(key: str, value: Any, place: str) -> list[str]:
         fine = isinstance(value, str) and (not value or _VARIABLE.fullmatch(value))
     else:
         expected = "http(s)://host[:port]/path without a user name, password or query"
-        web = isinstance(value, str) and value.startswith(("http://", "https://"))
-        fine = value == "" or (web and not {"@", "?"} & set(value))
+        fine = value == "" or is_address(value)
     return [] if fine else [f"{place}.{key}: expected {expected}"]
 
 

@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from .chat import text_of
+
 _NOTES = (
     "system-reminder", "system_reminder",  # Claude Code, OpenCode
     "local-command-stdout", "local-command-stderr", "local-command-caveat", "command-name", "command-message",
@@ -95,17 +97,16 @@ def _is_picture(message: dict[str, Any]) -> bool:
     )
 
 
-def is_open_call(messages: Sequence[dict[str, Any]], text_of: Any) -> bool:
+def is_open_call(messages: Sequence[dict[str, Any]]) -> bool:
     """Return whether the assistant's last tool calls are open: nothing but their results has followed.
 
     Args:
         messages: the conversation.
-        text_of: reads a message's text.
     """
     for message in reversed(messages):
         role = message.get("role")
         if role == "assistant":
             return bool(message.get("tool_calls"))
-        if role == "user" and not _is_picture(message) and without_reminders(text_of(message)):
+        if role == "user" and not _is_picture(message) and without_reminders(text_of(message, placeholders=True)):
             return False
     return False

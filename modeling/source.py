@@ -36,6 +36,12 @@ class Source:
         return Source(str(path.resolve()), self.revision, self.trust_remote_code) if path.exists() else self
 
 
+def is_address(value: object) -> bool:
+    """Return whether a value is a web address without what may be a secret: a user's name, a password, a query."""
+    web = isinstance(value, str) and value.startswith(("http://", "https://"))
+    return web and not {"@", "?"} & set(str(value))
+
+
 def is_path(model: str) -> bool:
     """Return whether the name of a model or composite can only be a path: a hub id is `owner/name`."""
     return _PATH.match(model) is not None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...modeling.experts import Expert
+from ...modeling.source import is_address
 from ..breaker import Breaker
 
 
@@ -91,9 +92,13 @@ def mistakes(entry: Mapping[str, Any], place: str) -> list[str]:
 def _is_address(entry: Any) -> bool:
     if not isinstance(entry, dict) or set(entry) - {"base_url", "weight"}:
         return False
-    url, weight = entry.get("base_url"), entry.get("weight", 1)
-    web = isinstance(url, str) and url.startswith(("http://", "https://")) and not {"@", "?"} & set(url)
-    return web and isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < float("inf")
+    weight = entry.get("weight", 1)
+    return (
+        is_address(entry.get("base_url"))
+        and isinstance(weight, int | float)
+        and not isinstance(weight, bool)
+        and 0 < weight < float("inf")
+    )
 
 
 def _is_timeout(item: tuple[Any, Any]) -> bool:

@@ -32,7 +32,7 @@ from pydantic import ConfigDict, Field, StringConstraints
 from ...modeling.backend import Piece
 from ...modeling.errors import ExpertokenError
 from ..backends.wire import sendable
-from .blocks import Added, Closed, Opened, steps_of
+from .blocks import Added, Closed, Opened, steps_of, thought_of
 from .completions import Completion, public
 from .dialect import event
 from .guard import anthropic_error
@@ -40,7 +40,6 @@ from .schema import ChatRequest, Extension, RequestBody, StopText
 
 _ENDS = {"length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}  # else `end_turn`
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-_THOUGHTS = ("thinking", "redacted_thinking")
 
 
 class MessagesRequest(RequestBody):
@@ -204,8 +203,7 @@ class MessagesDialect:
         [choice] = body["choices"]
         told = choice["message"]
         blocks: list[Any] = []
-        thought = told.get("reasoning_content") or told.get("reasoning")
-        if thought:
+        if thought := thought_of(told):
             blocks.append(ThinkingBlock(type="thinking", thinking=thought, signature=""))
         if told["content"]:
             blocks.append(TextBlock(type="text", text=told["content"]))

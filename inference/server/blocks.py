@@ -1,9 +1,9 @@
 """An answer as blocks, one after the other: thought, text, calls of tools. Two of the APIs tell answers so."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ...modeling.backend import Piece
 
@@ -38,6 +38,11 @@ class Closed:
 Step = Opened | Added | Closed
 
 
+def thought_of(told: Mapping[str, Any]) -> str | None:
+    """Return the thought in what a server told, which has it under both names where it wants to please everybody."""
+    return told.get("reasoning_content") or told.get("reasoning")
+
+
 class Blocks:
     """Makes blocks of pieces. A call that begins before another has ended waits for that one's end."""
 
@@ -50,9 +55,8 @@ class Blocks:
     def of(self, piece: Piece) -> list[Step]:
         """Return the steps that a piece makes."""
         steps: list[Step] = []
-        thought = piece.thought or {}  # under both names where a server wants to please everybody
-        if told := thought.get("reasoning_content") or thought.get("reasoning"):
-            steps += self._text("thought", told)
+        if thought := thought_of(piece.thought or {}):
+            steps += self._text("thought", thought)
         if piece.text:
             steps += self._text("text", piece.text)
         for call in piece.tool_calls or ():

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field, StringConstraints
 from ...modeling.backend import Piece
 from ...modeling.errors import ExpertokenError
 from ..backends.wire import sendable
-from .blocks import Added, Closed, Opened, steps_of
+from .blocks import Added, Closed, Opened, steps_of, thought_of
 from .completions import Completion, public
 from .dialect import event
 from .schema import ChatRequest, Extension, RequestBody
@@ -286,7 +286,7 @@ class ResponsesDialect:
         """Return the response, not streamed."""
         [choice] = body["choices"]
         told, output = choice["message"], _Output(completion)
-        if thought := told.get("reasoning_content") or told.get("reasoning"):
+        if thought := thought_of(told):
             output.add(Opened("thought")).text = thought
         if told["content"]:
             output.add(Opened("text")).text = told["content"]

@@ -1,5 +1,6 @@
 """What happens, for Prometheus."""
 
+import heapq
 from collections import Counter as Counts
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -115,7 +116,7 @@ class Metrics(Observer):
     def decided(self, dispatch: Dispatch, seconds: float, batch: int) -> None:
         """A decision was made."""
         self.decisions.labels(dispatch.expert).inc()
-        ordered = sorted(dispatch.probabilities.values(), reverse=True)
+        ordered = heapq.nlargest(2, dispatch.probabilities.values())
         self.margins.observe(ordered[0] - ordered[1] if len(ordered) > 1 else 1.0)
         self._recent.append(dispatch.expert)
         self.deciding.observe(seconds)

@@ -95,6 +95,7 @@ def run(
             await super().shutdown(sockets)
             if running:  # those that were cut off write their line of log yet
                 await asyncio.wait(running, timeout=5)
+            await app.state.service.sessions.aclose()
             tracing.stop()  # here, since uvicorn ends the process by the signal it got
 
     # What is loaded by now (half a million objects, most of them of libraries) stays. The collector would search it

@@ -32,7 +32,6 @@ from .tracing import Tracing
 
 logger = logging.getLogger("expertoken.requests")
 
-_COUNTED = 100_000  # characters: to count the tokens of more takes long
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 GONE = 499
@@ -226,10 +225,7 @@ class Service:
 
     def count(self, request: ChatRequest) -> int:
         """Return the tokens of a conversation and its tools, about."""
-        tools = json.dumps(request.tools) if request.tools else ""
-        head = tools[:_COUNTED]
-        counted = self.composite.count(head) * len(tools) // max(1, len(head))
-        return self.composite.about(self.messages(request)) + counted
+        return self.composite.about(self.messages(request)) + self.composite.about_tools(request.tools)
 
     def headers(self, completion: Completion, http: Request) -> dict[str, str]:
         """Return what the headers of an answer tell of its decision."""

@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 import threading
@@ -50,6 +51,32 @@ def served(app):
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
     thread.join(10)
+
+
+@contextmanager
+def redis_server(tmp_path):
+    """A real server where there is one, else fakeredis' own, which speaks the protocol as well."""
+    if (program := shutil.which("redis-server")) is not None:
+        socket = tmp_path / "redis.sock"
+        given = [program, "--port", "0", "--unixsocket", str(socket), "--save", ""]
+        process = subprocess.Popen(given, stdout=subprocess.DEVNULL)
+        while not socket.exists():
+            time.sleep(0.01)
+        try:
+            yield f"unix://{socket}"
+        finally:
+            process.kill()
+            process.wait()
+        return
+    from fakeredis import TcpFakeServer
+
+    server = TcpFakeServer(("127.0.0.1", 0), server_type="redis")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"redis://127.0.0.1:{server.server_address[1]}/0"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def composite_of(base_folder, experts, **options):

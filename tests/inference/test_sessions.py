@@ -1,10 +1,6 @@
 """Who answered a conversation last, and what follows from that."""
 
-import shutil
-import subprocess
-import threading
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -19,7 +15,7 @@ from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
 from expertoken.modeling.policy import Chooser, Policy
 from expertoken.modeling.pool import ExpertPool
-from expertoken.tests.inference.conftest import composite_of, served
+from expertoken.tests.inference.conftest import composite_of, redis_server, served
 from expertoken.tests.inference.mock_expert import chunk
 from expertoken.tests.inference.test_server import post
 
@@ -52,32 +48,6 @@ USAGE = {"prompt_tokens": 1000, "completion_tokens": 10}
 def callers():
     with served(calling("one")) as first, served(calling("two")) as second:
         yield [Expert(name, "openai", "m", base_url=f"{url}/v1") for name, url in (("one", first), ("two", second))]
-
-
-@contextmanager
-def redis_server(tmp_path):
-    """A real server where there is one, else fakeredis' own, which speaks the protocol as well."""
-    if (program := shutil.which("redis-server")) is not None:
-        socket = tmp_path / "redis.sock"
-        given = [program, "--port", "0", "--unixsocket", str(socket), "--save", ""]
-        process = subprocess.Popen(given, stdout=subprocess.DEVNULL)
-        while not socket.exists():
-            time.sleep(0.01)
-        try:
-            yield f"unix://{socket}"
-        finally:
-            process.kill()
-            process.wait()
-        return
-    from fakeredis import TcpFakeServer
-
-    server = TcpFakeServer(("127.0.0.1", 0), server_type="redis")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"redis://127.0.0.1:{server.server_address[1]}/0"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def turn(address, messages, **more):

@@ -2,7 +2,6 @@ import time
 
 import pytest
 
-from expertoken.modeling.chat import text_of
 from expertoken.modeling.reminders import is_open_call, without_reminders
 from expertoken.modeling.view import View
 from expertoken.tests.tiny import tiny_tokenizer
@@ -11,8 +10,8 @@ ASK = "Why does the test of the parser fail?"
 SHAPES = {
     "claude code": f"<system-reminder>\nAs you answer, use <b>this</b>:\n# claudeMd\n</system-reminder>\n{ASK}",
     "behind it": f"{ASK}\n<system-reminder>The TODO list is empty.</system-reminder>",
-    "codex": f"<environment_context>\n  <cwd>/work</cwd>\n</environment_context>\n\n{ASK}",
-    "codex instructions": f"# AGENTS.md instructions for /work\n\n<INSTRUCTIONS>\nbe brief\n</INSTRUCTIONS>\n\n{ASK}",
+    "codex": f"<environment_context>\n  <cwd>/home/user</cwd>\n</environment_context>\n\n{ASK}",
+    "codex instructions": f"# AGENTS.md instructions for /srv\n\n<INSTRUCTIONS>\nbe brief\n</INSTRUCTIONS>\n\n{ASK}",
     "cline": f"<task>\n{ASK}\n</task>\n<environment_details>\n# VSCode Visible Files\n</environment_details>",
     "copilot": f"<reminderInstructions>do it</reminderInstructions>\n<userRequest>\n{ASK}\n</userRequest>",
     "cursor": f"<additional_data>files</additional_data>\n<user_query>\n{ASK}\n</user_query>",
@@ -78,7 +77,7 @@ RESULT = {"role": "tool", "tool_call_id": "1", "content": "42"}
     ],
 )
 def test_tool_calls_are_open_until_somebody_says_something_new(messages, found):
-    assert is_open_call(messages, text_of) is found
+    assert is_open_call(messages) is found
 
 
 @pytest.mark.parametrize(
