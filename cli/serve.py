@@ -33,6 +33,9 @@ def serve(
     ] = 300.0,
     first_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for an endpoint's first piece.")] = 60.0,
     idle_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds between two pieces of an endpoint.")] = 30.0,
+    check_interval: Annotated[
+        float, typer.Option(min=0, help="Seconds between health checks of replicated addresses; 0 for none.")
+    ] = 10.0,
     drain: Annotated[float, typer.Option(min=0, help="Seconds before that for which /ready says no.")] = 0.0,
     shutdown: Annotated[int, typer.Option(min=0, help="Seconds that answers may go on when it is stopped.")] = 30,
     expert_memory: Annotated[
@@ -97,6 +100,7 @@ def serve(
         hosts=tuple(name.lower() for name in allow_host or ()),
         origins=tuple(cors_origin or ()),
         session_store=session_store,
+        check_interval=check_interval,
         feedback=feedback,
     )
     if check:

@@ -34,6 +34,7 @@ from ..modeling.policy import Chooser, Policy
 from ..modeling.pool import ExpertPool
 from ..modeling.reminders import unnoted
 from .answering import AnsweringModel
+from .backends.addresses import told
 from .backends.endpoint import ENDPOINT, EndpointBackend
 from .breaker import Breaker
 from .decider import Decision
@@ -48,7 +49,7 @@ _REQUEST = 4000  # characters of a request that are asked about alone: any meta 
 _CONCURRENT = 16  # decisions on a file
 _NEVER = math.log(1e-12)
 _FAILED = "the meta LLM can't be asked"
-_META_KEYS = ("model", "base_url", "api_key_env", "top_logprobs", "token_ids", "control_tokens")
+_META_KEYS = (*ENDPOINT.fields, "top_logprobs", "token_ids", "control_tokens")
 
 
 class GatewayModel(AnsweringModel):
@@ -156,7 +157,7 @@ class GatewayModel(AnsweringModel):
     def identity(self) -> str:
         """Tells models apart that decide or answer differently."""
         meta = self._endpoint.expert
-        return f"{meta.base_url}-{meta.model}"
+        return f"{told(meta)}-{meta.model}"
 
     def count(self, text: str) -> int:
         """Tokens of a text, about."""

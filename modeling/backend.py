@@ -154,10 +154,19 @@ class Backend(ABC):
     """A way to reach an expert. Failures raise `ExpertFailedError` with a reason in one line.
 
     Attributes:
-        retries: requests made once more; None for a backend that makes none.
+        retries: number of requests made once more; None for a backend that makes none.
     """
 
     retries: int | None = None
+
+    @property
+    def addresses_up(self) -> Mapping[str, bool]:
+        """Whether each of several addresses answered when it was last asked."""
+        return {}
+
+    async def check_addresses(self) -> None:
+        """Ask each of several addresses whether it is alive; a server does so from time to time."""
+        return
 
     @abstractmethod
     def stream(

@@ -1,4 +1,6 @@
 import os
+import shutil
+import sys
 
 # Before any library is imported: nothing here may reach a hub, and bars only clutter a test log.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1")
@@ -7,10 +9,15 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
 
 import pytest
+from transformers import TrainingArguments
 
+from expertoken.data_prep.supervision import build_supervision
 from expertoken.modeling.meta import MetaLLM
 from expertoken.modeling.source import Source
+from expertoken.tests import fresh
 from expertoken.tests.tiny import tiny_folder, tiny_pool, tiny_results
+from expertoken.train.arguments import ExpertokenArguments
+from expertoken.train.run import train
 
 
 def pytest_collection_modifyitems(items):
@@ -27,6 +34,12 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("EXPERTOKEN_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.fixture
+def checked_at_once(monkeypatch):
+    """A saved composite is checked by a Python that starts at once."""
+    monkeypatch.setattr(sys, "executable", fresh.python())
+
+
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory):
     """A tiny tied Llama with a ChatML tokenizer, on disk."""
@@ -37,6 +50,25 @@ def base_folder(tmp_path_factory):
 def meta(base_folder):
     """The tiny base as a meta LLM with rows (zeros) of two experts and self."""
     return MetaLLM.from_pretrained(Source(str(base_folder)), 3, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory, base_folder):
+    """A folder with a supervision and a composite, trained once: it takes seconds, and many tests want one."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EXPERTOKEN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        build_supervision(tiny_results(), tiny_pool(base_folder)).save(folder / "supervision")
+        options = ExpertokenArguments(meta=str(base_folder), data=str(folder / "supervision"), verify=False)
+        train(options, TrainingArguments(output_dir=str(folder / "composite"), use_cpu=True, report_to="none"))
+    return folder
+
+
+@pytest.fixture
+def composite_folder(tmp_path, trained_once):
+    """A trained composite of the test's own, beside its supervision."""
+    shutil.copytree(trained_once, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "composite"
 
 
 @pytest.fixture

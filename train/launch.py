@@ -1,6 +1,7 @@
 """`--accelerate_config NAME`: the same command again, under `accelerate launch` with a shipped configuration."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +31,8 @@ def read_config(name: str) -> tuple[Path, dict]:
     return read(name, CONFIGS, f"{_FLAG} {name}: expected a file or a shipped configuration")
 
 
-def command(argv: Sequence[str]) -> list[str] | None:
-    """The `accelerate launch` command that `argv` asks for, or None where it names no configuration.
+def launch_arguments(argv: Sequence[str]) -> list[str] | None:
+    """Return the arguments of `accelerate launch` that `argv` asks for, or None where it names no configuration.
 
     Raises:
         ExpertokenError: there is no such configuration.
@@ -41,12 +42,11 @@ def command(argv: Sequence[str]) -> list[str] | None:
         return None
     path, _ = read_config(name)
     flags = [part for key, value in values.items() for part in (f"--{key}", value)]
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *flags,
-            "-m", "expertoken.train", *rest]  # fmt: skip
+    return ["--config_file", str(path), *flags, "-m", "expertoken.train", *rest]
 
 
 def environment(argv: Sequence[str]) -> dict[str, str]:
-    """The environment of that command: what a configuration can't say about a machine without an accelerator.
+    """Return what has to stand in the environment: what a configuration can't say of a machine without an accelerator.
 
     Raises:
         ExpertokenError: the configuration needs an accelerator, and there is none.
@@ -74,19 +74,34 @@ def environment(argv: Sequence[str]) -> dict[str, str]:
         added["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(
             max(1, (os.cpu_count() or 1) // max(1, here))
         )
-    return os.environ | added
+    return added
 
 
 def relaunch(argv: Sequence[str]) -> None:
-    """Become the `accelerate launch` process that `argv` asks for; return where it asks for none."""
-    started = command(argv)
-    if started is None:
+    """Launch the same command as `accelerate launch` does, wait for its end, and leave; return where it asks for none.
+
+    In this process: one more would import torch once more, which takes seconds.
+
+    Raises:
+        ExpertokenError: an argument is wrong, or a process of several failed.
+        SystemExit: training ended; with its exit status.
+    """
+    arguments = launch_arguments(argv)
+    if arguments is None:
         return
     require_extra("accelerate", "train")
-    variables = environment(argv)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execve(started[0], started, variables)  # noqa: S606 - our own interpreter; signals reach the launcher itself
+    os.environ.update(environment(argv))  # before accelerate is imported, which reads it
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        launch_command(launch_command_parser().parse_args(arguments))
+    except subprocess.CalledProcessError as error:  # it said why
+        sys.exit(error.returncode if error.returncode > 0 else 1)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise ExpertokenError(f"process {rank} ended with {failure.exitcode}; what it said stands above") from None
+    sys.exit(0)
 
 
 def _take(argv: Sequence[str], wanted: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -10,7 +10,7 @@ from ...modeling.source import is_address
 from ..breaker import Breaker
 
 
-@dataclass(frozen=True)
+@dataclass
 class Address:
     """One of them.
 
@@ -18,11 +18,13 @@ class Address:
         url: the base URL.
         weight: share of the requests, beside the others' weights.
         breaker: leaves the address alone where it fails again and again.
+        up: whether it answered when it was last asked; True before anybody asks.
     """
 
     url: str
     weight: float = 1.0
     breaker: Breaker = field(default_factory=Breaker, compare=False)
+    up: bool = True
 
 
 class Addresses:
@@ -50,7 +52,7 @@ class Addresses:
         if len(self.all) == 1:
             return self.all[0]
         fresh = [address for address in self.all if address.url not in tried] or self.all
-        well = [address for address in fresh if not address.breaker.is_open]
+        well = [address for address in fresh if address.up and not address.breaker.is_open]
         while well:
             [found] = random.choices(well, [address.weight for address in well])
             if found.breaker.admits():

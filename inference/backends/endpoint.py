@@ -1,6 +1,7 @@
 """OpenAI-compatible endpoints, through the `openai` client."""
 
 import asyncio
+import logging
 import math
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -36,12 +37,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 REQUESTS = (400, 413, 422)  # a fault of the request
 _FOR_NOW = (408, 409, 429)
 _MOST_TOKENS = 2**17  # of an answer, where nobody says
 _CHARACTERS = 32  # of a token, on average, at most: beyond that an endpoint does not heed the limit that it was given
 _CERTAIN = 0.01  # a log-probability is not above 0, but for rounding
 _SHARE = 0.8  # of the time for the first piece, that the addresses have between them
+_CHECK = 5.0  # seconds for an answer about its models
 _STOPS = 4  # stop texts that OpenAI's API takes
 _OPENAI = "//api.openai.com"
 _OPENAI_ADDRESS = f"https:{_OPENAI}/v1"
@@ -100,6 +104,37 @@ class EndpointBackend(Backend):
                 client._custom_headers = headers | {"Accept-Encoding": "identity"}  # what is unpacked has no limit
                 self._clients[key] = client
             return self._clients[key]
+
+    @property
+    def addresses_up(self) -> dict[str, bool]:
+        """Whether each of several addresses answered when it was last asked."""
+        return {address.url: address.up for address in self.addresses.all} if len(self.addresses) > 1 else {}
+
+    async def check_addresses(self) -> None:
+        """Ask each of several addresses for its models: one that gives no answer gets no requests until it does."""
+        if len(self.addresses) > 1:
+            await asyncio.gather(*map(self._check, self.addresses.all))
+
+    async def _check(self, address: Address) -> None:
+        import openai
+
+        was, why = address.up, ""
+        try:
+            with anyio.fail_after(_CHECK):
+                await self.client(address).models.list()
+            address.up = True
+        except (TimeoutError, openai.APIConnectionError) as error:
+            address.up, why = False, type(error).__name__
+        except openai.APIStatusError as error:  # it lives; some servers list no models
+            address.up = error.status_code < HTTPStatus.INTERNAL_SERVER_ERROR
+            why = str(error.status_code)
+        except Exception as error:  # whatever it said
+            address.up, why = True, type(error).__name__
+        if address.up and not was:
+            address.breaker.succeeded()
+            logger.warning("%s: %s is up again", self.expert.name, address.url)
+        elif was and not address.up:
+            logger.warning("%s: %s is down (%s); other addresses are asked", self.expert.name, address.url, why)
 
     @property
     def asking(self) -> "AsyncRetrying":

@@ -1,6 +1,8 @@
 """The application: routes, and errors in the form that clients of each API read."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ def create_app(composite: AnsweringModel, settings: Settings | None = None) -> F
     settings = settings or Settings()
     service = Service(composite, settings)
     # No /docs: that page loads its scripts from elsewhere.
-    app = FastAPI(title="expertoken", version="1", docs_url=None, redoc_url=None)
+    app = FastAPI(title="expertoken", version="1", docs_url=None, redoc_url=None, lifespan=lambda _: _watched(service))
     app.state.service = service
     open_paths = {"/", "/health", "/ready", *(f"/{file.name}" for file in _PAGE.iterdir())}
     app.add_middleware(
@@ -116,6 +118,15 @@ def create_app(composite: AnsweringModel, settings: Settings | None = None) -> F
 
     _add_page(app)
     return app
+
+
+@asynccontextmanager
+async def _watched(service: Service) -> AsyncIterator[None]:
+    """Look after addresses while the application runs."""
+    watching = asyncio.create_task(service.watch()) if service.settings.check_interval else None
+    yield
+    if watching:
+        watching.cancel()
 
 
 def _add_page(app: FastAPI) -> None:

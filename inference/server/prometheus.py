@@ -42,6 +42,11 @@ class _State(Collector):
             if backend.retries is not None:
                 retries.add_metric([name], backend.retries)
         yield retries
+        up = GaugeMetricFamily("expertoken_address_up", "1 for an address that answers", labels=["expert", "address"])
+        for name, backend in self._model.opened.items():
+            for address, answers in backend.addresses_up.items():
+                up.add_metric([name, address], float(answers))
+        yield up
         if (models := self._model.local_models) is not None:
             yield CounterMetricFamily("expertoken_local_loads", "Local experts loaded into memory", value=models.loads)
             yield GaugeMetricFamily("expertoken_local_bytes", "Weights of local experts in memory", value=models.taken)

@@ -101,6 +101,16 @@ class Service:
         logger.warning("reloaded: %s may answer; %d keys", names, len(keys.clients))
         return True
 
+    async def watch(self) -> None:
+        """Ask from time to time which addresses of experts and meta LLM are up, until it is cancelled."""
+        while True:
+            for backend in list(self.composite.opened.values()):
+                try:
+                    await backend.check_addresses()
+                except Exception as error:  # of another package's backend
+                    logger.error("addresses were not asked: %s", one_line(error))
+            await asyncio.sleep(self.settings.check_interval)
+
     def models(self, client: Client | None = None) -> list[str]:
         """Return the names that a client may ask for."""
         allowed = _narrowed(self.composite.policy, client).candidates(self.composite.pool)

@@ -27,6 +27,7 @@ class Settings:
         hosts: further names by which this server is asked for without keys.
         origins: of pages elsewhere that may ask from a browser.
         feedback: file that gets what people think of answers, with what they asked; None to take none.
+        check_interval: seconds between two questions whether an address is up, of experts with several; 0 asks none.
         session_store: URL of the Redis that several servers remember sessions in; None for this process's memory.
 
     Raises:
@@ -47,6 +48,7 @@ class Settings:
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     session_store: str | None = None
+    check_interval: float = 10.0
     feedback: Path | None = None
 
     def __post_init__(self) -> None:

@@ -11,12 +11,14 @@ from typing import get_type_hints
 import pytest
 import torch
 from typer.models import OptionInfo
+from typer.testing import CliRunner
 
 from expertoken.cli import app
 from expertoken.cli.prepare import _hold_out
 from expertoken.data_prep.results import QUERY_COLUMNS
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
+from expertoken.tests.fresh import expertoken
 from expertoken.tests.inference.conftest import composite_of
 from expertoken.train.checkpoints import find_checkpoint
 from expertoken.train.config import make_parser, parse_arguments
@@ -25,9 +27,10 @@ VERBS = [[], ["prepare"], ["train"], ["evaluate"], ["select"], ["chat"], ["exper
          ["expert", "list"], ["expert", "remove"], ["serve"], ["generate"], ["calibrate"], ["export"]]  # fmt: skip
 
 
-def expertoken(*arguments, cwd=None, **options):
-    command = [str(Path(sys.executable).parent / "expertoken"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=550, **options)
+def started(*arguments):
+    """The command in a process of Python's own, imports included."""
+    command = [str(Path(sys.executable).parent / "expertoken"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=550)
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: " ".join(verb) or "expertoken")
@@ -54,7 +57,7 @@ def test_help_takes_under_two_seconds(verb):
     best = 9e9
     for _ in range(3):
         before = spent()
-        assert expertoken(*verb, "--help").returncode == 0
+        assert started(*verb, "--help").returncode == 0
         best = min(best, spent() - before)
         if best < 2:
             return
@@ -136,7 +139,7 @@ def test_options_with_choices_are_those_of_the_registries():
 
 
 @pytest.mark.slow
-def test_a_composite_is_calibrated_answers_a_file_and_is_exported_by_commands(base_folder, tmp_path):
+def test_a_composite_is_calibrated_answers_a_file_and_is_exported_by_commands(base_folder, tmp_path, monkeypatch):
     """What is calibrated is what the file is answered by; the export is the composite as it was."""
     experts = [Expert(name, model=str(base_folder)) for name in ("one", "two")]
     composite = composite_of(base_folder, [*experts, Expert("self", "self")])
@@ -157,15 +160,23 @@ def test_a_composite_is_calibrated_answers_a_file_and_is_exported_by_commands(ba
     done = expertoken("export", "c", "--out", "checkpoint", "--prompts", "prompts.txt", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "checkpoint" / "model.safetensors").exists()
-    assert "c/in.jsonl" in one_line(expertoken("generate", "c", "c/in.jsonl", "--out", "o.jsonl", cwd=tmp_path))
-    assert "none: no composite folder (there is nothing" in one_line(
-        expertoken("export", "none", "--out", "x", cwd=tmp_path)
-    )
-    assert "no such folder" in one_line(expertoken("calibrate", "none", "--prompts", "prompts.txt", cwd=tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert "c/in.jsonl" in refused("generate", "c", "c/in.jsonl", "--out", "o.jsonl")
+    assert "none: no composite folder (there is nothing" in refused("export", "none", "--out", "x")
+    assert "no such folder" in refused("calibrate", "none", "--prompts", "prompts.txt")
 
 
 def test_the_version_is_told():
-    assert expertoken("--version").stdout.strip() == f"expertoken {metadata.version('expertoken')}"
+    assert started("--version").stdout.strip() == f"expertoken {metadata.version('expertoken')}"
+
+
+def refused(*arguments):
+    """What the command's error says, asked in this process; `main` makes one line of it (see `one_line`)."""
+    error = CliRunner().invoke(app, list(arguments)).exception
+    assert isinstance(error, ExpertokenError | SystemExit), error
+    assert isinstance(error, ExpertokenError) or str(error).startswith("error: ")
+    assert "\n" not in str(error)
+    return str(error)
 
 
 def one_line(result):
@@ -198,13 +209,18 @@ def one_line(result):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_ends_in_one_clear_line(tmp_path, arguments, message):
+def test_bad_input_ends_in_one_clear_line(tmp_path, monkeypatch, arguments, message):
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "r.csv").write_text("query,a,b\nq one,1,0\nq two,0,1\n")
     (tmp_path / "nan.csv").write_text("query,a,b\nq one,1,\nq two,0,\n")
     (tmp_path / "twice.csv").write_text("query,a,b\nq one,1,0\nq one,0,1\n")
     (tmp_path / "pool.yaml").write_text("experts:\n- {name: a, model: x}\n- {name: physics, model: y}\n")
-    assert message in one_line(expertoken(*arguments, cwd=tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(*arguments)
+
+
+def test_an_error_is_one_line_of_the_process(tmp_path):
+    assert "none: no composite folder" in one_line(expertoken("chat", "none", cwd=tmp_path))
 
 
 def test_the_whole_path_from_the_command_line(tmp_path, base_folder):
@@ -229,13 +245,14 @@ def test_the_whole_path_from_the_command_line(tmp_path, base_folder):
     assert "train 66, validation 6, test 18" in done("prepare", "results.csv", "--pool", "pool.yaml", "--out", "s")
     done("train", "tokens", "--meta", base_folder, "--data", "s", "--out", "c")
     assert list((tmp_path / "c" / "runs").glob("events*"))
-    assert "composite" in done("evaluate", "c", "--data", "s")
+    assert "composite" in done("evaluate", "c", "--data", "s", "--baselines", "names")
     rows_before = (tmp_path / "c" / "expert_tokens.safetensors").read_bytes()
-    added = done("expert", "add", "c", "--name", "sql", "--model", base_folder, "--results", "new.csv")
+    added = done("expert", "add", "c", "--name", "sql", "--model", base_folder, "--results", "new.csv", "--no-verify")
     assert "routes changed:" in added
-    assert "sql" in done("expert", "list", "c")
+    listed = CliRunner().invoke(app, ["expert", "list", str(tmp_path / "c")])
+    assert "sql" in listed.output
     assert (tmp_path / "c" / "report" / "report.json").exists()
-    done("expert", "remove", "c", "--name", "sql")
+    done("expert", "remove", "c", "--name", "sql", "--no-verify")
     assert (tmp_path / "c" / "expert_tokens.safetensors").read_bytes() == rows_before
     shown = done("chat", "c", "--max-new-tokens", "4", input="Compute 5 plus 3.\n/why\n")
     assert "answered by math" in shown
@@ -248,7 +265,5 @@ def test_prepare_does_not_write_into_the_folder_of_the_results(tmp_path, monkeyp
     (folder / "t.csv").write_text("query,a,b\nWho?,1,0\nWhat?,0,1\n")
     monkeypatch.chdir(tmp_path)
     for given in ("results", "results/t.csv"):
-        done = expertoken("prepare", given, "--out", out)
-        assert done.returncode == 1
-        assert "the results are there; choose a folder of its own" in done.stderr
+        assert "the results are there; choose a folder of its own" in refused("prepare", given, "--out", out)
     assert [file.name for file in folder.iterdir()] == ["t.csv"]

@@ -1,5 +1,6 @@
 import json
 import random
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -24,13 +25,12 @@ from expertoken.modeling.composite import load_composite, write_calibration
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
 from expertoken.modeling.pool import RESERVED, ExpertPool
-from expertoken.tests.tiny import tiny_tokenizer
+from expertoken.tests.tiny import tiny_pool, tiny_results, tiny_tokenizer
 from expertoken.train.arguments import ExpertokenArguments
 from expertoken.train.run import train
 
 
-def test_the_report_holds_the_composite_its_experts_and_the_bounds(composite_folder, tmp_path):
-    report = evaluate(composite_folder)
+def test_the_report_holds_the_composite_its_experts_and_the_bounds(report, tmp_path):
     names = [row.name for row in report.results]
     assert names[0] == "composite"
     assert set(names) >= {"math", "law", "self", "best per dataset", "random", "oracle"}
@@ -42,8 +42,7 @@ def test_the_report_holds_the_composite_its_experts_and_the_bounds(composite_fol
     assert json.loads((tmp_path / "report.json").read_text())["results"][0]["name"] == "composite"
 
 
-def test_the_composites_mean_is_that_of_the_candidates_it_chose(composite_folder):
-    report = evaluate(composite_folder)
+def test_the_composites_mean_is_that_of_the_candidates_it_chose(report, composite_folder):
     supervision = Supervision.load(composite_folder.parent / "supervision")
     composite = CompositeModel.from_pretrained(composite_folder, device="cpu")
     test = supervision.data["test"]
@@ -55,8 +54,8 @@ def test_the_composites_mean_is_that_of_the_candidates_it_chose(composite_folder
     assert report.composite.score_by_benchmark == pytest.approx(expected)
 
 
-def test_a_gain_is_paired_and_its_interval_holds_the_gain(composite_folder):
-    for row in evaluate(composite_folder).results[1:]:
+def test_a_gain_is_paired_and_its_interval_holds_the_gain(report):
+    for row in report.results[1:]:
         gain, (low, high) = row.composite_gain.difference, row.composite_gain.interval
         assert low <= gain <= high
 
@@ -68,12 +67,17 @@ def test_a_side_or_candidate_that_is_not_there_is_named(composite_folder, result
         evaluate(composite_folder, build_supervision(results.select(["math", "law"])))
 
 
+@pytest.fixture(scope="module")
+def priced(trained_once, base_folder):
+    results = tiny_results()
+    costs = np.array([0.01, 0.002, 0.0001]) * np.random.default_rng(0).uniform(0.5, 1.5, (len(results), 3))
+    data = build_supervision(replace(results, costs=costs), tiny_pool(base_folder))
+    return evaluate(trained_once / "composite", data, baselines=["kNN", "linear", "clusters"], robustness=10)
+
+
 @pytest.fixture
-def priced_report(tmp_path, composite_folder, results, pool):
-    rng = np.random.default_rng(0)
-    costs = np.array([0.01, 0.002, 0.0001]) * rng.uniform(0.5, 1.5, (len(results), 3))
-    data = build_supervision(replace(results, costs=costs), pool)
-    return evaluate(composite_folder, data, baselines=["kNN", "linear", "clusters"], robustness=10)
+def priced_report(priced):
+    return deepcopy(priced)
 
 
 def test_the_report_is_a_folder_with_pictures(priced_report, tmp_path):
@@ -282,7 +286,7 @@ def test_queries_nobody_was_measured_on_are_left_out(composite_folder, results, 
     side = gaps.data["test"]
     blank = side.map(lambda row, i: {"scores": [float("nan")] * 3} if i < 4 else {}, with_indices=True)
     gaps.data["test"] = blank.cast(side.features)
-    report = evaluate(composite_folder, gaps)
+    report = evaluate(composite_folder, gaps, baselines=[])
     assert report.settings["queries"] == len(side) - 4
     assert report.row("oracle").mean_score == 1
 

@@ -140,3 +140,33 @@ def test_an_address_that_hangs_is_passed_over_in_its_share_of_the_time_and_left_
             assert asked(backend) == "yes"
         assert len(seen) == 4
         assert backend.addresses.all[0].breaker.is_open
+
+
+def test_an_address_that_is_down_gets_no_request_once_it_was_asked_and_gets_them_again_when_it_is_back(
+    recorded, caplog
+):
+    url, seen = recorded
+    state = {"status": 503}
+
+    async def models(_):
+        return JSONResponse({"object": "list", "data": []}, state["status"])
+
+    with served(Starlette(routes=[Route("/v1/models", models)])) as other:
+        entries = [{"base_url": f"{other}/v1", "weight": 1000}, {"base_url": url}]
+        backend = EndpointBackend(expert(addresses=entries), Timeouts(retries=0))
+        BackgroundLoop.call(backend.check_addresses())
+        assert backend.addresses_up == {f"{other}/v1": False, url: True}  # the second one lists no models: it lives
+        assert [asked(backend) for _ in range(5)] == ["yes"] * 5
+        assert len(seen) == 5
+        assert backend.addresses.all[0].breaker.admits()  # nobody had to fail there
+        state["status"] = 200
+        BackgroundLoop.call(backend.check_addresses())
+        assert backend.addresses_up[f"{other}/v1"]
+        assert "down" in caplog.text
+        assert "up again" in caplog.text
+
+
+def test_a_single_address_is_not_asked_whether_it_is_up(recorded):
+    backend = EndpointBackend(expert(base_url=recorded[0]))
+    BackgroundLoop.call(backend.check_addresses())
+    assert backend.addresses_up == {}

@@ -1,7 +1,9 @@
 """The exported checkpoint behind a server of another make; the gateway decides by its log-probabilities."""
 
 import json
+import time
 
+import httpx
 import pytest
 import torch
 import yaml
@@ -230,3 +232,24 @@ def test_where_the_meta_llm_can_not_be_asked_the_default_answers_and_it_is_left_
     assert 'expertoken_failures_total{expert="meta",when="before"} 3.0' in told
     assert 'expertoken_retries_total{expert="meta"} 3.0' in told
     assert gateway.chat("hello two do: refuse").expert == "one"
+
+
+def test_of_several_meta_servers_one_may_be_down(setting):
+    _, file, seen = setting
+    document = yaml.safe_load(file.read_text())
+    up, down = document["meta"].pop("base_url"), "http://127.0.0.1:9/v1"
+    document["meta"]["addresses"] = [{"base_url": down, "weight": 1000}, {"base_url": up}]
+    file.write_text(yaml.safe_dump(document))
+    gateway = open_model(file)
+    with served(create_app(gateway, Settings(check_interval=0.1))) as url:
+        client = httpx.Client(base_url=url)
+        end = time.monotonic() + 20
+        while f'expertoken_address_up{{address="{down}",expert="meta"}} 0.0' not in client.get("/metrics").text:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        seen.clear()
+        for prompt in PROMPTS:
+            body = {"model": "composite", "messages": [{"role": "user", "content": prompt}]}
+            assert client.post("/v1/route", json=body, timeout=30).status_code == 200
+    assert len(seen) == len(PROMPTS)
+    assert gateway.opened["meta"].retries == 0

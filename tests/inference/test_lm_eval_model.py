@@ -1,12 +1,10 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from expertoken.modeling.experts import Expert
+from expertoken.tests import fresh
 from expertoken.tests.inference.conftest import composite_of
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -48,10 +46,9 @@ def tasks(tmp_path):
 def test_the_harness_generates_with_the_expert_that_the_meta_llm_chooses(base_folder, words, tasks, tmp_path):
     """By the command, as anybody runs it; the experts' endpoint is a process of its own."""
     composite_of(base_folder, [*words, Expert("self", "self")]).save_pretrained(tmp_path / "c", verify=False)
-    command = [str(Path(sys.executable).parent / "expertoken"), "lm-eval", "run", "--model", "expertoken",
-               "--model_args", f"pretrained={tmp_path / 'c'}", "--device", "cpu", "--tasks", "say", "--include_path",
-               str(tasks), "--output_path", str(tmp_path / "out"), "--apply_chat_template"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = fresh.expertoken("lm-eval", "run", "--model", "expertoken", "--model_args", f"pretrained={tmp_path / 'c'}",
+                            "--device", "cpu", "--tasks", "say", "--include_path", tasks,
+                            "--output_path", tmp_path / "out", "--apply_chat_template")  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     [file] = (tmp_path / "out").rglob("results_*.json")
     assert json.loads(file.read_text())["results"]["say"]["exact_match,none"] == 1.0

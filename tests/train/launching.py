@@ -2,13 +2,14 @@
 
 import os
 import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import torch
 from safetensors.torch import load_file
+
+from expertoken.tests import fresh
 
 GLOO_ABORT = "terminate called without an active exception"  # at shutdown, see train/processes.py
 SGD = ("--lora_dropout", "0", "--seed", "1", "--learning_rate", "0.3", "--warmup_steps", "0", "--logging_steps", "1",
@@ -21,9 +22,8 @@ SGD = ("--lora_dropout", "0", "--seed", "1", "--learning_rate", "0.3", "--warmup
 
 def command(config: str, folder: Path, base: Path, data: Path, method: str, *more: str) -> list[str]:
     # Not checked in a fresh process, which takes as long as such a run; of two values of an option the last one counts.
-    return [str(Path(sys.executable).parent / "expertoken"), "train", method, "--accelerate_config", config, "--meta",
-            str(base), "--data", str(data), "--out", str(folder), "--report_to", "none", "--verify", "false",
-            *more]  # fmt: skip
+    return fresh.command("train", method, "--accelerate_config", config, "--meta", base, "--data", data,
+                         "--out", folder, "--report_to", "none", "--verify", "false", *more)  # fmt: skip
 
 
 def environment(cache: Path) -> dict[str, str]:
@@ -31,11 +31,10 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def start(config: str, folder: Path, base: Path, data: Path, *more: str) -> psutil.Popen:
-    """A training run in the background, for a test that kills it."""
-    given = command(config, folder, base, data, "lora", "--main_process_port", "0", *more)
-    return psutil.Popen(
-        given, env=environment(folder.parent / "cache"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
+    """A training run in the background, for a test that kills it: the launcher is a process of Python's own."""
+    _, *given = command(config, folder, base, data, "lora", "--main_process_port", "0", *more)
+    variables = environment(folder.parent / "cache") | {"PYTHON_EXEC": fresh.python()}
+    return psutil.Popen(given, env=variables, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
 
 def kill(process: psutil.Popen) -> None:

@@ -1,6 +1,5 @@
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -41,7 +40,7 @@ def test_every_training_recipe_goes_through_the_entry_point(recipe, monkeypatch,
         words = line.removeprefix("#").split()
         argv = words[words.index(recipe.stem) :]
         if "--accelerate_config" in argv:
-            argv = launch.command(argv)
+            argv = launch.launch_arguments(argv)
             argv = argv[argv.index("expertoken.train") + 1 :]
         assert parse_arguments(argv)[0].meta.count("/") == 1
     override = next(line for line in head if line.startswith("# One override, as an example: "))
@@ -72,10 +71,10 @@ def test_every_launch_configuration_says_what_it_is_for_and_accelerate_reads_it(
 
 def test_a_launch_configuration_becomes_one_command():
     argv = ["lora", "--accelerate_config", "zero3", "--num_processes=8", "--meta", "m", "--zero3_init_flag", "true"]
-    python, *rest = launch.command(argv)
-    assert python == sys.executable
-    assert rest[:3] == ["-m", "accelerate.commands.launch", "--config_file"]
-    assert rest[4:] == [
+    flag, path, *rest = launch.launch_arguments(argv)
+    assert flag == "--config_file"
+    assert Path(path).name == "zero3.yaml"
+    assert rest == [
         "--num_processes",
         "8",
         "--zero3_init_flag",
@@ -86,13 +85,13 @@ def test_a_launch_configuration_becomes_one_command():
         "--meta",
         "m",
     ]
-    assert launch.command(["lora", "--meta", "m"]) is None
+    assert launch.launch_arguments(["lora", "--meta", "m"]) is None
     with pytest.raises(
         ExpertokenError, match="zero33: expected a file or a shipped configuration, did you mean 'zero3'"
     ):
-        launch.command(["--accelerate_config", "zero33"])
+        launch.launch_arguments(["--accelerate_config", "zero33"])
     with pytest.raises(ExpertokenError, match="--accelerate_config: expected a value behind it"):
-        launch.command(["--accelerate_config"])
+        launch.launch_arguments(["--accelerate_config"])
 
 
 def test_on_a_machine_without_accelerators_each_kind_of_launch_gets_what_it_needs(monkeypatch):

@@ -40,6 +40,8 @@ from expertoken.train.config import parse_arguments
 from expertoken.train.plugin import add_expert
 from expertoken.train.run import train, train_composite
 
+pytestmark = pytest.mark.usefixtures("checked_at_once")
+
 STEPS = {"max_steps": 8, "save_steps": 4, "eval_steps": 4, "save_strategy": "steps", "eval_strategy": "steps"}
 
 

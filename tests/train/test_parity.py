@@ -5,7 +5,6 @@ import logging
 import os
 import random
 import subprocess
-import sys
 import textwrap
 import time
 from contextlib import suppress
@@ -16,6 +15,7 @@ import torch
 
 from expertoken.data_prep.supervision import build_supervision
 from expertoken.modeling.meta import MetaLLM
+from expertoken.tests import fresh
 from expertoken.tests.tiny import tiny_pool, tiny_results
 from expertoken.tests.train.launching import (
     SGD,
@@ -237,8 +237,8 @@ def test_fsdp2_of_two_processes_comes_to_what_one_comes_to(tmp_path, architectur
     base = tiny_folder(tmp_path / "base", architecture)
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(FSDP2))
-    torchrun = [str(sys.executable), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for launcher, mode in (([sys.executable], "whole"), ([*torchrun], "sharded")):
+    torchrun = [fresh.python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for launcher, mode in (([fresh.python()], "whole"), (torchrun, "sharded")):
         given = [*launcher, str(script), str(base), str(tmp_path / f"{mode}.safetensors"), mode]
         done = subprocess.run(given, env=environment(tmp_path), capture_output=True, text=True, timeout=200)
         assert (tmp_path / f"{mode}.safetensors").exists(), done.stderr[-3000:]
@@ -246,7 +246,7 @@ def test_fsdp2_of_two_processes_comes_to_what_one_comes_to(tmp_path, architectur
     assert_same_weights(one, two, rtol=1e-3)
 
 
-def test_training_through_python_comes_to_what_the_launcher_comes_to(tmp_path, shared, base_folder):
+def test_training_through_python_comes_to_what_the_launcher_comes_to(tmp_path, shared, base_folder, checked_at_once):
     from expertoken.train.config import parse_arguments
 
     supervision, one = shared

@@ -29,11 +29,6 @@ def make_composite(tmp_path, base_folder, results, pool):
     return train(options, TrainingArguments(output_dir=str(tmp_path / "composite"), use_cpu=True, report_to="none"))
 
 
-@pytest.fixture
-def composite_folder(tmp_path, base_folder, results, pool):
-    return make_composite(tmp_path, base_folder, results, pool)
-
-
 def new_results(count=40):
     prompts = [f"Write an SQL query for the table t{i}." for i in range(count)]
     frame = pd.DataFrame({"id": prompts, "prompt": prompts, "benchmark": "sql", "subject": None, "split": None})
@@ -105,7 +100,7 @@ def test_known_queries_keep_their_states_and_sides(composite_folder, base_folder
     """An expert measured on the very queries of the supervision needs no forward pass at all."""
     again = results.select(["math"])
     again.models = ["twin"]
-    evaluate(composite_folder)  # the test side is cached with it
+    evaluate(composite_folder, baselines=[])  # the test side is cached with it
     monkeypatch.setattr(MetaLLM, "states", lambda *_: pytest.fail("states were computed again"))
     change = add_expert(composite_folder, Expert("twin", model=str(base_folder)), again, verify=False)
     assert change.queries == 24
@@ -211,7 +206,7 @@ def test_beside_many_old_queries_a_newcomer_is_learnt_as_beside_few(tmp_path, ba
     frame = pd.DataFrame({"id": [f"n{i}" for i in range(60)], "prompt": prompts, "benchmark": "new", "subject": None})
     new = BenchmarkResults(frame.assign(split=None), ["sql"], scores[:, None])
     rows = []
-    for count in (60, 6000):
+    for count in (60, 3000):
         prompts = [f"Tell me something, take {index}." for index in range(count)]
         frame = pd.DataFrame({"id": prompts, "prompt": prompts, "benchmark": "old", "subject": None, "split": None})
         measured = (rng.random((count, 2)) < 0.6).astype(float)

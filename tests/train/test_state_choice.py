@@ -18,6 +18,8 @@ from expertoken.modeling.state import StateSpec
 from expertoken.train.plugin import add_expert
 from expertoken.train.run import cheapest_of_the_best, train_composite
 
+pytestmark = pytest.mark.usefixtures("checked_at_once")
+
 
 @pytest.fixture
 def supervision(results, pool):
