@@ -52,6 +52,7 @@ def python() -> str:
     given = [sys.executable, "-m", "expertoken.tests.fresh", address]
     server = subprocess.Popen(given, stdout=subprocess.PIPE, text=True)
     atexit.register(server.kill)
+    assert server.stdout is not None
     assert "listening\n" in iter(server.stdout.readline, "")  # libraries say things before
     return str(program)
 
@@ -149,7 +150,7 @@ def _live(argv: list[str], folder: str, environment: dict[str, str]) -> int:
     if status is not None and not isinstance(status, int):
         sys.stderr.write(f"{status}\n")
         status = 1
-    threading._shutdown()
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -4,6 +4,7 @@ What is sent is of the client library's own types. Nothing is stored: clients se
 (`store: false`). Tools of OpenAI's servers are left out, since no expert here has them; functions are called.
 """
 
+import json
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -25,6 +26,14 @@ from .dialect import event
 from .schema import ChatRequest, Extension, RequestBody
 
 _TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
+_DONE_ELSEWHERE = (
+    "web_search_call",
+    "file_search_call",
+    "code_interpreter_call",
+    "image_generation_call",
+)
+"""Calls of tools that OpenAI's servers have, within a chat that began there: the answer after them tells what came."""
+
 _INCOMPLETE: dict[str, Literal["max_output_tokens", "content_filter"]] = {
     "length": "max_output_tokens",
     "content_filter": "content_filter",
@@ -113,24 +122,26 @@ def _answer_format(given: Any) -> dict[str, Any] | None:
 
 def _messages(item: dict[str, Any], place: str) -> list[dict[str, Any]]:
     """Return the chat messages of an item; none where it is nothing that another expert could read."""
-    kind = item.get("type", "message")
+    kind = str(item.get("type", "message"))
     if kind == "message":
         return [{"role": item.get("role"), "content": _content(item.get("content"), place)}]
-    if kind == "function_call":
-        function = {"name": str(item.get("name")), "arguments": str(item.get("arguments") or "{}")}
+    if kind in ("function_call", "custom_tool_call"):
+        # What a model of OpenAI's wrote freely is an argument for one that calls functions.
+        arguments = item.get("arguments") or json.dumps({"input": item["input"]} if "input" in item else {})
+        function = {"name": str(item.get("name")), "arguments": str(arguments)}
         call = {"id": str(item.get("call_id")), "type": "function", "function": function}
         return [{"role": "assistant", "content": None, "tool_calls": [call]}]
-    if kind == "function_call_output":
+    if kind in ("function_call_output", "custom_tool_call_output"):
         told = _content(item.get("output"), place)
         parts = [] if isinstance(told, str) else told
         text = told if isinstance(told, str) else "\n".join(part["text"] for part in parts if part["type"] == "text")
         result = {"role": "tool", "tool_call_id": str(item.get("call_id")), "content": text or "(no text)"}
         shown = [part for part in parts if part["type"] != "text"]  # results are text there, and pictures a user's
         return [result, {"role": "user", "content": shown}] if shown else [result]
-    if kind == "reasoning":
+    if kind == "reasoning" or kind in _DONE_ELSEWHERE:
         return []
     raise ExpertokenError(
-        f"{place}.type: expected message, function_call, function_call_output or reasoning, got {str(kind)[:40]!r}"
+        f"{place}.type: expected message, function_call, function_call_output or reasoning, got {kind[:40]!r}"
     )
 
 
