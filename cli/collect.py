@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..data_prep.collect import ENGINES
+from ..modeling.cluster import ENGINES, Cluster
 from .choice import one_of
 
 
@@ -51,7 +51,7 @@ def collect(
         meta=meta,
         trust_remote_code=trust_remote_code,
     )
-    cluster = collecting.Cluster(ray_address, cpus, gpus)
+    cluster = Cluster(ray_address, cpus, gpus)
     read = ExpertPool.from_yaml(pool)
     files = collecting.collect(read, tasks.split(","), out, evaluation, engine=engine, cluster=cluster)
     typer.echo(f"{len(files)} results in {out}; next: expertoken prepare {out} --pool {pool} --out supervision/")

@@ -1,10 +1,12 @@
 """`expertoken generate`: answers for a file of conversations."""
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ..modeling.cluster import ENGINES, Cluster
 from ..modeling.source import QUANTIZATIONS
 from .choice import one_of
 
@@ -26,6 +28,16 @@ def generate(
     expert_quantization: Annotated[
         str | None, typer.Option(**one_of("quantization", QUANTIZATIONS), help="Quantization of local experts.")
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(**one_of("engine", ENGINES), help="local: in this process. ray: by workers on a Ray cluster."),
+    ] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(help="ray: address of the cluster. Default: a local one is started.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="ray: workers; each holds the whole composite.")] = 1,
+    cpus: Annotated[float, typer.Option(min=0, help="ray: CPUs that a worker asks for.")] = 1,
+    gpus: Annotated[float, typer.Option(min=0, help="ray: GPUs that a worker asks for.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
     send_keys: Annotated[bool, typer.Option(help="Agree to where the composite sends your keys.")] = False,
@@ -38,14 +50,23 @@ def generate(
     from ..inference.factory import open_model
     from ..modeling.backend import Generation
 
-    model = open_model(
-        composite,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        send_keys=send_keys,
-        budget=None if expert_memory is None else int(expert_memory * 2**30),
-        quantization=expert_quantization,
-    )
+    options: dict[str, Any] = {
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+        "send_keys": send_keys,
+        "budget": None if expert_memory is None else int(expert_memory * 2**30),
+        "quantization": expert_quantization,
+    }
     generation = Generation(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    counts = generate_file(model, source, out, generation=generation, concurrent=concurrent, overwrite=overwrite)
+    with ExitStack() as stack:
+        answering: Any
+        if engine == "ray":
+            from ..inference.spread import RayWorkers
+
+            answering = stack.enter_context(RayWorkers(composite, workers, Cluster(ray_address, cpus, gpus), **options))
+        else:
+            answering = open_model(composite, **options)
+        counts = generate_file(
+            answering, source, out, generation=generation, concurrent=concurrent, overwrite=overwrite
+        )
     typer.echo(f"{out}: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))

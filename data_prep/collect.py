@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from ..modeling.cluster import ENGINES, Cluster
 from ..modeling.errors import ExpertokenError, did_you_mean, one_line, require_extra
 from ..modeling.experts import Expert
 from ..modeling.files import atomic_file
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ENGINES = ("local", "ray")
 _SETTINGS_FILE = "collect.json"
 _CONCURRENT = 8  # requests to an endpoint at a time
 
@@ -56,21 +56,6 @@ class Evaluation:
     batch_size: int = 8
     meta: str | None = None
     trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Where the engine `ray` runs.
-
-    Attributes:
-        address: of the cluster; a local one is started where not given.
-        cpus: that a pair asks for.
-        gpus: that a pair of a local model asks for; a share is possible.
-    """
-
-    address: str | None = None
-    cpus: float = 1
-    gpus: float = 0
 
 
 Pair = tuple[Expert, str]
@@ -259,21 +244,17 @@ def _run_local(pairs: Sequence[Pair], evaluation: Evaluation) -> Iterator[tuple[
 def _run_on_ray(
     pairs: Sequence[Pair], evaluation: Evaluation, cluster: Cluster
 ) -> Iterator[tuple[Pair, list[dict] | Exception]]:
-    ray = require_extra("ray", "ray")
     if not pairs:
         return
-    started = not ray.is_initialized()
-    if started:
-        ray.init(cluster.address, include_dashboard=False, log_to_driver=False)
-    run = ray.remote(_remote_pair)
-    pending = {}
-    for expert, task in pairs:
-        gpus = 0 if expert.kind.remote else cluster.gpus
-        future = run.options(num_cpus=cluster.cpus, num_gpus=gpus, name=f"{expert.name}--{task}").remote(
-            expert, task, evaluation
-        )
-        pending[future] = (expert, task)
-    try:
+    with cluster.connected() as ray:
+        run = ray.remote(_remote_pair)
+        pending = {}
+        for expert, task in pairs:
+            gpus = 0 if expert.kind.remote else cluster.gpus
+            future = run.options(num_cpus=cluster.cpus, num_gpus=gpus, name=f"{expert.name}--{task}").remote(
+                expert, task, evaluation
+            )
+            pending[future] = (expert, task)
         while pending:
             [future], _ = ray.wait(list(pending), num_returns=1)
             pair = pending.pop(future)
@@ -283,9 +264,6 @@ def _run_on_ray(
                 yield pair, error.cause
             except ray.exceptions.RayError as error:
                 yield pair, error
-    finally:
-        if started:
-            ray.shutdown()
 
 
 def _remote_pair(expert: Expert, task: str, evaluation: Evaluation) -> list[dict]:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
@@ -36,8 +36,59 @@ _TEXTS = ("messages", "prompt", "query")
 _EXPECTED = f"expected a JSON object with {' or '.join(map(repr, _TEXTS))} on each line"
 
 
+Block = list[tuple[str, list[Message]]]
+"""Conversations that are decided, answered and written together, each with its key."""
+
+Answer = dict[str, Any]
+
+
+class Answering(Protocol):
+    """Who answers the conversations of a file: a model here (`Here`), or many (`spread.RayWorkers`)."""
+
+    def settings(self, policy: Policy | None) -> list[Any]:
+        """Return what answers depend on."""
+
+    def answers(
+        self, blocks: Iterator[Block], generation: Generation, policy: Policy | None, concurrent: int
+    ) -> Iterator[tuple[str, Answer]]:
+        """Yield answers as they come, each with its key."""
+
+
+class Here:
+    """A model of this process that answers."""
+
+    def __init__(self, model: AnsweringModel) -> None:
+        self._model = model
+
+    def settings(self, policy: Policy | None) -> list[Any]:
+        """As `settings_of`."""
+        return settings_of(self._model, policy)
+
+    def answers(
+        self, blocks: Iterator[Block], generation: Generation, policy: Policy | None, concurrent: int
+    ) -> Iterator[tuple[str, Answer]]:
+        """As `answers_of`, block by block."""
+        for block in blocks:
+            yield from answers_of(self._model, block, generation, policy, concurrent)
+
+
+def settings_of(model: AnsweringModel, policy: Policy | None) -> list[Any]:
+    """Return what a model's answers depend on beside the conversation: policy, pool, weights."""
+    pool = [asdict(expert) for expert in model.pool.candidates]
+    return [(policy or model.policy).document(), pool, model.identity]
+
+
+def answers_of(
+    model: AnsweringModel, block: Block, generation: Generation, policy: Policy | None, concurrent: int
+) -> Iterator[tuple[str, Answer]]:
+    """Yield a model's answers to a block as they come, each with its key."""
+    conversations = [messages for _, messages in block]
+    for place, answer in _answers(model, conversations, generation, policy or model.policy, concurrent):
+        yield block[place][0], answer
+
+
 def generate_file(
-    composite: AnsweringModel,
+    composite: AnsweringModel | Answering,
     source: Path | str,
     out: Path | str,
     *,
@@ -52,7 +103,7 @@ def generate_file(
     again that nobody could answer.
 
     Args:
-        composite: who answers.
+        composite: who answers: a model, or workers elsewhere.
         source: a line for each conversation: `messages`, `prompt` or `query`; whatever else it holds is kept.
         out: JSONL in the order of `source`: its fields and `answer`, `expert`, `chosen`, `finish`, `cost`, `failures`,
             or `error` where nobody could answer.
@@ -67,11 +118,11 @@ def generate_file(
     Raises:
         ExpertokenError: a line of `source` is not well formed, or `out` is there already.
     """
-    generation, policy = generation or Generation(), policy or composite.policy
+    generation = generation or Generation()
+    answering = Here(composite) if isinstance(composite, AnsweringModel) else composite
     source, out = Path(source), Path(out)
     asked = asdict(generation) | {"extra": dict(generation.extra)}
-    pool = [asdict(expert) for expert in composite.pool.candidates]
-    keys = _keys(source, _hash([asked, policy.document(), pool, composite.identity]))
+    keys = _keys(source, _hash([asked, *answering.settings(policy)]))
     part = out.with_name(f".{out.name}.part")
     if out.exists() and source.samefile(out):
         raise ExpertokenError(f"{out}: is what is to be answered; name another file for the answers")
@@ -88,11 +139,9 @@ def generate_file(
         # The file is read again, block by block: neither it nor its answers need to fit into memory.
         waiting = ((key, row) for key, row in zip(keys, _rows(source), strict=True) if key not in answers)
         with tqdm(total=left, unit="conversation", delay=2) as bar:
-            while block := list(islice(waiting, _BLOCK)):
-                conversations = [_messages(row) for _, row in block]
-                for place, answer in _answers(composite, conversations, generation, policy, concurrent):
-                    answers.add(block[place][0], answer)
-                    bar.update()
+            for key, answer in answering.answers(_blocks(waiting), generation, policy, concurrent):
+                answers.add(key, answer)
+                bar.update()
         with atomic_file(out) as aside, aside.open("wb") as stream:
             for key, row in zip(keys, _rows(source), strict=True):
                 answer = answers[key]
@@ -103,6 +152,11 @@ def generate_file(
     if not failed:
         part.unlink()
     return dict(counts)
+
+
+def _blocks(rows: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[Block]:
+    while block := [(key, _messages(row)) for key, row in islice(rows, _BLOCK)]:
+        yield block
 
 
 @contextmanager

@@ -1,0 +1,99 @@
+"""A file that is answered by workers of a real Ray cluster, on this machine."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+
+from expertoken.inference import batch
+from expertoken.inference.batch import generate_file
+from expertoken.inference.factory import open_model
+from expertoken.modeling.backend import Generation
+from expertoken.modeling.cluster import Cluster
+from expertoken.modeling.errors import ExpertokenError
+from expertoken.modeling.experts import Expert
+from expertoken.tests.inference.conftest import composite_of
+
+pytestmark = pytest.mark.slow
+ray = pytest.importorskip("ray")
+
+COUNT = 60
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """One for all: its start takes as long as a test."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def setting(tmp_path, base_folder):
+    """A composite whose experts are models of the workers' own, and a file of conversations."""
+    composite = composite_of(
+        base_folder,
+        [Expert("one", model=str(base_folder)), Expert("two", model=str(base_folder)), Expert("self", "self")],
+    )
+    composite.meta.rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(4))
+    composite.save_pretrained(tmp_path / "c", verify=False)
+    rows = [json.dumps({"prompt": f"question {number} of {number * 7}"}) for number in range(COUNT)]
+    (tmp_path / "in.jsonl").write_text("\n".join(rows) + "\n")
+    return tmp_path
+
+
+def killed_once(seconds=120):
+    """Kill one of the workers while it answers; gives the thread that does so."""
+
+    def kill():
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for process in psutil.process_iter(["cmdline"]):
+                if "ray::_Worker.answers" in " ".join(process.info["cmdline"] or []):
+                    os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
+                    return
+            time.sleep(0.02)
+
+    killed = []
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread, killed
+
+
+def test_workers_answer_a_file_as_one_process_does_though_one_is_killed(setting, monkeypatch):
+    from expertoken.inference.spread import RayWorkers
+
+    monkeypatch.setattr(batch, "_BLOCK", 10)
+    given = {"generation": Generation(max_new_tokens=16)}
+    generate_file(open_model(setting / "c", device="cpu"), setting / "in.jsonl", setting / "here.jsonl", **given)
+    with RayWorkers(setting / "c", 2, Cluster(cpus=1), device="cpu") as workers:
+        thread, killed = killed_once()
+        counts = generate_file(workers, setting / "in.jsonl", setting / "there.jsonl", **given)
+        thread.join()
+        with pytest.raises(ExpertokenError, match="is there already, and whole"):
+            generate_file(workers, setting / "in.jsonl", setting / "there.jsonl", **given)
+    assert killed
+    assert sum(counts.values()) == COUNT
+    here, there = (
+        [json.loads(line) for line in (setting / name).read_text().splitlines()]
+        for name in ("here.jsonl", "there.jsonl")
+    )
+    assert [row["expert"] for row in there] == [row["expert"] for row in here]
+    assert [row["answer"] for row in there] == [row["answer"] for row in here]
+
+
+def test_what_is_wrong_with_the_composite_is_told_as_it_is_here(tmp_path):
+    from expertoken.inference.spread import RayWorkers
+
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n')
+    with (
+        RayWorkers(tmp_path / "none", 1, Cluster(cpus=0)) as workers,
+        pytest.raises(ExpertokenError, match="none: no composite folder"),
+    ):
+        generate_file(workers, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
