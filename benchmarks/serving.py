@@ -112,9 +112,27 @@ async def one(session: aiohttp.ClientSession, url: str, model: str, number: int)
 
 
 async def load(
-    url: str, models: list[str], streams: int, duration: float, process: Any = None, key: str = "none"
+    url: str,
+    models: list[str],
+    streams: int,
+    duration: float,
+    process: Any = None,
+    key: str = "none",
+    reload: float = 0,
+    stop: bool = False,
 ) -> dict[str, Any]:
-    """A closed loop of `streams` clients."""
+    """A closed loop of `streams` clients.
+
+    Args:
+        url: of the server.
+        models: asked for in turn.
+        streams: number of clients.
+        duration: seconds for which new requests are sent.
+        process: the server's, whose memory is watched.
+        key: of the server.
+        reload: seconds between two SIGHUPs to the server; 0 for none.
+        stop: whether the server gets SIGTERM at the end, while the last answers are being given.
+    """
     ends = time.perf_counter() + duration
     found, errors, memory, asked = [], [], [], itertools.count()
 
@@ -132,12 +150,20 @@ async def load(
             memory.append(process.memory_info().rss)
             await asyncio.sleep(5)
 
+    async def disturb() -> None:
+        while reload and time.perf_counter() < ends - reload:
+            await asyncio.sleep(reload)
+            process.send_signal(signal.SIGHUP)
+        await asyncio.sleep(ends - time.perf_counter() + 0.1)
+        if stop:
+            process.send_signal(signal.SIGTERM)
+
     timeout = aiohttp.ClientTimeout(total=120)
     headers = {"authorization": f"Bearer {key}"}
     pool = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=pool, timeout=timeout, headers=headers) as session:
         jobs = [client(session, number) for number in range(streams)]
-        await asyncio.gather(*jobs, *([watch()] if process else []))
+        await asyncio.gather(*jobs, *([watch(), disturb()] if process else []))
     if not found:
         sys.exit(f"no request came through at {url}: {errors[:1]}")
     first, whole, pieces = (np.array(column) for column in zip(*found, strict=True))
@@ -192,6 +218,8 @@ def main() -> None:
     parser.add_argument(
         "--spread", type=float, default=0.5, help="share by which an answer is slower or faster (default: %(default)s)"
     )
+    parser.add_argument("--reload", type=float, default=0, help="seconds between SIGHUPs to the server; 0 for none")
+    parser.add_argument("--stop", action="store_true", help="SIGTERM to the server while the last answers come")
     parser.add_argument("--litellm", help="the command of LiteLLM's proxy, where it is installed")
     options = parser.parse_args()
     latency = [f"--{key}={getattr(options, key)}" for key in ("words", "first", "between", "spread")]
@@ -211,7 +239,8 @@ def main() -> None:
                    "--max-concurrent", str(2 * options.streams)]  # fmt: skip
         with server(command, f"{address}/ready") as process:
             duration = 60 * options.minutes
-            outcome = asyncio.run(load(address, ["c"], options.streams, duration, process))
+            disturbed = {"reload": options.reload, "stop": options.stop}
+            outcome = asyncio.run(load(address, ["c"], options.streams, duration, process, **disturbed))
         tell("expertoken serve", outcome, duration, own)
         memory = np.array(outcome["memory"]) / 2**20
         quarters = ", ".join(f"{memory[round(q * (len(memory) - 1))]:.1f}" for q in (0, 0.25, 0.5, 0.75, 1))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..data_prep.labels import STRATEGIES, TIES
-from ..data_prep.leaks import LEAKS
+from ..data_prep.leaks import IMAGES, LEAKS
 from ..data_prep.readers import formats
 from ..modeling.errors import ExpertokenError
 from .choice import one_of
@@ -85,6 +85,9 @@ def prepare(
             "follow-up.",
         ),
     ] = 0.0,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures that results name (extra `vision`); they are kept.")
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option("--set", help="Option of the reader, KEY=VALUE; for tables the columns: --set query=question."),
@@ -107,6 +110,10 @@ def prepare(
     for sentence in candidates.missing() if candidates else ():
         logger.warning(sentence)
     merged = read_all(results, format, option).flag(_pair(text) for text in contaminated or ())
+    if images is not None:
+        from ..data_prep.pictures import with_pictures
+
+        merged = with_pictures(merged, images)
     supervision = build_supervision(
         merged,
         candidates or pool_of(merged, self_model),
@@ -126,6 +133,10 @@ def prepare(
     console.print(summary_table(chosen.summary()))
     for sentence in _gaps(chosen):
         console.print(sentence, markup=False)
+    if IMAGES in merged.queries:
+        shown = [names for names in merged.queries[IMAGES] if names]
+        kept = f"{len(supervision.pictures)} pictures are kept" if images else "their pictures are not: see --images"
+        console.print(f"{len(shown)} queries are about pictures; {kept}", markup=False)
     sizes = ", ".join(f"{name} {count}" for name, count in supervision.info.sizes.items())
     console.print(
         f"supervision of {len(supervision.info.candidates)} candidates written to {out}: {sizes}", markup=False

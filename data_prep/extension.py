@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..modeling.chat import text_of
 from ..modeling.errors import ResultsError
 from ..modeling.experts import Expert
 from ..modeling.pool import ExpertPool
 from . import SPLITS
 from .contexts import copies, origin_of
 from .labels import Labelling, absent, label
-from .leaks import handle_leaks, normalise
+from .leaks import IMAGES, handle_leaks, questions_of
 from .results import BenchmarkResults, blank_contaminated
-from .supervision import Supervision, SupervisionInfo, make_datasets, messages_of
+from .supervision import Supervision, SupervisionInfo, make_datasets, messages_of, question_of
 
 
 @dataclass
@@ -108,7 +107,9 @@ def extend_supervision(old: Supervision, pool: ExpertPool, expert: Expert, resul
     kept, leaks = handle_leaks(rows.queries, "keep" if known_leaks["equal"]["handled"] == "keep" else "drop", "ignore")
     leaks["near"] = known_leaks.get("near", {})
     rows = rows if kept.all() else rows.take(kept)
-    return _labelled(rows, extended, newcomer, old, sorted(flagged), leaks)
+    found = _labelled(rows, extended, newcomer, old, sorted(flagged), leaks)
+    found.pictures = {**old.pictures, **results.pictures}
+    return found
 
 
 def _with_newcomer_first(results: BenchmarkResults, pool: ExpertPool, expert: Expert) -> BenchmarkResults:
@@ -136,7 +137,10 @@ def _known_rows(old: Supervision, pool: ExpertPool, names: Sequence[str]) -> _Ro
             continue
         frame = part.select_columns(["id", "benchmark", "subject"]).to_pandas()
         conversations = part["messages"][:]
-        frame["prompt"] = [text_of(conversation[-1]) for conversation in conversations]
+        asked = [question_of(conversation) for conversation in conversations]
+        frame["prompt"] = [text for text, _ in asked]
+        if any(images for _, images in asked):
+            frame[IMAGES] = pd.Series([images for _, images in asked], index=frame.index, dtype=object)
         frame["split"] = side
         frames.append(frame)
         messages += conversations
@@ -233,14 +237,14 @@ def known_ids(known: pd.DataFrame, queries: pd.DataFrame) -> list[str]:
     order.
 
     Args:
-        known: `id` and `prompt` of the known queries.
-        queries: `id` and `prompt` of those to look up.
+        known: `id`, `prompt` and maybe `images` of the known queries.
+        queries: the same of those to look up.
 
     Raises:
         ResultsError: an id stands for another question among the known ones.
     """
-    text_by_id = dict(zip(known["id"], map(normalise, known["prompt"]), strict=True))
-    texts = [normalise(prompt) for prompt in queries["prompt"]]
+    text_by_id = dict(zip(known["id"], questions_of(known), strict=True))
+    texts = questions_of(queries)
     found = [key if text_by_id.get(key) == text else None for key, text in zip(queries["id"], texts, strict=True)]
     taken, free = set(found), defaultdict(list)
     for key, text in reversed(text_by_id.items()):

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 LEAKS = ("refuse", "drop", "keep")
 """Ways to handle train queries that stand in the test side: `drop` takes them from train."""
 
+IMAGES = "images"
+"""Column of the pictures that a question is about."""
+
 _SPACE = re.compile(r"\s+")
 _CJK = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # written without spaces: each character counts as a word
 _WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
@@ -55,13 +58,33 @@ def normalise(text: str) -> str:
     return plain.strip(" .?:;\"'") or plain
 
 
+def questions_of(queries: "pd.DataFrame") -> list[str]:
+    """Return what each query asks, to compare it: its text, normalised, and its pictures.
+
+    Args:
+        queries: `prompt`, and `images` where there are pictures, a row a query.
+    """
+    texts = map(normalise, queries["prompt"])
+    if IMAGES not in queries:
+        return list(texts)
+    return ["\0".join([text, *shown]) for text, shown in zip(texts, map(_shown, queries[IMAGES]), strict=True)]
+
+
+def _shown(images: Any) -> tuple[str, ...]:
+    """Return a query's pictures; tables that were joined have NaN where one has no such column."""
+    return images if isinstance(images, tuple) else ()
+
+
 def find_leaks(train: Iterable[str], test: Iterable[str]) -> list[tuple[int, int]]:
-    """Pairs (train index, test index) of queries that are equal after normalising, one pair a train query."""
+    """Return pairs (train index, test index) of texts that are equal after normalising, one pair a train text."""
+    return _equal(map(normalise, train), map(normalise, test))
+
+
+def _equal(train: Iterable[str], test: Iterable[str]) -> list[tuple[int, int]]:
     first: dict[str, int] = {}
-    for index, text in enumerate(test):
-        first.setdefault(normalise(text), index)
-    keys = (normalise(text) for text in train)
-    return [(index, first[key]) for index, key in enumerate(keys) if key in first]
+    for index, key in enumerate(test):
+        first.setdefault(key, index)
+    return [(index, first[key]) for index, key in enumerate(train) if key in first]
 
 
 class NearDuplicate(NamedTuple):
@@ -163,11 +186,28 @@ def _sketches(datasketch: Any, sides: list[set[str]], bar: tqdm) -> Iterator[tup
             yield place, sketch
 
 
+def _near(queries: "pd.DataFrame", learnt: np.ndarray, tested: np.ndarray) -> list[NearDuplicate]:
+    """Return near-duplicates as `find_near_duplicates` does: questions about other pictures are other questions."""
+    prompts = queries["prompt"].to_numpy()
+    if IMAGES not in queries:
+        return find_near_duplicates(prompts[learnt].tolist(), prompts[tested].tolist())
+    shown = ["\0".join(_shown(images)) for images in queries[IMAGES]]
+    found = []
+    for key in {shown[row] for row in learnt} & {shown[row] for row in tested}:
+        sides = [[place for place, row in enumerate(side) if shown[row] == key] for side in (learnt, tested)]
+        texts = [prompts[side[places]].tolist() for side, places in zip((learnt, tested), sides, strict=True)]
+        found += [
+            NearDuplicate(sides[0][pair.train], sides[1][pair.test], pair.similarity)
+            for pair in find_near_duplicates(*texts)
+        ]
+    return sorted(found, key=lambda pair: -pair.similarity)
+
+
 def handle_leaks(queries: "pd.DataFrame", leaks: str, near: str) -> tuple[np.ndarray, dict[str, Any]]:
     """Find train queries that stand in the test side, equal or nearly, and handle them.
 
     Args:
-        queries: `id`, `prompt` and `split`, a row a query.
+        queries: `id`, `prompt` and `split`, a row a query; `images` where there are pictures.
         leaks: a value of `LEAKS`, for equal queries.
         near: the same for similar queries; `ignore` does not look for them.
 
@@ -179,11 +219,11 @@ def handle_leaks(queries: "pd.DataFrame", leaks: str, near: str) -> tuple[np.nda
         ImportError: similar queries are asked for and the extra `data` is not installed.
     """
     side = queries["split"].to_numpy()
-    prompts, ids = queries["prompt"].to_numpy(), queries["id"].to_numpy()
+    ids = queries["id"].to_numpy()
     learnt, tested = np.flatnonzero(side != "test"), np.flatnonzero(side == "test")
-    texts = prompts[learnt].tolist(), prompts[tested].tolist()
-    equal = [(i, j, 1.0) for i, j in find_leaks(*texts)]
-    alike = [] if near == "ignore" else find_near_duplicates(*texts)
+    asked = np.array(questions_of(queries), dtype=object)
+    equal = [(i, j, 1.0) for i, j in _equal(asked[learnt], asked[tested])]
+    alike = [] if near == "ignore" else _near(queries, learnt, tested)
     kept = np.ones(len(queries), dtype=bool)
     record = {}
     for name, pairs, handled, option in (

@@ -1,8 +1,9 @@
 """Benchmark results: which model answered which query how well."""
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,7 @@ import pandas as pd
 
 from ..modeling.errors import ResultsError, did_you_mean
 from . import SPLITS
-from .leaks import normalise
+from .leaks import IMAGES, questions_of
 
 if TYPE_CHECKING:
     from ..modeling.pool import ExpertPool
@@ -30,12 +31,14 @@ class BenchmarkResults:
     Attributes:
         queries: one row a query with the columns `id` (unique), `prompt` (the question as text), `benchmark`, `subject`
             and `split` (`train`, `validation`, `test` or None where the files do not say). Where queries are
-            conversations there is a column `messages` too, None for those of one user message.
+            conversations there is a column `messages` too, None for those of one user message. Where queries are about
+            pictures there is a column `images`: a tuple of texts that tell pictures apart, None where there are none.
         models: M names.
         scores: `[N, M]` in [0, 1]; NaN where a model was not measured on a query.
         costs: `[N, M]` USD per query, or None where nothing is known.
         contaminated: pairs (model, benchmark) where the model was trained on the benchmark's own train side: its scores
             there say less than they seem to, and labels leave them out.
+        pictures: file of each picture that `images` names, as far as they are here (see `pictures.with_pictures`).
 
     Raises:
         ResultsError: there are no queries or models, shapes differ, an id or a model appears twice, a score is outside
@@ -47,6 +50,7 @@ class BenchmarkResults:
     scores: np.ndarray
     costs: np.ndarray | None = None
     contaminated: frozenset[tuple[str, str]] = frozenset()
+    pictures: Mapping[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.scores = np.asarray(self.scores, dtype=np.float32)
@@ -66,7 +70,7 @@ class BenchmarkResults:
         absent = [column for column in QUERY_COLUMNS if column not in self.queries]
         if absent:
             raise ResultsError(f"queries lack the column {absent[0]!r}; expected {', '.join(QUERY_COLUMNS)}")
-        more = [MESSAGES] if MESSAGES in self.queries else []
+        more = [name for name in (MESSAGES, IMAGES) if name in self.queries]
         queries = self.queries.loc[:, [*QUERY_COLUMNS, *more]].reset_index(drop=True).astype(object)
         self.queries = queries.where(queries.notna(), None)  # pandas' string columns would hold NaN
         self._check_values()
@@ -178,6 +182,12 @@ class BenchmarkResults:
             raise ResultsError(
                 f"query id {texts.idxmax()!r} stands for different prompts in different files; rename it"
             )
+        if IMAGES in queries:
+            shown = queries.groupby("id", sort=False)[IMAGES].nunique()
+            if (shown > 1).any():
+                raise ResultsError(
+                    f"query id {shown.idxmax()!r} stands for different pictures in different files; rename it"
+                )
         models = list(dict.fromkeys(name for part in parts for name in part.models))
         row_of = pd.Series(np.arange(len(first)), index=first["id"])
         scores = np.full((len(first), len(models)), np.nan, dtype=np.float32)
@@ -187,7 +197,9 @@ class BenchmarkResults:
             _put(scores, place, part.scores, "score", first["id"], models)
             if costs is not None and part.costs is not None:
                 _put(costs, place, part.costs, "cost", first["id"], models)
-        return cls(first, models, scores, costs, frozenset().union(*(part.contaminated for part in parts)))
+        flagged = frozenset().union(*(part.contaminated for part in parts))
+        pictures = {name: file for part in parts for name, file in part.pictures.items()}
+        return cls(first, models, scores, costs, flagged, pictures)
 
     def split(
         self, *, validation: float = 0.1, test: float = 0.2, seed: int = 0, hold_out: HoldOut | None = None
@@ -196,7 +208,7 @@ class BenchmarkResults:
 
         Sides that the files state are kept. Where no file states a test side, `test` of each benchmark's queries become
         it; where some do, of those benchmarks of which nothing is stated. Validation likewise, from train.
-        Queries of the same text go to one side, unless files state otherwise.
+        Queries of the same text and pictures go to one side, unless files state otherwise.
 
         Args:
             validation: share of train, drawn at random within each benchmark, subjects in proportion.
@@ -279,13 +291,13 @@ def blank_contaminated(
 
 
 def _unite(queries: pd.DataFrame, drawn: np.ndarray) -> None:
-    """Put queries of one text on one side, in place: that of one whose side is stated, else that of the first.
+    """Put queries that ask the same on one side, in place: that of one whose side is stated, else that of the first.
 
     Args:
         queries: with their sides.
         drawn: `[N]` bool, whose side no file states.
     """
-    texts = queries["prompt"].map(normalise)
+    texts = pd.Series(questions_of(queries), index=queries.index)
     for _, group in queries[texts.duplicated(keep=False).to_numpy()].groupby(texts, sort=False):
         free = drawn[group.index]
         side = group["split"].to_numpy()

@@ -44,7 +44,9 @@ def export_sft(supervision: Supervision, out: Path | str) -> dict[str, int]:
                 winner = names[int(target.argmax())]
                 if weight == 0 or winner not in tokens:
                     continue
-                asked = [{"role": m["role"], "content": apart(text_of(m))} for m in side[row]["messages"]]
+                asked = [
+                    {"role": m["role"], "content": apart(text_of(m, placeholders=True))} for m in side[row]["messages"]
+                ]
                 messages = [*asked, {"role": "assistant", "content": tokens[winner]}]
                 lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
             if not lines:  # an empty file is none that loaders read

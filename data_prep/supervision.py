@@ -3,7 +3,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
@@ -22,7 +23,7 @@ from ..modeling.utility import utility
 from . import SPLITS
 from .contexts import copies, origin_of
 from .labels import Labelling, absent, filled_costs, label
-from .leaks import LEAKS, handle_leaks
+from .leaks import IMAGES, LEAKS, handle_leaks
 from .results import MESSAGES, BenchmarkResults, HoldOut, blank_contaminated
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 INFO_FILE = PRODUCTS["supervision"]
 POOL_FILE = "experts.yaml"
+_PICTURES = "images"
 
 
 @dataclass
@@ -64,12 +66,15 @@ class Supervision:
     """Train, validation and test sides, with the pool that the targets are about.
 
     Columns of each side: `id`, `messages` (list of role and content parts), `benchmark`, `subject`, `target` (list of
-    C), `weight`, `scores` (list of C, NaN where not measured), `costs` (list of C or empty).
+    C), `weight`, `scores` (list of C, NaN where not measured), `costs` (list of C or empty). A part of a message that
+    stands for a picture is `{"type": "image_url", "image": NAME}`; `pictures` has the files by name, as far as they are
+    here.
     """
 
     data: "DatasetDict"
     pool: ExpertPool
     info: SupervisionInfo
+    pictures: Mapping[str, Path] = field(default_factory=dict)
     _absent: dict[str, np.ndarray] | None = field(default=None, init=False, repr=False)
 
     def side(self, name: str) -> "Dataset":
@@ -221,6 +226,8 @@ class Supervision:
                 # A side without queries gets its file, too: `load_from_disk` can't do without.
                 shards = {side: None if len(rows) else 1 for side, rows in self.data.items()}
                 self.data.save_to_disk(folder / "data", num_shards=shards)
+            if self.pictures:
+                _copy_pictures(self.pictures, folder / _PICTURES)
             self.pool.to_yaml(folder / POOL_FILE)
             (folder / INFO_FILE).write_text(json.dumps(asdict(self.info), indent=2) + "\n", "utf-8")
 
@@ -246,7 +253,17 @@ class Supervision:
             raise ExpertokenError(
                 f"{path}: not a supervision folder, made by `expertoken prepare` ({one_line(error)})"
             ) from None
-        return cls(data, ExpertPool.from_yaml(path / POOL_FILE), info)
+        pictures = {file.stem: file for file in sorted((path / _PICTURES).glob("*.*"))}
+        return cls(data, ExpertPool.from_yaml(path / POOL_FILE), info, pictures)
+
+
+def _copy_pictures(pictures: Mapping[str, Path], folder: Path) -> None:
+    """Copy pictures into a folder, each once, by the name of its content."""
+    from .pictures import suffix_of
+
+    folder.mkdir()
+    for name, file in pictures.items():
+        shutil.copyfile(file, folder / f"{name}{suffix_of(file)}")
 
 
 def kept_at(supervision: Supervision, composite: Path) -> Path:
@@ -436,20 +453,40 @@ def build_supervision(
     recorded["hold_out"] = None if hold_out is None else [hold_out[0], list(hold_out[1])]
     recorded["contaminated"] = sorted(list(pair) for pair in results.contaminated)
     info = SupervisionInfo(pool.names, pool.has_self, recorded, {k: len(part) for k, part in data.items()}, found)
-    supervision = Supervision(data, pool, info)
+    supervision = Supervision(data, pool, info, _named(results.pictures, results.queries))
     supervision.stamp()
     return supervision
 
 
+def _named(pictures: Mapping[str, Path], queries: "pd.DataFrame") -> dict[str, Path]:
+    """Return the pictures that queries name."""
+    names = {name for images in queries.get(IMAGES, ()) for name in images or ()}
+    return {name: file for name, file in pictures.items() if name in names}
+
+
 def messages_of(queries: "pd.DataFrame") -> list[list[dict[str, Any]]]:
-    """Return each query as a conversation, in content parts: its messages, or its prompt as one user message."""
+    """Return each query as a conversation, in content parts: its messages, or its prompt as one user message.
+
+    Pictures stand before the text of the last message.
+    """
     own = queries[MESSAGES] if MESSAGES in queries else [None] * len(queries)
-    return [
+    conversations = [
         [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         if messages
         else [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
         for prompt, messages in zip(queries["prompt"], own, strict=True)
     ]
+    for conversation, images in zip(conversations, queries.get(IMAGES, ()), strict=False):
+        content: Any = conversation[-1]["content"]
+        content[:0] = [{"type": "image_url", "text": None, "image": name} for name in images or ()]
+    return conversations
+
+
+def question_of(conversation: Sequence[dict[str, Any]]) -> tuple[str, tuple[str, ...] | None]:
+    """Return the text and the pictures of a conversation's last message, as `messages_of` put them there."""
+    content = conversation[-1]["content"]
+    images = tuple(part["image"] for part in content if part["type"] == "image_url")
+    return "\n".join(part["text"] for part in content if part["type"] == "text"), images or None
 
 
 def make_datasets(
@@ -464,12 +501,13 @@ def make_datasets(
     from datasets import Dataset, DatasetDict, Features, List, Value
 
     numbers = List(Value("float32"))
+    part = {"type": Value("string"), "text": Value("string")}
+    if IMAGES in queries:  # without pictures a supervision is what it was before there were any
+        part["image"] = Value("string")
     features = Features(
         {
             "id": Value("string"),
-            "messages": List(
-                {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
-            ),
+            "messages": List({"role": Value("string"), "content": List(part)}),
             "benchmark": Value("string"),
             "subject": Value("string"),
             "target": numbers,

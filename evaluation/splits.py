@@ -153,7 +153,7 @@ def read_split(composite: Composite, supervision: Supervision, name: str, *, sta
         lengths[kept],
         [queries[int(row)] for row in kept] if states else [],
         [messages[int(row)] for row in kept],
-        [text_of(messages[int(row)][-1]) for row in kept],
+        [text_of(messages[int(row)][-1], placeholders=True) for row in kept],
     )
 
 

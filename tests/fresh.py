@@ -125,6 +125,7 @@ def _live(argv: list[str], folder: str, environment: dict[str, str]) -> int:
     import torch
 
     sys.executable, *rest = argv
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the server may ignore it
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

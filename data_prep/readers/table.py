@@ -13,6 +13,7 @@ import pandas as pd
 
 from ...modeling.chat import as_messages, text_of
 from ...modeling.errors import ExpertokenError, ResultsError, did_you_mean, one_line
+from ..leaks import IMAGES
 from ..results import BenchmarkResults
 from .frames import SUFFIXES, field, holds_records, load_table
 from .text import SIDES, files_of, head_of, results_of, stem_of, suffix_of
@@ -29,6 +30,7 @@ WORDS = {
 """Scores as words, in any case."""
 _LETTERS = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0}  # Inspect's: correct, partially so, incorrect, no answer
 _HEAD = 20_000  # characters
+_PATH = 1000  # characters of a picture's path
 _SAMPLES = ("sample", "attempt", "epoch", "repeat", "repetition", "trial", "run")  # columns that number the attempts
 _COST = re.compile(r"^(.+?)[\s_.|-](?:total[\s_.-])?costs?(?:[\s_.-]usd)?$|^costs?[\s_.-](.+)$", re.IGNORECASE)
 # What tables have beside the models' scores; compared without case and signs.
@@ -55,6 +57,7 @@ class Columns:
         id: identity of a query; benchmark and text where there is no such column.
         benchmark: the benchmark; the file's name where there is no such column.
         subject: the subject within the benchmark.
+        image: the picture that is asked about: its path below the folder that `--images` names, or a list of paths.
         split: train, validation or test; `dev` and the like too.
         cost: long tables: USD for this query. Wide ones have a column `MODEL_cost` each.
         contaminated: long tables: true where the model was trained on the benchmark; one such row flags the pair.
@@ -70,6 +73,7 @@ class Columns:
     id: str = "id"
     benchmark: str = "benchmark"
     subject: str = "subject"
+    image: str = "image"
     split: str = "split"
     cost: str = "cost"
     contaminated: str = "contaminated"
@@ -171,7 +175,7 @@ def from_frame(frame: pd.DataFrame, source: str, benchmark: str, columns: Column
         raise ResultsError(
             f"{source}: no column {columns.query!r} with the question, {did_you_mean(columns.query, frame.columns)}"
         )
-    queries = _queries(frame, columns.of_queries, source, benchmark)
+    queries = _queries(frame, columns, source, benchmark)
     if columns.models is None and columns.model in frame:
         return _long(frame, queries, source, columns)
     return _wide(frame, queries, source, columns)
@@ -216,8 +220,9 @@ def _ask_about_names(frame: pd.DataFrame, source: str, columns: Columns) -> None
         )
 
 
-def _queries(frame: pd.DataFrame, columns: dict[str, str], source: str, benchmark: str) -> pd.DataFrame:
+def _queries(frame: pd.DataFrame, names: Columns, source: str, benchmark: str) -> pd.DataFrame:
     """Return the query columns of every row of the table, repeats included."""
+    columns = names.of_queries
     found = {ours: frame.get(theirs) for ours, theirs in columns.items()}
     queries = pd.DataFrame(found, index=frame.index).astype(object)
     asked = [
@@ -229,13 +234,42 @@ def _queries(frame: pd.DataFrame, columns: dict[str, str], source: str, benchmar
     queries["prompt"] = _texts(queries["prompt"], source, columns["prompt"])
     if columns["benchmark"] not in frame:
         queries["benchmark"] = benchmark
+    if names.image in frame:
+        cells = frame[names.image].items()
+        images = [images_of(value, f"{source}: row {row}, column {names.image!r}") for row, value in cells]
+        queries[IMAGES] = pd.Series(images, index=frame.index, dtype=object)
     if columns["id"] not in frame:
         queries["id"] = queries["benchmark"].astype(str) + "/" + queries["prompt"]
+        if IMAGES in queries:  # one question about many pictures is many questions
+            queries["id"] += [f" [{', '.join(images)}]" if images else "" for images in queries[IMAGES]]
     queries["id"] = _texts(queries["id"], source, columns["id"])
     for name in ("benchmark", "subject", "split"):
         queries[name] = queries[name].map(lambda value: value if pd.isna(value) else str(value))
     queries["split"] = queries["split"].map(lambda value: value if pd.isna(value) else SIDES.get(value.lower(), value))
     return queries.where(queries.notna(), None)
+
+
+def images_of(value: Any, place: str) -> tuple[str, ...] | None:
+    """Return the paths of a query's pictures, from one path or a list of them; None where there are none.
+
+    Raises:
+        ResultsError: it is neither.
+    """
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ResultsError(f"{place}: expected a path, or a JSON list of paths") from None
+    if isinstance(value, np.ndarray | tuple):
+        value = list(value)
+    if value is None or (not isinstance(value, list | str) and pd.isna(value)):
+        return None
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list) or not all(isinstance(path, str) and 0 < len(path) <= _PATH for path in paths):
+        raise ResultsError(
+            f"{place}: expected a path, or a list of paths; a picture within the table has to be saved to a file first"
+        )
+    return tuple(paths) or None
 
 
 def conversation_of(value: Any, place: str) -> tuple[Any, list[dict[str, Any]] | None]:
@@ -320,7 +354,8 @@ def _long(frame: pd.DataFrame, queries: pd.DataFrame, source: str, columns: Colu
         )
     rows, ids = pd.factorize(queries["id"])
     places, models = pd.factorize(names)
-    for column, word in (("prompt", "questions"), ("benchmark", "benchmarks"), ("split", "splits")):
+    words = (("prompt", "questions"), ("benchmark", "benchmarks"), ("split", "splits"), (IMAGES, "pictures"))
+    for column, word in (pair for pair in words if pair[0] in queries):
         different = queries.groupby("id", sort=False)[column].nunique(dropna=False) > 1
         if different.any():
             raise ResultsError(
@@ -338,7 +373,7 @@ def _long(frame: pd.DataFrame, queries: pd.DataFrame, source: str, columns: Colu
 
     if twice.any():
         logger.info("%s: %d rows are further attempts at a query; the mean counts", source, int(twice.sum()))
-    _tell_left_out(frame, source, {*columns.roles.values(), numbered})
+    _tell_left_out(frame, source, {*columns.roles.values(), columns.image, numbered})
     first = queries.drop_duplicates("id")
     flagged: frozenset[tuple[str, str]] = frozenset()
     if columns.contaminated in frame:
@@ -371,7 +406,7 @@ def _is_score(column: pd.Series) -> bool:
 
 def _wide(frame: pd.DataFrame, queries: pd.DataFrame, source: str, columns: Columns) -> BenchmarkResults:
     # Flags belong to one model, so in a wide table they belong to nobody; at least they are no model.
-    taken = {*columns.of_queries.values(), columns.cost, columns.contaminated}
+    taken = {*columns.of_queries.values(), columns.image, columns.cost, columns.contaminated}
     costs = {name: found[1] or found[2] for name in frame.columns if (found := _COST.match(str(name)))}
     models = columns.models
     if models is None:

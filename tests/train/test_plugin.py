@@ -100,7 +100,7 @@ def test_known_queries_keep_their_states_and_sides(composite_folder, base_folder
     """An expert measured on the very queries of the supervision needs no forward pass at all."""
     again = results.select(["math"])
     again.models = ["twin"]
-    evaluate(composite_folder, baselines=[])  # the test side is cached with it
+    evaluate(composite_folder, baselines=["kNN"])  # caches the states of all sides
     monkeypatch.setattr(MetaLLM, "states", lambda *_: pytest.fail("states were computed again"))
     change = add_expert(composite_folder, Expert("twin", model=str(base_folder)), again, verify=False)
     assert change.queries == 24

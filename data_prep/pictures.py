@@ -1,0 +1,122 @@
+"""Pictures that questions are asked about: found by the paths that results name, checked, and known by their content.
+
+Nothing outside of the folder that is given is opened, nothing is fetched, and a file is looked at before it is decoded:
+its format, its sides, its number of pixels.
+"""
+
+import hashlib
+import io
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ..modeling.errors import ResultsError, one_line, require_extra
+from .leaks import IMAGES
+from .results import BenchmarkResults
+
+FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"}
+"""Formats that are read, with the suffix of their files; a picture of vectors can hold anything, and is none."""
+
+_BYTES = 32 * 2**20
+_PIXELS = 64 * 10**6
+_SIDE = 16_384
+
+
+def with_pictures(results: BenchmarkResults, root: Path | str) -> BenchmarkResults:
+    """Return results whose pictures are known by their content, not by their paths.
+
+    Args:
+        results: results whose queries name pictures by paths.
+        root: folder below which the paths lie.
+
+    Raises:
+        ResultsError: a picture is missing, lies elsewhere, or is none that is read here.
+        ImportError: the extra `vision` is not installed.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ResultsError(f"{root}: no such folder of pictures")
+    if IMAGES not in results.queries:
+        raise ResultsError(
+            "the results name no pictures; tables have a column `image` for them, or say which: --set image=COLUMN"
+        )
+    named = [(key, names) for key, names in zip(results.queries["id"], results.queries[IMAGES], strict=True) if names]
+    first = {name: key for key, names in reversed(named) for name in names}
+    content: dict[str, str] = {}
+    files: dict[str, Path] = {}
+    for name, key in tqdm(first.items(), desc="pictures", unit="picture", delay=2):
+        file = _inside(root, name, f"query {key!r}")
+        content[name] = digest_of(file)
+        files.setdefault(content[name], file)
+    images = [names and tuple(content[name] for name in names) for names in results.queries[IMAGES]]
+    queries = results.queries.copy()
+    queries[IMAGES] = images
+    return replace(results, queries=queries, pictures=files)
+
+
+def _inside(root: Path, name: str, place: str) -> Path:
+    """Return the file of a name below a folder.
+
+    Raises:
+        ResultsError: there is none, or a path or a link leads elsewhere.
+    """
+    file = root / name
+    try:
+        found = file.resolve(strict=True)
+    except (OSError, ValueError):
+        raise ResultsError(
+            f"{place}: no picture {name!r} below {root}; --images names the folder of the paths"
+        ) from None
+    if not found.is_relative_to(root.resolve()):
+        raise ResultsError(f"{place}: the picture {name!r} lies outside of {root}; nothing outside of it is read")
+    return found
+
+
+def digest_of(file: Path) -> str:
+    """Return a hash of what a picture shows, by which the same picture in another file or format is the same.
+
+    Raises:
+        ResultsError: it is no picture that is read here; the message says why.
+        ImportError: the extra `vision` is not installed.
+    """
+    picture = opened(file)
+    digest = hashlib.sha256(f"{picture.width}x{picture.height}".encode())
+    digest.update(picture.tobytes())
+    return digest.hexdigest()[:32]
+
+
+def suffix_of(file: Path) -> str:
+    """Return the suffix of a picture's format, whatever the file is called."""
+    Image: Any = require_extra("PIL.Image", "vision")  # noqa: N806 - as everybody calls it
+    with Image.open(file, formats=list(FORMATS)) as picture:
+        return FORMATS[picture.format]
+
+
+def opened(file: Path) -> Any:
+    """Return a picture of a file, whole, as RGB.
+
+    Raises:
+        ResultsError: it is no picture that is read here; the message says why.
+        ImportError: the extra `vision` is not installed.
+    """
+    Image: Any = require_extra("PIL.Image", "vision")  # noqa: N806
+    try:
+        if (size := file.stat().st_size) > _BYTES:
+            raise ResultsError(f"{file}: {size:,} bytes; pictures of up to {_BYTES:,} are read")
+        data = io.BytesIO(file.read_bytes())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own limit is told below
+            picture = Image.open(data, formats=list(FORMATS))
+        width, height = picture.size
+        if width * height > _PIXELS or max(width, height) > _SIDE:
+            raise ResultsError(
+                f"{file}: {width} x {height} pixels; up to {_PIXELS:,} pixels and sides of {_SIDE:,} are read"
+            )
+        return picture.convert("RGB")
+    except ResultsError:
+        raise
+    except Exception as error:  # of all the decoders
+        raise ResultsError(f"{file}: no picture of {', '.join(FORMATS)} ({one_line(error)})") from None
