@@ -26,6 +26,8 @@ READERS = {
     "routerarena": "routerarena",
     "inspect": "inspect_ai",
     "leaderboard-details": "leaderboard_details",
+    "lmms-eval": "lmms_eval",
+    "vlmevalkit": "vlmevalkit",
     "datasets": "hf_datasets",
     "table": "table",
 }

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import zlib
+from pathlib import Path
 from struct import pack
 
 import numpy as np
@@ -195,3 +197,70 @@ def test_pictures_that_no_column_names_are_told(tmp_path):
     (tmp_path / "r.csv").write_text("query,a,b\nWho?,1,0\n")
     with pytest.raises(ResultsError, match="the results name no pictures"):
         with_pictures(read_results(tmp_path / "r.csv"), tmp_path)
+
+
+def records(**more):
+    rows = {"index": [0, 1, 2], "question": [ASK] * 3, "A": ["a cat"] * 3, "B": ["a dog"] * 3,
+            "answer": ["A", "B", "A"],
+            "category": ["animals"] * 3, "prediction": ["A", "The answer is B.", "I can't see."]}  # fmt: skip
+    return pd.DataFrame(rows | more)
+
+
+def test_records_of_vlmevalkit_are_read_by_the_letter_where_no_judge_was(tmp_path, caplog):
+    folder = tmp_path / "sees_7b"
+    folder.mkdir()
+    records().to_excel(folder / "sees_7b_MMBench_DEV_EN.xlsx", index=False)
+    results = read_results(tmp_path)
+    assert results.models == ["sees_7b"]
+    assert results.scores[:, 0].tolist() == [1, 1, 0]
+    assert "1 of 3 answers name no option" in caplog.text
+    row = results.queries.iloc[1]
+    assert row["prompt"] == f"{ASK}\nA. a cat\nB. a dog"
+    assert (row["id"], row["benchmark"], row["subject"]) == ("MMBench_DEV_EN/1", "MMBench_DEV_EN", "animals")
+    assert row[IMAGES] == ("MMBench_DEV_EN/1.jpg",)
+
+
+def test_what_a_judge_wrote_counts_before_our_own_reading(tmp_path):
+    records(hit=[0, 0, 1]).to_csv(tmp_path / "sees_MMStar_gpt-4o_result.tsv", index=False, sep="\t")
+    results = read_results(tmp_path / "sees_MMStar_gpt-4o_result.tsv")
+    assert (results.models, results.scores[:, 0].tolist()) == (["sees"], [0, 0, 1])
+    assert set(results.queries["benchmark"]) == {"MMStar"}
+
+
+def test_free_answers_without_a_judge_are_refused(tmp_path):
+    records(answer=["yes", "no", "7"]).to_excel(tmp_path / "sees_MMVet.xlsx", index=False)
+    with pytest.raises(ResultsError, match="answers that are no letters, and no column 'hit' or 'score' that a judge"):
+        read_results(tmp_path / "sees_MMVet.xlsx")
+
+
+@pytest.mark.skipif("EXPERTOKEN_DATA" not in os.environ, reason="no published results here (EXPERTOKEN_DATA)")
+def test_a_published_record_of_vlmevalkit_is_read():
+    file = Path(os.environ["EXPERTOKEN_DATA"]) / "vision" / "vlmevalkit-form" / "llava_next_yi_34b_MMStar.xlsx"
+    results = read_results(file)
+    assert (len(results), results.models) == (1500, ["llava_next_yi_34b"])
+    assert 0.3 < results.scores.mean() < 0.7
+
+
+def test_samples_of_lmms_eval_are_read_whatever_their_metric_looks_like(tmp_path):
+    folder = tmp_path / "org__sees-7b"
+    folder.mkdir()
+    ours = {"target": "A", "filtered_resps": ["A"], "doc_hash": "x"}
+    tasks = {
+        "ai2d": [{"exact_match": 1.0}, {"exact_match": 0.0}],
+        "mme": [{"mme_perception_score": {"question_id": 1, "score": 1.0}}, {"mme_perception_score": {"score": 0}}],
+        "mmmu_val": [{"mmmu_acc": {"id": "1", "answer": "A", "parsed_pred": "A"}},
+                     {"mmmu_acc": {"id": "2", "answer": "A", "parsed_pred": ["B"]}}],
+    }  # fmt: skip
+    for task, metrics in tasks.items():
+        lines = [json.dumps({"doc_id": i, "input": f"<image>\n{ASK}", **ours, **m}) for i, m in enumerate(metrics)]
+        (folder / f"20261130_120000_samples_{task}.jsonl").write_text("\n".join(lines) + "\n")
+    results = read_results(tmp_path)
+    assert results.models == ["org/sees-7b"]
+    assert results.scores[:, 0].tolist() == [1, 0] * 3
+    assert set(results.queries["prompt"]) == {ASK}
+    assert results.queries[IMAGES].nunique() == 6
+    (folder / "20261130_120000_samples_odd.jsonl").write_text(
+        json.dumps({"doc_id": 0, "input": "x", "gpt": {"n": "?"}})
+    )
+    with pytest.raises(ResultsError, match="no metric that says whether the answer is right; it has gpt"):
+        read_results(tmp_path)
