@@ -180,6 +180,8 @@ def asked(stage: Stage, mounted: dict[Path, str]) -> None:
         to = stage.root / target.lstrip("/")
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, to) if source.is_dir() else shutil.copy2(source, to)
+    process_files = str(stage.root / "proc")  # which every engine gives a container, and PyTorch reads
+    subprocess.run(["mount", "-t", "proc", "proc", process_files], check=True)
     given, environment = stage.chroot([*stage.entrypoint, *stage.command], EXPERTOKEN_API_KEYS=_KEY, HF_HUB_OFFLINE="1")
     server = subprocess.Popen(given, env=environment, start_new_session=True)
     try:
@@ -203,6 +205,7 @@ def asked(stage: Stage, mounted: dict[Path, str]) -> None:
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)
+        subprocess.run(["umount", "--lazy", process_files], check=True)
 
 
 def main() -> None:
