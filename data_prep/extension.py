@@ -16,7 +16,8 @@ from .contexts import copies, origin_of
 from .labels import Labelling, absent, label
 from .leaks import IMAGES, handle_leaks, questions_of
 from .results import BenchmarkResults, blank_contaminated
-from .supervision import Supervision, SupervisionInfo, make_datasets, messages_of, question_of
+from .rows import make_datasets, messages_of, question_of
+from .supervision import Supervision, SupervisionInfo
 
 
 @dataclass

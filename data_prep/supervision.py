@@ -24,7 +24,8 @@ from . import SPLITS
 from .contexts import copies, origin_of
 from .labels import Labelling, absent, filled_costs, label
 from .leaks import IMAGES, LEAKS, handle_leaks
-from .results import MESSAGES, BenchmarkResults, HoldOut, blank_contaminated
+from .results import BenchmarkResults, HoldOut, blank_contaminated
+from .rows import make_datasets, messages_of
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -462,73 +463,3 @@ def _named(pictures: Mapping[str, Path], queries: "pd.DataFrame") -> dict[str, P
     """Return the pictures that queries name."""
     names = {name for images in queries.get(IMAGES, ()) for name in images or ()}
     return {name: file for name, file in pictures.items() if name in names}
-
-
-def messages_of(queries: "pd.DataFrame") -> list[list[dict[str, Any]]]:
-    """Return each query as a conversation, in content parts: its messages, or its prompt as one user message.
-
-    Pictures stand before the text of the last message.
-    """
-    own = queries[MESSAGES] if MESSAGES in queries else [None] * len(queries)
-    conversations = [
-        [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        if messages
-        else [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
-        for prompt, messages in zip(queries["prompt"], own, strict=True)
-    ]
-    for conversation, images in zip(conversations, queries.get(IMAGES, ()), strict=False):
-        content: Any = conversation[-1]["content"]
-        content[:0] = [{"type": "image_url", "text": None, "image": name} for name in images or ()]
-    return conversations
-
-
-def question_of(conversation: Sequence[dict[str, Any]]) -> tuple[str, tuple[str, ...] | None]:
-    """Return the text and the pictures of a conversation's last message, as `messages_of` put them there."""
-    content = conversation[-1]["content"]
-    images = tuple(part["image"] for part in content if part["type"] == "image_url")
-    return "\n".join(part["text"] for part in content if part["type"] == "text"), images or None
-
-
-def make_datasets(
-    queries: "pd.DataFrame",
-    messages: Sequence[Any],
-    scores: np.ndarray,
-    costs: np.ndarray | None,
-    targets: np.ndarray,
-    weights: np.ndarray,
-) -> "DatasetDict":
-    """Return the sides of a supervision, by the column `split` of `queries`; see `Supervision` for the columns."""
-    from datasets import Dataset, DatasetDict, Features, List, Value
-
-    numbers = List(Value("float32"))
-    part = {"type": Value("string"), "text": Value("string")}
-    if IMAGES in queries:  # without pictures a supervision is what it was before there were any
-        part["image"] = Value("string")
-    features = Features(
-        {
-            "id": Value("string"),
-            "messages": List({"role": Value("string"), "content": List(part)}),
-            "benchmark": Value("string"),
-            "subject": Value("string"),
-            "target": numbers,
-            "weight": Value("float32"),
-            "scores": numbers,
-            "costs": numbers,
-        }
-    )
-    sides = {}
-    for name in SPLITS:
-        rows = np.flatnonzero(queries["split"].to_numpy() == name)
-        chosen = queries.iloc[rows]
-        columns = {
-            "id": chosen["id"].tolist(),
-            "messages": [messages[int(row)] for row in rows],
-            "benchmark": chosen["benchmark"].tolist(),
-            "subject": chosen["subject"].tolist(),
-            "target": list(targets[rows]),
-            "weight": weights[rows],
-            "scores": list(scores[rows]),
-            "costs": [[]] * len(rows) if costs is None else list(costs[rows]),
-        }
-        sides[name] = Dataset.from_dict(columns, features=features)
-    return DatasetDict(sides)

@@ -25,7 +25,7 @@ _NEEDED = ("index", "question", "answer", "prediction")
 _JUDGED = ("hit", "score")
 _OPTIONS = "ABCDEFGH"
 _HEAD = 20_000  # characters
-_JUDGES = re.compile(r"_(?:gpt|chatgpt|qwen|exact_matching|openai)[\w.-]*?_(?:result|score)s?$|_result$", re.IGNORECASE)
+_JUDGES = re.compile(r"_(?:gpt|chatgpt|qwen|exact_matching)[\w.-]*?_(?:result|score)s?$|_result$", re.IGNORECASE)
 _LETTER = re.compile(r"^[\s(\[*]*([A-H])(?=[\s.,:;)\]*]|$)|\b(?:answer|option|choice)(?: is|:)?\s*[(\[*]*([A-H])\b")
 
 
@@ -74,7 +74,7 @@ def _named(file: Path, model: str | None, dataset: str | None) -> tuple[str, str
     else:
         before, _, behind = stem.rpartition("_")
         found = (before, behind) if before else (stem, stem)
-    return model or found[0], dataset or found[1]
+    return model or found[0].replace("__", "/"), dataset or found[1]
 
 
 def _read(file: Path, model: str, dataset: str) -> BenchmarkResults:

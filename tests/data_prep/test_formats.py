@@ -203,7 +203,26 @@ def leaderboard_details(folder):
         frame.to_parquet(place / "details_harness|hendrycksTest-law|5_2023-09-01T00:00:00.000000.parquet")
 
 
+def vlmevalkit(folder):
+    for model, scores in zip(("org__a", "b"), SCORES.T, strict=True):
+        rows = [{"index": i, "question": f"Which is {i}?", "A": "one", "B": "two", "answer": "A", "category": "numbers",
+                 "prediction": "A" if score else "B. two"} for i, score in enumerate(scores)]  # fmt: skip
+        (folder / model).mkdir()
+        pd.DataFrame(rows).to_excel(folder / model / f"{model}_MMBench_DEV_EN.xlsx", index=False)
+
+
+def lmms_eval(folder):
+    for model, scores in zip(("org__a", "b"), SCORES.T, strict=True):
+        rows = [{"doc_id": i, "target": "A", "filtered_resps": ["A"], "doc_hash": "x", "input": f"<image>\nWhich is {i}?",
+                 "exact_match": score} for i, score in enumerate(scores)]  # fmt: skip
+        (folder / model).mkdir()
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / model / "20261130_120000_samples_ai2d.jsonl").write_text(lines)
+
+
 SHAPES = {
+    "vlmevalkit": [vlmevalkit],
+    "lmms-eval": [lmms_eval],
     "routerbench": [routerbench_csv, routerbench_pickle],
     "routellm": [routellm],
     "routerarena": [routerarena_cached, routerarena_predictions],
