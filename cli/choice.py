@@ -1,9 +1,13 @@
-"""Options with a fixed set of values, which come from the registries of the library."""
+"""Options that several verbs have, and options with a fixed set of values out of the library's registries."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ..modeling.errors import ExpertokenError, did_you_mean
+
+RayAddress = Annotated[str | None, typer.Option(help="ray: address of the cluster. Default: a local one is started.")]
 
 
 def one_of(name: str, values: Iterable[str], *, several: bool = False) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..modeling.cluster import ENGINES, Cluster
-from .choice import one_of
+from .choice import RayAddress, one_of
 
 
 def collect(
@@ -30,9 +30,7 @@ def collect(
         str,
         typer.Option(**one_of("engine", ENGINES), help="local: one pair after another. ray: pairs on a Ray cluster."),
     ] = "local",
-    ray_address: Annotated[
-        str | None, typer.Option(help="ray: address of the cluster. Default: a local one is started.")
-    ] = None,
+    ray_address: RayAddress = None,
     cpus: Annotated[float, typer.Option(help="ray: CPUs that a pair asks for.")] = 1,
     gpus: Annotated[float, typer.Option(help="ray: GPUs that a local model's pair asks for.")] = 0,
     trust_remote_code: Annotated[bool, typer.Option(help="Let repositories run their own code.")] = False,

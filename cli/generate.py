@@ -1,6 +1,6 @@
 """`expertoken generate`: answers for a file of conversations."""
 
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +8,7 @@ import typer
 
 from ..modeling.cluster import ENGINES, Cluster
 from ..modeling.source import QUANTIZATIONS
-from .choice import one_of
+from .choice import RayAddress, one_of
 
 
 def generate(
@@ -32,9 +32,7 @@ def generate(
         str,
         typer.Option(**one_of("engine", ENGINES), help="local: in this process. ray: by workers on a Ray cluster."),
     ] = "local",
-    ray_address: Annotated[
-        str | None, typer.Option(help="ray: address of the cluster. Default: a local one is started.")
-    ] = None,
+    ray_address: RayAddress = None,
     workers: Annotated[int, typer.Option(min=1, help="ray: workers; each holds the whole composite.")] = 1,
     cpus: Annotated[float, typer.Option(min=0, help="ray: CPUs that a worker asks for.")] = 1,
     gpus: Annotated[float, typer.Option(min=0, help="ray: GPUs that a worker asks for.")] = 0,
@@ -58,14 +56,14 @@ def generate(
         "quantization": expert_quantization,
     }
     generation = Generation(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    with ExitStack() as stack:
-        answering: Any
-        if engine == "ray":
-            from ..inference.spread import RayWorkers
+    opened: Any
+    if engine == "ray":
+        from ..inference.spread import RayWorkers
 
-            answering = stack.enter_context(RayWorkers(composite, workers, Cluster(ray_address, cpus, gpus), **options))
-        else:
-            answering = open_model(composite, **options)
+        opened = RayWorkers(composite, workers, Cluster(ray_address, cpus, gpus), **options)
+    else:
+        opened = nullcontext(open_model(composite, **options))
+    with opened as answering:
         counts = generate_file(
             answering, source, out, generation=generation, concurrent=concurrent, overwrite=overwrite
         )

@@ -77,16 +77,23 @@ def _serve(address: str) -> None:
     sys.stdout.write("listening\n")
     sys.stdout.flush()
     while True:
+        done = set()  # a fork may end in the moment in which whoever asked for it goes
         for key, _ in waiting.select():
             if key.fileobj is listening:
                 connection, _ = listening.accept()
-                if (pid := _forked(connection)) is not None:
+                if (pid := _forked(connection)) is None:
+                    connection.close()
+                    continue
+                with suppress(OSError):
                     connection.sendall(pid.to_bytes(8, "big"))
-                    ended = os.pidfd_open(pid)
-                    waiting.register(ended, selectors.EVENT_READ, (pid, ended, connection))
-                    waiting.register(connection, selectors.EVENT_READ, (pid, ended, connection))
+                ended = os.pidfd_open(pid)
+                waiting.register(ended, selectors.EVENT_READ, (pid, ended, connection))
+                waiting.register(connection, selectors.EVENT_READ, (pid, ended, connection))
                 continue
             pid, ended, connection = key.data
+            if pid in done:
+                continue
+            done.add(pid)
             waiting.unregister(ended)
             waiting.unregister(connection)
             if key.fileobj is connection:  # whoever asked is gone
@@ -99,11 +106,16 @@ def _serve(address: str) -> None:
 
 
 def _forked(connection: socket.socket) -> int | None:
-    """Read what is asked, fork, and return the fork's process; the fork itself never comes back."""
+    """Read what is asked, fork, and return the fork's process; the fork itself never comes back.
+
+    None where whoever asked went before all was said.
+    """
     length, files, *_ = socket.recv_fds(connection, 8, 3)
     left, parts = int.from_bytes(length, "big"), []
     while left:
         parts.append(connection.recv(min(left, 2**20)))
+        if not parts[-1]:
+            return None
         left -= len(parts[-1])
     argv, folder, environment = json.loads(b"".join(parts))
     if (pid := os.fork()) == 0:
