@@ -2,9 +2,11 @@
 
 import argparse
 import itertools
+import runpy
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -48,17 +50,17 @@ _DEFAULTS: dict[str, Any] = {
 
 def make_parser(*, everything: bool) -> "HfArgumentParser":
     """The argument parser; without `everything` it knows our own arguments only and needs no torch."""
-    if everything:
-        require_extra("accelerate", "train")
-    from transformers.hf_argparser import HfArgumentParser
-
     kinds: list[Any] = [ExpertokenArguments]
     if everything:
-        from transformers import TrainingArguments
+        require_extra("accelerate", "train")
+        from transformers import HfArgumentParser, TrainingArguments
 
+        parser_class = HfArgumentParser
         kinds.append(TrainingArguments)
+    else:
+        parser_class = _argument_parser()
     recipes = ", ".join(names(RECIPES))
-    parser = HfArgumentParser(
+    parser = parser_class(
         kinds,
         prog="expertoken train",
         usage=_USAGE,
@@ -74,6 +76,14 @@ def make_parser(*, everything: bool) -> "HfArgumentParser":
         if any(flag.startswith("--no_") for flag in action.option_strings):
             action.help = f"The opposite of --{action.dest}."
     return parser
+
+
+def _argument_parser() -> type["HfArgumentParser"]:
+    """Load transformers' parser from its file: importing the package takes over a second, and help needs none of it."""
+    package = find_spec("transformers")
+    assert package is not None
+    assert package.origin is not None
+    return runpy.run_path(str(Path(package.origin).with_name("hf_argparser.py")))["HfArgumentParser"]
 
 
 def _deepspeed() -> dict[str, Path]:
