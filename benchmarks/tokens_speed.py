@@ -26,7 +26,7 @@ from expertoken.data_prep.supervision import Supervision, build_supervision
 from expertoken.examples.smollm2 import smollm2
 from expertoken.modeling.batching import token_batches
 from expertoken.modeling.chat import Query
-from expertoken.modeling.dispatch import position_ids
+from expertoken.modeling.dispatch import positions
 from expertoken.modeling.meta import MetaLLM
 from expertoken.modeling.states import state_logits, states_of
 from expertoken.train.arguments import L2
@@ -53,7 +53,7 @@ def forward(meta: MetaLLM, queries: list[Query]) -> float:
     started = time.perf_counter()
     for batch in token_batches([len(query) for query in queries], BATCH_TOKENS):
         inputs = meta.pad([queries[row] for row in batch])
-        meta.plain(**inputs, position_ids=position_ids(inputs["attention_mask"]), logits_to_keep=1)
+        meta.plain(**inputs, position_ids=positions(meta.plain, inputs), logits_to_keep=1)
     return time.perf_counter() - started
 
 

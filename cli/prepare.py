@@ -111,7 +111,7 @@ def prepare(
         logger.warning(sentence)
     merged = read_all(results, format, option).flag(_pair(text) for text in contaminated or ())
     if images is not None:
-        from ..data_prep.pictures import with_pictures
+        from ..data_prep.images import with_pictures
 
         merged = with_pictures(merged, images)
     supervision = build_supervision(

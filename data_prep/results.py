@@ -38,7 +38,7 @@ class BenchmarkResults:
         costs: `[N, M]` USD per query, or None where nothing is known.
         contaminated: pairs (model, benchmark) where the model was trained on the benchmark's own train side: its scores
             there say less than they seem to, and labels leave them out.
-        pictures: file of each picture that `images` names, as far as they are here (see `pictures.with_pictures`).
+        pictures: file of each picture that `images` names, as far as they are here (see `images.with_pictures`).
 
     Raises:
         ResultsError: there are no queries or models, shapes differ, an id or a model appears twice, a score is outside

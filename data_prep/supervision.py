@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from ..modeling.consent import agree
 from ..modeling.errors import ExpertokenError, ResultsError, did_you_mean, one_line
 from ..modeling.experts import SELF, Expert
 from ..modeling.files import PRODUCTS, atomic_folder, check_product, read_settled
+from ..modeling.pictures import Picture, part_of
 from ..modeling.pool import ExpertPool
 from ..modeling.utility import utility
 from . import SPLITS
@@ -30,7 +32,7 @@ from .rows import make_datasets, messages_of
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-    from ..modeling.chat import Query
+    from ..modeling.chat import Message, Query
     from ..modeling.composite import Manifest
     from ..modeling.meta import MetaLLM
 
@@ -138,7 +140,22 @@ class Supervision:
         """
         from ..modeling.states import encode_all
 
-        return encode_all(meta, self.side(name)["messages"], name, quiet=quiet)
+        return encode_all(meta, self.conversations(name), name, quiet=quiet)
+
+    def conversations(self, name: str) -> "list[list[Message]]":
+        """Return the conversations of a side, with their pictures as far as those are here.
+
+        Raises:
+            ExpertokenError: there is no such side, or it is empty.
+        """
+        known = {key: part_of(Picture(file, bytes.fromhex(key))) for key, file in self.pictures.items()}
+        messages: Any = self.side(name)["messages"][:]
+        if not known:
+            return messages
+        return [
+            [m | {"content": [known.get(part["image"] or "", part) for part in m["content"]]} for m in conversation]
+            for conversation in messages
+        ]
 
     def _paid(self, name: str) -> np.ndarray:
         """Costs of a side without gaps, as the labels were made with them."""
@@ -254,13 +271,14 @@ class Supervision:
             raise ExpertokenError(
                 f"{path}: not a supervision folder, made by `expertoken prepare` ({one_line(error)})"
             ) from None
-        pictures = {file.stem: file for file in sorted((path / _PICTURES).glob("*.*"))}
+        files = sorted((path / _PICTURES).glob("*.*"))
+        pictures = {file.stem: file for file in files if re.fullmatch("[0-9a-f]{32}", file.stem)}
         return cls(data, ExpertPool.from_yaml(path / POOL_FILE), info, pictures)
 
 
 def _copy_pictures(pictures: Mapping[str, Path], folder: Path) -> None:
     """Copy pictures into a folder, each once, by the name of its content."""
-    from .pictures import suffix_of
+    from .images import suffix_of
 
     folder.mkdir()
     for name, file in pictures.items():

@@ -101,7 +101,7 @@ def _known(loaded: Composite, supervision: Supervision) -> Side:
     columns = supervision.columns_of(loaded.pool.names)
     sides = [name for name in ("train", "validation") if len(supervision.data[name])]
     features = [
-        np.asarray(states_of(loaded.meta, supervision.side(name)["messages"], label=f"{name} states").hidden)
+        np.asarray(states_of(loaded.meta, supervision.conversations(name), label=f"{name} states").hidden)
         for name in sides
     ]
     scores = [np.where(supervision.absent(name), 0, supervision.scores(name))[:, columns] for name in sides]

@@ -129,7 +129,7 @@ def read_split(composite: Composite, supervision: Supervision, name: str, *, sta
         raise ExpertokenError(f"no candidate of the composite was measured on the {name} side; nothing to compare")
     if len(kept) < len(raw):
         logger.warning("%d queries that no candidate was measured on are left out", len(raw) - len(kept))
-    messages = side["messages"]
+    messages = supervision.conversations(name)
     hidden = logits = np.zeros((len(raw), 0), np.float32)
     lengths = np.zeros(len(raw), dtype=int)
     queries: list[Query] = []

@@ -18,7 +18,7 @@ import torch
 
 from ..modeling.backend import Backend, Generation, Opening, Piece, Timeouts
 from ..modeling.capabilities import wants_tools
-from ..modeling.chat import Message, encode_text, is_media
+from ..modeling.chat import Message, count_media, encode_text
 from ..modeling.composite import POOL_FILE, Composite, load_composite
 from ..modeling.consent import agree, check_agreed
 from ..modeling.errors import ExpertokenError, OutOfMemoryError, one_line
@@ -279,8 +279,8 @@ class CompositeModel(AnsweringModel):
         last = affinity.last
         if answer and policy.sticky > 0 and last:  # most likely, so that its model may come while this is decided
             self.prepare(last)
-        # A decision reads `[image_url]` for an image; an answer must not.
-        answer = answer and query.whole and not any(is_media(message) for message in messages)
+        # A decision reads `[image_url]` for what it does not see; an answer must not.
+        answer = answer and query.whole and sum(map(count_media, messages)) == len(query.media)
         answer = answer and not wants_tools({} if generation is None else generation.extra)  # other prompts
         choose = partial(
             self.chooser.choose, policy, prompt_tokens=tokens, last=last, cached=affinity.cached, unable=unable
@@ -308,7 +308,7 @@ class CompositeModel(AnsweringModel):
         first = first and not wants_tools(generation.extra)
         if first:
             generation = within(generation, self._positions - decision.prompt_tokens)
-        if first and self.anywhere and decision.choose is not None and not any(map(is_media, messages)):
+        if first and self.anywhere and decision.choose is not None and not any(map(count_media, messages)):
             source = self._watched_answer(messages, decision, generation)
         elif first and decision.own is not None:
             source = self._self_answer(decision.own, generation)
@@ -405,6 +405,8 @@ class CompositeModel(AnsweringModel):
             "past_key_values": own.cache,
             "max_new_tokens": generation.max_new_tokens - 1,
         }
+        if (placed := own.inputs.get("position_ids")) is not None:  # the prompt's end is text: its position is the last
+            rest["position_ids"] = torch.cat([placed, placed[..., -1:] + 1], -1)
         source = stream_generate(
             model,
             tokenizer,

@@ -15,7 +15,7 @@ import torch
 
 from ..modeling.batching import run_batches
 from ..modeling.chat import Query
-from ..modeling.dispatch import Dispatch, candidate_logits, dispatch_forward, pooled_logits
+from ..modeling.dispatch import Dispatch, candidate_logits, dispatch_forward, pooled_logits, positions
 from ..modeling.errors import ExpertokenError
 from ..modeling.meta import MetaLLM
 from ..modeling.state import Enough
@@ -39,7 +39,8 @@ class OwnStart:
 
     Attributes:
         logits: `[1, V]` float32, without the experts' tokens, which self must not write.
-        inputs: `input_ids` and `attention_mask` `[1, T]`, padded on the left as the decision's batch was.
+        inputs: `input_ids` and `attention_mask` `[1, T]`, padded on the left as the decision's batch was, and
+            `position_ids` `[3, 1, T]` of a model that has three dimensions of them.
         cache: of the row.
     """
 
@@ -235,6 +236,7 @@ class Decider:
             return any(self._goes_on(question, choice) for question, choice in zip(questions, chosen, strict=True))
 
         inputs = self.meta.pad([question.query for question in questions])
+        inputs["position_ids"] = positions(self.meta.plain, inputs)
         start = self._forward(questions, inputs, choose)
         found: list[Decision | Exception] = []
         for row, (question, dispatch) in enumerate(zip(questions, chosen, strict=True)):
@@ -263,7 +265,10 @@ class Decider:
         with self._lock:  # lanes come here at the same time
             if len(self._starts) >= _MOST_STARTS:
                 return None
-        chosen = {key: value[row : row + 1] for key, value in inputs.items()}
+        # Not what it has seen, which lies in the cache, and has no dimension for the batch in some families.
+        chosen = {key: inputs[key][row : row + 1] for key in ("input_ids", "attention_mask")}
+        if inputs["position_ids"].dim() > chosen["input_ids"].dim():
+            chosen["position_ids"] = inputs["position_ids"][:, row : row + 1]
         single = _row_of(cache, row, len(logits), logits.device)
         own = logits[row : row + 1, : self.meta.vocab_size].float().clone()  # no view of the whole batch's
         start = OwnStart(own, chosen, single)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -18,23 +18,18 @@ from .errors import ExpertFailedError, ExpertokenError, one_line
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+    from .pictures import Picture
+    from .sight import Sight
+
 Message = dict[str, Any]
 """One chat message: `role` (system, user, assistant or tool) and `content`, a text or a list of parts.
 
-A part is `{"type": "text", "text": ...}`, as OpenAI's API has it; other types reach experts behind an endpoint as they
-are, while models that run here read text only.
+A part is `{"type": "text", "text": ...}`, as OpenAI's API has it, or a picture as `pictures.picture_of` reads it; other
+types reach experts behind an endpoint as they are.
 """
 
 Ids = np.ndarray[Any, np.dtype[np.int32]]
 """Token ids `[T]`: Python's integers take nine times the memory."""
-
-
-class Media(Protocol):
-    """A part of a query that is no text, such as a picture."""
-
-    @property
-    def key(self) -> bytes:
-        """Hash of the content, by which caches know it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,14 +38,14 @@ class Query:
 
     Attributes:
         ids: token ids `[T]`.
-        media: parts that are no text, in the order of their placeholders in `ids`.
+        media: pictures, in the order of their tokens in `ids`.
         cut: tokens of the conversation that were left out, about.
         folded: whether roles were changed for the chat template's sake.
         dated: whether the chat template prints a date, which is another one than today.
     """
 
     ids: Ids
-    media: tuple[Media, ...] = ()
+    media: "tuple[Picture, ...]" = ()
     cut: int = 0
     folded: bool = False
     dated: bool = False
@@ -132,10 +127,10 @@ def _is_content(content: Any) -> bool:
 _TEXTS = ("text", "refusal")
 
 
-def is_media(message: Message) -> bool:
-    """Whether a message has parts that are no text."""
+def count_media(message: Message) -> int:
+    """Return how many parts of a message are no text."""
     content = message.get("content")
-    return isinstance(content, list) and any(part["type"] not in _TEXTS for part in content)
+    return sum(part["type"] not in _TEXTS for part in content) if isinstance(content, list) else 0
 
 
 def text_of(message: Message, *, placeholders: bool = False) -> str:
@@ -169,6 +164,11 @@ def text_of(message: Message, *, placeholders: bool = False) -> str:
 
 
 _AS = {"developer": "system"}  # OpenAI's newer name for it, which templates don't know
+
+
+def sight_of(tokenizer: "PreTrainedTokenizerBase") -> "Sight | None":
+    """Return what sees for the model of a tokenizer; None where it reads text only."""
+    return getattr(tokenizer, "sight", None)
 
 
 _CONTROL: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, list[str]]]" = WeakKeyDictionary()
@@ -212,6 +212,7 @@ def encode_chat(
     placeholders: bool = False,
     most: int | None = None,
     today: datetime.date | None = None,
+    pictures: "Sequence[Picture]" = (),
 ) -> list[int]:
     """Token ids of a conversation up to the dispatch position: the end of the template's generation prompt.
 
@@ -226,6 +227,7 @@ def encode_chat(
         placeholders: see `text_of`.
         most: tokens; None for no limit.
         today: what the template prints where it prints the date; None for the present.
+        pictures: that marks in the texts stand for, where the model sees; see `pictures.marked`.
 
     Raises:
         ExpertokenError: the template refuses the conversation, or it is longer than `most`.
@@ -250,14 +252,23 @@ def encode_chat(
         raise ExpertokenError(
             f"the conversation has {characters} characters, and so more than {most} tokens; at most {most} are read"
         )
+    sight = sight_of(tokenizer)
+    if sight is not None:
+        # What is written as the token of a picture is none, also where the processor looks for it in the text.
+        texts = [message | {"content": apart(message["content"], sight.tokens)} for message in messages]
+        messages = sight.conversation(texts, pictures)
     try:
         with exclusive(tokenizer):
-            ids: Any = tokenizer.apply_chat_template(
-                messages,
-                add_generation_prompt=True,
-                return_dict=False,
-                sanitize_control_tokens=True,
-                **dated,
+            ids: Any = (
+                tokenizer.apply_chat_template(
+                    messages,
+                    add_generation_prompt=True,
+                    return_dict=False,
+                    sanitize_control_tokens=True,
+                    **dated,
+                )
+                if sight is None
+                else sight.ids(messages, **dated)
             )
     except (TemplateError, ValueError) as error:
         # Templates refuse what their model was not trained for: a system message, two user messages in a row.
@@ -274,6 +285,27 @@ def encode_chat(
             "do not belong together"
         )
     return ids
+
+
+def read_chat(
+    tokenizer: "PreTrainedTokenizerBase", conversation: str | Sequence[Message], vocab_size: int, **options: Any
+) -> Query:
+    """Return a conversation as a model answers it, with its pictures where the model sees.
+
+    Args:
+        tokenizer: tokenizer with a chat template.
+        conversation: the messages.
+        vocab_size: V.
+        **options: of `encode_chat`, as its errors are.
+    """
+    from .pictures import marked
+
+    messages = as_messages(conversation)
+    pictures: list[Picture] = []
+    if sight_of(tokenizer) is not None:
+        messages, pictures = marked(messages)
+    ids = encode_chat(tokenizer, messages, vocab_size, pictures=pictures, **options)
+    return replace(Query.of(ids), media=tuple(pictures))
 
 
 _THOUGHT = ("<think>", "</think>")
@@ -324,7 +356,9 @@ def _header(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -
     render = partial(tokenizer.apply_chat_template, tokenize=False)
     try:
         bare = str(render(list(messages), add_generation_prompt=True))
-        answer: Message = {"role": "assistant", "content": _SENTINEL}
+        parts = isinstance(messages[-1]["content"], list)  # of a model that sees
+        content = [{"type": "text", "text": _SENTINEL}] if parts else _SENTINEL
+        answer: Message = {"role": "assistant", "content": content}
         whole = str(render([*messages, answer], continue_final_message=True))
     except (TemplateError, ValueError):
         return ""

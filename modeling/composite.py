@@ -78,6 +78,12 @@ class Composite:
     manifest: Manifest
     folder: Path | None = None
 
+    def __post_init__(self) -> None:
+        own = self.pool.self_expert  # which sees where the meta LLM does, unless its entry says otherwise
+        if self.meta.sight is not None and own is not None and own.supports is None:
+            candidates = [expert for expert in self.pool.candidates if expert is not own]
+            self.pool = ExpertPool([*candidates, replace(own, supports=("images",))])
+
     @property
     def chooser(self) -> Chooser:
         """What chooses among the candidates from their logits."""
@@ -211,7 +217,7 @@ def write_composite(composite: Composite, folder: Path, trained: Trained) -> Non
     if "path" in manifest.data:
         document["data"]["path"] = portable(manifest.data["path"], folder)
     (folder / MANIFEST_FILE).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
-    meta.tokenizer.save_pretrained(folder)
+    (meta.tokenizer if meta.sight is None else meta.sight.processor).save_pretrained(folder)
     if trained.adapter is not None:
         adapted: Any = meta.model
         replace(adapted.peft_config["default"], inference_mode=True).save_pretrained(folder)
@@ -331,7 +337,7 @@ def load_composite(
         meta = MetaLLM.from_pretrained(
             source, len(pool.names), device=device, dtype=dtype, quantization=base.get("quantization"), state=state
         )
-    meta.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    meta.tokenizer = load_tokenizer(path, seeing=meta.sight is not None, trust_remote_code=trust_remote_code)
     meta.view = View(**manifest.decision.get("view", {}))
     if "path" in manifest.data:
         manifest.data["path"] = _resolved(manifest.data["path"], path)

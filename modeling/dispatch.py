@@ -1,7 +1,10 @@
 """The decision: a distribution over pool + self, read off ONE position of the meta LLM."""
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -54,9 +57,35 @@ class Dispatch:
         return cls(ranking[0], table, reason, ranking, right)
 
 
-def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions that do not count padding, `[N, T]`: without them a left-padded GPT-2 gives other logits."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+_SPATIAL: "WeakKeyDictionary[nn.Module, str | None]" = WeakKeyDictionary()
+
+
+def positions(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Return positions that do not count padding: without them a left-padded GPT-2 gives other logits.
+
+    Models that give pictures positions in three dimensions (M-RoPE) would count for themselves, but remember a part of
+    the result, which another thread's pass may have changed when an answer goes on.
+
+    Args:
+        model: a causal LM, wrapped or not.
+        batch: `input_ids` and `attention_mask` `[N, T]`, and what the model sees.
+
+    Returns:
+        `[N, T]`, or `[3, N, T]` for M-RoPE.
+    """
+    mask = batch["attention_mask"]
+    plain = (mask.cumsum(-1) - 1).clamp(min=0)
+    if model not in _SPATIAL:
+        named = (name for name, module in model.named_modules() if hasattr(module, "get_rope_index"))
+        _SPATIAL[model] = next(named, None)
+    spatial = _SPATIAL[model]
+    if spatial is None:
+        return plain
+    if "mm_token_type_ids" not in batch:
+        return plain.expand(3, -1, -1)
+    index: Any = model.get_submodule(spatial).get_rope_index
+    known = inspect.signature(index).parameters
+    return index(**{key: value for key, value in batch.items() if key in known})[0]
 
 
 def dispatch_forward(
@@ -71,25 +100,21 @@ def dispatch_forward(
         input_ids: `[N, T]`, padded on either side.
         attention_mask: `[N, T]`.
         pooling: see `state.StateSpec`; a model that is not cut is read at its last token.
-        **forward: passed to the model's forward. There is no KV cache where none is given.
+        **forward: passed to the model's forward, with the pixels of pictures. There is no KV cache where none is given.
 
     Returns:
         logits `[N, V + C]`, without the vocabulary's where the model is cut, and the model's output.
     """
+    read = {"input_ids": input_ids, "attention_mask": attention_mask}
     forward = {"use_cache": False} | forward
+    if "position_ids" not in forward:
+        forward["position_ids"] = positions(model, read | forward)
     if pooling != "last":
-        positions = position_ids(attention_mask)
-        output = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, **forward)
+        output = model(**read, **forward)
         return pooled_logits(output.logits, attention_mask, pooling), output
     last = last_positions(attention_mask)
     keep, column = last.unique(return_inverse=True)
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids(attention_mask),
-        logits_to_keep=keep,
-        **forward,
-    )
+    output = model(**read, logits_to_keep=keep, **forward)
     return output.logits[torch.arange(len(input_ids), device=last.device), column], output
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from .errors import ExpertokenError, is_out_of_memory, one_line, require_extra
 from .from_gguf import converted
+from .sight import Sight, sees
 from .source import DTYPES, QUANTIZATIONS, Source, is_path
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def load_causal_lm(
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a causal LM and its tokenizer from a hub id, a local folder or a GGUF file, in evaluation mode.
 
+    A model that sees is loaded with its processor, which the tokenizer knows; see `chat.sight_of`.
+
     Args:
         source: the model.
         device: where to; the first accelerator, or the CPU, where not given.
@@ -79,7 +82,7 @@ def load_causal_lm(
     Raises:
         ExpertokenError: the model can't be loaded; the message says why.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     device = as_device(device)
     dtype = as_dtype(dtype or (torch.float32 if device.type == "cpu" else "auto"))
@@ -96,9 +99,11 @@ def load_causal_lm(
     if quantization or _loads_directly(device):
         loading["device_map"] = {"": device}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        seeing = sees(AutoConfig.from_pretrained(where, **options))
+        tokenizer = _tokenizer(where, seeing=seeing, **options)
+        family: Any = AutoModelForImageTextToText if seeing else AutoModelForCausalLM
         with LOADING:
-            model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options, **loading)
+            model: Any = family.from_pretrained(where, dtype=dtype, **options, **loading)
         model = _unpacked(model) if quantization else model.to(device)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError) as error:
         if is_out_of_memory(error):
@@ -158,16 +163,29 @@ def _unpacked(model: nn.Module) -> nn.Module:
     return model
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+def _tokenizer(where: str | Path, *, seeing: bool, **options: Any) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    return (
+        Sight.from_pretrained(where, **options).tokenizer if seeing else AutoTokenizer.from_pretrained(where, **options)
+    )
+
+
+def load_tokenizer(folder: Path, *, seeing: bool = False, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """Load the chat tokenizer of a folder.
+
+    Args:
+        folder: the folder.
+        seeing: whether it is of a model that sees, so that a processor lies beside it.
+        trust_remote_code: allow the folder to run its own code.
 
     Raises:
         ExpertokenError: there is none, or it is damaged.
     """
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return _tokenizer(folder, seeing=seeing, trust_remote_code=trust_remote_code)
+    except ExpertokenError:
+        raise
     except Exception as error:  # a damaged tokenizer.json is a bare Exception of the Rust library
         raise ExpertokenError(f"{folder}: its tokenizer can't be loaded ({one_line(error)})") from error
 

@@ -6,19 +6,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from .chat import Message, Query, encode_text
-from .dispatch import candidate_logits, dispatch_forward, position_ids
+from .chat import Message, Query, encode_text, sight_of
+from .dispatch import candidate_logits, dispatch_forward, positions
 from .errors import ExpertokenError, one_line
 from .fingerprint import fingerprint
 from .head import ExpertHead, install_head, output_head
 from .initialization import initial_row
+from .inputs import padded
 from .loading import context_length, load_causal_lm, share_weights
 from .logits import LogitTransform
 from .sharding import full_shape, is_split, overwrite, whole
+from .sight import Sight
 from .source import Source
 from .state import HEAD, Enough, LayerReader, StateSpec, cut, number_of_layers, pooled
 from .view import View
@@ -231,23 +232,13 @@ class MetaLLM:
         return self.view.read(self.tokenizer, conversation, self.vocab_size, self.positions - 1)
 
     def pad(self, queries: Sequence[Query], device: torch.device | str | None = None) -> dict[str, Any]:
-        """Return a left-padded batch: `input_ids` and `attention_mask`, `[N, T]` each.
+        """Return a left-padded batch on the model's device, or another; see `inputs.padded`."""
+        return padded(queries, self.sight, device or self.device, self.plain.dtype)
 
-        Left, so that all dispatch positions fall into one column and one row of logits per query is computed.
-
-        Args:
-            queries: N queries.
-            device: device of the batch; the model's where None.
-        """
-        longest = max(map(len, queries))
-        # Which id pads does not matter: it is masked. 0 exists in every vocabulary, a pad token does not.
-        ids = np.zeros((len(queries), longest), dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for row, query in enumerate(queries):
-            ids[row, longest - len(query) :] = query.ids
-            mask[row, longest - len(query) :] = 1
-        device = device or self.device
-        return {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": torch.from_numpy(mask).to(device)}
+    @property
+    def sight(self) -> Sight | None:
+        """What sees for the model; None where it reads text only."""
+        return sight_of(self.tokenizer)
 
     @torch.inference_mode()
     def states(self, queries: Sequence[Query]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -263,7 +254,7 @@ class MetaLLM:
         batch = self.pad(queries)
         if self.state.layer is not None:
             with self._head_input() as read:
-                self.model(**batch, position_ids=position_ids(batch["attention_mask"]), use_cache=False)
+                self.model(**batch, position_ids=positions(self.model, batch), use_cache=False)
             both = pooled(read[0].float(), batch["attention_mask"], "both")
             return both.cpu(), torch.zeros(len(both))
         with self._head_input() as read:
@@ -302,7 +293,7 @@ class MetaLLM:
                 raise Enough
 
         with self.reader.reading(layers, keep):
-            self.plain(**batch, position_ids=position_ids(batch["attention_mask"]), use_cache=False, logits_to_keep=1)
+            self.plain(**batch, position_ids=positions(self.plain, batch), use_cache=False, logits_to_keep=1)
         return found
 
     @cached_property

@@ -114,11 +114,13 @@ def layer_stack(model: "PreTrainedModel") -> tuple[nn.Module, str]:
         ExpertokenError: none is found.
     """
     count = number_of_layers(model)
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    # Of a model that sees, the decoder's alone: what reads its pictures may have as many layers.
+    root = model.get_decoder() if hasattr(model.config, "vision_config") else model
+    names = [n for n, m in root.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not names:
         raise ExpertokenError(f"{type(model).__name__}: found no list of {count} layers in it; pass --state {HEAD}")
     parent, _, name = min(names, key=lambda n: n.count(".")).rpartition(".")
-    return model.get_submodule(parent), name
+    return root.get_submodule(parent), name
 
 
 def number_of_layers(model: "PreTrainedModel") -> int:
@@ -176,17 +178,21 @@ class LayerReader:
         with self._hooked([self._layers[-1], *self._parent.children()], lambda module, _: called.append(module)):
             device = next(self.model.parameters()).device
             self.model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=False)
-        return called[called.index(self._layers[-1]) + 1 :]
+        tail = called[called.index(self._layers[-1]) + 1 :]
+        if not tail:
+            raise ExpertokenError(f"{type(self.model).__name__}: found no norm behind its layers; pass --state {HEAD}")
+        return tail
 
     @contextmanager
     def _hooked(self, modules: Sequence[nn.Module], seen: Callable[[nn.Module, Any], None]) -> Iterator[None]:
+        """Call `seen` with a module and the states `[N, T, d]` that go into it, in this thread alone."""
         thread = threading.get_ident()  # others answer with the same model meanwhile
 
-        def note(module: nn.Module, _inputs: Any, output: Any) -> None:
+        def note(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             if threading.get_ident() == thread:
-                seen(module, output)
+                seen(module, inputs[0] if inputs else named.get("hidden_states"))
 
-        hooks = [module.register_forward_hook(note) for module in modules]
+        hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
         try:
             yield
         finally:
@@ -199,12 +205,19 @@ class LayerReader:
 
         A pass ends quietly where `seen` raises `Enough`.
         """
-        numbers = {self._layers[layer - 1]: layer for layer in layers}
+        # What goes into the next module, not what comes out of the layer: Qwen3-VL adds to states between its layers.
+        following = [*self._layers, *self._tail[:1]]
+        numbers = {following[layer]: layer for layer in layers}
+        finishing = False  # the tail runs here, too, and that is not the pass going on
 
-        def note(module: nn.Module, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
+        def note(module: nn.Module, hidden: Any) -> None:
+            nonlocal finishing
+            if finishing:
+                return
+            finishing = True
             for further in self._tail:
                 hidden = further(hidden)
+            finishing = False
             seen(numbers[module], hidden)
 
         try:

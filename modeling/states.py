@@ -123,6 +123,8 @@ def cached_states(
 def _cache_of(meta: MetaLLM, layer: int | None) -> StateCache:
     """Return the cache of the states behind a layer, both poolings side by side, or of the head's own."""
     dtype, width = describe_dtype(meta.model), meta.head.in_features
+    if meta.sight is not None:
+        dtype += f"-{meta.sight.name}"
     if layer is None:
         return StateCache(f"{_FORMAT}-{fingerprint(meta.model)}-{dtype}", width)
     model = fingerprint(meta.model) if meta.adapted else meta.base_fingerprint

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from .chat import Message, Query, as_messages, encode_chat, encode_text, plain, prints_date
+from .chat import Message, Query, as_messages, encode_chat, encode_text, plain, prints_date, sight_of
 from .errors import ExpertFailedError, ExpertokenError
+from .pictures import MARK, Picture, marked, marks_in, parts_of, without_marks
 from .reminders import unnoted
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ CUT = "\n[...]\n"
 """Stands where a text was cut."""
 
 _MARGIN = 8  # tokens of a message besides its text: role and control tokens
-_PLACEHOLDERS = re.compile(r"(\[\w+\]\n?)+")
+_PLACEHOLDERS = re.compile(rf"((\[\w+\]|{MARK})\n?)+")
 _LEAST = 16  # tokens of a text below which nothing of it is kept
 _CHARACTERS = 4  # of a token, about, where a text that is left out is not counted
 
@@ -67,33 +68,39 @@ class View:
             ExpertokenError: the conversation is no conversation, or the template refuses even the request alone.
             ExpertFailedError: the tokenizer has no chat template, or ids that the model has no row for.
         """
-        messages, notes = unnoted(plain(as_messages(conversation), placeholders=True))
+        messages, sight = as_messages(conversation), sight_of(tokenizer)
+        pictures: list[Picture] = []
+        if sight is not None:
+            messages, pictures = marked(messages)
+        messages, notes = unnoted(plain(messages, placeholders=True))
         asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
         # What a tool showed comes as the user's media behind its result, and is no request.
-        shown = [
+        tool_media = [
             i
             for i in asked
             if i and messages[i - 1]["role"] == "tool" and _PLACEHOLDERS.fullmatch(messages[i]["content"])
         ]
-        newest = max([i for i in asked if i not in shown] or asked, default=len(messages) - 1)
+        newest = max([i for i in asked if i not in tool_media] or asked, default=len(messages) - 1)
         # What the template writes around a conversation, some of it once and some of it around every message.
         room = most - _frame(tokenizer, vocab_size)
         refused: ExpertokenError | None = None
         today, dated = datetime.date.fromisoformat(self.date), prints_date(tokenizer)
         for shrunken in (room, room // 2, room // 4):  # a text may take more tokens in its place than by itself
-            reading = _Reading(tokenizer, messages, newest, notes)
+            reading = _Reading(tokenizer, messages, newest, notes, pictures)
             reading.keep(newest, shrunken, always=True)
             reading.surround(min(self.context_tokens, shrunken - reading.tokens))
             for kept, cut, folding in reading.readings():
                 try:
-                    ids = encode_chat(tokenizer, kept, vocab_size, today=today)
+                    ids = encode_chat(tokenizer, kept, vocab_size, today=today, pictures=pictures)
                 except ExpertFailedError:
                     raise
                 except ExpertokenError as error:
                     refused = error
                     continue
                 if len(ids) <= most:
-                    return replace(Query.of(ids), cut=cut, folded=folding, dated=dated)
+                    shown = (part for message in kept for part in parts_of(message["content"], pictures))
+                    media = tuple(part for part in shown if isinstance(part, Picture))
+                    return replace(Query.of(ids), media=media, cut=cut, folded=folding, dated=dated)
         raise refused or ExpertokenError(f"the conversation's newest request does not fit into {most} tokens")
 
 
@@ -111,25 +118,46 @@ class _Reading:
     """What is kept of a conversation, message by message."""
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], newest: int, notes: int = 0
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        messages: Sequence[Message],
+        newest: int,
+        notes: int = 0,
+        pictures: Sequence[Picture] = (),
     ) -> None:
         self._tokenizer, self._messages, self._newest = tokenizer, messages, newest
+        self._pictures = pictures
         self._texts: dict[int, str] = {}
         self.tokens = 0
         self.cut = notes and max(1, notes // _CHARACTERS)
 
     def keep(self, index: int, room: int, *, always: bool = False) -> int:
-        """Keep as much of a message as there is room for, and return the tokens that it takes."""
+        """Keep as much of a message as there is room for, and return the tokens that it takes.
+
+        Its pictures all stay, or a placeholder for each.
+        """
         text = self._messages[index]["content"]
         margin = 0 if always else _MARGIN  # the request's is in the frame
+        taken = self._taken(text)
+        if taken and room - margin - taken < _LEAST:
+            text, taken, self.cut = without_marks(text), 0, self.cut + taken
         if room - margin < _LEAST and not always:
             self.cut += max(1, len(text) // _CHARACTERS)
             return 0
-        kept, count, cut = self._cut(text, max(room - margin, _LEAST))
+        kept, count, cut = self._cut(text, max(room - margin - taken, _LEAST))
+        if taken and cut:
+            kept = "\n".join([*(mark for mark in marks_in(text) if mark not in kept), kept])
         self._texts[index] = kept
-        self.tokens += count + margin
+        self.tokens += count + taken + margin
         self.cut += cut
-        return count + margin
+        return count + taken + margin
+
+    def _taken(self, text: str) -> int:
+        """Return the tokens that a text's pictures take."""
+        sight = sight_of(self._tokenizer)
+        if not self._pictures or sight is None:
+            return 0
+        return sum(sight.tokens_of(part) for part in parts_of(text, self._pictures) if isinstance(part, Picture))
 
     def surround(self, room: int) -> None:
         """Keep what fits of the other messages: those behind the newest request, then those before, newest first."""

@@ -8,6 +8,10 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DIS
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
 
+from expertoken.tests.torchvision_apart import usable_torchvision
+
+usable_torchvision()
+
 import pytest
 from transformers import TrainingArguments
 

@@ -152,7 +152,8 @@ def _live(argv: list[str], folder: str, environment: dict[str, str]) -> int:
             sys.argv = sys.argv[1:]
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         elif sys.argv[0] == "-c":
-            exec(sys.argv[1], {"__name__": "__main__"})
+            code = sys.argv.pop(1)
+            exec(code, {"__name__": "__main__"})
         else:
             runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as error:
@@ -171,6 +172,9 @@ def _live(argv: list[str], folder: str, environment: dict[str, str]) -> int:
 
 
 if __name__ == "__main__":
+    from expertoken.tests.torchvision_apart import usable_torchvision
+
+    usable_torchvision()
     from expertoken.tests import preloaded  # noqa: F401
 
     _serve(sys.argv[1])

@@ -88,7 +88,7 @@ class DispatchTrainer(Trainer):
 
     def _collate(self, examples: Sequence[dict]) -> dict[str, torch.Tensor]:
         # On the CPU: data loader workers must not touch the accelerator, and the Trainer moves batches itself.
-        batch = self.meta.pad([Query(example["input_ids"]) for example in examples], "cpu")
+        batch = self.meta.pad([example["query"] for example in examples], "cpu")
         batch |= {key: torch.tensor(np.array([e[key] for e in examples]), dtype=torch.float32) for key in _FIELDS}
         return batch | {"row": torch.tensor([e["row"] for e in examples])}
 
@@ -97,7 +97,8 @@ class DispatchTrainer(Trainer):
     ) -> Any:
         """The objective at the dispatch positions; with `return_outputs` also the candidates' logits `[N, C]`."""
         pooling = self.meta.state.pooling
-        logits, _output = dispatch_forward(model, inputs["input_ids"], inputs["attention_mask"], pooling=pooling)
+        read = {key: value for key, value in inputs.items() if key not in (*_FIELDS, "row")}
+        logits, _output = dispatch_forward(model, **read, pooling=pooling)
         candidates = candidate_logits(logits, self.meta.first_candidate)
         total, _mass = self.objective(candidates, inputs["target"], inputs["scores"], inputs["weight"])
         # Divided by the number of queries and not by this batch's mass (weights have mean 1 over the train side): so
@@ -275,9 +276,9 @@ class Examples(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         place = int(self._kept[index])
         row = int(self._positions.query[place])
-        ids = self._queries[row].followed_by(self._positions.prefixes[place]).ids
+        query = self._queries[row].followed_by(self._positions.prefixes[place])
         columns = {key: column[row] for key, column in self._columns.items()}
-        return {"input_ids": ids, "row": row, "weight": self._weights[place], **columns}
+        return {"query": query, "input_ids": query.ids, "row": row, "weight": self._weights[place], **columns}
 
     def query(self, row: int) -> str:
         """Return the id of a query, for errors."""

@@ -15,8 +15,9 @@ import torch
 
 from ...modeling.backend import Backend, Generation, Piece
 from ...modeling.capabilities import wants_tools
-from ...modeling.chat import Message, encode_chat, encode_text
+from ...modeling.chat import Message, Query, encode_text, read_chat, sight_of
 from ...modeling.errors import ExpertFailedError, ExpertokenError, RequestRefusedError, one_line
+from ...modeling.inputs import padded
 from ...modeling.loading import context_length, end_ids
 from ...modeling.source import Source
 from ..loop import in_thread, start_daemon
@@ -108,7 +109,7 @@ async def stream_generate(
     Args:
         model: what generates.
         tokenizer: of the model.
-        inputs: `input_ids` and `attention_mask` `[1, T]`, and further arguments of `generate`.
+        inputs: `input_ids` and `attention_mask` `[1, T]`, what the model sees, and further arguments of `generate`.
         generation: how.
         first: `[n]` tokens at the end of `input_ids` that belong to the answer already.
         state: of the random numbers after `first` was drawn with a seed.
@@ -245,19 +246,24 @@ class LocalBackend(Backend):
         self.models.slot(resident, self.source, *self._adapter)
         return resident.adapted
 
-    def _encode(self, resident: Resident, messages: Sequence[Message], begun: str = "", tools: Any = None) -> list[int]:
+    def _encode(self, resident: Resident, messages: Sequence[Message], begun: str = "", tools: Any = None) -> Query:
         rows = int(resident.model.get_input_embeddings().weight.shape[0])
+        most = context_length(resident.model) - 1
         if tools is not None:
             ids = encode_with_tools(resident.tokenizer, messages, tools)
-            if len(ids) >= context_length(resident.model):
-                raise RequestRefusedError(f"{len(ids)} tokens; the model reads {context_length(resident.model) - 1}")
-            return ids
+            if len(ids) > most:
+                raise RequestRefusedError(f"{len(ids)} tokens; the model reads {most}")
+            return Query.of(ids)
         try:
-            return encode_chat(resident.tokenizer, messages, rows, begun=begun, most=context_length(resident.model) - 1)
+            return read_chat(resident.tokenizer, messages, rows, begun=begun, most=most)
         except ExpertFailedError:
             raise
         except ExpertokenError as error:  # too long, or nothing that its template takes: no fault of the model
             raise RequestRefusedError(str(error)) from error
+
+    def _inputs(self, resident: Resident, queries: Sequence[Query]) -> dict[str, torch.Tensor]:
+        model = resident.model
+        return padded(queries, sight_of(resident.tokenizer), model.device, model.dtype)
 
     async def stream(
         self, messages: Sequence[Message], generation: Generation, *, begun: str = ""
@@ -272,22 +278,21 @@ class LocalBackend(Backend):
             # Encoding a long conversation takes milliseconds, which other answers of this loop would wait for.
             calling = self._calls and not begun and wants_tools(generation.extra)
             tools = generation.extra["tools"] if calling else None
-            ids = await asyncio.to_thread(self._encode, resident, messages, begun, tools)
+            query = await asyncio.to_thread(self._encode, resident, messages, begun, tools)
             model = self._model(resident)
-            given = torch.tensor([ids], device=model.device)
-            inputs = {"input_ids": given, "attention_mask": torch.ones_like(given)}
+            inputs = await asyncio.to_thread(self._inputs, resident, [query])
             generating = stream_generate(
                 model,
                 resident.tokenizer,
                 inputs,
-                within(generation, context_length(model) - len(ids)),
+                within(generation, context_length(model) - len(query)),
                 # The lease ends with the generation, not with the reading: who reads slowly holds no model.
                 ready=lambda stopped: _both(lease, self._turn(resident, stopped)),
                 raw=calling,
             )
             if tools is not None:
-                generating = read_calls(generating, resident.tokenizer, ids, tools)
-            del model, given, inputs
+                generating = read_calls(generating, resident.tokenizer, list(query), tools)
+            del model, inputs
             async with aclosing(generating) as pieces:
                 async for piece in pieces:
                     yield piece
@@ -316,15 +321,15 @@ class LocalBackend(Backend):
         """
         with self.hold() as resident, self._turn(resident):
             model = self._model(resident)
-            ids = self._encode(resident, messages)
+            query = self._encode(resident, messages)
             # Generation prompts end where an answer begins; benchmarks put the blank before it into the continuation.
             wanted = encode_text(resident.tokenizer, continuation.lstrip()).input_ids
-            if len(ids) + len(wanted) > context_length(model):
+            if len(query) + len(wanted) > context_length(model):
                 raise RequestRefusedError(
-                    f"{len(ids) + len(wanted)} tokens; the model has positions for {context_length(model)}"
+                    f"{len(query) + len(wanted)} tokens; the model has positions for {context_length(model)}"
                 )
-            given = torch.tensor([ids + wanted], device=model.device)
-            logits = model(given, logits_to_keep=len(wanted) + 1).logits[0, :-1].float().log_softmax(-1)
+            inputs = self._inputs(resident, [query.followed_by(wanted)])
+            logits = model(**inputs, logits_to_keep=len(wanted) + 1).logits[0, :-1].float().log_softmax(-1)
             target = torch.tensor(wanted, device=model.device)
             greedy = bool((logits.argmax(-1) == target).all())
             return float(logits.gather(-1, target[:, None]).sum()), greedy
@@ -354,7 +359,8 @@ class LocalBackend(Backend):
             room = 0 if generation.max_new_tokens is None else context_length(model) - generation.max_new_tokens
             with self._turn(resident):
                 for chosen in _batches(list(map(len, encoded)), batch_size, room):
-                    found = _generate_batch(model, resident.tokenizer, [encoded[i] for i in chosen], generation)
+                    inputs = self._inputs(resident, [encoded[i] for i in chosen])
+                    found = _generate_batch(model, resident.tokenizer, inputs, generation)
                     for index, answer in zip(chosen, found, strict=True):
                         answers[index] = answer
         return answers
@@ -370,14 +376,17 @@ def _batches(lengths: Sequence[int], size: int, room: int) -> Iterator[list[int]
 
 @torch.inference_mode()
 def _generate_batch(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", sequences: list[list[int]], generation: Generation
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    inputs: dict[str, torch.Tensor],
+    generation: Generation,
 ) -> list[Piece]:
     from transformers import StoppingCriteriaList
 
-    longest, ends = max(map(len, sequences)), set(end_ids(model, tokenizer))
+    longest, ends = inputs["input_ids"].shape[1], set(end_ids(model, tokenizer))
+    lengths = inputs["attention_mask"].sum(1).tolist()
     pad = tokenizer.pad_token_id or 0
-    ids = torch.tensor([[pad] * (longest - len(s)) + s for s in sequences], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in sequences], device=model.device)
+    inputs["input_ids"].masked_fill_(inputs["attention_mask"] == 0, pad)  # penalties for repetition see it
     options = generation_options(within(generation, context_length(model) - longest))
     stopped: dict[int, int] = {}
     if generation.stop:
@@ -385,14 +394,14 @@ def _generate_batch(
         options["stopping_criteria"] = StoppingCriteriaList([stop])
     generating: Any = model
     with _seeded(generation):
-        output = generating.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **options)
+        output = generating.generate(**inputs, pad_token_id=pad, **options)
     answers = []
-    for place, (sequence, row) in enumerate(zip(sequences, output[:, longest:].tolist(), strict=True)):
+    for place, (length, row) in enumerate(zip(lengths, output[:, longest:].tolist(), strict=True)):
         # What comes behind the end is padding, and may be an ordinary token where the tokenizer has none for it.
         end = next((count for count, token in enumerate(row, start=1) if token in ends), None)
         end = min(filter(None, (end, stopped.get(place))), default=None)
         text = str(tokenizer.decode(row[:end], skip_special_tokens=True))
-        usage = (len(sequence), len(row[:end]))
+        usage = (length, len(row[:end]))
         answers.append(Piece(text, finish="length" if end is None else "stop", usage=usage))
     return answers
 

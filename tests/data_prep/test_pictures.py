@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from expertoken.cli import app
 from expertoken.data_prep.extension import extend_supervision
+from expertoken.data_prep.images import digest_of, with_pictures
 from expertoken.data_prep.leaks import IMAGES, questions_of
-from expertoken.data_prep.pictures import digest_of, with_pictures
 from expertoken.data_prep.reading import read_results
 from expertoken.data_prep.results import BenchmarkResults
 from expertoken.data_prep.supervision import Supervision, build_supervision

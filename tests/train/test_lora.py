@@ -10,10 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
     TrainingArguments,
 )
 
@@ -32,6 +29,7 @@ from expertoken.modeling.composite import (
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
 from expertoken.modeling.meta import MetaLLM
+from expertoken.tests.seeing import seeing_folder
 from expertoken.tests.tiny import ARCHITECTURES, tiny_folder
 from expertoken.tests.train.launching import assert_same, trained
 from expertoken.train.arguments import ExpertokenArguments
@@ -317,12 +315,7 @@ def test_lora_trains_heads_and_backbones_of_many_kinds(tmp_path, supervision, ar
 
 def test_only_what_texts_pass_is_adapted(tmp_path, supervision):
     """A vision tower's adapters would get no gradients, which several processes do not take."""
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "image_size": 28, "patch_size": 14}  # fmt: skip
-    base = tiny_folder(tmp_path / "base", "gemma3")
-    text = AutoConfig.from_pretrained(base).to_dict()
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1, image_token_index=500)
-    Gemma3ForConditionalGeneration(config).save_pretrained(base)
+    base = seeing_folder(tmp_path / "base", "gemma3")
     folder = train(options(base, supervision, verify=True, warm_start=False), arguments(tmp_path / "c", max_steps=4))
     adapted = [name for name in trained(folder) if "lora_B" in name]
     assert adapted

@@ -4,25 +4,15 @@ Nothing outside of the folder that is given is opened, nothing is fetched, and a
 its format, its sides, its number of pixels.
 """
 
-import hashlib
-import io
-import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..modeling.errors import ResultsError, one_line, require_extra
+from ..modeling.errors import ExpertokenError, ResultsError
+from ..modeling.pictures import FORMATS, decoded, digest, format_of
 from .leaks import IMAGES
 from .results import BenchmarkResults
-
-FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"}
-"""Formats that are read, with the suffix of their files; a picture of vectors can hold anything, and is none."""
-
-_BYTES = 32 * 2**20
-_PIXELS = 64 * 10**6
-_SIDE = 16_384
 
 
 def with_pictures(results: BenchmarkResults, root: Path | str) -> BenchmarkResults:
@@ -82,41 +72,12 @@ def digest_of(file: Path) -> str:
         ResultsError: it is no picture that is read here; the message says why.
         ImportError: the extra `vision` is not installed.
     """
-    picture = opened(file)
-    digest = hashlib.sha256(f"{picture.width}x{picture.height}".encode())
-    digest.update(picture.tobytes())
-    return digest.hexdigest()[:32]
+    try:
+        return digest(decoded(file, str(file))).hex()
+    except ExpertokenError as error:
+        raise ResultsError(str(error)) from None
 
 
 def suffix_of(file: Path) -> str:
     """Return the suffix of a picture's format, whatever the file is called."""
-    Image: Any = require_extra("PIL.Image", "vision")  # noqa: N806 - as everybody calls it
-    with Image.open(file, formats=list(FORMATS)) as picture:
-        return FORMATS[picture.format]
-
-
-def opened(file: Path) -> Any:
-    """Return a picture of a file, whole, as RGB.
-
-    Raises:
-        ResultsError: it is no picture that is read here; the message says why.
-        ImportError: the extra `vision` is not installed.
-    """
-    Image: Any = require_extra("PIL.Image", "vision")  # noqa: N806
-    try:
-        if (size := file.stat().st_size) > _BYTES:
-            raise ResultsError(f"{file}: {size:,} bytes; pictures of up to {_BYTES:,} are read")
-        data = io.BytesIO(file.read_bytes())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own limit is told below
-            picture = Image.open(data, formats=list(FORMATS))
-        width, height = picture.size
-        if width * height > _PIXELS or max(width, height) > _SIDE:
-            raise ResultsError(
-                f"{file}: {width} x {height} pixels; up to {_PIXELS:,} pixels and sides of {_SIDE:,} are read"
-            )
-        return picture.convert("RGB")
-    except ResultsError:
-        raise
-    except Exception as error:  # of all the decoders
-        raise ResultsError(f"{file}: no picture of {', '.join(FORMATS)} ({one_line(error)})") from None
+    return FORMATS[format_of(file)]

@@ -1,0 +1,228 @@
+"""Pictures of conversations: checked before they are decoded, and known by what they show.
+
+A picture comes as the bytes of a file, from a `data:` URL or a supervision. No address is fetched, and no user's text
+names a file.
+"""
+
+import base64
+import binascii
+import hashlib
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ExpertokenError, one_line, require_extra
+
+FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"}
+"""Formats that are read, with the suffix of their files; a picture of vectors can hold anything, and is none."""
+
+MOST_BYTES = 32 * 2**20
+MOST_PIXELS = 64 * 10**6
+LONGEST_SIDE = 16_384
+MOST_PICTURES = 32
+"""Pictures of one conversation."""
+
+_DATA = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.ASCII)
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture of a conversation.
+
+    Attributes:
+        source: the file, or its bytes.
+        key: hash of what it shows, by which caches know it: the same picture in another format is the same.
+    """
+
+    source: Path | bytes
+    key: bytes
+
+    @classmethod
+    def of(cls, source: Path | bytes, name: str = "picture") -> "Picture":
+        """Return a picture that is checked and can be decoded. Errors as in `decoded`.
+
+        Args:
+            source: the file, or its bytes.
+            name: what it is called in errors.
+        """
+        return cls(source, digest(decoded(source, name)))
+
+    def decoded(self) -> Any:
+        """Return the picture as Pillow's, RGB. Errors as in the function of that name."""
+        return decoded(self.source, "picture")
+
+    @property
+    def url(self) -> str:
+        """The picture as a `data:` URL, as endpoints take it."""
+        data = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+        return f"data:{_media_type(data)};base64,{base64.b64encode(data).decode()}"
+
+
+def digest(picture: Any) -> bytes:
+    """Return the hash of a decoded picture, 16 bytes."""
+    found = hashlib.sha256(f"{picture.width}x{picture.height}".encode())
+    found.update(picture.tobytes())
+    return found.digest()[:16]
+
+
+def format_of(source: Path | bytes) -> str:
+    """Return a picture's format, one of `FORMATS`, whatever its file is called."""
+    with _opened(source) as picture:
+        return str(picture.format)
+
+
+def decoded(source: Path | bytes, name: str) -> Any:
+    """Decode a picture, whole, as Pillow's RGB. Its sides are looked at before.
+
+    Args:
+        source: the file, or its bytes.
+        name: what it is called in errors.
+
+    Raises:
+        ExpertokenError: it is no picture that is read here; the message says why.
+        ImportError: the extra `vision` is not installed.
+    """
+    ops: Any = require_extra("PIL.ImageOps", "vision")
+    try:
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        if size > MOST_BYTES:
+            raise ExpertokenError(f"{name}: {size:,} bytes; pictures of up to {MOST_BYTES:,} are read")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own limit is told below
+            picture = _opened(source)
+        width, height = picture.size
+        if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
+            raise ExpertokenError(
+                f"{name}: {width} x {height} pixels; up to {MOST_PIXELS:,} pixels and sides of {LONGEST_SIDE:,} are "
+                "read"
+            )
+        return ops.exif_transpose(picture).convert("RGB")  # as whoever took it holds it
+    except ExpertokenError:
+        raise
+    except Exception as error:  # of all the decoders
+        raise ExpertokenError(f"{name}: no picture of {', '.join(FORMATS)} ({one_line(error)})") from None
+
+
+def _opened(source: Path | bytes) -> Any:
+    from PIL import Image
+
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    return Image.open(io.BytesIO(data), formats=list(FORMATS))
+
+
+def _media_type(data: bytes) -> str:
+    return f"image/{format_of(data).lower()}"
+
+
+IMAGE = "image_url"
+"""Type of a part of a message that is a picture, as OpenAI's API has it."""
+
+
+def part_of(picture: Picture) -> dict[str, Any]:
+    """Return a picture as a part of a message; only Python makes one, a user's JSON can't."""
+    return {"type": IMAGE, "image": picture}
+
+
+def picture_of(part: dict[str, Any], place: str) -> Picture | None:
+    """Return the picture of a part of a message; None where it is none, or only an address of one.
+
+    Args:
+        part: a part of a message's content.
+        place: what the picture is called in errors.
+
+    Raises:
+        ExpertokenError: it is no picture that is read here.
+    """
+    if part.get("type") != IMAGE:
+        return None
+    if isinstance(part.get("image"), Picture):
+        return part["image"]
+    given = part.get("image_url")
+    url = given.get("url") if isinstance(given, dict) else given
+    if not isinstance(url, str) or not (found := _DATA.match(url)):
+        return None
+    if len(url) > MOST_BYTES * 4 // 3 + 100:
+        raise ExpertokenError(f"{place}: pictures of up to {MOST_BYTES:,} bytes are read")
+    try:
+        data = base64.b64decode(url[found.end() :], validate=True)
+    except (binascii.Error, ValueError):
+        raise ExpertokenError(f"{place}: expected base64 behind data:...;base64,") from None
+    return Picture.of(data, place)
+
+
+_FIRST, _LAST = 0xF0000, 0xFFFFD  # characters for private use, of which Unicode says nothing
+_MARKS = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]")
+_MARKED = re.compile(f"\n?([{chr(_FIRST)}-{chr(_LAST)}])\n?")
+
+MARK = _MARKS.pattern
+"""Pattern of a character that stands for a picture; see `marked`."""
+
+
+def marked(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Picture]]:
+    """Return messages in which a character stands for each picture, and the pictures in their order.
+
+    So that a text can be cut, joined and folded without regard to them. A user's own characters of that kind become
+    replacement characters.
+
+    Args:
+        messages: the conversation.
+
+    Raises:
+        ExpertokenError: a picture is none that is read here, or there are too many.
+    """
+    pictures: list[Picture] = []
+    found = []
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, str):
+            content = _unmarked(content)
+        elif isinstance(content, list):
+            content = [_marked_part(part, f"messages[{index}]", pictures) for part in content]
+        found.append(message | {"content": content})
+    return found, pictures
+
+
+def _marked_part(part: dict[str, Any], place: str, pictures: list[Picture]) -> dict[str, Any]:
+    picture = picture_of(part, f"{place}: picture {len(pictures) + 1}")
+    if picture is None:
+        return part | {key: _unmarked(part[key]) for key in ("text", "refusal") if isinstance(part.get(key), str)}
+    if len(pictures) == MOST_PICTURES:
+        raise ExpertokenError(f"{place}: expected up to {MOST_PICTURES} pictures in a conversation")
+    pictures.append(picture)
+    return {"type": "text", "text": chr(_FIRST + len(pictures) - 1)}
+
+
+def _unmarked(text: str) -> str:
+    return _MARKS.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def marks_in(text: str) -> list[str]:
+    """Return the characters of a marked text that stand for pictures."""
+    return _MARKS.findall(text)
+
+
+def without_marks(text: str) -> str:
+    """Return a marked text as one reads it who does not see: a placeholder for each picture."""
+    return _MARKS.sub(f"[{IMAGE}]", text)
+
+
+def parts_of(text: str, pictures: Sequence[Picture]) -> list[str | Picture]:
+    """Return a marked text as its texts and pictures in turn.
+
+    Args:
+        text: of one message.
+        pictures: as `marked` gave them.
+    """
+    if not pictures:  # of a model that reads text only, characters of that kind are the user's
+        return [text] if text else []
+    found: list[str | Picture] = []
+    for number, part in enumerate(_MARKED.split(text)):
+        if number % 2:
+            found.append(pictures[ord(part) - _FIRST])
+        elif part:
+            found.append(part)
+    return found
