@@ -20,8 +20,8 @@ def evaluate(
         str | None,
         typer.Option(
             **one_of("baselines", ["none", *METHODS], several=True),
-            help="Learnt routers and trivial rivals to compare with. Default: all but untrained (the states of the "
-            "model with weights at random: a second model in memory), where the extra `eval` is installed.",
+            help="Learnt routers and trivial rivals to compare with. Default, with the extra `eval`: all but untrained "
+            "(a second model in memory, with weights at random); text-only (no pictures) where there are pictures.",
         ),
     ] = None,
     embedder: Annotated[

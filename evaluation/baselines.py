@@ -40,6 +40,7 @@ class Side:
         prompts: `[N]` texts; None likewise.
         middle: `[N, d]` states of the model's middle layer at the last token; those of `features` where None.
         untrained: `[N, d]` states of the same model with weights at random, or None.
+        text: `[N, d]` states of the texts without their pictures, or None.
     """
 
     features: np.ndarray
@@ -49,6 +50,7 @@ class Side:
     prompts: np.ndarray | None = None
     middle: np.ndarray | None = None
     untrained: np.ndarray | None = None
+    text: np.ndarray | None = None
 
     @property
     def filled(self) -> np.ndarray:
@@ -234,11 +236,20 @@ def ranking(train: Side, decay: float) -> Predictor:
 
 def untrained(train: Side, alpha: float) -> Predictor:
     """Ridge regression on the states of the same model with weights at random: what its training is worth."""
+    return _ridge(train, alpha, lambda side: _given(side.untrained))
+
+
+def text_only(train: Side, alpha: float) -> Predictor:
+    """Ridge regression on the states of the texts without their pictures: what the pictures are worth."""
+    return _ridge(train, alpha, lambda side: _given(side.text))
+
+
+def _ridge(train: Side, alpha: float, states: Callable[[Side], np.ndarray]) -> Predictor:
     from sklearn.linear_model import Ridge
 
-    scaler, scaled = _scaled(_given(train.untrained))
+    scaler, scaled = _scaled(states(train))
     model = Ridge(alpha=alpha).fit(scaled, train.filled)
-    return lambda side: _table(model.predict(scaler.transform(_given(side.untrained))), side)
+    return lambda side: _table(model.predict(scaler.transform(states(side))), side)
 
 
 def knn(train: Side, neighbours: int) -> Predictor:
@@ -310,11 +321,14 @@ METHODS: dict[str, tuple[Callable[..., Predictor], tuple[Any, ...]]] = {
     "clusters": (clusters, (4, 8, 16, 32, 64)),
     "factors": (factors, (1, 2, 4)),
     "untrained": (untrained, (1e2, 1e3, 1e4, 1e5)),
+    "text-only": (text_only, (1e2, 1e3, 1e4, 1e5)),
 }
 """Name to (method, the settings that validation chooses from)."""
 
-ON_REQUEST = ("untrained",)
-"""Methods that are not among all: a second model in memory, and a pass of its own over all queries."""
+TEXT_ONLY = "text-only"
+
+ON_REQUEST = ("untrained", TEXT_ONLY)
+"""Methods that are not among all: a second model in memory, or a pass of its own over all queries."""
 
 
 def predict(

@@ -18,16 +18,17 @@ from tqdm.auto import tqdm
 
 from ..data_prep.labels import fill_unknown
 from ..data_prep.supervision import Supervision, supervision_of
+from ..modeling.chat import Query, text_of
 from ..modeling.composite import Composite, load_composite, read_manifest
 from ..modeling.errors import ExpertokenError, did_you_mean
 from ..modeling.fingerprint import library_versions
 from ..modeling.meta import MetaLLM
 from ..modeling.state import StateSpec
-from ..modeling.states import cached_states
+from ..modeling.states import cached_states, encode_all, state_logits
 from . import baselines as learnt
 from . import metrics
 from .chats import in_chats
-from .report import BLIND, CalibrationBin, Gain, Report, Result
+from .report import BLIND, WITHOUT_PICTURES, CalibrationBin, Gain, Report, Result
 from .report_metrics import add_calibration, add_pair, add_scores, add_trade_offs
 from .robustness import robustness as measure_robustness
 from .splits import RouterResult, Split, expected_costs, read_split
@@ -78,12 +79,7 @@ def evaluate(
         ExpertokenError: the supervision lacks the side, or a candidate of the composite.
     """
     started = time.perf_counter()
-    for name, value, least in (("robustness", robustness, 0), ("contexts", contexts, 0), ("resamples", resamples, 1)):
-        if value < least:
-            raise ExpertokenError(f"{name}: expected {least} or more, got {value}")
-    if not isinstance(composite, Composite | Path | str):
-        kind = type(composite).__name__
-        raise ExpertokenError(f"composite: expected a folder or a `Composite` (`CompositeModel` has one), got {kind}")
+    _check_given(composite, robustness=robustness, contexts=contexts, resamples=resamples)
     baselines = [baselines] if isinstance(baselines, str) else baselines
     folder = None if isinstance(composite, Composite) else Path(composite)
     supervision = _supervision(folder, data)
@@ -91,10 +87,13 @@ def evaluate(
     _check_baselines(baselines or (), embedder, encoder)
     if not isinstance(composite, Composite):
         composite = load_composite(composite, trust_remote_code=trust_remote_code)
-    if baselines is None:
-        baselines = [name for name in learnt.METHODS if name not in learnt.ON_REQUEST] if find_spec("sklearn") else []
+    learns = baselines or (baselines is None and find_spec("sklearn"))
     names = composite.pool.names
-    test, known = _splits(composite, supervision, split, states=bool(baselines) and not embedder)
+    test, known = _splits(composite, supervision, split, states=bool(learns) and not embedder)
+    pictured = any(query.media for query in test.queries)
+    if baselines is None:
+        left_out = {*learnt.ON_REQUEST} - ({learnt.TEXT_ONLY} if pictured else set())
+        baselines = [name for name in learnt.METHODS if learns and name not in left_out]
     expected_cost = expected_costs(known, test)
     if test.costs is not None:
         test = replace(test, costs=np.where(np.isnan(test.costs), expected_cost, test.costs))
@@ -104,6 +103,8 @@ def evaluate(
     routers |= {name: test.single(index) for index, name in enumerate(names)}
     routers |= _simple(names, known, test)
     routers[BLIND] = _blind(chosen, test)
+    if pictured:
+        routers[WITHOUT_PICTURES] = _without_pictures(composite, test)
     routers |= _learnt(composite.meta, baselines, embedder, (encoder, encoder_epochs), known, test)
     routers["oracle"] = test.choose(metrics.oracle(test.scores, test.costs), "bound")
     judged, confidence, outcome = _judged(decided, routers["composite"], test)
@@ -143,6 +144,17 @@ def evaluate(
         "peak_memory_gib": round(_peak_gib(), 2),
     }
     return report
+
+
+def _check_given(composite: object, **numbers: int) -> None:
+    """Raise ExpertokenError where an argument is none that `evaluate` takes."""
+    for name, value in numbers.items():
+        least = int(name == "resamples")
+        if value < least:
+            raise ExpertokenError(f"{name}: expected {least} or more, got {value}")
+    if not isinstance(composite, Composite | Path | str):
+        kind = type(composite).__name__
+        raise ExpertokenError(f"composite: expected a folder or a `Composite` (`CompositeModel` has one), got {kind}")
 
 
 def _check_baselines(names: Sequence[str], embedder: str | None, encoder: str | None) -> None:
@@ -222,7 +234,8 @@ def _splits(composite: Composite, supervision: Supervision, split: str, *, state
 def _robustness(composite: Composite, test: Split, count: int) -> list[dict[str, Any]]:
     place = np.random.default_rng(0).permutation(len(test.prompts))[:count]
     prompts = [test.prompts[index] for index in place]
-    found = measure_robustness(composite.meta, prompts, test.scores[place])
+    pictures = [test.queries[index].media for index in place] if test.queries else None
+    found = measure_robustness(composite.meta, prompts, test.scores[place], pictures)
     return [asdict(entry) for entry in found]
 
 
@@ -350,9 +363,11 @@ def _learnt(
             logger.warning("no baseline `ensemble`, which reads the middle layer: %s", error)
             names = [name for name in names if name != "ensemble"]
     raw = _states_of(_untrained(meta), sides) if "untrained" in names else none
+    unseen = [replace(side, queries=_texts(meta, side)) for side in sides] if learnt.TEXT_ONLY in names else []
+    blind = _states_of(meta, unseen) if unseen else none
     train, validation, asked = (
         learnt.Side(found, side.raw, side.benchmarks, side.subjects, np.array(side.prompts, dtype=object), *more)
-        for found, side, *more in zip(features, sides, middle, raw, strict=True)
+        for found, side, *more in zip(features, sides, middle, raw, blind, strict=True)
     )
 
     def score(chosen: np.ndarray, side: learnt.Side) -> float:
@@ -374,6 +389,20 @@ def _learnt(
     return found
 
 
+def _without_pictures(composite: Composite, test: Split) -> RouterResult:
+    """Return what the composite decides where the same questions come without their pictures."""
+    meta = composite.meta
+    states = cached_states(meta, _texts(meta, test), label="states without pictures")
+    logits = state_logits(meta.rows, states, meta.transform)
+    return test.choose(composite.chosen(logits, test.lengths), "baseline")
+
+
+def _texts(meta: MetaLLM, side: Split) -> list[Query]:
+    """Return a side's queries with a placeholder for each picture."""
+    texts = [[m | {"content": text_of(m, placeholders=True)} for m in messages] for messages in side.messages]
+    return encode_all(meta, texts, "without pictures")
+
+
 def _at_the_middle(meta: MetaLLM) -> MetaLLM:
     """Return the meta LLM, without an adapter, as it reads its middle layer.
 
@@ -387,12 +416,13 @@ def _at_the_middle(meta: MetaLLM) -> MetaLLM:
 
 def _untrained(meta: MetaLLM) -> MetaLLM:
     """Return the meta LLM with weights at random, read at the same state."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    family: Any = AutoModelForCausalLM if meta.sight is None else AutoModelForImageTextToText
     options = {"dtype": meta.head.weight.dtype, "trust_remote_code": meta.source.trust_remote_code}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(meta.plain.config, **options).to(meta.device).eval()
+        model = family.from_config(meta.plain.config, **options).to(meta.device).eval()
     found = MetaLLM(model, meta.tokenizer, meta.source, 1, state=meta.state)
     found.view = meta.view
     return found

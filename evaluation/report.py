@@ -15,7 +15,10 @@ from ..modeling.files import atomic_file
 BLIND = "blind mixture"
 """Name of the line that sends the composite's share of queries to each candidate, whatever they ask."""
 
-_TRIVIAL = ("names", "words", "untrained", BLIND)
+WITHOUT_PICTURES = "without pictures"
+"""Name of the line of the composite's own decisions where the same questions come without their pictures."""
+
+_TRIVIAL = ("names", "words", "untrained", "text-only", BLIND, WITHOUT_PICTURES)
 _SURE = 0.05
 _BOUNDS = (_SURE / 2, 1 - _SURE / 2)
 _MOST_EXPERTS = 30  # lines that a table has room for

@@ -1,17 +1,19 @@
 """How firmly a composite decides: the same question in another dress should go to the same candidate."""
 
+import io
 import random
 import re
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from ..modeling.batching import run_batches
 from ..modeling.meta import MetaLLM
+from ..modeling.pictures import Picture, part_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +26,7 @@ _WORDS = 10  # that it has
 
 @dataclass(frozen=True)
 class Robustness:
-    """What a change of the text did.
+    """What a change of the question did.
 
     Attributes:
         change: its name.
@@ -78,24 +80,40 @@ CHANGES: dict[str, Callable[[str, random.Random], str]] = {
 }
 
 
+def _redrawn(picture: Picture, change: Callable[[Any], Any]) -> Picture:
+    file = io.BytesIO()
+    change(picture.decoded()).save(file, "PNG")
+    return Picture.of(file.getvalue())
+
+
+PICTURE_CHANGES: dict[str, Callable[[Any], Any]] = {
+    "shrunken picture": lambda picture: picture.reduce(2),
+    "rotated picture": lambda picture: picture.rotate(90, expand=True),
+}
+
+
 def robustness(
     meta: MetaLLM,
     prompts: Sequence[str],
     scores: np.ndarray,
+    pictures: Sequence[Sequence[Picture]] | None = None,
     *,
     seed: int = 0,
 ) -> list[Robustness]:
-    """Decisions on changed texts against those on the texts as they are.
+    """Decisions on changed texts and pictures against those on the questions as they are.
 
     Args:
         meta: the meta LLM with its rows.
         prompts: N questions.
         scores: `[N, C]` without gaps.
+        pictures: the pictures of each question, where the meta LLM sees.
         seed: of the changes.
     """
+    shown = [tuple(of) for of in pictures or [()] * len(prompts)]
 
-    def logits(texts: Sequence[str]) -> np.ndarray:
-        queries = [meta.encode(text) for text in texts]
+    def logits(texts: Sequence[str], seen: Sequence[tuple[Picture, ...]] | None = None) -> np.ndarray:
+        asked = zip(texts, [()] * len(texts) if seen is None else seen, strict=True)
+        queries = [meta.encode(_question(text, of)) for text, of in asked]
         found = np.empty((len(texts), len(meta.rows)), dtype=np.float32)
         batches = run_batches(
             [len(query) for query in queries],
@@ -106,25 +124,39 @@ def robustness(
             found[batch] = part.numpy()
         return found
 
-    plain = logits(prompts).argmax(1)
+    plain = logits(prompts, shown).argmax(1)
 
-    def compare(name: str, changed: list[str], first: int = 0) -> list[Robustness]:
+    def compare(
+        name: str, changed: Sequence[str], first: int = 0, seen: Sequence[tuple[Picture, ...]] = shown
+    ) -> list[Robustness]:
         """On the questions from `first` on that the change touched."""
-        kept = np.array([i for i in range(first, len(prompts)) if changed[i] != prompts[i]], dtype=int)
+        touched = (i for i in range(first, len(prompts)) if changed[i] != prompts[i] or seen[i] != shown[i])
+        kept = np.array([*touched], dtype=int)
         if not len(kept):
             return []
-        chosen = logits([changed[i] for i in kept]).argmax(1)
+        chosen = logits([changed[i] for i in kept], [seen[i] for i in kept]).argmax(1)
         lost = (scores[kept, plain[kept]] - scores[kept, chosen]).mean()
         return [Robustness(name, float((chosen != plain[kept]).mean()), float(lost), len(kept))]
 
     found = []
     for name, change in tqdm(CHANGES.items(), desc="robustness", unit="change", leave=False):
         found += compare(name, [change(prompts[i], random.Random(seed + i)) for i in range(len(prompts))])
+    for name, redraw in PICTURE_CHANGES.items():
+        found += compare(name, prompts, seen=[tuple(_redrawn(picture, redraw) for picture in of) for of in shown])
+    found += compare("another question's picture", prompts, seen=[*shown[1:], *shown[:1]])
     attacked = min(_ATTACKED, len(prompts) // 2)
     if attacked and len(meta.rows) > 1:
-        gadget = adversarial_suffix(logits, prompts[:attacked], plain[:attacked], meta.tokenizer, random.Random(seed))
+        seen = shown[:attacked]
+        gadget = adversarial_suffix(
+            lambda texts: logits(texts, seen), prompts[:attacked], plain[:attacked], meta.tokenizer, random.Random(seed)
+        )
         found += compare("adversarial suffix", [f"{text} {gadget}" for text in prompts], attacked)
     return found
+
+
+def _question(text: str, pictures: Sequence[Picture]) -> str | list[dict[str, Any]]:
+    content = [*map(part_of, pictures), {"type": "text", "text": text}]
+    return [{"role": "user", "content": content}] if pictures else text
 
 
 def adversarial_suffix(

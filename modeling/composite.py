@@ -80,7 +80,8 @@ class Composite:
 
     def __post_init__(self) -> None:
         own = self.pool.self_expert  # which sees where the meta LLM does, unless its entry says otherwise
-        if self.meta.sight is not None and own is not None and own.supports is None:
+        sees = self.meta is not None and self.meta.sight is not None  # None: only what is served is looked at
+        if sees and own is not None and own.supports is None:
             candidates = [expert for expert in self.pool.candidates if expert is not own]
             self.pool = ExpertPool([*candidates, replace(own, supports=("images",))])
 

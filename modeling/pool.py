@@ -16,7 +16,7 @@ from .source import is_address, is_path
 
 RESERVED = (
     "composite", "random", "oracle", "names", "words", "kNN", "guarded-kNN", "linear", "MLP", "ensemble", "ranking",
-    "clusters", "factors", "untrained", "encoder",
+    "clusters", "factors", "untrained", "text-only", "encoder",
 )  # fmt: skip
 """Names that reports use themselves."""
 

@@ -1,6 +1,7 @@
 """How a model that sees reads conversations: its processor turns pictures into tokens and pixels."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +76,10 @@ class Sight:
         from transformers import AutoProcessor
 
         try:
-            # By Pillow, whether torchvision is installed or not: the two give other pixels.
-            processor = AutoProcessor.from_pretrained(where, use_fast=False, **options)
+            # By Pillow, whether torchvision is installed or not: the two give other pixels. `backend="pil"`, its newer
+            # name, fails where there is a processor of videos, too.
+            pillow = {"use_fast": False} if find_spec("torchvision") else {}
+            processor = AutoProcessor.from_pretrained(where, **pillow, **options)
         except ImportError as error:
             raise ExpertokenError(
                 f"{where}: its processor needs more than is installed here ({one_line(error)}); install "

@@ -136,7 +136,7 @@ def test_a_small_table_has_every_baseline(tmp_path, base_folder):
     queries = pd.DataFrame({"id": map(str, range(12)), "prompt": texts, "benchmark": "b", "subject": None})
     scores = np.eye(2)[np.arange(12) % 2]
     build_supervision(BenchmarkResults(queries.assign(split=None), ["a", "b"], scores)).save(tmp_path / "s")
-    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), verify=False)
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), l2=[0.1], verify=False)
     folder = train(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
     assert {row.name for row in evaluate(folder, baselines=list(METHODS)).results} > set(METHODS)
 
@@ -184,7 +184,7 @@ def test_two_candidates_give_the_figures_of_routellm(tmp_path, base_folder, resu
     scores[results.scores[:, 2] == 1, 0] = 1  # math is the strong one: sums and chats
     data = build_supervision(replace(results.select(["math", "law"]), scores=scores), two)
     data.save(tmp_path / "s2")
-    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s2"), verify=False)
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s2"), l2=[0.1], verify=False)
     folder = train(options, TrainingArguments(output_dir=str(tmp_path / "c2"), use_cpu=True, report_to="none"))
     report = evaluate(folder, data, baselines=["linear"])
     assert report.metrics["APGR, composite"] > 0.9
@@ -200,7 +200,7 @@ def test_a_composite_trained_for_correctness_is_weighed_by_its_chances_of_being_
     queries = pd.DataFrame({"id": map(str, range(400)), "prompt": texts, "benchmark": "b", "subject": None})
     results = BenchmarkResults(queries.assign(split=None), ["weak", "strong"], scores.astype(float))
     build_supervision(results, labelling="correctness", test=0.5).save(tmp_path / "s")
-    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), verify=False)
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), l2=[0.1], verify=False)
     folder = train(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
     report = evaluate(folder, baselines=[])
     assert report.settings["training"]["objective"] == "correctness"
@@ -252,7 +252,7 @@ def test_changes_of_the_text_keep_what_they_should():
 
 def test_an_expert_without_scores_in_a_benchmark_has_an_empty_cell(tmp_path, base_folder):
     build_supervision(missing_results(0.5), labelling="correctness").save(tmp_path / "s")
-    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), verify=False)
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), l2=[0.1], verify=False)
     folder = train(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
     result = CliRunner().invoke(app, ["evaluate", str(folder), "--baselines", "names, kNN", "--no-plot"])
     assert result.exit_code == 0, result.output
@@ -338,7 +338,7 @@ def kinds_table(count, seed, learnable):
 
 def test_what_the_name_of_a_benchmark_explains_is_seen_as_such(tmp_path, base_folder):
     build_supervision(kinds_table(300, 0, learnable=True)).save(tmp_path / "s")
-    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), verify=False)
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), l2=[0.1], verify=False)
     folder = train(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
     report = evaluate(folder, baselines=["names", "words", "guarded-kNN", "ranking", "ensemble"])
     assert report.row("names").mean_score == report.row("best per dataset").mean_score
@@ -355,7 +355,7 @@ def test_what_the_name_of_a_benchmark_explains_is_seen_as_such(tmp_path, base_fo
 
 def test_words_that_say_nothing_of_the_name_are_worth_no_more_than_the_best_single(tmp_path, base_folder):
     build_supervision(kinds_table(300, 0, learnable=False)).save(tmp_path / "s")
-    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), verify=False)
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), l2=[0.1], verify=False)
     folder = train(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
     report = evaluate(folder, baselines=["names", "words", "untrained", "guarded-kNN"])
     for name in ("composite", "words", "untrained", "guarded-kNN"):
@@ -370,7 +370,7 @@ def correct_composite(tmp_path, base_folder, scores, labelling="correctness", co
     names = pool.names if pool else ["one", "two"]
     results = BenchmarkResults(queries.assign(split=None), names, np.asarray(scores, float), costs)
     build_supervision(results, pool, labelling=labelling, test=0.5).save(tmp_path / "s")
-    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), verify=False)
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), l2=[0.1], verify=False)
     return train(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
 
 
@@ -428,7 +428,7 @@ def missing_results(share):
 def test_where_all_are_alike_missing_scores_make_nobody_better(tmp_path, base_folder, caplog):
     """As zeros for one side and means for the other they were "+30.8 points, p < 0.001"."""
     build_supervision(missing_results(0.3), labelling="correctness").save(tmp_path / "s")
-    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), verify=False)
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), l2=[0.1], verify=False)
     folder = train(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
     report = evaluate(folder, baselines=["kNN", "linear"])
     half = report.row("half")

@@ -54,7 +54,7 @@ def test_a_fresh_process_comes_to_the_same_logits(tmp_path, composite):
     save_composite(composite, tmp_path / "composite", verify=True)
 
 
-def test_a_mismatch_after_saving_fails_loudly_and_replaces_nothing(tmp_path, composite, monkeypatch):
+def test_a_mismatch_after_saving_fails_loudly_and_replaces_nothing(tmp_path, composite, monkeypatch, checked_at_once):
     save_composite(composite, tmp_path / "composite", verify=False)
     before = contents(tmp_path / "composite")
 
@@ -234,7 +234,7 @@ def test_no_path_of_this_machine_is_in_a_card(tmp_path, composite):
         assert str(tmp_path.parent) not in (tmp_path / "composite" / name).read_text(), name
 
 
-def test_a_file_limit_while_writing_rows_is_one_clear_line(tmp_path, composite):
+def test_a_file_limit_while_writing_rows_is_one_clear_line(tmp_path, composite, checked_at_once):
     """The kernel's own refusal, in a process of its own."""
     import subprocess
     import sys
@@ -254,7 +254,7 @@ def test_a_file_limit_while_writing_rows_is_one_clear_line(tmp_path, composite):
     assert contents(tmp_path / "composite") == before
 
 
-def test_a_loaded_composite_can_be_saved_into_another_tree(tmp_path, composite):
+def test_a_loaded_composite_can_be_saved_into_another_tree(tmp_path, composite, checked_at_once):
     composite.manifest.data = {"path": str(tmp_path / "supervision"), "fingerprint": "x", "sizes": {}}
     (tmp_path / "supervision").mkdir()
     save_composite(composite, tmp_path / "one" / "c", verify=False)

@@ -132,7 +132,7 @@ def test_a_batch_in_which_somebody_is_selfs_decides_as_each_alone(composite):
     assert together == ["math", "law", "law", "self"]
 
 
-def test_a_saved_composite_decides_alike_in_a_fresh_process(composite, tmp_path):
+def test_a_saved_composite_decides_alike_in_a_fresh_process(composite, tmp_path, checked_at_once):
     save_composite(composite, tmp_path / "c", verify=True)
     again = load_composite(tmp_path / "c", device="cpu")
     assert again.meta.state == StateSpec(1, "mean")

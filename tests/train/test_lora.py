@@ -55,7 +55,8 @@ def arguments(folder, **more):
 
 
 def options(base, data, **more):
-    given = {"method": "lora", "verify": False, "lora_r": 4} | more
+    # One strength: most of a short run's time would go into choosing among nine, which test_tokens.py tests.
+    given = {"method": "lora", "verify": False, "lora_r": 4, "l2": [0.1]} | more
     return ExpertokenArguments(meta=str(base), data=str(data), **given)
 
 

@@ -231,7 +231,7 @@ def test_beside_many_old_queries_a_newcomer_is_learnt_as_beside_few(tmp_path, ba
 def test_an_expert_without_a_price_takes_the_others_down_with_it_no_more(tmp_path, base_folder, results, pool, caplog):
     priced = replace(results, costs=[[0.1, 0.2, 0.0]] * len(results))
     build_supervision(priced, pool, labelling=Labelling("correctness", cost_weight=0.1)).save(tmp_path / "s")
-    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), verify=False)
+    options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), l2=[0.1], verify=False)
     folder = train(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
     assert read_manifest(folder).decision["policy"] == {"cost_weight": 0.1}
     unpriced = Expert("sql", "openai", "m", base_url="http://127.0.0.1:1/v1")

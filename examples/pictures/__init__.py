@@ -1,0 +1,1 @@
+"""Pictures alone decide: the question is always the same."""
