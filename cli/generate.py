@@ -15,6 +15,9 @@ def generate(
     composite: Annotated[Path, typer.Argument(help="Composite folder, or a gateway's YAML file.")],
     source: Annotated[Path, typer.Argument(help="JSONL: `messages`, `prompt` or `query` on each line.")],
     out: Annotated[Path, typer.Option(help="JSONL: the same lines with `answer`, `expert`, `cost`, ...")],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures that `image` names on a line; nothing else is read.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     temperature: Annotated[
         float | None, typer.Option(min=0, help="0 is greedy. Default: greedy here, and as endpoints do.")
@@ -65,6 +68,12 @@ def generate(
         opened = nullcontext(open_model(composite, **options))
     with opened as answering:
         counts = generate_file(
-            answering, source, out, generation=generation, concurrent=concurrent, overwrite=overwrite
+            answering,
+            source,
+            out,
+            generation=generation,
+            concurrent=concurrent,
+            overwrite=overwrite,
+            images=images,
         )
     typer.echo(f"{out}: " + ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))

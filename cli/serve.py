@@ -21,7 +21,7 @@ def serve(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer, in tokens. Default: what the expert's context leaves.")
     ] = None,
-    max_body: Annotated[int, typer.Option(min=1, help="Largest request, in bytes.")] = 4 * 2**20,
+    max_body: Annotated[int, typer.Option(min=1, help="Largest request, in bytes.")] = 16 * 2**20,
     max_messages: Annotated[int, typer.Option(min=1, help="Longest conversation, in messages.")] = 512,
     max_prompt_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest conversation, in tokens. Default: what the experts can read.")
@@ -47,6 +47,12 @@ def serve(
     ] = None,
     allow_host: Annotated[
         list[str] | None, typer.Option(help="Without keys: a name besides localhost to be asked by; may be repeated.")
+    ] = None,
+    image_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A host whose addresses of pictures experts may be given; none are fetched here. Repeatable."
+        ),
     ] = None,
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="A page elsewhere that may ask (https://chat.example); may be repeated.")
@@ -97,6 +103,7 @@ def serve(
         max_concurrent=max_concurrent,
         rate=rate,
         log_content=log_content,
+        image_hosts=tuple(image_host or ()),
         hosts=tuple(name.lower() for name in allow_host or ()),
         origins=tuple(cors_origin or ()),
         session_store=session_store,

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..modeling.errors import ExpertokenError, ResultsError
-from ..modeling.pictures import FORMATS, decoded, digest, format_of
+from ..modeling.pictures import FORMATS, decoded, digest, file_below, format_of
 from .leaks import IMAGES
 from .results import BenchmarkResults
 
@@ -38,31 +38,16 @@ def with_pictures(results: BenchmarkResults, root: Path | str) -> BenchmarkResul
     content: dict[str, str] = {}
     files: dict[str, Path] = {}
     for name, key in tqdm(first.items(), desc="pictures", unit="picture", delay=2):
-        file = _inside(root, name, f"query {key!r}")
+        try:
+            file = file_below(root, name, f"query {key!r}")
+        except ExpertokenError as error:
+            raise ResultsError(str(error)) from None
         content[name] = digest_of(file)
         files.setdefault(content[name], file)
     images = [names and tuple(content[name] for name in names) for names in results.queries[IMAGES]]
     queries = results.queries.copy()
     queries[IMAGES] = images
     return replace(results, queries=queries, pictures=files)
-
-
-def _inside(root: Path, name: str, place: str) -> Path:
-    """Return the file of a name below a folder.
-
-    Raises:
-        ResultsError: there is none, or a path or a link leads elsewhere.
-    """
-    file = root / name
-    try:
-        found = file.resolve(strict=True)
-    except (OSError, ValueError):
-        raise ResultsError(
-            f"{place}: no picture {name!r} below {root}; --images names the folder of the paths"
-        ) from None
-    if not found.is_relative_to(root.resolve()):
-        raise ResultsError(f"{place}: the picture {name!r} lies outside of {root}; nothing outside of it is read")
-    return found
 
 
 def digest_of(file: Path) -> str:

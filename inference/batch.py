@@ -21,6 +21,7 @@ from ..modeling.chat import Message, as_messages
 from ..modeling.dispatch import Dispatch
 from ..modeling.errors import ExpertFailedError, ExpertokenError, one_line
 from ..modeling.files import atomic_file
+from ..modeling.pictures import check_pictures, file_below, url_part
 from ..modeling.policy import Policy
 from ..modeling.stops import StopTexts
 from .answering import AnsweringModel
@@ -96,6 +97,7 @@ def generate_file(
     policy: Policy | None = None,
     concurrent: int = 16,
     overwrite: bool = False,
+    images: Path | None = None,
 ) -> dict[str, int]:
     """Answer every conversation of a JSONL file.
 
@@ -104,13 +106,15 @@ def generate_file(
 
     Args:
         composite: who answers: a model, or workers elsewhere.
-        source: a line for each conversation: `messages`, `prompt` or `query`; whatever else it holds is kept.
+        source: a line for each conversation: `messages`, `prompt` or `query`, and `image` where it is about pictures (a
+            path, or a list of them); whatever else it holds is kept.
         out: JSONL in the order of `source`: its fields and `answer`, `expert`, `chosen`, `finish`, `cost`, `failures`,
             or `error` where nobody could answer.
         generation: how.
         policy: how a candidate is chosen; the composite's own where None.
         concurrent: requests to endpoints at a time.
         overwrite: answer anew what is answered in `out` already.
+        images: folder below which the paths of pictures lie; nothing outside of it is read.
 
     Returns:
         how many answers each expert gave, and `nobody`.
@@ -123,6 +127,9 @@ def generate_file(
     source, out = Path(source), Path(out)
     asked = asdict(generation) | {"extra": dict(generation.extra)}
     keys = _keys(source, _hash([asked, *answering.settings(policy)]))
+    for number, row in enumerate(_rows(source) if images else (), start=1):
+        for name in _pictures(row):
+            file_below(Path(images or "."), name, f"{source}, conversation {number}, image")
     part = out.with_name(f".{out.name}.part")
     if out.exists() and source.samefile(out):
         raise ExpertokenError(f"{out}: is what is to be answered; name another file for the answers")
@@ -139,7 +146,7 @@ def generate_file(
         # The file is read again, block by block: neither it nor its answers need to fit into memory.
         waiting = ((key, row) for key, row in zip(keys, _rows(source), strict=True) if key not in answers)
         with tqdm(total=left, unit="conversation", delay=2) as bar:
-            for key, answer in answering.answers(_blocks(waiting), generation, policy, concurrent):
+            for key, answer in answering.answers(_blocks(waiting, images), generation, policy, concurrent):
                 answers.add(key, answer)
                 bar.update()
         with atomic_file(out) as aside, aside.open("wb") as stream:
@@ -154,9 +161,25 @@ def generate_file(
     return dict(counts)
 
 
-def _blocks(rows: Iterator[tuple[str, dict[str, Any]]]) -> Iterator[Block]:
-    while block := [(key, _messages(row)) for key, row in islice(rows, _BLOCK)]:
+def _blocks(rows: Iterator[tuple[str, dict[str, Any]]], images: Path | None) -> Iterator[Block]:
+    while block := [(key, _shown(row, images)) for key, row in islice(rows, _BLOCK)]:
         yield block
+
+
+def _shown(row: dict[str, Any], images: Path | None) -> list[Message]:
+    """Return a row's conversation, with its pictures before the text of the last message.
+
+    Raises:
+        ExpertokenError: a picture is missing, lies elsewhere, or is none that is read here.
+    """
+    messages, names = _messages(row), _pictures(row)
+    if images is None or not names:
+        return messages
+    parts = [url_part(file_below(images, name, "image"), name) for name in names]
+    last = messages[-1]
+    content = last["content"]
+    told = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    return [*messages[:-1], last | {"content": [*parts, *told]}]
 
 
 @contextmanager
@@ -407,7 +430,23 @@ def _messages(row: dict[str, Any]) -> list[Message]:
     found = [row[key] for key in _TEXTS if key in row] if isinstance(row, dict) else []
     if not found or not isinstance(found[0], str | list):
         raise ExpertokenError(_EXPECTED)
-    return as_messages(found[0])
+    _pictures(row)
+    messages = as_messages(found[0])
+    check_pictures(messages)
+    return messages
+
+
+def _pictures(row: dict[str, Any]) -> list[str]:
+    """Return the paths of a row's pictures.
+
+    Raises:
+        ExpertokenError: they are no paths.
+    """
+    names = row.get("image") or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ExpertokenError("image: expected a path, or a list of paths, below the folder that --images names")
+    return names
 
 
 def _hash(thing: Any) -> str:

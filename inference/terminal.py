@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from ..modeling.errors import ExpertokenError
 from ..modeling.files import cache_folder
+from ..modeling.pictures import url_part
 from .answering import AnsweringModel
 from .reply import Reply
 
@@ -18,6 +20,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 _HELP = """/why      who answered last, and the dispatch probabilities
 /experts  the experts of this composite
+/image P  show the picture of the file P with the next question
 /reset    forget the conversation
 /help     this list
 /quit     leave (also Ctrl-D)
@@ -36,7 +39,8 @@ class TerminalChat:
     def __init__(self, composite: AnsweringModel, console: Console | None = None, **generation: Any) -> None:
         self.composite, self.generation = composite, generation
         self.console = console or Console(highlight=False)
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[dict[str, Any]] = []
+        self.pictures: list[dict[str, Any]] = []
         self.last: Reply | None = None
         self.commands = {
             "/why": self._why,
@@ -54,13 +58,16 @@ class TerminalChat:
                 return
             if text in self.commands:
                 self.commands[text]()
+            elif text.startswith("/image "):
+                self._show(text.removeprefix("/image ").strip())
             elif text.startswith("/") and " " not in text:
                 self.console.print(f"unknown command {text}; /help lists the commands", markup=False)
             elif text:
                 self._answer(text)
 
     def _answer(self, text: str) -> None:
-        self.messages.append({"role": "user", "content": text})
+        content: Any = [*self.pictures, {"type": "text", "text": text}] if self.pictures else text
+        self.messages.append({"role": "user", "content": content})
         stream = None
         try:
             stream = self.composite.stream(self.messages, **self.generation)
@@ -77,8 +84,17 @@ class TerminalChat:
         if stream is None or not stream.reply.text:
             self.messages.pop()  # a turn without an answer would leave two user messages in a row
             return
-        self.last = stream.reply
+        self.last, self.pictures = stream.reply, []
         self.messages.append({"role": "assistant", "content": self.last.text, "name": self.last.expert})
+
+    def _show(self, name: str) -> None:
+        file = Path(name).expanduser()
+        try:
+            self.pictures.append(url_part(file, name))
+        except (ExpertokenError, ImportError) as error:
+            self.console.print(f"error: {error}", markup=False)
+            return
+        self.console.print(f"{len(self.pictures)} with the next question", markup=False)
 
     def _why(self) -> None:
         if self.last is None:
@@ -117,6 +133,7 @@ class TerminalChat:
 
     def _reset(self) -> None:
         self.messages.clear()
+        self.pictures.clear()
         self.last = None
         self.console.print("the conversation is forgotten")
 

@@ -12,8 +12,10 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from .errors import ExpertokenError, one_line, require_extra
 
@@ -62,6 +64,28 @@ class Picture:
         return f"data:{_media_type(data)};base64,{base64.b64encode(data).decode()}"
 
 
+def file_below(root: Path, name: str, place: str) -> Path:
+    """Return the file of a name below a folder.
+
+    Args:
+        root: the folder.
+        name: name, as somebody wrote it.
+        place: where, for errors.
+
+    Raises:
+        ExpertokenError: there is none, or a path or a link leads elsewhere.
+    """
+    try:
+        found = (root / name).resolve(strict=True)
+    except (OSError, ValueError):
+        raise ExpertokenError(
+            f"{place}: no picture {name!r} below {root}; --images names the folder of the paths"
+        ) from None
+    if not found.is_relative_to(root.resolve()):
+        raise ExpertokenError(f"{place}: the picture {name!r} lies outside of {root}; nothing outside of it is read")
+    return found
+
+
 def digest(picture: Any) -> bytes:
     """Return the hash of a decoded picture, 16 bytes."""
     found = hashlib.sha256(f"{picture.width}x{picture.height}".encode())
@@ -87,6 +111,15 @@ def decoded(source: Path | bytes, name: str) -> Any:
         ImportError: the extra `vision` is not installed.
     """
     ops: Any = require_extra("PIL.ImageOps", "vision")
+    picture = _check_header(source, name)
+    try:
+        return ops.exif_transpose(picture).convert("RGB")  # as whoever took it holds it
+    except Exception as error:  # of all the decoders
+        raise _no_picture(name, error) from None
+
+
+def _check_header(source: Path | bytes, name: str) -> Any:
+    """Return a picture that is not decoded yet, once its bytes, format and sides are some that are read here."""
     try:
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         if size > MOST_BYTES:
@@ -94,17 +127,20 @@ def decoded(source: Path | bytes, name: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own limit is told below
             picture = _opened(source)
-        width, height = picture.size
-        if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
-            raise ExpertokenError(
-                f"{name}: {width} x {height} pixels; up to {MOST_PIXELS:,} pixels and sides of {LONGEST_SIDE:,} are "
-                "read"
-            )
-        return ops.exif_transpose(picture).convert("RGB")  # as whoever took it holds it
     except ExpertokenError:
         raise
-    except Exception as error:  # of all the decoders
-        raise ExpertokenError(f"{name}: no picture of {', '.join(FORMATS)} ({one_line(error)})") from None
+    except Exception as error:
+        raise _no_picture(name, error) from None
+    width, height = picture.size
+    if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
+        raise ExpertokenError(
+            f"{name}: {width} x {height} pixels; up to {MOST_PIXELS:,} pixels and sides of {LONGEST_SIDE:,} are read"
+        )
+    return picture
+
+
+def _no_picture(name: str, error: Exception) -> ExpertokenError:
+    return ExpertokenError(f"{name}: no picture of {', '.join(FORMATS)} ({one_line(error)})")
 
 
 def _opened(source: Path | bytes) -> Any:
@@ -116,6 +152,16 @@ def _opened(source: Path | bytes) -> Any:
 
 def _media_type(data: bytes) -> str:
     return f"image/{format_of(data).lower()}"
+
+
+def url_part(source: Path | bytes, name: str) -> dict[str, Any]:
+    """Return a picture as a part of a message that any expert can be given. Errors as in `decoded`.
+
+    Args:
+        source: the file, or its bytes.
+        name: what it is called in errors.
+    """
+    return {"type": IMAGE, "image_url": {"url": Picture.of(source, name).url}}
 
 
 IMAGE = "image_url"
@@ -141,17 +187,65 @@ def picture_of(part: dict[str, Any], place: str) -> Picture | None:
         return None
     if isinstance(part.get("image"), Picture):
         return part["image"]
+    data = _bytes_of(_url_of(part), place)
+    return None if data is None else Picture.of(data, place)
+
+
+def _url_of(part: dict[str, Any]) -> str:
     given = part.get("image_url")
     url = given.get("url") if isinstance(given, dict) else given
-    if not isinstance(url, str) or not (found := _DATA.match(url)):
+    return url if isinstance(url, str) else ""
+
+
+def _bytes_of(url: str, place: str) -> bytes | None:
+    """Return what a `data:` URL holds; None of another URL.
+
+    Raises:
+        ExpertokenError: it is no base64, or too long.
+    """
+    if not (found := _DATA.match(url)):
         return None
     if len(url) > MOST_BYTES * 4 // 3 + 100:
         raise ExpertokenError(f"{place}: pictures of up to {MOST_BYTES:,} bytes are read")
     try:
-        data = base64.b64decode(url[found.end() :], validate=True)
+        return base64.b64decode(url[found.end() :], validate=True)
     except (binascii.Error, ValueError):
         raise ExpertokenError(f"{place}: expected base64 behind data:...;base64,") from None
-    return Picture.of(data, place)
+
+
+def check_pictures(messages: Sequence[dict[str, Any]], hosts: Sequence[str] = ()) -> None:
+    """See that a conversation's pictures are some that experts may be given: pictures, and no addresses.
+
+    Whoever fetches an address asks in its own name what a user chose. Formats and sides are looked at, where Pillow is
+    installed; nothing is decoded whole.
+
+    Args:
+        messages: the conversation.
+        hosts: hosts whose addresses are passed on, never fetched here.
+
+    Raises:
+        ExpertokenError: a picture is an address of another host, or none that is read here, or there are too many.
+    """
+    count = 0
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            if part.get("type") != IMAGE or isinstance(part.get("image"), Picture):
+                continue
+            count += 1
+            place = f"messages[{index}]: picture {count}"
+            if count > MOST_PICTURES:
+                raise ExpertokenError(f"messages[{index}]: expected up to {MOST_PICTURES} pictures in a conversation")
+            url = _url_of(part)
+            if (data := _bytes_of(url, place)) is not None:
+                if find_spec("PIL"):
+                    _check_header(data, place)
+                continue
+            if not url.startswith(("http://", "https://")) or urlsplit(url).hostname not in hosts:
+                raise ExpertokenError(
+                    f"{place}: expected the picture itself as a URL that begins with data:image/...;base64, (addresses "
+                    "are neither fetched nor passed on, but for hosts that the operator names: --image-host)"
+                )
 
 
 _FIRST, _LAST = 0xF0000, 0xFFFFD  # characters for private use, of which Unicode says nothing

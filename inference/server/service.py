@@ -17,6 +17,7 @@ from fastapi import Request
 from ...modeling.backend import REQUEST_HEADERS
 from ...modeling.chat import Message, as_messages
 from ...modeling.errors import ExpertokenError, NoAnswerError, one_line
+from ...modeling.pictures import check_pictures
 from ...modeling.policy import Policy
 from ..answering import AnsweringModel
 from ..loop import in_thread
@@ -139,7 +140,9 @@ class Service:
         """
         if len(request.messages) > self.settings.max_messages:
             raise ExpertokenError(f"{len(request.messages)} messages; at most {self.settings.max_messages} are read")
-        return as_messages(request.messages)
+        messages = as_messages(request.messages)
+        check_pictures(messages, self.settings.image_hosts)
+        return messages
 
     async def affinity(
         self, composite: AnsweringModel, messages: list[Message], request: ChatRequest, http: Request

@@ -24,6 +24,7 @@ class Settings:
         max_concurrent: requests at a time; those above are told to come again.
         rate: requests of one key (or address) in a minute; None for no limit.
         log_content: write questions and answers to the log.
+        image_hosts: hosts whose addresses of pictures are passed on to experts; any other address is refused.
         hosts: further names by which this server is asked for without keys.
         origins: of pages elsewhere that may ask from a browser.
         feedback: file that gets what people think of answers, with what they asked; None to take none.
@@ -38,13 +39,14 @@ class Settings:
     host: str = "127.0.0.1"
     api_keys: tuple[str, ...] = ()
     key_file: Path | None = None
-    max_body: int = 4 * 2**20
+    max_body: int = 16 * 2**20
     max_messages: int = 512
     max_prompt_tokens: int | None = None
     max_new_tokens: int | None = None
     max_concurrent: int = 256
     rate: int | None = None
     log_content: bool = False
+    image_hosts: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     session_store: str | None = None

@@ -439,3 +439,56 @@ def test_everything_is_reached_by_keys_and_has_a_name(page):
     page.locator("article.assistant summary").last.focus()
     page.keyboard.press("Enter")
     assert page.locator("article.assistant .reason").is_visible()
+
+
+SIZES = "() => [...document.querySelectorAll('#waiting img')].map((i) => [i.naturalWidth, i.naturalHeight])"
+
+
+def drawn(folder, name, size, kind="PNG"):
+    image = pytest.importorskip("PIL.Image")
+    image.effect_noise(size, 60).convert("RGB").save(folder / name, kind)
+    return folder / name
+
+
+def test_pictures_are_shrunken_shown_and_sent_with_the_question(page, words, tmp_path):
+    wide, small = drawn(tmp_path, "wide.png", (3000, 1500)), drawn(tmp_path, "small.webp", (40, 30), "WEBP")
+    page.set_input_files("#files", [wide, small])
+    page.locator("#waiting img").nth(1).wait_for()
+    assert page.evaluate(SIZES) == [[1024, 512], [40, 30]]
+    page.locator("#waiting button").nth(1).click()
+    assert page.locator("#waiting img").count() == 1
+    with page.expect_request("**/v1/chat/completions") as asked:
+        answer = say(page, "what is this?")
+    assert answer.locator(".who").inner_text() == "one"
+    assert page.locator("article.user .pictures img").count() == 1
+    picture(page, "pictures")
+    assert not page.locator("#waiting img").count()
+    (part, text) = asked.value.post_data_json["messages"][-1]["content"]
+    assert text == {"type": "text", "text": "what is this?"}
+    assert part["image_url"]["url"].startswith("data:image/jpeg;base64,/9j/")
+    page.reload()
+    assert page.locator("article.user .pictures img").count() == 1
+    page.locator("article.user .edit").click()
+    assert page.locator("#waiting img").count() == 1
+
+
+def test_pictures_are_pasted_and_dropped_and_what_is_none_is_told(page, tmp_path):
+    drop = """([selector, kind, name, type, text]) => {
+      const data = new DataTransfer();
+      const canvas = new OffscreenCanvas(20, 10);
+      canvas.getContext("2d").fillRect(0, 0, 5, 5);
+      return canvas.convertToBlob().then((blob) => {
+        data.items.add(new File([text ?? blob], name, { type }));
+        const given = kind === "paste" ? { clipboardData: data } : { dataTransfer: data };
+        const made = kind === "paste" ? ClipboardEvent : DragEvent;
+        document.querySelector(selector).dispatchEvent(new made(kind, { bubbles: true, cancelable: true, ...given }));
+      });
+    }"""
+    page.evaluate(drop, ["#text", "paste", "a.png", "image/png", None])
+    page.locator("#waiting img").nth(0).wait_for()
+    page.evaluate(drop, ["main", "drop", "b.png", "image/png", None])
+    page.locator("#waiting img").nth(1).wait_for()
+    page.evaluate(drop, ["main", "drop", "notes.txt", "text/plain", "no picture"])
+    page.locator("#unseen:has-text('notes.txt')").wait_for()
+    assert page.locator("#unseen").inner_text() == "notes.txt can't be read as a picture."
+    assert page.locator("#waiting img").count() == 2

@@ -1,6 +1,7 @@
 """A meta LLM that sees, over its families: what it reads, decides, answers and saves."""
 
 import asyncio
+import base64
 import copy
 import json
 import os
@@ -319,6 +320,12 @@ def test_an_address_of_a_picture_is_a_placeholder_and_not_fetched(seeing, monkey
             query = seeing.encode([{"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}])
             assert query.media == ()
             assert "[image_url]" in seeing.tokenizer.decode(query.ids)
+
+
+def test_a_picture_that_breaks_off_is_one_clear_error(seeing):
+    url = f"data:image/png;base64,{base64.b64encode(PICTURES[0].source[:-200]).decode()}"
+    with pytest.raises(ExpertokenError, match=r"messages\[0\]: picture 1: no picture of PNG"):
+        seeing.encode([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}])
 
 
 def test_a_cache_of_the_config_fits(seeing):

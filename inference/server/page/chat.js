@@ -18,12 +18,15 @@ function store() {
 }
 
 function save() {
-  const kept = JSON.stringify(state.turns.map(({ html, ...turn }) => turn));
-  try {
-    sessionStorage.setItem(store(), kept); // each tab has a chat of its own; a new one begins with the newest of all
-    localStorage.setItem(store(), kept);
-  } catch {
-    // The browser keeps nothing (private window, no room): the chat goes on without.
+  const turns = state.turns.map(({ html, ...turn }) => turn);
+  for (const kept of [turns, turns.map(({ pictures, ...turn }) => turn)]) {
+    try {
+      sessionStorage.setItem(store(), JSON.stringify(kept)); // each tab has a chat of its own; a new one begins with the newest
+      localStorage.setItem(store(), JSON.stringify(kept));
+      return;
+    } catch {
+      // There is no room for pictures, or (in a private window) for nothing: the chat goes on without.
+    }
   }
 }
 
@@ -138,6 +141,9 @@ function draw(article, turn) {
   article.className = turn.role;
   article.classList.toggle("waiting", Boolean(turn.waiting));
   drawText(article.querySelector(".text"), turn);
+  if (turn.pictures && !article.querySelector(".pictures").children.length) {
+    article.querySelector(".pictures").append(...shown(turn.pictures));
+  }
   const thought = article.querySelector(".thought");
   thought.hidden = !turn.thought;
   thought.querySelector("div").textContent = turn.thought ?? "";
@@ -230,8 +236,8 @@ async function answer(expert = "", spent = 0, before = null) {
   const answered = state.turns.filter((t, place) => t.content && (t.role === "assistant" ||
     place === state.turns.length - 1 || state.turns[place + 1]?.content));
   const system = $("system").value.trim();
-  const messages = [...(system ? [{ role: "system", content: system }] : []), ...answered.map(({ role, content, told }) =>
-    ({ role, content, ...(role === "assistant" && told ? { name: told.expert } : {}) }))];
+  const messages = [...(system ? [{ role: "system", content: system }] : []), ...answered.map((t) =>
+    ({ role: t.role, content: asked(t), ...(t.role === "assistant" && t.told ? { name: t.told.expert } : {}) }))];
   state.turns.push(turn);
   const article = add(turn, index);
   drawHead();
@@ -281,6 +287,7 @@ function edit(index) {
   if (!$("stop").hidden) return;
   state.editing = index;
   $("text").value = state.turns[index].content;
+  wait(state.turns[index].pictures);
   $("editing").hidden = false;
   grow();
   $("text").focus();
@@ -326,7 +333,8 @@ async function send() {
     leaveEditing();
     drawAll();
   }
-  state.turns.push({ role: "user", content });
+  state.turns.push({ role: "user", content, ...(pictures.waiting.length ? { pictures: pictures.waiting } : {}) });
+  wait([]);
   for (const again of document.querySelectorAll(".again")) again.hidden = true;
   add(state.turns.at(-1), state.turns.length - 1);
   $("chat").scrollTop = $("chat").scrollHeight;
@@ -348,6 +356,7 @@ $("text").onkeydown = (event) => {
   }
   if (event.key === "Escape" && state.editing !== null) {
     $("text").value = "";
+    wait([]);
     leaveEditing();
   }
 };

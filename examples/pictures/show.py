@@ -1,4 +1,4 @@
-"""The whole path with pictures, on a CPU in two minutes: `python -m expertoken.examples.pictures.run`.
+"""The whole path with pictures, on a CPU in two minutes: `python -m expertoken.examples.pictures.show`.
 
 It draws pictures of four kinds, makes a small model that sees, and trains a composite on who is right about which kind.
 The question is always the same, so nothing but the picture can decide.

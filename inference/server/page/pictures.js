@@ -1,0 +1,83 @@
+// Pictures for the next question: chosen, pasted or dropped, shrunken here, and shown before they are sent.
+"use strict";
+
+const MOST = 8; // pictures of a question
+const LONGEST = 1024; // pixels of a side that is sent
+
+const pictures = { waiting: [] };
+
+async function shrunken(file) {
+  const bitmap = await createImageBitmap(file, { imageOrientation: "from-image" });
+  const scale = Math.min(1, LONGEST / Math.max(bitmap.width, bitmap.height));
+  const canvas = document.createElement("canvas");
+  canvas.width = Math.max(1, Math.round(bitmap.width * scale));
+  canvas.height = Math.max(1, Math.round(bitmap.height * scale));
+  const context = canvas.getContext("2d");
+  context.fillStyle = "white"; // what is transparent would be black
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  bitmap.close();
+  return canvas.toDataURL("image/jpeg", 0.85);
+}
+
+async function take(files) {
+  $("unseen").textContent = "";
+  for (const file of files) {
+    if (pictures.waiting.length === MOST) {
+      $("unseen").textContent = `A question can have ${MOST} pictures.`;
+      break;
+    }
+    try {
+      pictures.waiting.push(await shrunken(file));
+    } catch {
+      $("unseen").textContent = `${file.name || "That"} can't be read as a picture.`;
+    }
+  }
+  drawWaiting();
+}
+
+function drawWaiting() {
+  $("waiting").replaceChildren(...pictures.waiting.map((url, place) => {
+    const drop = element("button", { type: "button", textContent: "×", ariaLabel: `Leave picture ${place + 1} out` });
+    drop.onclick = () => {
+      pictures.waiting.splice(place, 1);
+      drawWaiting();
+      $("text").focus();
+    };
+    return element("li", {}, element("img", { src: url, alt: `Picture ${place + 1} of the next question` }), drop);
+  }));
+  $("waiting").hidden = !pictures.waiting.length;
+}
+
+function shown(urls) {
+  return (urls ?? []).map((url, place) => element("img", { src: url, alt: `Picture ${place + 1} of the question` }));
+}
+
+function asked({ content, pictures: urls }) {
+  if (!urls?.length) return content;
+  return [...urls.map((url) => ({ type: "image_url", image_url: { url } })), { type: "text", text: content }];
+}
+
+function wait(urls) {
+  pictures.waiting = [...(urls ?? [])];
+  $("unseen").textContent = "";
+  drawWaiting();
+}
+
+$("attach").onclick = () => $("files").click();
+$("files").onchange = async () => {
+  await take([...$("files").files]);
+  $("files").value = "";
+  $("text").focus();
+};
+$("text").onpaste = (event) => {
+  const files = [...event.clipboardData.files];
+  if (!files.length) return;
+  event.preventDefault();
+  take(files);
+};
+document.ondragover = (event) => event.preventDefault();
+document.ondrop = (event) => {
+  event.preventDefault(); // else the browser leaves the chat for the file
+  take([...event.dataTransfer.files]);
+};
