@@ -15,7 +15,7 @@ SIDES = ("train", "validation", "test")
 
 def states(meta: MetaLLM, supervision: Supervision, sides: tuple[str, ...] = SIDES) -> dict[str, States]:
     """Of these sides."""
-    return {side: states_of(meta, supervision.side(side)["messages"], label=f"{side} states") for side in sides}
+    return {side: states_of(meta, supervision.conversations(side), label=f"{side} states") for side in sides}
 
 
 def problems_of(supervision: Supervision, found: dict[str, States]) -> tuple[Problem, Problem]:

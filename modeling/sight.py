@@ -1,6 +1,7 @@
 """How a model that sees reads conversations: its processor turns pictures into tokens and pixels."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,8 +129,13 @@ class Sight:
         if picture.key not in self._lengths:
             if len(self._lengths) > _REMEMBERED:
                 self._lengths.clear()
-            self._lengths[picture.key] = len(self.ids(_showing([picture]))) - len(self.ids(_showing([])))
+            self._lengths[picture.key] = len(self.ids(_showing([picture]))) - self._frame
         return self._lengths[picture.key]
+
+    @cached_property
+    def _frame(self) -> int:
+        """Tokens of a conversation that shows nothing, and says next to nothing."""
+        return len(self.ids(_showing([])))
 
     def inputs(self, media: Sequence[Sequence[Picture]], ids: np.ndarray) -> dict[str, Any]:
         """Return what the model reads of a batch besides its token ids: pixels, and which tokens are of pictures.
