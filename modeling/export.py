@@ -27,13 +27,14 @@ import yaml
 from tokenizers import AddedToken
 from torch import nn
 
-from .chat import Message, control_tokens, text_of
+from .chat import Message, control_tokens, sight_of, text_of
 from .composite import POOL_FILE, load_composite
 from .dispatch import dispatch_forward
 from .errors import ExpertokenError
 from .experts import Expert
 from .files import atomic_folder, check_product
 from .head import output_head
+from .inputs import padded
 from .loading import load_causal_lm
 from .meta import MetaLLM
 from .pool import ExpertPool
@@ -139,7 +140,7 @@ def export_checkpoint(
         model.save_pretrained(aside)
         for file in aside.glob("*.safetensors"):  # written for its owner alone, and served by somebody else
             shutil.copymode(aside / "config.json", file)
-        meta.tokenizer.save_pretrained(aside)
+        (meta.tokenizer if meta.sight is None else meta.sight.processor).save_pretrained(aside)
         pool.to_yaml(aside / POOL_FILE)
         ids = dict(zip((expert.name for expert in pool), places, strict=True))
         _write_gateway(aside, out.name, ids, control_tokens(meta.tokenizer))
@@ -312,9 +313,9 @@ def _compare(
     different: list[str | Sequence[Message]] = []
     for prompt, wanted in zip(prompts, expected, strict=True):
         query = meta.view.read(tokenizer, prompt, size, meta.positions - 1)
-        batch = torch.tensor([query.ids.tolist()], device=meta.device)
+        batch = padded([query], sight_of(tokenizer), meta.device, model.dtype)
         with torch.inference_mode():
-            logits, _ = dispatch_forward(model, batch, torch.ones_like(batch))
+            logits, _ = dispatch_forward(model, **batch)
         found = logits[0, places].float().cpu()
         if len(wanted) > len(places):  # self's probability is that of the ordinary vocabulary
             found = torch.cat([found, logits[0, ordinary].float().logsumexp(-1, keepdim=True).cpu()])
@@ -324,7 +325,7 @@ def _compare(
             different.append(prompt)
     share = len(different) / len(prompts)
     if share > _DIFFERENT:
-        prompt = different[0] if isinstance(different[0], str) else text_of(different[0][-1])
+        prompt = different[0] if isinstance(different[0], str) else text_of(different[0][-1], placeholders=True)
         name = prompt if len(prompt) < 60 else prompt[:60] + "..."
         raise ExpertokenError(
             f"the exported checkpoint decides otherwise on {share:.1%} of {len(prompts)} prompts, on {name!r} for "

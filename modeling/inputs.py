@@ -1,7 +1,7 @@
 """What a model reads: queries as a batch of tensors."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def padded(
     queries: "Sequence[Query]", sight: "Sight | None", device: torch.device | str, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Any]:
     """Return a left-padded batch: `input_ids` and `attention_mask`, `[N, T]` each, and what a model sees beside them.
 
     Left, so that all dispatch positions fall into one column and one row of logits per query is computed.

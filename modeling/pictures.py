@@ -173,6 +173,23 @@ def part_of(picture: Picture) -> dict[str, Any]:
     return {"type": IMAGE, "image": picture}
 
 
+def as_urls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages whose pictures are `data:` URLs, as endpoints take them.
+
+    Args:
+        messages: the conversation.
+    """
+
+    def part_as_url(part: dict[str, Any]) -> dict[str, Any]:
+        picture = part.get("image")
+        return {"type": IMAGE, "image_url": {"url": picture.url}} if isinstance(picture, Picture) else part
+
+    return [
+        m | {"content": [part_as_url(part) for part in m["content"]]} if isinstance(m.get("content"), list) else m
+        for m in messages
+    ]
+
+
 def picture_of(part: dict[str, Any], place: str) -> Picture | None:
     """Return the picture of a part of a message; None where it is none, or only an address of one.
 

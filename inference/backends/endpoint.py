@@ -17,6 +17,7 @@ from ...modeling.backend import REQUEST_HEADERS, Backend, Generation, Opening, P
 from ...modeling.chat import Message
 from ...modeling.errors import ExpertFailedError, RequestRefusedError
 from ...modeling.experts import Expert, ExpertKind
+from ...modeling.pictures import as_urls
 from .addresses import Address, Addresses, mistakes, told
 from .wire import (
     DONE,
@@ -233,7 +234,7 @@ class EndpointBackend(Backend):
         """
         import openai
 
-        given = list(messages)
+        given = as_urls(messages)
         if begun:
             given.append({"role": "assistant", "content": begun})
         told = finished = False

@@ -21,6 +21,7 @@ from expertoken.modeling.chat import count_media
 from expertoken.modeling.composite import Composite, Manifest, describe_base, load_composite
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
+from expertoken.modeling.export import export_checkpoint
 from expertoken.modeling.meta import MetaLLM
 from expertoken.modeling.pictures import Picture, part_of
 from expertoken.modeling.pool import ExpertPool
@@ -284,6 +285,15 @@ def test_what_is_saved_decides_the_same_in_a_fresh_process(folder, tmp_path, sta
     )
     assert done.returncode == 0, done.stderr[-2000:]
     torch.testing.assert_close(torch.tensor(json.loads(done.stdout.splitlines()[-1])), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_exported_checkpoint_decides_on_pictures_as_the_composite(folder, tmp_path):
+    """Its processor lies beside it, so that a server can show it pictures."""
+    saved(folder, tmp_path / "c")
+    prompts = [ask(f"What is it, number {count}?", Picture.of(picture(count))) for count in range(10)]
+    export_checkpoint(tmp_path / "c", tmp_path / "out", prompts=prompts, device="cpu")
+    assert json.loads((tmp_path / "out" / "expertoken_export.json").read_text())["decisions_equal"] >= 0.98
+    assert AutoProcessor.from_pretrained(tmp_path / "out").image_processor is not None
 
 
 def test_self_of_a_meta_llm_that_sees_can_read_pictures(folder, tmp_path):

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import (
-    AutoModelForCausalLM,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, TrainingArguments
 
+from expertoken.data_prep.images import with_pictures
+from expertoken.data_prep.reading import read_results
 from expertoken.data_prep.results import BenchmarkResults
-from expertoken.data_prep.supervision import build_supervision, supervision_of
+from expertoken.data_prep.supervision import Supervision, build_supervision, supervision_of
+from expertoken.examples.pictures.draw import KINDS, draw_pictures
 from expertoken.modeling.composite import (
     ADAPTER_WEIGHTS,
     ROWS_FILE,
@@ -29,6 +29,7 @@ from expertoken.modeling.composite import (
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
 from expertoken.modeling.meta import MetaLLM
+from expertoken.modeling.pool import ExpertPool
 from expertoken.tests.seeing import seeing_folder
 from expertoken.tests.tiny import ARCHITECTURES, tiny_folder
 from expertoken.tests.train.launching import assert_same, trained
@@ -489,3 +490,20 @@ def test_a_checkpoint_asks_no_hub(tmp_path, base_folder, supervision, monkeypatc
 def test_two_folders_for_one_run_are_refused(tmp_path, base_folder, supervision):
     with pytest.raises(ExpertokenError, match="'a' and the Trainer's output_dir .* differ"):
         train(options(base_folder, supervision, out="a"), arguments(tmp_path / "c"))
+
+
+def test_lora_learns_from_pictures_what_texts_do_not_tell(tmp_path):
+    """Decoder alone; the checkpoint decides by the picture after it is loaded again."""
+    base = seeing_folder(tmp_path / "base", "llava")
+    table = draw_pictures(tmp_path, count=6)
+    pool = ExpertPool([Expert(kind, model=str(base), supports=("images",)) for kind in KINDS])
+    results = with_pictures(read_results(table, "table"), tmp_path / "pictures")
+    build_supervision(results, pool, test=0.25, validation=0.25).save(tmp_path / "s")
+    given = options(base, tmp_path / "s", lora_r=8)
+    folder = train(given, arguments(tmp_path / "c", max_steps=6))
+    assert all("vision" not in name and "projector" not in name for name in trained(folder) if "lora" in name)
+    meta = load_composite(folder, device="cpu").meta
+    asked = Supervision.load(tmp_path / "s").queries("test", meta)
+    assert all(query.media for query in asked)
+    logits = meta.candidate_logits(asked)
+    assert len({tuple(row) for row in logits.mul(1e3).round().int().tolist()}) > 1  # one question, other pictures
