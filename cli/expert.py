@@ -40,6 +40,9 @@ def add(
     option: Annotated[
         list[str] | None, typer.Option("--set", help="Option of the reader, KEY=VALUE (as in prepare).")
     ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures that the results name (as in prepare).")
+    ] = None,
     description: Annotated[str, typer.Option(help="What it is good at.")] = "",
     base: Annotated[str | None, typer.Option(help="Base of a LoRA adapter. Default: the meta LLM's.")] = None,
     base_url: Annotated[str | None, typer.Option(help="Address of an endpoint.")] = None,
@@ -84,6 +87,10 @@ def add(
     for sentence in pool.missing():
         logger.warning(sentence)
     read = read_all([results], format, option)
+    if images is not None:
+        from ..data_prep.images import with_pictures
+
+        read = with_pictures(read, images)
     change = add_expert(
         composite,
         expert,

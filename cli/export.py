@@ -26,8 +26,8 @@ def _learnt(folder: Path) -> list[Any]:
     except ExpertokenError as error:
         logger.warning("%s", error)
         return []
-    sides = [part for name, part in supervision.data.items() if name != "test"]
-    asked = [messages for part in sides for messages in part["messages"]]
+    sides = [name for name, part in supervision.data.items() if name != "test" and len(part)]
+    asked = [messages for name in sides for messages in supervision.conversations(name)]
     return asked[:: max(1, -(-len(asked) // _MOST))]
 
 

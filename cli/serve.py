@@ -103,7 +103,7 @@ def serve(
         max_concurrent=max_concurrent,
         rate=rate,
         log_content=log_content,
-        image_hosts=tuple(image_host or ()),
+        image_hosts=tuple(host.lower() for host in image_host or ()),
         hosts=tuple(name.lower() for name in allow_host or ()),
         origins=tuple(cors_origin or ()),
         session_store=session_store,

@@ -19,7 +19,7 @@ from ..modeling.consent import agree
 from ..modeling.errors import ExpertokenError, ResultsError, did_you_mean, one_line
 from ..modeling.experts import SELF, Expert
 from ..modeling.files import PRODUCTS, atomic_folder, check_product, read_settled
-from ..modeling.pictures import Picture, part_of
+from ..modeling.pictures import IMAGE, Picture, part_of
 from ..modeling.pool import ExpertPool
 from ..modeling.utility import utility
 from . import SPLITS
@@ -140,7 +140,12 @@ class Supervision:
         """
         from ..modeling.states import encode_all
 
-        return encode_all(meta, self.conversations(name), name, quiet=quiet)
+        conversations = self.conversations(name)
+        if meta.sight is not None and not quiet:
+            parts = (part for messages in conversations for message in messages for part in message["content"])
+            if absent := sum(part["type"] == IMAGE and not isinstance(part.get("image"), Picture) for part in parts):
+                logger.warning("%s: %d pictures are not here (prepare --images): a placeholder is read", name, absent)
+        return encode_all(meta, conversations, name, quiet=quiet)
 
     def conversations(self, name: str) -> "list[list[Message]]":
         """Return the conversations of a side, with their pictures as far as those are here.

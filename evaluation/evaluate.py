@@ -235,8 +235,17 @@ def _robustness(composite: Composite, test: Split, count: int) -> list[dict[str,
     place = np.random.default_rng(0).permutation(len(test.prompts))[:count]
     prompts = [test.prompts[index] for index in place]
     pictures = [test.queries[index].media for index in place] if test.queries else None
+    if pictures is not None and any(pictures):  # they are asked with the text, which has no placeholders then
+        prompts = [text_of(_unseen(test.messages[index][-1])) for index in place]
     found = measure_robustness(composite.meta, prompts, test.scores[place], pictures)
     return [asdict(entry) for entry in found]
+
+
+def _unseen(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message without its pictures."""
+    content = message["content"]
+    texts = [part for part in content if part["type"] == "text"] if isinstance(content, list) else content
+    return message | {"content": texts}
 
 
 def _origin(composite: Composite, supervision: Supervision) -> dict[str, Any]:

@@ -82,7 +82,7 @@ CHANGES: dict[str, Callable[[str, random.Random], str]] = {
 
 def _redrawn(picture: Picture, change: Callable[[Any], Any]) -> Picture:
     file = io.BytesIO()
-    change(picture.decoded()).save(file, "PNG")
+    change(picture.decoded()).save(file, "JPEG", quality=95)  # of a photograph, a PNG may be larger than what is read
     return Picture.of(file.getvalue())
 
 

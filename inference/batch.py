@@ -21,7 +21,7 @@ from ..modeling.chat import Message, as_messages
 from ..modeling.dispatch import Dispatch
 from ..modeling.errors import ExpertFailedError, ExpertokenError, one_line
 from ..modeling.files import atomic_file
-from ..modeling.pictures import check_pictures, file_below, url_part
+from ..modeling.pictures import Picture, check_pictures, file_below, url_part
 from ..modeling.policy import Policy
 from ..modeling.stops import StopTexts
 from .answering import AnsweringModel
@@ -126,10 +126,9 @@ def generate_file(
     answering = Here(composite) if isinstance(composite, AnsweringModel) else composite
     source, out = Path(source), Path(out)
     asked = asdict(generation) | {"extra": dict(generation.extra)}
-    keys = _keys(source, _hash([asked, *answering.settings(policy)]))
-    for number, row in enumerate(_rows(source) if images else (), start=1):
-        for name in _pictures(row):
-            file_below(Path(images or "."), name, f"{source}, conversation {number}, image")
+    # The pictures are looked at before anything is answered, and answers about others are of no use.
+    shown = [] if images is None else _digests(source, images)
+    keys = _keys(source, _hash([asked, *answering.settings(policy), *shown]))
     part = out.with_name(f".{out.name}.part")
     if out.exists() and source.samefile(out):
         raise ExpertokenError(f"{out}: is what is to be answered; name another file for the answers")
@@ -161,6 +160,19 @@ def generate_file(
     return dict(counts)
 
 
+def _digests(source: Path, images: Path) -> list[str]:
+    """Return a hash of each picture that a file names.
+
+    Raises:
+        ExpertokenError: one is missing, lies elsewhere, or is none that is read here; it names the conversation.
+    """
+    found = []
+    for number, row in enumerate(_rows(source), start=1):
+        place = f"{source}, conversation {number}, image"
+        found += [Picture.of(file_below(images, name, place), f"{place} {name!r}").key.hex() for name in _pictures(row)]
+    return found
+
+
 def _blocks(rows: Iterator[tuple[str, dict[str, Any]]], images: Path | None) -> Iterator[Block]:
     while block := [(key, _shown(row, images)) for key, row in islice(rows, _BLOCK)]:
         yield block
@@ -172,8 +184,8 @@ def _shown(row: dict[str, Any], images: Path | None) -> list[Message]:
     Raises:
         ExpertokenError: a picture is missing, lies elsewhere, or is none that is read here.
     """
-    messages, names = _messages(row), _pictures(row)
-    if images is None or not names:
+    messages = _messages(row)
+    if images is None or not (names := _pictures(row)):
         return messages
     parts = [url_part(file_below(images, name, "image"), name) for name in names]
     last = messages[-1]
@@ -430,7 +442,6 @@ def _messages(row: dict[str, Any]) -> list[Message]:
     found = [row[key] for key in _TEXTS if key in row] if isinstance(row, dict) else []
     if not found or not isinstance(found[0], str | list):
         raise ExpertokenError(_EXPECTED)
-    _pictures(row)
     messages = as_messages(found[0])
     check_pictures(messages)
     return messages

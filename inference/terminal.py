@@ -88,10 +88,9 @@ class TerminalChat:
         self.messages.append({"role": "assistant", "content": self.last.text, "name": self.last.expert})
 
     def _show(self, name: str) -> None:
-        file = Path(name).expanduser()
         try:
-            self.pictures.append(url_part(file, name))
-        except (ExpertokenError, ImportError) as error:
+            self.pictures.append(url_part(Path(name).expanduser(), name))
+        except (ExpertokenError, ImportError, RuntimeError) as error:  # RuntimeError: a home of nobody
             self.console.print(f"error: {error}", markup=False)
             return
         self.console.print(f"{len(self.pictures)} with the next question", markup=False)

@@ -3,7 +3,6 @@
 import datetime
 import hashlib
 import re
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from .errors import ExpertFailedError, ExpertokenError, one_line
+from .locks import exclusive
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -399,20 +399,6 @@ def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, offsets: boo
     """
     with exclusive(tokenizer):
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=offsets)
-
-
-_TURNS: "WeakKeyDictionary[PreTrainedTokenizerBase, threading.Lock]" = WeakKeyDictionary()
-_TURNS_LOCK = threading.Lock()
-
-
-def exclusive(tokenizer: "PreTrainedTokenizerBase") -> threading.Lock:
-    """Return the lock under which a tokenizer encodes.
-
-    How it reads control tokens is a setting of the tokenizer. Between setting it and encoding, another thread may set
-    it otherwise: then a chat template's control tokens are read as text.
-    """
-    with _TURNS_LOCK:
-        return _TURNS.setdefault(tokenizer, threading.Lock())
 
 
 _LONGEST: "WeakKeyDictionary[PreTrainedTokenizerBase, int]" = WeakKeyDictionary()

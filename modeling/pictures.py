@@ -38,10 +38,12 @@ class Picture:
     Attributes:
         source: the file, or its bytes.
         key: hash of what it shows, by which caches know it: the same picture in another format is the same.
+        pixels: how many; 0 where nobody looked.
     """
 
     source: Path | bytes
     key: bytes
+    pixels: int = 0
 
     @classmethod
     def of(cls, source: Path | bytes, name: str = "picture") -> "Picture":
@@ -51,7 +53,8 @@ class Picture:
             source: the file, or its bytes.
             name: what it is called in errors.
         """
-        return cls(source, digest(decoded(source, name)))
+        picture = decoded(source, name)
+        return cls(source, digest(picture), picture.width * picture.height)
 
     def decoded(self) -> Any:
         """Return the picture as Pillow's, RGB. Errors as in the function of that name."""
@@ -243,26 +246,54 @@ def check_pictures(messages: Sequence[dict[str, Any]], hosts: Sequence[str] = ()
     Raises:
         ExpertokenError: a picture is an address of another host, or none that is read here, or there are too many.
     """
-    count = 0
+    count = pixels = 0
     for index, message in enumerate(messages):
         content = message.get("content")
         for part in content if isinstance(content, list) else ():
-            if part.get("type") != IMAGE or isinstance(part.get("image"), Picture):
+            if part.get("type") not in _PASSED:
+                # Other types name addresses as well, and engines fetch them.
+                raise ExpertokenError(f"messages[{index}]: expected parts of the types {', '.join(_PASSED)}")
+            if part["type"] != IMAGE or isinstance(part.get("image"), Picture):
                 continue
             count += 1
             place = f"messages[{index}]: picture {count}"
+            if further := set(part) - _PICTURE_KEYS:
+                raise ExpertokenError(f"{place}: {min(further)[:40]!r} is no field of a picture; expected image_url")
             if count > MOST_PICTURES:
                 raise ExpertokenError(f"messages[{index}]: expected up to {MOST_PICTURES} pictures in a conversation")
             url = _url_of(part)
             if (data := _bytes_of(url, place)) is not None:
                 if find_spec("PIL"):
-                    _check_header(data, place)
+                    width, height = _check_header(data, place).size
+                    _check_total(pixels := pixels + width * height, place)
                 continue
-            if not url.startswith(("http://", "https://")) or urlsplit(url).hostname not in hosts:
+            if _host_of(url) not in hosts:
                 raise ExpertokenError(
                     f"{place}: expected the picture itself as a URL that begins with data:image/...;base64, (addresses "
                     "are neither fetched nor passed on, but for hosts that the operator names: --image-host)"
                 )
+
+
+_PASSED = ("text", "refusal", IMAGE, "input_audio", "file")
+"""Types of parts that hold what they mean, as OpenAI's API has them."""
+
+_PICTURE_KEYS = {"type", "image_url", "detail", "cache_control"}
+_PLAIN_ADDRESS = re.compile(r"https?://[^\s\\@]+")
+
+
+def _host_of(url: str) -> str | None:
+    """Return the host of a web address; None of anything that two readers might understand differently."""
+    if not _PLAIN_ADDRESS.fullmatch(url) or not url.isascii():
+        return None
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
+
+
+def _check_total(pixels: int, place: str) -> None:
+    if pixels > MOST_PIXELS:
+        raise ExpertokenError(f"{place}: the conversation's pictures have more than {MOST_PIXELS:,} pixels together")
 
 
 _FIRST, _LAST = 0xF0000, 0xFFFFD  # characters for private use, of which Unicode says nothing
@@ -304,6 +335,7 @@ def _marked_part(part: dict[str, Any], place: str, pictures: list[Picture]) -> d
     if len(pictures) == MOST_PICTURES:
         raise ExpertokenError(f"{place}: expected up to {MOST_PICTURES} pictures in a conversation")
     pictures.append(picture)
+    _check_total(sum(one.pixels for one in pictures), place)
     return {"type": "text", "text": chr(_FIRST + len(pictures) - 1)}
 
 

@@ -1,5 +1,7 @@
 """How a model that sees reads conversations: its processor turns pictures into tokens and pixels."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from importlib.util import find_spec
@@ -10,6 +12,7 @@ import numpy as np
 import torch
 
 from .errors import ExpertokenError, one_line, require_extra
+from .locks import exclusive
 from .pictures import Picture, parts_of
 
 if TYPE_CHECKING:
@@ -56,7 +59,9 @@ class Sight:
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
-        self.name = type(processor.image_processor).__name__
+        settings = json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str)
+        kind = type(processor.image_processor).__name__
+        self.name = f"{kind}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
         named = [getattr(owner, name, None) for owner in (processor, processor.tokenizer) for name in _MEDIA_TOKENS]
         self.tokens = [token for token in dict.fromkeys(named) if isinstance(token, str) and token.strip()]
         self._lengths: dict[bytes, int] = {}
@@ -120,17 +125,18 @@ class Sight:
             **options: of the chat template.
 
         Raises:
-            ValueError: the template or the processor refuses it.
+            ExpertokenError: the template or the processor refuses it.
         """
         return self._processed([conversation], **options)["input_ids"][0].tolist()
 
     def tokens_of(self, picture: Picture) -> int:
         """Return how many tokens a picture takes, about."""
-        if picture.key not in self._lengths:
-            if len(self._lengths) > _REMEMBERED:
-                self._lengths.clear()
-            self._lengths[picture.key] = len(self.ids(_showing([picture]))) - self._frame
-        return self._lengths[picture.key]
+        if (known := self._lengths.get(picture.key)) is not None:
+            return known
+        if len(self._lengths) > _REMEMBERED:
+            self._lengths.clear()
+        self._lengths[picture.key] = found = len(self.ids(_showing([picture]))) - self._frame
+        return found
 
     @cached_property
     def _frame(self) -> int:
@@ -155,21 +161,29 @@ class Sight:
         return tensors
 
     def _processed(self, conversations: Sequence[Sequence[_Message]], **options: Any) -> Any:
+        from jinja2 import TemplateError
+
         # A copy with the pictures themselves: never a text of a user, which processors would open or fetch.
         shown = [[message | {"content": list(map(_shown, message["content"]))} for message in c] for c in conversations]
         tokenizer: Any = self.processor.tokenizer
         if tokenizer.pad_token_id is None:  # padding is not read here, but processors pad
             tokenizer.pad_token = tokenizer.eos_token
-        found = self.processor.apply_chat_template(
-            shown,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            sanitize_control_tokens=True,
-            processor_kwargs={"padding": True, "return_tensors": "pt"},
-            **options,
-        )
-        return found.convert_to_tensors("pt")  # SmolVLM's gives arrays all the same
+        try:
+            with exclusive(tokenizer):
+                found = self.processor.apply_chat_template(
+                    shown,
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=True,
+                    sanitize_control_tokens=True,
+                    processor_kwargs={"padding": True, "return_tensors": "pt"},
+                    **options,
+                )
+            return found.convert_to_tensors("pt")  # SmolVLM's gives arrays all the same
+        except (TypeError, KeyError, AttributeError, ValueError, IndexError, ZeroDivisionError, TemplateError) as error:
+            raise ExpertokenError(
+                f"{type(self.processor).__name__} refuses this conversation or a picture of it ({one_line(error)})"
+            ) from error
 
 
 _REMEMBERED = 10_000  # pictures whose lengths are known

@@ -178,10 +178,7 @@ class LayerReader:
         with self._hooked([self._layers[-1], *self._parent.children()], lambda module, _: called.append(module)):
             device = next(self.model.parameters()).device
             self.model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=False)
-        tail = called[called.index(self._layers[-1]) + 1 :]
-        if not tail:
-            raise ExpertokenError(f"{type(self.model).__name__}: found no norm behind its layers; pass --state {HEAD}")
-        return tail
+        return called[called.index(self._layers[-1]) + 1 :]
 
     @contextmanager
     def _hooked(self, modules: Sequence[nn.Module], seen: Callable[[nn.Module, Any], None]) -> Iterator[None]:
@@ -207,6 +204,8 @@ class LayerReader:
         """
         # What goes into the next module, not what comes out of the layer: Qwen3-VL adds to states between its layers.
         following = [*self._layers, *self._tail[:1]]
+        if max(layers) >= len(following):
+            raise ExpertokenError(f"{type(self.model).__name__}: found no norm behind its layers; pass --state {HEAD}")
         numbers = {following[layer]: layer for layer in layers}
         finishing = False  # the tail runs here, too, and that is not the pass going on
 

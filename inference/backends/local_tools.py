@@ -7,8 +7,9 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from ...modeling.backend import Piece
-from ...modeling.chat import Message, apart, as_messages, control_tokens, exclusive, plain
+from ...modeling.chat import Message, apart, as_messages, control_tokens, plain
 from ...modeling.errors import ExpertFailedError, RequestRefusedError, one_line
+from ...modeling.locks import exclusive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

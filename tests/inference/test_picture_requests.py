@@ -15,7 +15,7 @@ import pytest
 
 Image = pytest.importorskip("PIL.Image")
 
-from expertoken.inference.batch import generate_file
+from expertoken.inference.batch import _digests, _keys, generate_file
 from expertoken.inference.server import Settings, create_app
 from expertoken.inference.terminal import TerminalChat
 from expertoken.modeling.backend import Generation
@@ -62,6 +62,8 @@ def ask(url, parts, path="/v1/chat/completions"):
 
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><image href="file:///etc/passwd"/></svg>'
 ATTACKS = {
+    "two readings": ("http://evil.example\\@pictures.example/a.png", "expected the picture itself"),
+    "no address": ("http://[", "expected the picture itself"),
     "path": ("/etc/passwd", "expected the picture itself"),
     "file": ("file:///etc/passwd", "expected the picture itself"),
     "http": ("http://127.0.0.1:9/a.png", "expected the picture itself"),
@@ -183,3 +185,38 @@ def test_nothing_is_connected_to_for_a_picture(composite, monkeypatch):
     monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("something was fetched"))
     for given, _ in ATTACKS.values():
         composite.decide([[{"role": "user", "content": content(given)}]])
+
+
+def test_many_large_pictures_are_refused_together(url):
+    given = data_url(bomb(6000, 6000))
+    response = ask(url, content(given, given))
+    assert response.status_code == 400
+    assert "64,000,000 pixels together" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "video_url", "video_url": {"url": "http://169.254.169.254/"}},
+        {"type": "input_image", "image_url": "http://127.0.0.1:9/a.png"},
+        {"type": "image", "url": "http://127.0.0.1:9/a.png"},
+        {"type": "image_url", "image_url": {"url": data_url(picture(1))}, "image": "http://127.0.0.1:9/a.png"},
+    ],
+)
+def test_other_parts_that_name_addresses_are_refused(url, part):
+    response = ask(url, [part, {"type": "text", "text": "hello"}])
+    assert response.status_code == 400, response.text
+    assert "messages[0]" in response.json()["error"]["message"]
+
+
+def test_another_picture_of_the_same_name_is_answered_anew(composite, tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(picture(1))
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps({"prompt": "hello", "image": "a.png"}) + "\n")
+    generate_file(composite, source, out, generation=Generation(max_new_tokens=8), images=tmp_path)
+    first = _keys(source, "".join(_digests(source, tmp_path)))
+    (tmp_path / "a.png").write_bytes(picture(2))
+    assert _keys(source, "".join(_digests(source, tmp_path))) != first
+    (tmp_path / "a.png").write_bytes(picture(2)[:-300])
+    with pytest.raises(ExpertokenError, match="conversation 1, image 'a.png': no picture of PNG"):
+        generate_file(composite, source, tmp_path / "other.jsonl", images=tmp_path)

@@ -322,6 +322,7 @@ async function send() {
   if (!content || !$("stop").hidden || $("send").disabled) return;
   $("text").value = "";
   grow();
+  await pictures.coming;
   await ready; // whoever types faster than the page starts: the chat that was kept comes before their message
   if ($("send").disabled || !$("stop").hidden) { // it could not start, or another message was waiting too
     $("text").value = [content, $("text").value].filter(Boolean).join("\n");

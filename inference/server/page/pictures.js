@@ -4,7 +4,7 @@
 const MOST = 8; // pictures of a question
 const LONGEST = 1024; // pixels of a side that is sent
 
-const pictures = { waiting: [] };
+const pictures = { waiting: [], coming: Promise.resolve() };
 
 async function shrunken(file) {
   const bitmap = await createImageBitmap(file, { imageOrientation: "from-image" });
@@ -20,7 +20,11 @@ async function shrunken(file) {
   return canvas.toDataURL("image/jpeg", 0.85);
 }
 
-async function take(files) {
+function take(files) {
+  return pictures.coming = pictures.coming.then(() => takeIn(files)); // a question that is sent meanwhile waits for them
+}
+
+async function takeIn(files) {
   $("unseen").textContent = "";
   for (const file of files) {
     if (pictures.waiting.length === MOST) {

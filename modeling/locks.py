@@ -1,0 +1,21 @@
+"""The lock under which a tokenizer encodes."""
+
+import threading
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TURNS: "WeakKeyDictionary[PreTrainedTokenizerBase, threading.RLock]" = WeakKeyDictionary()
+_TURNS_LOCK = threading.Lock()
+
+
+def exclusive(tokenizer: "PreTrainedTokenizerBase") -> "threading.RLock":
+    """Return the lock under which a tokenizer encodes.
+
+    How it reads control tokens is a setting of the tokenizer, and so is padding. Between setting it and encoding,
+    another thread may set it otherwise: then a chat template's control tokens are read as text.
+    """
+    with _TURNS_LOCK:
+        return _TURNS.setdefault(tokenizer, threading.RLock())
