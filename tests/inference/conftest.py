@@ -16,6 +16,12 @@ from expertoken.modeling.pool import ExpertPool
 from expertoken.modeling.source import Source
 from expertoken.tests.inference.mock_expert import FAULTS
 
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5Erk"
+    "Jggg=="
+)
+"""A picture of one pixel."""
+
 PROMPTS = ("hello", "hello there", *(f"hello one do: {fault}" for fault in FAULTS))
 
 

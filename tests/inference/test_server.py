@@ -22,7 +22,7 @@ from expertoken.modeling.backend import Timeouts
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
 from expertoken.modeling.policy import Policy
-from expertoken.tests.inference.conftest import composite_of, mock_expert, served
+from expertoken.tests.inference.conftest import PIXEL, composite_of, mock_expert, served
 from expertoken.tests.tiny import tiny_folder
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -707,7 +707,7 @@ def test_who_sends_a_body_too_slowly_gives_up_its_place(composite, monkeypatch):
 
 def test_images_reach_the_expert_and_the_decision_reads_the_text_beside_them(client):
     """The mock answers by the texts of the parts."""
-    parts = [{"type": "text", "text": "hello"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}]
+    parts = [{"type": "text", "text": "hello"}, {"type": "image_url", "image_url": {"url": PIXEL}}]
     answer = client.chat.completions.create(model="comp/two", messages=[{"role": "user", "content": parts}])
     assert answer.choices[0].message.content.startswith("two0")
     with pytest.raises(openai.BadRequestError):

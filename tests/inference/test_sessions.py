@@ -15,7 +15,7 @@ from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
 from expertoken.modeling.policy import Chooser, Policy
 from expertoken.modeling.pool import ExpertPool
-from expertoken.tests.inference.conftest import composite_of, redis_server, served
+from expertoken.tests.inference.conftest import PIXEL, composite_of, redis_server, served
 from expertoken.tests.inference.mock_expert import chunk
 from expertoken.tests.inference.test_server import post
 
@@ -130,7 +130,7 @@ def test_a_picture_behind_a_tools_result_ends_no_loop(base_folder, callers):
     with served(create_app(composite_of(base_folder, callers))) as address:
         said, _ = turn(address, [HELLO], expertoken={"show": True, "policy": {"allow": ["two"]}})
         result = {"role": "tool", "tool_call_id": said["tool_calls"][0]["id"], "content": "ok"}
-        shown = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}
+        shown = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": PIXEL}}]}
         assert turn(address, [HELLO, said, result, shown])[1] == "two"
 
 
