@@ -274,8 +274,8 @@ def check_pictures(messages: Sequence[dict[str, Any]], hosts: Sequence[str] = ()
                 )
 
 
-_PASSED = ("text", "refusal", IMAGE, "input_audio", "file")
-"""Types of parts that hold what they mean, as OpenAI's API has them."""
+_PASSED = ("text", IMAGE, "input_audio", "file", "refusal", "thinking", "redacted_thinking")
+"""Types of parts that hold what they mean, as OpenAI's API and those of others have them."""
 
 _PICTURE_KEYS = {"type", "image_url", "detail", "cache_control"}
 _PLAIN_ADDRESS = re.compile(r"https?://[^\s\\@]+")
