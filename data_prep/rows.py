@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ..modeling.pictures import IMAGE
 from . import SPLITS
 from .leaks import IMAGES
 from .results import MESSAGES
@@ -28,14 +29,14 @@ def messages_of(queries: "pd.DataFrame") -> list[list[dict[str, Any]]]:
     ]
     for conversation, images in zip(conversations, queries.get(IMAGES, ()), strict=False):
         content: Any = conversation[-1]["content"]
-        content[:0] = [{"type": "image_url", "text": None, "image": name} for name in images or ()]
+        content[:0] = [{"type": IMAGE, "text": None, "image": name} for name in images or ()]
     return conversations
 
 
 def question_of(conversation: Sequence[dict[str, Any]]) -> tuple[str, tuple[str, ...] | None]:
     """Return the text and the pictures of a conversation's last message, as `messages_of` put them there."""
     content = conversation[-1]["content"]
-    images = tuple(part["image"] for part in content if part["type"] == "image_url")
+    images = tuple(part["image"] for part in content if part["type"] == IMAGE)
     return "\n".join(part["text"] for part in content if part["type"] == "text"), images or None
 
 

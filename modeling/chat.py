@@ -14,6 +14,7 @@ import numpy as np
 
 from .errors import ExpertFailedError, ExpertokenError, one_line
 from .locks import exclusive
+from .pictures import marked
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -258,18 +259,14 @@ def encode_chat(
         texts = [message | {"content": apart(message["content"], sight.tokens)} for message in messages]
         messages = sight.conversation(texts, pictures)
     try:
-        with exclusive(tokenizer):
-            ids: Any = (
-                tokenizer.apply_chat_template(
-                    messages,
-                    add_generation_prompt=True,
-                    return_dict=False,
-                    sanitize_control_tokens=True,
-                    **dated,
+        ids: Any
+        if sight is not None:
+            ids = sight.ids(messages, **dated)
+        else:
+            with exclusive(tokenizer):
+                ids = tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True, **dated
                 )
-                if sight is None
-                else sight.ids(messages, **dated)
-            )
     except (TemplateError, ValueError) as error:
         # Templates refuse what their model was not trained for: a system message, two user messages in a row.
         raise ExpertokenError(
@@ -298,8 +295,6 @@ def read_chat(
         vocab_size: V.
         **options: of `encode_chat`, as its errors are.
     """
-    from .pictures import marked
-
     messages = as_messages(conversation)
     pictures: list[Picture] = []
     if sight_of(tokenizer) is not None:

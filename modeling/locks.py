@@ -7,15 +7,15 @@ from weakref import WeakKeyDictionary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TURNS: "WeakKeyDictionary[PreTrainedTokenizerBase, threading.RLock]" = WeakKeyDictionary()
+_TURNS: "WeakKeyDictionary[PreTrainedTokenizerBase, threading.Lock]" = WeakKeyDictionary()
 _TURNS_LOCK = threading.Lock()
 
 
-def exclusive(tokenizer: "PreTrainedTokenizerBase") -> "threading.RLock":
+def exclusive(tokenizer: "PreTrainedTokenizerBase") -> "threading.Lock":
     """Return the lock under which a tokenizer encodes.
 
     How it reads control tokens is a setting of the tokenizer, and so is padding. Between setting it and encoding,
     another thread may set it otherwise: then a chat template's control tokens are read as text.
     """
     with _TURNS_LOCK:
-        return _TURNS.setdefault(tokenizer, threading.RLock())
+        return _TURNS.setdefault(tokenizer, threading.Lock())

@@ -88,7 +88,7 @@ def test_all_families_where_torchvision_lies_apart():
 @torch.inference_mode()
 def test_the_base_gives_the_logits_that_transformers_gives(folder, seeing):
     """With the same pictures and the same text, by the processor alone."""
-    processor = AutoProcessor.from_pretrained(folder, backend="pil") if seeing.sight is None else seeing.sight.processor
+    processor = seeing.sight.processor
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     content = [{"type": "image", "image": PICTURES[1].decoded()}, {"type": "text", "text": "What is it?"}]
     inputs = processor.apply_chat_template(
