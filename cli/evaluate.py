@@ -69,6 +69,7 @@ def evaluate(
 
         pictures = draw_report(report, folder)
     report.save_folder(folder, pictures)
+    report.add_to_card(composite)
     console = wide_console()
     console.print(report_table(report))
     if report.chats:

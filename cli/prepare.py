@@ -126,6 +126,7 @@ def prepare(
         hold_out=_hold_out(hold_out),
         contexts=contexts,
     )
+    supervision.info.datasets = [str(path) for path in results if not path.exists()]  # on the hub
     supervision.save(out)
     console = wide_console()
     # Under the candidates' names: a table of hub ids is too wide for most terminals.

@@ -225,7 +225,8 @@ def _labelled(
         raise ResultsError("every candidate scores alike on every train query; there is nothing to learn from")
     data = make_datasets(rows.queries, rows.messages, rows.scores, costs, rows.targets, rows.weights)
     recorded = known | {"contaminated": [list(pair) for pair in contaminated]}
-    info = SupervisionInfo(pool.names, pool.has_self, recorded, {name: len(data[name]) for name in SPLITS}, leaks)
+    sizes = {name: len(data[name]) for name in SPLITS}
+    info = SupervisionInfo(pool.names, pool.has_self, recorded, sizes, leaks, datasets=old.info.datasets)
     supervision = Supervision(data, pool, info)
     supervision.stamp()
     return supervision

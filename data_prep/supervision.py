@@ -54,6 +54,7 @@ class SupervisionInfo:
         sizes: queries per split.
         leaks: equal and near pairs (train id, test id, similarity) that were found, and what was done about them.
         fingerprint: of queries, scores, targets and weights.
+        datasets: hub ids of the datasets that the results came from.
     """
 
     candidates: list[str]
@@ -62,6 +63,12 @@ class SupervisionInfo:
     sizes: dict[str, int] = field(default_factory=dict)
     leaks: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
+    datasets: list[str] = field(default_factory=list)
+
+    def described(self, path: Path) -> dict[str, Any]:
+        """Return the description of a supervision that a composite's manifest keeps."""
+        found = {"path": str(path), "fingerprint": self.fingerprint, "sizes": self.sizes}
+        return found | ({"datasets": self.datasets} if self.datasets else {})
 
 
 @dataclass

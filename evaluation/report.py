@@ -1,6 +1,7 @@
 """What an evaluation found, as an object and as a folder that a person would rather look at than read."""
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,8 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ..modeling.errors import ExpertokenError, did_you_mean
+from ..modeling.errors import ExpertokenError, did_you_mean, one_line
 from ..modeling.files import atomic_file
+from ..modeling.model_card import add_scores
+
+logger = logging.getLogger(__name__)
 
 BLIND = "blind mixture"
 """Name of the line that sends the composite's share of queries to each candidate, whatever they ask."""
@@ -174,6 +178,14 @@ class Report:
         self.save(folder / "report.json")
         with atomic_file(folder / "report.md") as aside:
             aside.write_text(self.markdown([file.name for file in pictures]), "utf-8")
+
+    def add_to_card(self, composite: Path | str) -> None:
+        """Write the composite's scores into the model card in its folder, where the Hugging Face Hub reads them."""
+        scores = {"mean over benchmarks": self.composite.mean_score, **self.composite.score_by_benchmark}
+        try:
+            add_scores(Path(composite), scores, self.settings["split"])
+        except OSError as error:  # a folder that may only be read must not cost the report
+            logger.warning("The scores are not in the model card of %s: %s", composite, one_line(error))
 
     def markdown(self, pictures: list[str] | None = None) -> str:
         """Return the report as Markdown, with links to the pictures beside it."""

@@ -17,7 +17,7 @@ from .files import PRODUCTS, atomic_file, local_folder, read_settled
 from .fingerprint import describe_dtype, fingerprints, library_versions, same_model
 from .loading import as_device, load_tokenizer
 from .meta import MetaLLM
-from .model_card import model_card
+from .model_card import CARD_FILE, model_card
 from .policy import Chooser, Policy
 from .pool import ExpertPool
 from .source import Source, is_path
@@ -224,8 +224,9 @@ def write_composite(composite: Composite, folder: Path, trained: Trained) -> Non
         replace(adapted.peft_config["default"], inference_mode=True).save_pretrained(folder)
         save_file(trained.adapter, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         _name_base(folder / ADAPTER_FILE, document["base"]["model"])
-    card = model_card(pool, meta.source.model, manifest.training, manifest.data, manifest.versions)
-    (folder / "README.md").write_text(card, "utf-8")
+    sees = meta.sight is not None
+    card = model_card(pool, meta.source.model, manifest.training, manifest.data, manifest.versions, sees=sees)
+    (folder / CARD_FILE).write_text(card, "utf-8")
 
 
 def _name_base(file: Path, base: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .composite import Composite
 from .errors import ExpertokenError, one_line
+from .model_card import copy_scores
 from .saving import save_composite
 
 
@@ -41,6 +42,8 @@ def push(composite: Composite, repo: str, *, private: bool = True, message: str 
         data = {key: value for key, value in composite.manifest.data.items() if key != "path"}  # of this machine
         public = replace(composite, manifest=replace(composite.manifest, data=data))
         save_composite(public, folder, verify=False)
+        if composite.folder is not None:
+            copy_scores(composite.folder, folder)
         try:
             api.create_repo(repo, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message))

@@ -1,30 +1,54 @@
-"""The model card of a composite folder."""
+"""Model card of a composite folder: a README.md whose metadata the Hugging Face Hub reads."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
+
+from .files import atomic_file
 from .pool import ExpertPool
+
+CARD_FILE = "README.md"
+
+_UNKNOWN_LICENSE = "licences-of-the-models-it-uses"
+"""Name of the licence of a composite whose base model does not state one. The Hub asks for a name beside `other`."""
 
 
 def model_card(
-    pool: ExpertPool, model: str, training: dict[str, Any], data: dict[str, Any], versions: dict[str, Any]
+    pool: ExpertPool,
+    model: str,
+    training: dict[str, Any],
+    data: dict[str, Any],
+    versions: dict[str, Any],
+    *,
+    sees: bool = False,
 ) -> str:
     """Return the model card of a composite as Markdown.
 
     Args:
-        pool: its pool.
-        model: model of its base.
-        training: how it was trained, and what that reached.
-        data: what it was trained on.
-        versions: libraries that wrote it.
+        pool: Pool of the composite.
+        model: Hub id or path of the base model. A path is reduced to its last part.
+        training: Method, objective and results of the training.
+        data: Fingerprint and sizes of the supervision, and the hub datasets that its results came from.
+        versions: Versions of the libraries that wrote the composite.
+        sees: The meta LLM reads pictures.
     """
-    base = Path(model).name if Path(model).expanduser().exists() else model  # no path of one machine in a card
+    base = _public(model)
+    stated = _license(model)
+    card = ModelCardData(
+        base_model=base,
+        datasets=data.get("datasets") or None,
+        library_name="expertoken",
+        license=stated or "other",
+        license_name=None if stated else _UNKNOWN_LICENSE,
+        pipeline_tag="image-text-to-text" if sees else "text-generation",
+        tags=["expertoken", "llm-routing", "mixture-of-experts"],
+    )
     lines = [
         "---",
-        "library_name: expertoken",
-        f"base_model: {base}",
-        "tags: [expertoken, routing]",
+        card.to_yaml(),
         "---",
         "",
         "# A composite of experts",
@@ -32,14 +56,12 @@ def model_card(
         f"Meta LLM `{base}` with {len(pool)} expert tokens, trained with method "
         f"`{training.get('method', '?')}` and objective `{training.get('objective', '?')}` on benchmark results.",
         "",
-        "| token | answers with | good at |",
+        "| token | answered by | good at |",
         "|---|---|---|",
     ]
     for expert in pool:
-        model = expert.model or ""
-        model = Path(model).name if Path(model).exists() else model
-        token = expert.token.replace("|", "\\|")  # a bar divides a table's cells, in code too
-        lines.append(f"| `{token}` | {expert.backend}: `{model}` | {expert.description} |")
+        token = expert.token.replace("|", "\\|")  # a bar separates the cells of a table, in code too
+        lines.append(f"| `{token}` | {expert.backend}: `{_public(expert.model or '')}` | {expert.description} |")
     if pool.self_expert:
         lines.append("| (none) | the meta LLM itself | everything else |")
     lines += [
@@ -48,11 +70,79 @@ def model_card(
         "from expertoken import CompositeModel",
         "",
         'composite = CompositeModel.from_pretrained(".")',
+        'print(composite.chat("Hello").text)',
+        "```",
+        "",
     ]
-    lines += ['print(composite.chat("Hello").text)', "```", ""]
-    data = {key: value for key, value in data.items() if key != "path"}  # no path of one machine in a card
-    for name, entries in (("Training and what it reached", training), ("Data", data), ("Versions", versions)):
+    if not stated:
+        lines += ["The licences of the base model and of each expert apply.", ""]
+    data = {key: value for key, value in data.items() if key != "path"}
+    for name, entries in (("Training", training), ("Data", data), ("Versions", versions)):
         lines += [f"## {name}", "", "| | |", "|---|---|"]
         lines += [f"| {key} | `{json.dumps(value)}` |" for key, value in entries.items()]
         lines.append("")
     return "\n".join(lines)
+
+
+def add_scores(folder: Path, scores: Mapping[str, float], split: str) -> None:
+    """Write the scores of an evaluation into a composite's model card, as the `model-index` of the Hub.
+
+    Scores of an earlier evaluation are replaced. A folder without a card is left as it is.
+
+    Args:
+        folder: Composite folder.
+        scores: Mean score by benchmark, from 0 to 1.
+        split: Split of the supervision that was evaluated.
+    """
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=str(benchmark),  # of a plain type: the card is YAML that others read
+            dataset_name=str(benchmark),
+            dataset_split=split,
+            metric_type="score",
+            metric_name="mean score of the composite",
+            metric_value=round(float(score), 4),
+        )
+        for benchmark, score in scores.items()
+    ]
+    _write_results(folder, results)
+
+
+def copy_scores(source: Path, folder: Path) -> None:
+    """Copy the scores of one composite's model card into another's, if there are any."""
+    file = source / CARD_FILE
+    if file.is_file():
+        _write_results(folder, ModelCard.load(file).data.eval_results or ())
+
+
+def _write_results(folder: Path, results: Sequence[EvalResult]) -> None:
+    """Set the evaluation results of a composite's model card, and nothing else of it."""
+    file = folder / CARD_FILE
+    if not results or not file.is_file():
+        return
+    card = ModelCard.load(file)
+    card.data.model_name = folder.resolve().name
+    card.data.eval_results = list(results)
+    with atomic_file(file) as aside:
+        card.save(aside)
+
+
+def _public(model: str) -> str:
+    """Return a model's hub id, or the last part of a path: a card names no folder of the machine that wrote it."""
+    return Path(model).name if model and Path(model).expanduser().exists() else model
+
+
+def _license(model: str) -> str | None:
+    """Return the licence in the base model's own card, if the card is a local or cached file."""
+    path = Path(model).expanduser()
+    if path.exists():
+        card: Any = path / CARD_FILE
+    elif model.count("/") == 1:
+        card = try_to_load_from_cache(model, CARD_FILE)
+    else:
+        card = None
+    if not isinstance(card, str | Path) or not Path(card).is_file():
+        return None
+    stated = (metadata_load(card) or {}).get("license")
+    return stated if isinstance(stated, str) else None

@@ -294,5 +294,5 @@ def _save(
     if supervision is not None:
         path, info = kept_at(supervision, folder), supervision.info
         supervision.save(path)
-        manifest.data = {"path": str(path), "fingerprint": info.fingerprint, "sizes": info.sizes}
+        manifest.data = info.described(path)
     save_composite(Composite(composite.meta, pool, manifest), folder, verify=verify)

@@ -153,7 +153,7 @@ def describe(
             "usd_per_query": supervision.usd_per_query(),
         },
         decision={"policy": {"cost_weight": weight}} if weight and gives_chances(objective) else {},
-        data={"path": str(Path(options.data).resolve()), "fingerprint": info.fingerprint, "sizes": info.sizes},
+        data=info.described(Path(options.data).resolve()),
     )
 
 

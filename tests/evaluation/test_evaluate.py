@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from huggingface_hub import ModelCard
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
@@ -257,6 +258,12 @@ def test_an_expert_without_scores_in_a_benchmark_has_an_empty_cell(tmp_path, bas
     result = CliRunner().invoke(app, ["evaluate", str(folder), "--baselines", "names, kNN", "--no-plot"])
     assert result.exit_code == 0, result.output
     assert "half" in result.output
+    scores = {
+        result.dataset_name: result.metric_value for result in ModelCard.load(folder / "README.md").data.eval_results
+    }
+    report = json.loads((folder / "report" / "report.json").read_text())
+    assert scores["mean over benchmarks"] == round(report["results"][0]["mean_score"], 4)
+    assert {"cases", "sums"} <= set(scores)
 
 
 def test_of_a_large_pool_the_tables_show_the_best_experts_only():

@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from expertoken.modeling.experts import Expert
+from expertoken.modeling.model_card import add_scores, copy_scores, model_card
+from expertoken.modeling.pool import ExpertPool
+
+POOL = ExpertPool([Expert("math", model="org/math-7b", description="sums | products"), Expert("self", "self")])
+
+
+def card(model="org/base", data=None, **options):
+    data = {"sizes": {"train": 2}} if data is None else data
+    text = model_card(POOL, str(model), {"method": "tokens"}, data, {"torch": "2"}, **options)
+    return ModelCard(text)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "composite").mkdir()
+    card().save(tmp_path / "composite" / "README.md")
+    return tmp_path / "composite"
+
+
+def test_the_hub_reads_what_a_composite_is():
+    data = card(data={"datasets": ["org/results"]}).data
+    assert data.base_model == "org/base"
+    assert data.library_name == "expertoken"
+    assert data.pipeline_tag == "text-generation"
+    assert data.datasets == ["org/results"]
+
+
+def test_a_composite_that_sees_is_found_among_such_models():
+    assert card(sees=True).data.pipeline_tag == "image-text-to-text"
+
+
+def test_the_licence_is_that_of_the_base_models_own_card(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert card(tmp_path).data.license == "apache-2.0"
+
+
+def test_a_licence_that_nobody_states_is_not_invented():
+    data = card().data
+    assert data.license == "other"
+    assert data.license_name
+    assert "licences of the base model and of each expert" in card().text
+
+
+def test_a_card_names_no_folder_of_the_machine_that_wrote_it(tmp_path):
+    text = str(card(tmp_path / "base", data={"path": str(tmp_path)}))
+    (tmp_path / "base").mkdir()
+    text = str(card(tmp_path / "base", data={"path": str(tmp_path)}))
+    assert str(tmp_path) not in text
+
+
+def test_scores_of_an_evaluation_are_its_model_index(folder):
+    before = ModelCard.load(folder / "README.md").text
+    add_scores(folder, {np.str_("gsm8k"): np.float64(0.81234), "law": 0.5}, "test")
+    found = ModelCard.load(folder / "README.md")
+    assert [(r.dataset_name, r.dataset_split, r.metric_value) for r in found.data.eval_results] == [
+        ("gsm8k", "test", 0.8123),
+        ("law", "test", 0.5),
+    ]
+    assert found.data.model_name == "composite"
+    assert found.text.strip() == before.strip()
+
+
+def test_a_second_evaluation_replaces_the_scores_of_the_first(folder):
+    add_scores(folder, {"gsm8k": 0.8}, "test")
+    add_scores(folder, {"law": 0.5}, "test")
+    metadata = yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+    [model] = metadata["model-index"]
+    assert [result["dataset"]["name"] for result in model["results"]] == ["law"]
+
+
+def test_a_folder_without_a_card_gets_none(tmp_path):
+    add_scores(tmp_path, {"gsm8k": 0.8}, "test")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_go_along_with_a_copy(folder, tmp_path):
+    (tmp_path / "copy").mkdir()
+    card().save(tmp_path / "copy" / "README.md")
+    add_scores(folder, {"gsm8k": 0.8}, "test")
+    copy_scores(folder, tmp_path / "copy")
+    [result] = ModelCard.load(tmp_path / "copy" / "README.md").data.eval_results
+    assert result.metric_value == 0.8
