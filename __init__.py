@@ -1,15 +1,15 @@
 """expertoken makes many LLMs answer as one: one trained vocabulary token per expert, learned from benchmark results.
 
-The names below are loaded when first used, so that `import expertoken` stays light (no torch).
+The names below are loaded at their first use, so that `import expertoken` stays light (no torch).
 """
 
 import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-# Before torch is loaded, by whatever entry. libgomp waits actively for a hundred times as long, so that torch is 20
-# times slower where its threads share a core (a busy machine, a container's limit); where they don't, it is as fast
-# with this (docs/results.md).
+# This must be set before any entry point loads torch. By default libgomp spins a hundred times longer, which makes
+# torch 20 times slower if its threads share a core (a busy machine, a container's limit). If they do not share one,
+# this value costs no speed (docs/results.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _HOMES = {

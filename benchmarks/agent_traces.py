@@ -1,13 +1,16 @@
 """Agents' sessions, replayed on two gateways that share a store: `python benchmarks/agent_traces.py --traces 1000`.
 
-Each trace is a coding agent's: a long system prompt, tools, requests with reminders in the user's turns, and loops of
-tool calls whose results come back. The requests of one trace go to the two gateways in turn. Counted are switches of
-the expert inside a loop, decisions on which the gateways differ, decisions that reminders change, and the cost at the
-pool's prices: with affinity (loops stay, a switch costs what is cached) and without. The meta LLM is SmolLM2 read at
-layer 8, with rows that were fitted on the traces' own topics. No expert is asked: what they would read and write is
-reckoned.
+Each trace is a synthetic session of a coding agent. It has a long system prompt, tools, requests with reminders in the
+user's messages, and loops of tool calls with their results. The requests of one trace go to the two gateways in turn.
 
-Needs `redis-server` or the package fakeredis.
+The benchmark counts switches of the expert inside a loop, decisions on which the gateways differ, and decisions that
+reminders change. It adds up the cost at the pool's prices. Each trace is replayed with affinity (a loop keeps its
+expert, and a switch costs the cached tokens) and without.
+
+The meta LLM is SmolLM2 read at layer 8, with rows fitted on the traces' own topics. The experts are not called: the
+tokens that they would read and write are computed.
+
+Requires `redis-server` or the package fakeredis.
 """
 
 import argparse
@@ -55,14 +58,14 @@ TOOL = {"type": "function", "function": {"name": "read", "parameters": {"type": 
 
 @dataclass
 class Count:
-    """What is counted over all traces.
+    """Counts over all traces.
 
     Attributes:
-        requests: decided.
-        inside: of them inside a loop.
-        switches: of the expert inside a loop.
-        differing: decisions in which the gateways differ.
-        usd: at the pool's prices.
+        requests: Requests for which a decision was made.
+        inside: Requests inside a loop of tool calls.
+        switches: Switches of the expert inside a loop.
+        differing: Decisions on which the gateways differ.
+        usd: Cost in USD at the pool's prices.
     """
 
     requests: int = 0
@@ -73,32 +76,32 @@ class Count:
     _cached: dict[tuple[int, str], int] = field(default_factory=dict)
 
     def pay(self, trace: int, expert: Expert, read: int, written: int) -> None:
-        """Add what a request costs: what this expert has read of the trace before is cached with it."""
+        """Add a request's cost. The tokens of the trace that this expert has read before are cached with it."""
         cached = self._cached.get((trace, expert.name), 0)
         self.usd += expert.price(read, written, cached) or 0.0
         self._cached[(trace, expert.name)] = read + written
 
 
 def request(rng: random.Random) -> tuple[str, str]:
-    """A user's request, and how an agent sends it."""
+    """Draw a user's request and the form in which an agent sends it."""
     plain = rng.choice(TOPICS[rng.choice(list(TOPICS))]).format(rng.choice(WORDS))
     return plain, rng.choice(REMINDERS).format(rng.choice(WORDS), plain)
 
 
 def trace(rng: random.Random) -> Iterator[dict[str, Any] | int]:
-    """A session: messages of the user, and numbers of tool calls that the answer to them makes."""
+    """Yield a session: each message of the user, then the number of tool calls in the answer to it."""
     for _ in range(rng.randint(1, 3)):
         yield {"role": "user", "content": request(rng)[1]}
         yield rng.randint(0, 4)
 
 
 def composite(meta: MetaLLM, experts: list[Expert]) -> CompositeModel:
-    """Experts, one for each topic, on rows that are fitted to tell the topics apart; their logits are chances."""
+    """Build a composite with one expert per topic, on rows fitted to separate the topics. Logits are chances."""
     questions = [
         (text.format(word), place) for place, texts in enumerate(TOPICS.values()) for text in texts for word in WORDS
     ]
     hidden, _ = meta.states([meta.encode(text) for text, _ in questions])
-    hidden = hidden[:, hidden.shape[1] // 2 :]  # the mean, behind the last token's
+    hidden = hidden[:, hidden.shape[1] // 2 :]  # the mean, which follows the last token's state
     hidden = torch.cat([hidden, torch.ones(len(hidden), 1)], 1).double()
     right = torch.tensor([[0.8 if place == k else 0.55 for k in range(len(TOPICS))] for _, place in questions]).double()
     gram = hidden.T @ hidden + 1.0 * torch.eye(hidden.shape[1], dtype=torch.double)
@@ -109,7 +112,7 @@ def composite(meta: MetaLLM, experts: list[Expert]) -> CompositeModel:
 
 
 async def replay(gateways: list[CompositeModel], stores: list[SessionStore], traces: int, *, affinity: bool) -> Count:
-    """Replay the traces; the gateways answer the requests in turn, and both decide each, to see whether they agree."""
+    """Replay the traces. The gateways answer the requests in turn, and both decide each one for comparison."""
     count = Count()
     for number in range(traces):
         rng, turn = random.Random(number), 0
@@ -159,7 +162,7 @@ async def replay(gateways: list[CompositeModel], stores: list[SessionStore], tra
 
 
 def reminded(gateway: CompositeModel, count: int) -> int:
-    """Return how many decisions on a request are the same when an agent writes reminders around it."""
+    """Count the requests whose decision stays the same when an agent writes reminders around them."""
     rng = random.Random(0)
     pairs = [request(rng) for _ in range(count)]
     plain, sent = (gateway.route([pair[side] for pair in pairs]) for side in (0, 1))
@@ -167,10 +170,15 @@ def reminded(gateway: CompositeModel, count: int) -> int:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, replay the traces and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--traces", type=int, default=1000, help="default: %(default)s")
-    parser.add_argument("--decisions", type=int, default=500, help="with and without reminders (default: %(default)s)")
+    parser.add_argument("--traces", type=int, default=1000, help="Number of traces. Default: %(default)s.")
+    parser.add_argument(
+        "--decisions",
+        type=int,
+        default=500,
+        help="Number of requests decided with and without reminders. Default: %(default)s.",
+    )
     options = parser.parse_args()
     experts = [Expert(name, "openai", "m", base_url="http://127.0.0.1:9/v1", cost=COST) for name in TOPICS]
     meta = MetaLLM.from_pretrained(str(smollm2()), len(experts), state=StateSpec.parse("8:mean"))
@@ -188,7 +196,7 @@ def main() -> None:
                 flush=True,
             )
     ratio = found["with affinity"].usd / found["without"].usd
-    print(f"\ncost with affinity: {ratio:.3f} of that without")
+    print(f"\ncost with affinity: {ratio:.3f} of the cost without")
     same = reminded(gateway, options.decisions)
     print(f"decisions unchanged by reminders: {same} of {options.decisions}")
 

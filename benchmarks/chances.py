@@ -1,7 +1,8 @@
-"""What a decision must hold, on synthetic states: who answers where the truth is known.
+"""Properties that a decision must have, checked on synthetic states on which the right candidate is known.
 
-Self with a chance of its own, costs taken off chances, the best expert measured on a part of its questions, a candidate
-with a few lucky answers, and labels at random. States are topics and a difficulty in 48 dimensions, with noise.
+The first cases are self with a chance of its own, costs taken off chances, and the best expert measured on a part of
+its queries. The others are a candidate with a few lucky answers, a plugged-in expert, and labels at random. A state is
+the sum of a topic, a difficulty and noise, in 48 dimensions.
 
     python benchmarks/chances.py
 """
@@ -31,7 +32,7 @@ PLAIN = LogitTransform()
 
 
 def states(topics: np.ndarray, rng: np.random.Generator, noise: float = 0.8) -> States:
-    """States of questions of given topics."""
+    """Draw states of queries on these topics."""
     directions = np.random.default_rng(5).normal(size=(TOPICS, WIDTH))
     hard = np.outer(rng.normal(size=len(topics)), np.random.default_rng(6).normal(size=WIDTH))
     hidden = directions[topics] + 0.7 * hard + noise * rng.normal(size=(len(topics), WIDTH))
@@ -40,32 +41,32 @@ def states(topics: np.ndarray, rng: np.random.Generator, noise: float = 0.8) -> 
 
 
 def problem(found: States, scores: np.ndarray, strategy: str) -> Problem:
-    """A problem of one benchmark."""
+    """Label the scores as one benchmark and build the problem that the fit solves."""
     names = np.full(len(scores), "b")
     targets, weights = label(scores, names, labelling=strategy)
     return Problem(found, targets, scores.astype(np.float32), weights, names)
 
 
 def chances(known: Problem, unseen: States, objective: str = "correctness") -> torch.Tensor:
-    """Logits on questions that were not learnt from."""
+    """Fit rows and return their logits on unseen queries, `[N, C]`."""
     return state_logits(fit_rows(known, objective=objective, l2=L2, transform=PLAIN).rows, unseen, PLAIN)
 
 
 def constant(right: Sequence[float], seed: int) -> tuple[Problem, States, np.ndarray]:
-    """Candidates that are right with one chance on all questions, and other questions with their scores."""
+    """Draw candidates with a constant chance: a problem of 600 queries, and 2,000 unseen states with their scores."""
     rng = np.random.default_rng(seed)
     sides = [(states(rng.integers(0, TOPICS, n), rng), rng.random((n, len(right))) < right) for n in (600, 2000)]
     return problem(sides[0][0], sides[0][1].astype(float), "correctness"), sides[1][0], sides[1][1]
 
 
 def self_answers(seed: int) -> float:
-    """Score where experts are right in 60 and 55 % and self in 95 %."""
+    """Return the score where the experts are right on 60 and 55 % of the queries and self on 95 %."""
     known, unseen, scores = constant((0.60, 0.55, 0.95), seed)
     return float(scores[np.arange(2000), chances(known, unseen).argmax(1).numpy()].mean())
 
 
 def costs_are_weighed(seed: int) -> float:
-    """Share of questions that go to the candidate of utility 0.30 and not to that of 0.20."""
+    """Return the share of queries for which the candidate of utility 0.30 is chosen over the one of 0.20."""
     known, unseen, _ = constant((0.80, 0.50), seed)
     pool = ExpertPool([Expert("dear", model="a"), Expert("cheap", model="b")])
     chooser = Chooser(pool, chances=True, usd_per_query={"dear": 0.06, "cheap": 0.02})
@@ -74,7 +75,7 @@ def costs_are_weighed(seed: int) -> float:
 
 
 def partly_measured(share: float, strategy: str, objective: str, seed: int) -> float:
-    """Share of its questions that the best expert gets, where it was measured on some of all questions."""
+    """Return the share of its queries that the best expert receives after measurement on a part of all queries."""
     rng = np.random.default_rng(seed)
     topics = rng.integers(0, TOPICS, 800)
     scores = (rng.random((800, TOPICS)) < np.where(np.arange(TOPICS) == topics[:, None], 0.9, 0.3)).astype(float)
@@ -86,16 +87,16 @@ def partly_measured(share: float, strategy: str, objective: str, seed: int) -> f
 
 
 def lucky(answers: int, seed: int) -> float:
-    """Chance of a candidate that was right on each of a few questions, beside one that is right in 80 % of 600."""
+    """Return the chance of a candidate that was right on a few queries, beside one that is right on 80 % of 600."""
     known, unseen, _ = constant((0.80, 1.0), seed)
     known.scores[answers:, 1] = np.nan
     return float(chances(known, unseen).sigmoid()[:, 1].mean())
 
 
 def plugged_in(old: int, seed: int) -> float:
-    """Area under the curve of a newcomer's chance, learnt from 300 results beside some that it has none of.
+    """Return the AUC of a new expert's chance, learnt from its 300 results beside `old` queries without its results.
 
-    The states are noisier here, or 300 results would tell the newcomer's topic without an error.
+    The states are noisier here. Otherwise 300 results would identify the new expert's topic without an error.
     """
     rng = np.random.default_rng(seed)
     topics = rng.integers(0, TOPICS, old + 300)
@@ -115,7 +116,7 @@ def plugged_in(old: int, seed: int) -> float:
 
 
 def random_labels(seed: int) -> float:
-    """Score that cross-validation tells of labels that nothing is to be learnt from, of three candidates alike."""
+    """Return the cross-validated score on random labels of three equal candidates. The right value is 1/3."""
     rng = np.random.default_rng(seed)
     scores = np.eye(3)[rng.permutation(np.arange(600) % 3)]
     known = problem(states(rng.integers(0, TOPICS, 600), rng), scores, "query")
@@ -137,7 +138,7 @@ def main() -> None:
         rows[f"{answers} lucky answers: chance"] = partial(lucky, answers)
     for old in (300, 100_000):
         rows[f"plugged in beside {old:,} old queries: AUC of its chance"] = partial(plugged_in, old)
-    rows["labels at random: score told"] = random_labels
+    rows["labels at random: cross-validated score"] = random_labels
     print(f"| | mean of {len(SEEDS)} draws | least | greatest |\n|---|---|---|---|")
     for name, measure in rows.items():
         found = [measure(seed) for seed in SEEDS]

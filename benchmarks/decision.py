@@ -1,11 +1,13 @@
-"""What a decision costs beside a bare prefill, and self's answer beside a plain one: `python benchmarks/decision.py`.
+"""Cost of a decision beside a bare prefill, and of self's answer beside a plain one: `python benchmarks/decision.py`.
 
-SmolLM2-135M-Instruct, real questions, pools of several sizes and states that decide, with rows by which always self is
-chosen, or always an expert. Question by question, two of each in the order A B B A after a warm-up:
-- the bare prefill: the model's forward pass with a KV cache and logits at the last position;
-- the decision, as a chat makes it: the state, the rows, the distribution, and the policy; where self is chosen with the
-  KV cache that its answer goes on from;
-- an answer of the model alone (prefill and some tokens), and the composite's own answer after its decision.
+The benchmark uses SmolLM2-135M-Instruct, real queries, and pools of several sizes read at several states. The rows
+choose either always self or always an expert. Two pairs are timed for each query, in the order A B B A after a warm-up.
+
+1. A bare prefill (the model's forward pass with a KV cache and logits at the last position) and a decision. The
+   decision is a chat's: the state, the rows, the distribution, and the policy. Where self is chosen, it includes the KV
+   cache from which self's answer continues.
+2. An answer of the model alone (prefill and some tokens) and the composite's own answer after its decision.
+
 Prints medians and ratios.
 """
 
@@ -35,7 +37,7 @@ from expertoken.modeling.states import states_of
 
 
 def composite_with(count: int, dtype: str, state: str, questions: list[str], *, own: bool) -> CompositeModel:
-    """A composite that always chooses self on these questions, or never."""
+    """Build a composite that always chooses self on these queries (`own`), or never."""
     experts = [Expert(f"expert-{index}", "openai", "m", base_url="http://127.0.0.1:9/v1") for index in range(count)]
     meta = MetaLLM.from_pretrained(str(smollm2()), count + 1, dtype=dtype, state=StateSpec.parse(state))
     hidden = torch.from_numpy(np.ascontiguousarray(states_of(meta, questions).hidden))
@@ -48,26 +50,26 @@ def composite_with(count: int, dtype: str, state: str, questions: list[str], *, 
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Of one call."""
+    """Time one call in seconds."""
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
 
 
 async def answer(composite: CompositeModel, question: str, tokens: int) -> None:
-    """A turn of the composite."""
+    """Run one turn of the composite: its decision and its answer."""
     await composite.achat(question, max_new_tokens=tokens)
 
 
 async def alone(composite: CompositeModel, question: str, tokens: int) -> None:
-    """The same answer of the model alone."""
+    """Generate the same answer with the meta LLM alone, without a decision."""
     messages = [{"role": "user", "content": question}]
     async for _ in composite.backend("self").stream(messages, Generation(max_new_tokens=tokens)):
         pass
 
 
 def measure(composite: CompositeModel, questions: list[str], tokens: int, *, own: bool) -> dict[str, list[float]]:
-    """Seconds of each way, question by question."""
+    """Return the seconds of each way, one value per query."""
     meta = composite.meta
     times: dict[str, list[float]] = {name: [] for name in ("bare", "decision", *(("alone", "own") if own else ()))}
 
@@ -75,7 +77,7 @@ def measure(composite: CompositeModel, questions: list[str], tokens: int, *, own
     def bare(query: Query) -> None:
         meta.plain(meta.pad([query])["input_ids"], use_cache=True, logits_to_keep=1)
 
-    for number, text in enumerate([questions[0], *questions]):  # the first is a warm-up
+    for number, text in enumerate([questions[0], *questions]):  # the first query is a warm-up
         question = composite._question([{"role": "user", "content": text}], None, answer=True)
         [decision] = composite._decider.decide([question])
         assert (decision.dispatch.expert == "self") == own
@@ -87,9 +89,9 @@ def measure(composite: CompositeModel, questions: list[str], tokens: int, *, own
         }
         for pair in (["bare", "decision"], ["alone", "own"])[: 1 + own]:
             first, second = pair if number % 2 else pair[::-1]
-            ways[second]()  # whoever comes first would find the caches cold
+            ways[second]()  # without this call the first measured way would meet cold caches
             found = dict.fromkeys(pair, 0.0)
-            for name in (first, second, second, first):  # a drift of the machine's speed falls on both alike
+            for name in (first, second, second, first):  # a drift of the machine's speed affects both equally
                 found[name] += seconds(ways[name]) / 2
             if number:
                 for name in pair:
@@ -98,14 +100,16 @@ def measure(composite: CompositeModel, questions: list[str], tokens: int, *, own
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, measure each case and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="default: $EXPERTOKEN_DATA; has routerdc/")
-    parser.add_argument("--dtype", default="float32", help="of the meta LLM (default: %(default)s)")
-    parser.add_argument("--experts", default="7,1000", help="default: %(default)s")
-    parser.add_argument("--states", default="head,8:mean,15:last,22:both", help="default: %(default)s")
-    parser.add_argument("--questions", type=int, default=40, help="default: %(default)s")
-    parser.add_argument("--tokens", type=int, default=16, help="of an answer (default: %(default)s)")
+    parser.add_argument("--data", type=Path, default=DATA, help="Folder with routerdc/. Default: $EXPERTOKEN_DATA.")
+    parser.add_argument("--dtype", default="float32", help="Data type of the meta LLM. Default: %(default)s.")
+    parser.add_argument("--experts", default="7,1000", help="Sizes of the pools. Default: %(default)s.")
+    parser.add_argument(
+        "--states", default="head,8:mean,15:last,22:both", help="States that the rows read. Default: %(default)s."
+    )
+    parser.add_argument("--questions", type=int, default=40, help="Number of queries. Default: %(default)s.")
+    parser.add_argument("--tokens", type=int, default=16, help="Tokens of an answer. Default: %(default)s.")
     options = parser.parse_args()
     results = read_results(options.data / "routerdc", "routerdc")
     chosen = np.random.default_rng(0).permutation(len(results))[: options.questions]

@@ -1,12 +1,13 @@
 """Real engines as meta LLM: `python benchmarks/engines.py COMPOSITE --vllm PATH --llama PATH`.
 
-The composite is exported, served by vLLM's command and by llama.cpp's `llama-server`, and a gateway decides on each by
-its log-probabilities. Printed are how many decisions are the composite's own, the largest difference of a probability
-(from the same checkpoint under transformers, which is the engine's; from the composite, which is the export's as well),
-and of self's greedy answers how many are the same as in the process. The questions are those of the demo's kinds, with
-other numbers and names.
+The composite is exported and served by vLLM's command and by llama.cpp's `llama-server`. A gateway decides on each by
+its log-probabilities. The queries are of the demo's kinds, with other numbers and names.
 
-`make demo` makes a composite. docs/deploy.md says how the engines are installed on a CPU.
+For each engine the benchmark prints how many decisions and how many of self's greedy answers equal the composite's. It
+also prints two largest differences of a probability. The first is from the same checkpoint under transformers, and the
+engine causes it. The second is from the composite, and the engine and the export cause it.
+
+`make demo` creates a composite. docs/deploy.md describes how to install the engines on a CPU.
 """
 
 import argparse
@@ -43,12 +44,12 @@ _KINDS = (
 )
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
 _COUNTRIES = ("Italy", "Spain", "Peru", "Japan", "Kenya")
-_TOP = 100  # log-probabilities: an expert that is not among them counts as improbable, and self gets its share
-_ANSWERS = 8  # of self, that are compared
+_TOP = 100  # log-probabilities: an expert outside of them counts as improbable, and self receives its share
+_ANSWERS = 8  # answers of self that are compared
 
 
 def questions(count: int) -> list[str]:
-    """Questions of the demo's kinds."""
+    """Return queries of the demo's kinds, with random numbers and names."""
     rng = random.Random(0)
     return [
         _KINDS[number % len(_KINDS)].format(
@@ -61,7 +62,7 @@ def questions(count: int) -> list[str]:
 
 @contextmanager
 def engine(command: Sequence[str], port: int, log: Path) -> Iterator[str]:
-    """Run an engine; gives its address once it answers."""
+    """Run an engine and yield its address as soon as it answers."""
     variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with log.open("w") as stream:
         environment = os.environ | variables | {"HF_HUB_OFFLINE": "1"}
@@ -71,7 +72,7 @@ def engine(command: Sequence[str], port: int, log: Path) -> Iterator[str]:
             address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 900
             while not _healthy(address):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit(f"{command[0]} did not start; see {log}")
+                    raise SystemExit(f"{command[0]} exited or did not answer within 900 s. See {log}.")
                 time.sleep(1)
             yield f"{address}/v1"
         finally:
@@ -87,7 +88,7 @@ def _healthy(address: str) -> bool:
 
 
 def gateway_on(checkpoint: Path, address: str) -> GatewayModel:
-    """A gateway on an exported checkpoint, whose experts nobody asks here."""
+    """Build a gateway on an exported checkpoint. Its experts have dummy addresses, because they are not called."""
     document = yaml.safe_load((checkpoint / GATEWAY_FILE).read_text("utf-8"))
     document["meta"] |= {"model": "meta", "base_url": address, "top_logprobs": _TOP}
     for expert in document["experts"]:
@@ -101,7 +102,7 @@ def gateway_on(checkpoint: Path, address: str) -> GatewayModel:
 
 @torch.inference_mode()
 def exported(checkpoint: Path, names: list[str], asked: list[str]) -> list[dict[str, float]]:
-    """What transformers makes of the checkpoint: each expert's probability, and self's, which is the rest."""
+    """Compute each expert's probability under transformers for each query. Self has the rest."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     ids = json.loads((checkpoint / EXPORT_FILE).read_text("utf-8"))["experts"]
@@ -118,7 +119,7 @@ def exported(checkpoint: Path, names: list[str], asked: list[str]) -> list[dict[
 
 
 def row(name: str, composite: CompositeModel, gateway: GatewayModel, checkpoint: Path, asked: list[str]) -> str:
-    """A line of the table."""
+    """Measure one engine and format a row of the table."""
     own = composite.route(asked)
     started = time.perf_counter()
     theirs = [gateway.route(text) for text in asked]
@@ -146,14 +147,16 @@ def row(name: str, composite: CompositeModel, gateway: GatewayModel, checkpoint:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, run each engine and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("composite", type=Path, help="composite folder, of the demo")
-    parser.add_argument("--vllm", help="vLLM's command")
-    parser.add_argument("--llama", help="llama.cpp's llama-server")
-    parser.add_argument("--convert", help="llama.cpp's convert_hf_to_gguf.py with its Python, where --llama is given")
-    parser.add_argument("--questions", type=int, default=200, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("runs/engines"), help="default: %(default)s")
+    parser.add_argument("composite", type=Path, help="Composite folder of the demo.")
+    parser.add_argument("--vllm", help="Path of vLLM's command. Default: vLLM is skipped.")
+    parser.add_argument("--llama", help="Path of llama.cpp's llama-server. Default: llama.cpp is skipped.")
+    parser.add_argument(
+        "--convert", help="Command that runs llama.cpp's convert_hf_to_gguf.py, Python included. Needed with --llama."
+    )
+    parser.add_argument("--questions", type=int, default=200, help="Number of queries. Default: %(default)s.")
+    parser.add_argument("--out", type=Path, default=Path("runs/engines"), help="Folder to write. Default: %(default)s.")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     checkpoint = options.out / "meta"

@@ -1,11 +1,11 @@
 """Expert-Token-Routing's setting (arXiv 2403.16854): one expert per MMLU domain, routed by the meta LLM.
 
-Six domains, half of each domain's questions to learn from and half to test. An expert is right in its own domain and
-nowhere else, so the score is the routing accuracy. Printed are the joint training beside logistic regression on the
-same states and words alone, then one domain plugged in after the other in several orders, and decisions on reworded
-questions.
+There are six domains. Half of each domain's questions are the train split, the other half is the test split. An expert
+is right in its own domain only, so the score is the routing accuracy. The benchmark prints the joint training beside
+logistic regression on the same states and on words alone. Then it plugs in the domains in turn, in several orders, and
+compares decisions on reworded questions.
 
-Needs the domains' test files of MMLU (`etr/*_test.csv`: question, A, B, C, D, answer; no header).
+Requires the domains' test files of MMLU (`etr/*_test.csv` with question, A, B, C, D, answer and no header).
 
     python benchmarks/etr.py --data FOLDER --splits 3 --orders 3
 """
@@ -38,7 +38,7 @@ REWORDED = 150
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """Questions with their options, and the domain of each."""
+    """Read the questions with their options and domains."""
     rows = []
     for file in sorted(folder.glob("*_test.csv")):
         domain = file.stem.removesuffix("_test")
@@ -50,7 +50,7 @@ def read(folder: Path) -> pd.DataFrame:
 
 
 def halves(queries: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """The questions with their side: half of each domain is the test side."""
+    """Assign a random half of each domain to the test split and the other half to the train split."""
     rng = np.random.default_rng(seed)
     side = np.full(len(queries), "train", dtype=object)
     for domain in queries["benchmark"].unique():
@@ -60,19 +60,19 @@ def halves(queries: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 
 def results_of(queries: pd.DataFrame, domains: list[str]) -> BenchmarkResults:
-    """Who is right: the expert of the question's domain."""
+    """Build results in which only the expert of a query's domain is right."""
     kept = queries[queries["benchmark"].isin(domains)].reset_index(drop=True)
     scores = (kept["benchmark"].to_numpy()[:, None] == np.array(domains)).astype(float)
     return BenchmarkResults(kept, domains, scores)
 
 
 def expert(name: str) -> Expert:
-    """An expert; nobody asks it here."""
+    """Create an expert with a dummy model, because it is not called here."""
     return Expert(name, model=f"experts/{name}", description=name.replace("_", " "))
 
 
 def train(queries: pd.DataFrame, domains: list[str], folder: Path, state: str) -> Path:
-    """A composite of some domains' experts."""
+    """Train a composite of these domains' experts and return its folder."""
     data = build_supervision(
         results_of(queries, domains), ExpertPool([expert(name) for name in domains]), leaks="drop",
         near_duplicates="ignore",
@@ -81,20 +81,20 @@ def train(queries: pd.DataFrame, domains: list[str], folder: Path, state: str) -
 
 
 def routes(composite: Composite, queries: pd.DataFrame) -> np.ndarray:
-    """Name of the expert that each question goes to."""
+    """Return the name of the chosen expert for each query."""
     states = states_of(composite.meta, queries["prompt"].tolist(), label="questions")
     logits = state_logits(composite.meta.rows, states, composite.meta.transform)
     return np.array(composite.pool.names)[logits.argmax(-1).numpy()]
 
 
 def told(right: np.ndarray) -> str:
-    """A share with its interval."""
+    """Format a share with its interval, in percent."""
     low, high = bootstrap_interval(right.astype(float), np.full(len(right), "all"))
     return f"{100 * right.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def rivals(composite: Composite, queries: pd.DataFrame) -> dict[str, np.ndarray]:
-    """What others make of the same questions: on the same states, and on words alone."""
+    """Predict domains on the test split with logistic regression on the same states, and on words alone."""
     train, test = (queries[queries["split"] == side] for side in ("train", "test"))
     states = {
         side: np.asarray(states_of(composite.meta, part["prompt"].tolist(), label=side).hidden)
@@ -109,7 +109,7 @@ def rivals(composite: Composite, queries: pd.DataFrame) -> dict[str, np.ndarray]
 
 
 def plug_in(queries: pd.DataFrame, domains: list[str], folder: Path, state: str) -> tuple[list[str], int, int]:
-    """Plug one domain in after the other: accuracy after each step, old routes changed, and of how many."""
+    """Plug in the domains in turn and return the accuracy after each step, changed old routes, and all old routes."""
     test = queries[queries["split"] == "test"].reset_index(drop=True)
     train(queries, domains[:FIRST], folder, state)
     found, changed, old = [], 0, 0
@@ -128,12 +128,12 @@ def plug_in(queries: pd.DataFrame, domains: list[str], folder: Path, state: str)
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, run the three parts and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="default: $EXPERTOKEN_DATA; has etr/")
-    parser.add_argument("--splits", type=int, default=3, help="draws of the halves (default: %(default)s)")
-    parser.add_argument("--state", default="head", help="that decides (default: %(default)s)")
-    parser.add_argument("--orders", type=int, default=3, help="orders of plugging in (default: %(default)s)")
+    parser.add_argument("--data", type=Path, default=DATA, help="Folder with etr/. Default: $EXPERTOKEN_DATA.")
+    parser.add_argument("--splits", type=int, default=3, help="Number of random splits. Default: %(default)s.")
+    parser.add_argument("--state", default="head", help="State that the rows read. Default: %(default)s.")
+    parser.add_argument("--orders", type=int, default=3, help="Number of orders of plugging in. Default: %(default)s.")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     queries = read(options.data / "etr")

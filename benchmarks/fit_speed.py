@@ -1,8 +1,9 @@
-"""The fit alone, from thousands of states to a million and from 7 experts to 1,000: `python benchmarks/fit_speed.py`.
+"""Speed of the fit alone, for 5,000 to a million states and 7 to 1,000 experts: `python benchmarks/fit_speed.py`.
 
-Synthetic states with the shape of an LLM's (a few directions hold most of their power), memory-mapped as the cache has
-them, objective correctness, one strength. Each case in a process of its own, beside the same problem solved by the same
-L-BFGS in plain coordinates, as a fit does that is written down first. Prints seconds, steps and peak memory.
+The states are synthetic and have the spectrum of an LLM's: a few directions hold most of their power. They are
+memory-mapped, as the cache's are. The objective is correctness, with one strength. Each case runs in its own process.
+The baseline solves the same problem by the same L-BFGS in plain coordinates, as a straightforward fit would. Prints
+seconds, steps and peak memory.
 """
 
 import argparse
@@ -26,7 +27,7 @@ _CHUNK = 50_000
 def make(folder: Path, count: int, experts: int) -> None:
     """Write hidden, log_mass and scores as arrays that can be memory-mapped."""
     rng = np.random.default_rng(0)
-    spectrum = (np.arange(1, WIDTH + 1) ** -1.0) * np.sqrt(WIDTH)  # power law, as principal components of states fall
+    spectrum = (np.arange(1, WIDTH + 1) ** -1.0) * np.sqrt(WIDTH)  # power law, like an LLM's principal components
     turn = np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0]
     mean = 3 * rng.normal(size=WIDTH)
     truth = rng.normal(size=(WIDTH, experts)) / np.sqrt(WIDTH)
@@ -48,7 +49,7 @@ def make(folder: Path, count: int, experts: int) -> None:
 
 
 def solve(folder: Path, plain: bool) -> dict[str, float]:
-    """Fit, in whitened coordinates or in plain ones."""
+    """Fit rows in whitened coordinates, or in plain ones, and return seconds, steps, loss and peak memory in GiB."""
     from expertoken.modeling.logits import LogitTransform
     from expertoken.modeling.states import States
     from expertoken.train.row_optimizer import Problem, RowSpace
@@ -72,10 +73,19 @@ def solve(folder: Path, plain: bool) -> dict[str, float]:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, run each case in its own process and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default=",".join(f"{n}x{k}" for n, k in CASES), help="default: %(default)s")
-    parser.add_argument("--plain-up-to", type=int, default=50_000, help="states, for plain coordinates too")
+    parser.add_argument(
+        "--cases",
+        default=",".join(f"{n}x{k}" for n, k in CASES),
+        help="Cases as STATESxEXPERTS, separated by commas. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--plain-up-to",
+        type=int,
+        default=50_000,
+        help="Largest number of states to fit in plain coordinates too. Default: %(default)s.",
+    )
     parser.add_argument("--solve", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What the measurements of routers share: a composite fitted in memory on a supervision's cached states."""
+"""Code that the router benchmarks share: a composite fitted in memory on a supervision's cached states."""
 
 import time
 
@@ -14,12 +14,12 @@ SIDES = ("train", "validation", "test")
 
 
 def states(meta: MetaLLM, supervision: Supervision, sides: tuple[str, ...] = SIDES) -> dict[str, States]:
-    """Of these sides."""
+    """Compute or load the states of these splits."""
     return {side: states_of(meta, supervision.conversations(side), label=f"{side} states") for side in sides}
 
 
 def problems_of(supervision: Supervision, found: dict[str, States]) -> tuple[Problem, Problem]:
-    """Train and validation, as the fit wants them."""
+    """Build the fit's problems of the train and validation splits."""
     train, validation = (
         Problem(found[side], *supervision.arrays(side), supervision.side(side)["benchmark"]) for side in SIDES[:2]
     )
@@ -33,9 +33,9 @@ def fit(
     l2: tuple[float, ...] = L2,
     sides: tuple[str, ...] = SIDES,
 ) -> tuple[Composite, Fit, float]:
-    """A composite whose rows (also the meta LLM's, now) are fitted; the fit, and its seconds without the states'.
+    """Fit rows, set them in the meta LLM, and return the composite, the fit, and the seconds of the fit alone.
 
-    `sides` are encoded: train and validation are needed, the test side's states are kept for what comes after.
+    `sides` must include train and validation. States of the test split are cached for later use.
     """
     train, validation = problems_of(supervision, states(meta, supervision, sides))
     started = time.perf_counter()

@@ -1,11 +1,13 @@
 """Pools in RouterEval's shape, of 3 to 1,000 experts on real questions: `python benchmarks/hard_pool.py`.
 
-The questions are MMLU's as RouteLLM publishes them; the experts are synthetic. Each has a general ability, strengths
-and weaknesses in subjects, and answers a question rightly with the probability of an item-response model: ability in
-the subject less the question's difficulty. Of 3,000 such experts the best (all_strong), the worst
-(all_weak) and as many from the best to the worst (strong_to_weak) are RouterEval's three pools (arXiv 2503.10657), each
-of every size. They are written as RouterEval's pickle, read by its reader, learnt, and measured by its figures: mu,
-V_R, V_B, E_p. Prints a Markdown table.
+The questions are MMLU's as RouteLLM publishes them. The experts are synthetic. Each has a general ability and strengths
+and weaknesses by subject. Its chance of a right answer follows an item-response model: the ability in the subject minus
+the question's difficulty.
+
+RouterEval's three pools (arXiv 2503.10657) are drawn from 3,000 such experts, each in every size. They are the best
+(all_strong), the worst (all_weak), and as many spread from the best to the worst (strong_to_weak). They are written as
+RouterEval's pickle and read by its reader. Composites trained on them are measured by RouterEval's figures: mu, V_R,
+V_B, E_p. Prints a Markdown table.
 """
 
 import argparse
@@ -33,12 +35,12 @@ KINDS = ("all_strong", "all_weak", "strong_to_weak")
 LABELS = {"correctness": "correctness", "query": "cross_entropy"}
 STRENGTHS = (0.3, 0.1, 0.03, 0.01, 0.003)
 POPULATION = 3000
-SIZES = {"easy": (3, 5), "hard": (10, 100, 1000)}  # as RouterEval has them
+SIZES = {"easy": (3, 5), "hard": (10, 100, 1000)}  # RouterEval's levels
 _SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 
 
 def answers(subjects: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Who answers what rightly, `[N, POPULATION]` of 0 and 1."""
+    """Draw the scores of all experts on all questions, `[N, POPULATION]` of 0 and 1."""
     kinds, index = np.unique(subjects, return_inverse=True)
     ability = rng.normal(0.5, 0.7, (POPULATION, 1)) + rng.normal(0, 0.7, (POPULATION, len(kinds)))
     difficulty = rng.normal(0, 1, len(subjects)) + rng.normal(0, 0.5, len(kinds))[index]
@@ -47,7 +49,7 @@ def answers(subjects: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def write(queries: pd.DataFrame, file: Path, seed: int = 0) -> None:
-    """RouterEval's `mmlu_router_dataset.pkl`."""
+    """Write a file in the format of RouterEval's `mmlu_router_dataset.pkl`."""
     rng = np.random.default_rng(seed)
     right = answers(queries["subject"].to_numpy(dtype=str), rng)
     order = rng.permutation(len(queries))
@@ -74,7 +76,7 @@ def write(queries: pd.DataFrame, file: Path, seed: int = 0) -> None:
 
 
 def learn(meta: MetaLLM, file: Path, size: int, kind: str, label: str, routers: list[str]) -> tuple[Report, float]:
-    """Fit tokens for a pool and evaluate them; the report, and the seconds of the fit."""
+    """Fit tokens for a pool, evaluate them, and return the report and the seconds of the fit."""
     level = next(level for level, sizes in SIZES.items() if size in sizes)
     results = read_results(file, "routereval", difficulty=level, candidates=str(size), kind=kind)
     supervision = build_supervision(results, labelling=label, leaks="drop", near_duplicates="ignore")
@@ -83,14 +85,18 @@ def learn(meta: MetaLLM, file: Path, size: int, kind: str, label: str, routers: 
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, run every pool and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="default: $EXPERTOKEN_DATA; has routellm/")
-    parser.add_argument("--out", type=Path, default=Path("runs/hard_pool"), help="default: %(default)s")
-    parser.add_argument("--dtype", default="float32", help="of the meta LLM (default: %(default)s)")
-    parser.add_argument("--state", default="head", help="that decides (default: %(default)s)")
-    parser.add_argument("--sizes", default="3,5,10,100,1000", help="of the pools (default: %(default)s)")
-    parser.add_argument("--routers", default="names,words,kNN,linear,clusters", help="default: %(default)s")
+    parser.add_argument("--data", type=Path, default=DATA, help="Folder with routellm/. Default: $EXPERTOKEN_DATA.")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/hard_pool"), help="Folder to write. Default: %(default)s."
+    )
+    parser.add_argument("--dtype", default="float32", help="Data type of the meta LLM. Default: %(default)s.")
+    parser.add_argument("--state", default="head", help="State that the rows read. Default: %(default)s.")
+    parser.add_argument("--sizes", default="3,5,10,100,1000", help="Sizes of the pools. Default: %(default)s.")
+    parser.add_argument(
+        "--routers", default="names,words,kNN,linear,clusters", help="Learnt baselines. Default: %(default)s."
+    )
     options = parser.parse_args()
     queries = read_results(options.data / "routellm", "routellm").queries
     file = options.out / "mmlu_router_dataset.pkl"

@@ -1,12 +1,13 @@
 """Whole benchmarks held out, one at a time, on RouterDC's five and ARC-Easy: `python benchmarks/held_out.py`.
 
-Two questions of two papers on the same seven LLMs:
-- Bench-CoE (arXiv 2412.04167): labels by subject against labels by query, in distribution and on a benchmark that
-  nothing was learnt from, beside the best single model, the benchmark's name, words, and kNN;
-- LLM Routing with Benchmark Datasets (arXiv 2309.15789): which single model for the new task, by S1, S2 and S3, beside
-  best on average and the best that there is.
+The benchmark repeats the experiments of two papers on the same seven LLMs.
 
-SmolLM2-135M-Instruct as the meta LLM. Prints two Markdown tables.
+1. Bench-CoE (arXiv 2412.04167) compares labels by subject with labels by query, in distribution and on a held-out
+   benchmark. The baselines are the best single model, the benchmark's name, words, and kNN.
+2. LLM Routing with Benchmark Datasets (arXiv 2309.15789) selects one model for a new task by S1, S2 and S3. The
+   baselines are the model that is best on average and the best model on the task.
+
+The meta LLM is SmolLM2-135M-Instruct. Prints two Markdown tables.
 """
 
 import argparse
@@ -34,7 +35,7 @@ CHOICES = ("s3", "s2", "s1", "average")
 
 
 def read(folder: Path, sample: int | None) -> BenchmarkResults:
-    """The twelve files as one set of results, or some questions of each benchmark."""
+    """Read the twelve files as one set of results, or `sample` queries of each benchmark."""
     files = [folder / f"{name.format(side)}.json" for name in FILES for side in ("train", "test")]
     results = BenchmarkResults.merge([read_results(file, "routerdc") for file in files])
     if sample is None:
@@ -45,13 +46,13 @@ def read(folder: Path, sample: int | None) -> BenchmarkResults:
 
 
 def supervision_of(results: BenchmarkResults, labelling: str, held: str | None) -> Supervision:
-    """Supervision in distribution, or with one benchmark as the test side."""
+    """Build a supervision in distribution, or with the benchmark `held` as the test split."""
     more: dict[str, Any] = {} if held is None else {"hold_out": ("benchmark", [held])}
     return build_supervision(results, labelling=labelling, leaks="drop", near_duplicates="ignore", **more)
 
 
 def told(report: Report, name: str) -> str:
-    """A line's mean, and the composite's gain over it."""
+    """Format a row's mean score and the interval of the composite's gain over it, in percent."""
     row = report.composite if name == "composite" else next(r for r in report.results if r.name.startswith(name))
     if row.composite_gain is None:
         return f"{100 * row.mean_score:.2f}"
@@ -60,7 +61,7 @@ def told(report: Report, name: str) -> str:
 
 
 def chosen_models(folder: Path, supervision: Supervision) -> dict[str, tuple[str, float]]:
-    """By each rule the model that it takes for the task, and that model's score there; `best` is the truth."""
+    """Return the model that each rule selects for the test split, with its score there. `best` is the best model."""
     scores = supervision.scores("test").mean(0)
     names = supervision.info.candidates
     prompts = [text_of(messages[-1]) for messages in supervision.side("test")["messages"]]
@@ -71,11 +72,11 @@ def chosen_models(folder: Path, supervision: Supervision) -> dict[str, tuple[str
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, hold out each benchmark in turn and print two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="default: $EXPERTOKEN_DATA; has routerdc/")
-    parser.add_argument("--state", default="head", help="that decides (default: %(default)s)")
-    parser.add_argument("--sample", type=int, help="questions of each benchmark; default: all")
+    parser.add_argument("--data", type=Path, default=DATA, help="Folder with routerdc/. Default: $EXPERTOKEN_DATA.")
+    parser.add_argument("--state", default="head", help="State that the rows read. Default: %(default)s.")
+    parser.add_argument("--sample", type=int, help="Number of queries of each benchmark. Default: all.")
     options = parser.parse_args()
     results = read(options.data / "routerdc", options.sample)
     benchmarks = sorted(results.queries["benchmark"].unique())

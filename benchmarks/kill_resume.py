@@ -1,8 +1,9 @@
-"""A run that is killed again and again comes to the weights of one that was not: `python benchmarks/kill_resume.py`.
+"""Weights of a run that is killed repeatedly, compared to an undisturbed run's: `python benchmarks/kill_resume.py`.
 
-Method lora on a tiny random model, dropout and Adam included. One run goes straight through; another is sent SIGKILL,
-all its processes, at ten random moments (while it starts, trains, or writes a checkpoint) and started again by the same
-command each time. Prints where each kill fell and the largest difference of any weight at the end.
+The run is method lora on a tiny random model, with dropout and Adam. One run is not disturbed. All processes of another
+run receive SIGKILL at ten random moments, while it starts, trains, or writes a checkpoint. The same command resumes it
+each time. Prints the checkpoint reached at each kill and the largest difference of any weight at the end. The exit
+status is 0 only if that difference is 0.
 """
 
 import argparse
@@ -24,22 +25,22 @@ RUN = ("--save_steps", "5", "--logging_steps", "1000", "--lora_dropout", "0.1", 
 
 
 def reached(folder: Path) -> str:
-    """The last whole checkpoint, and whether a half-written one is there."""
+    """Describe the last complete checkpoint and any incomplete ones."""
     if not folder.exists():
-        return "nothing yet"
+        return "no output folder yet"
     whole = last_complete_checkpoint(folder)
     torn = [entry.name for entry in folder.glob("checkpoint-*") if not (entry / "trainer_state.json").exists()]
-    return f"{whole.name if whole else 'no whole checkpoint'}{', torn: ' + ', '.join(torn) if torn else ''}"
+    return f"{whole.name if whole else 'no complete checkpoint'}{', incomplete: ' + ', '.join(torn) if torn else ''}"
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, run both and compare their weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="ddp", help="launch configuration (default: %(default)s)")
-    parser.add_argument("--kills", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=1000, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
-    parser.add_argument("--work", type=Path, help="keep everything in this folder; a temporary one where not given")
+    parser.add_argument("--config", default="ddp", help="Launch configuration. Default: %(default)s.")
+    parser.add_argument("--kills", type=int, default=10, help="Number of kills. Default: %(default)s.")
+    parser.add_argument("--steps", type=int, default=1000, help="Number of training steps. Default: %(default)s.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the kills' moments. Default: %(default)s.")
+    parser.add_argument("--work", type=Path, help="Folder to keep all files in. Default: a temporary folder.")
     options = parser.parse_args()
     moments = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
@@ -53,22 +54,22 @@ def main() -> None:
             time.sleep(0.1)
         beginning = time.perf_counter() - begun
         if straight.wait():
-            sys.exit("the straight run failed")
+            sys.exit("The undisturbed run failed.")
         length = time.perf_counter() - begun
-        print(f"straight: {length:.0f} s, of which {beginning:.0f} to the first checkpoint", flush=True)
+        print(f"undisturbed run: {length:.0f} s, {beginning:.0f} s of it to the first checkpoint", flush=True)
         for number in range(options.kills):
             process = start(options.config, work / "killed", *run)
-            # Some fall into the start-up, and together the others leave something of the run for the last start.
+            # Some kills fall into the start-up. The others together leave a part of the run for the last start.
             moment = moments.uniform(0.5 * beginning, beginning + 1.5 * (length - beginning) / options.kills)
             try:
                 if process.wait(moment):
-                    sys.exit(f"kill {number + 1}: the run ended by itself with an error")
-                sys.exit(f"kill {number + 1}: the run was through before it; take more --steps")
+                    sys.exit(f"Kill {number + 1}: the run failed before it.")
+                sys.exit(f"Kill {number + 1}: the run finished before it. Increase --steps.")
             except psutil.TimeoutExpired:
                 kill(process)
             print(f"kill {number + 1} after {moment:.1f} s: {reached(work / 'killed')}", flush=True)
         if start(options.config, work / "killed", *run).wait():
-            sys.exit("the killed run could not be finished")
+            sys.exit("The killed run failed after its last resume.")
         straight, killed = trained(work / "straight"), trained(work / "killed")
         worst = max(float((straight[key] - killed[key]).abs().max()) for key in straight)
         print(f"largest difference of any weight: {worst}")

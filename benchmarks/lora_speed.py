@@ -1,11 +1,13 @@
-"""Speed and memory of lora, of TRL's SFTTrainer with the same, and of tokens: `python benchmarks/lora_speed.py`.
+"""Speed and memory of methods lora and tokens beside TRL's SFTTrainer: `python benchmarks/lora_speed.py`.
 
-The same model (SmolLM2-135M-Instruct), the same real questions, adapters, optimizer and number of steps, one pass over
-the data; the label is the expert token behind the generation prompt. Ours groups questions by length, as the recipe
-`lora` does; TRL (with PEFT's trainable tokens) runs with its own random batches, and once more with batches grouped by
-length. Method tokens learns from the same questions, from an empty cache. Each side runs in a process of its own, one
-after the other, several times in turn. Prints examples per second, peak memory and validation score of all, and the
-ratio to lora's, for the questions as they are and for questions of one length.
+All trainers use the same model (SmolLM2-135M-Instruct), the same real queries, adapters, optimizer and number of steps,
+in one pass over the data. The label is the expert token after the generation prompt. Method lora groups queries by
+length, as the recipe `lora` does. TRL (with PEFT's trainable tokens) runs with its own random batches, and once more
+with batches grouped by length. Method tokens learns from the same queries, from an empty cache.
+
+Each trainer runs in its own process. The trainers take turns for several rounds. The queries have their own lengths in
+one part, and one length in the other. Prints examples per second, peak memory, the validation score, and the ratios to
+lora's values.
 """
 
 import argparse
@@ -26,11 +28,11 @@ from expertoken.benchmarks import DATA
 
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
 RATE = 1e-3
-WARM = 2  # steps that are not timed
+WARM = 2  # untimed steps at the start
 
 
 def prepare(data: Path, out: Path, count: int, validation: int, tokens: int | None) -> None:
-    """A supervision of the first questions, each repeated or cut to about `tokens` tokens where that is given."""
+    """Write a supervision of random queries, each repeated and cut to about `tokens` tokens if that is given."""
     from expertoken.data_prep.reading import read_results
     from expertoken.data_prep.supervision import build_supervision
 
@@ -51,7 +53,7 @@ def prepare(data: Path, out: Path, count: int, validation: int, tokens: int | No
 
 
 def common(folder: Path, steps: int, batch: int) -> dict[str, Any]:
-    """Training arguments of both sides."""
+    """Return the training arguments that lora and TRL share."""
     return {
         "output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": batch, "learning_rate": RATE,
         "lr_scheduler_type": "constant", "report_to": "none", "save_strategy": "no", "use_cpu": True, "seed": 0,
@@ -60,7 +62,7 @@ def common(folder: Path, steps: int, batch: int) -> dict[str, Any]:
 
 
 class Clock:
-    """Seconds from the end of the warm-up to the end, as a Trainer's callback."""
+    """Clock of a Trainer, as its callback: from the end of the warm-up to the last step."""
 
     def __init__(self) -> None:
         from transformers import TrainerCallback
@@ -78,7 +80,7 @@ class Clock:
 
 
 def ours(data: Path, work: Path, steps: int, batch: int) -> dict[str, float]:
-    """Method lora."""
+    """Train by method lora and return seconds an example, peak memory in GiB and the validation score."""
     import torch
     from transformers import TrainingArguments
 
@@ -118,7 +120,7 @@ def ours(data: Path, work: Path, steps: int, batch: int) -> dict[str, float]:
 
 
 def tokens(data: Path, work: Path, steps: int, batch: int) -> dict[str, float]:
-    """Method tokens: states from an empty cache, then the fit."""
+    """Train by method tokens from an empty cache: the states, then the fit. Return the same values as `ours`."""
     from expertoken.benchmarks.fitting import fit
     from expertoken.data_prep.supervision import Supervision
     from expertoken.examples.smollm2 import smollm2
@@ -136,7 +138,7 @@ def tokens(data: Path, work: Path, steps: int, batch: int) -> dict[str, float]:
 
 
 def trl(data: Path, work: Path, steps: int, batch: int, sampling: str = "random") -> dict[str, float]:
-    """SFTTrainer with LoRA and trainable tokens: the label is the answer, of which the loss is taken alone."""
+    """Train by SFTTrainer with LoRA and trainable tokens. The loss covers the label only, which is the answer."""
     import datasets
     import torch
     from peft import LoraConfig
@@ -149,7 +151,7 @@ def trl(data: Path, work: Path, steps: int, batch: int, sampling: str = "random"
     from expertoken.modeling.chat import text_of
     from expertoken.modeling.from_gguf import converted
 
-    setattr(TrainableTokensWrapper, "bias", None)  # noqa: B010 - TRL 1.16 asks the head for it and PEFT 0.21's wrapper has none: a crash
+    setattr(TrainableTokensWrapper, "bias", None)  # noqa: B010 - TRL 1.16 reads the head's bias and crashes: PEFT 0.21's wrapper has none
     supervision = Supervision.load(data)
     folder = converted(Path(smollm2()))
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -198,12 +200,12 @@ def trl(data: Path, work: Path, steps: int, batch: int, sampling: str = "random"
 
 
 def _peak() -> float:
-    """Of this process, in GiB."""
+    """Return the peak memory of this process in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _speed(clock: Clock, steps: int, batch: int) -> dict[str, float]:
-    """Seconds of one example, without the warm-up."""
+    """Return the seconds an example takes, without the warm-up."""
     return {"seconds": (clock.ended - clock.started) / (steps - WARM) / batch}
 
 
@@ -217,7 +219,7 @@ SIDES: dict[str, Any] = {
 
 
 def run(side: str, data: Path, work: Path, steps: int, batch: int) -> dict[str, float]:
-    """One side in a process of its own."""
+    """Run one trainer in its own process and return its values."""
     command = [sys.executable, __file__, "--side", side, "--supervision", str(data), "--out", str(work)]
     done = subprocess.run([*command, "--steps", str(steps), "--batch", str(batch)], capture_output=True, text=True)
     if done.returncode:
@@ -226,17 +228,24 @@ def run(side: str, data: Path, work: Path, steps: int, batch: int) -> dict[str, 
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, run the trainers in turn and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="default: $EXPERTOKEN_DATA; has routerdc/")
-    parser.add_argument("--out", type=Path, default=Path("runs/lora_speed"), help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=32, help="default: %(default)s")
-    parser.add_argument("--batch", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--data", type=Path, default=DATA, help="Folder with routerdc/. Default: $EXPERTOKEN_DATA.")
     parser.add_argument(
-        "--rounds", type=int, default=3, help="of all sides in turn, at the questions' own lengths; 0 leaves those out"
+        "--out", type=Path, default=Path("runs/lora_speed"), help="Folder to write. Default: %(default)s."
+    )
+    parser.add_argument("--steps", type=int, default=32, help="Number of training steps. Default: %(default)s.")
+    parser.add_argument("--batch", type=int, default=8, help="Queries of a training step. Default: %(default)s.")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help="Number of rounds at the queries' own lengths. 0 skips that part. Default: %(default)s.",
     )
     parser.add_argument(
-        "--lengths", default="128,512,1024", help="of questions, in tokens, a few steps each; '' for none"
+        "--lengths",
+        default="128,512,1024",
+        help="Lengths of the queries in the second part, in tokens. '' skips that part. Default: %(default)s.",
     )
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--supervision", type=Path, help=argparse.SUPPRESS)
@@ -250,7 +259,7 @@ def main() -> None:
     for length in lengths:
         steps, batch = (options.steps, options.batch) if length is None else (WARM + 2, 2)
         data = options.out / f"supervision-{length or 'own'}"
-        # Lengths are about speed and memory: a few questions give no score to compare.
+        # The second part measures speed and memory only: two validation queries give no score to compare.
         prepare(options.data, data, steps * batch, 2 * steps * batch if length is None else 2, length)
         rounds = options.rounds if length is None else 1
         found: dict[str, list[Any]] = {side: [] for side in SIDES}

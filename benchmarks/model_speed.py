@@ -1,10 +1,11 @@
 """Tokens a second and share of the peak for models of real shapes: `python benchmarks/model_speed.py --shape llama-8b`.
 
-A model with random weights in bfloat16, on a GPU where there is one: the pass that method tokens makes over its
-questions, and lora's training step with and without gradient checkpointing. The peak is the best rate of a large matrix
-product in the same run and dtype, so that no vendor's figure is needed. Work is counted as the model's own (recomputing
-under checkpointing does not count): two operations a weight and token forward, two more backward, since frozen weights
-get no gradient, and attention's products.
+The model has random weights in bfloat16 and runs on the GPU, if there is one. Two operations are timed: the forward
+pass of method tokens over its queries, and lora's training step with and without gradient checkpointing. The peak is
+the best rate of a large matrix product in the same run and dtype, so that no vendor's figure is needed.
+
+The work is the model's own. Recomputation under checkpointing does not count. A weight and token take two operations
+forward and two more backward, because frozen weights have no gradient. Attention's products are added.
 """
 
 import argparse
@@ -25,7 +26,7 @@ EXPERTS = 7
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama-like model: width, layers, heads, heads of keys and values, width of the MLP, vocabulary."""
+    """Shape of a Llama-like model: width, layers, heads, heads of keys and values, width of the MLP, vocabulary."""
 
     width: int
     layers: int
@@ -35,7 +36,7 @@ class Shape:
     vocabulary: int
 
     def model(self, device: torch.device, attention: str) -> Any:
-        """With random weights."""
+        """Create a model of this shape with random weights."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(
@@ -52,7 +53,10 @@ class Shape:
                 torch.set_default_dtype(torch.float32)
 
     def operations(self, length: int) -> float:
-        """Of a token's forward pass through the layers; the head sees one position of each question."""
+        """Count the operations of a token's forward pass through the layers.
+
+        The head is not counted, because it reads one position of each query.
+        """
         head = self.width // self.heads
         weights = self.width * (2 * self.width + 2 * self.kv_heads * head + 3 * self.mlp)
         return self.layers * (2 * weights + 2 * 2 * self.width * length / 2)
@@ -66,7 +70,7 @@ SHAPES = {
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Best of some runs, after one that warms up."""
+    """Return the seconds of the fastest run, after one warm-up run."""
 
     def once() -> float:
         started = time.perf_counter()
@@ -80,34 +84,38 @@ def seconds_of(run: Callable[[], object], device: torch.device, repeats: int) ->
 
 
 def peak(device: torch.device, repeats: int) -> float:
-    """Operations a second of a large product in bfloat16."""
+    """Measure the operations a second of a large matrix product in bfloat16."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / seconds_of(lambda: a @ b, device, repeats)
 
 
 def memory(device: torch.device) -> float:
-    """Peak so far, in GiB."""
+    """Return the peak memory so far in GiB: the GPU's, or this process's on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, measure the model and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="default: %(default)s")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a question (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=16384, help="of a batch of the pass (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="questions of a training step (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--attention", default="sdpa", help="implementation (default: %(default)s)")
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="smollm2-135m", help="Shape of the model. Default: %(default)s."
+    )
+    parser.add_argument("--length", type=int, default=512, help="Tokens of a query. Default: %(default)s.")
+    parser.add_argument(
+        "--tokens", type=int, default=16384, help="Tokens in a batch of the forward pass. Default: %(default)s."
+    )
+    parser.add_argument("--batch", type=int, default=8, help="Queries of a training step. Default: %(default)s.")
+    parser.add_argument("--repeats", type=int, default=5, help="Number of timed runs. Default: %(default)s.")
+    parser.add_argument("--attention", default="sdpa", help="Implementation of attention. Default: %(default)s.")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape, length = SHAPES[options.shape], options.length
     best = peak(device, options.repeats)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}: {best / 1e12:.2f} TFLOP/s in the best product\n")
+    print(f"{name}: {best / 1e12:.2f} TFLOP/s in the fastest matrix product\n")
     print("| | tokens/s | share of the peak | peak GiB |\n|---|---|---|---|")
 
     def tell(what: str, seconds: float, count: int, factor: float) -> None:
@@ -148,7 +156,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    for checkpointing in (True, False):  # the one that needs less memory first: peaks only grow
+    for checkpointing in (True, False):  # the step with less memory first, because a process's peak only grows
         if checkpointing:
             adapted.enable_input_require_grads()
             adapted.activation_checkpointing_enable({"use_reentrant": False})

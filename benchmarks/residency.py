@@ -1,8 +1,12 @@
 """Six local experts with room for two, beside loading for every request: `python benchmarks/residency.py`.
 
-Six copies of SmolLM2-135M-Instruct as experts; requests with a skewed choice of expert come some at a time. Three ways
-over the same requests: loading the expert for each of them (room for one, nothing kept); the memory budget as
-`expertoken serve --expert-memory` has it; and the same requests as a file, whose order `expertoken generate` arranges.
+The experts are six copies of SmolLM2-135M-Instruct. Several requests run at a time, with a skewed distribution over the
+experts. The same requests are answered in three ways.
+
+1. The expert is loaded for each request and evicted after it.
+2. The experts share a memory budget, as under `expertoken serve --expert-memory`.
+3. The requests are a file, which `expertoken generate` reorders by expert.
+
 Prints requests a second, loads, and the ratios.
 """
 
@@ -37,12 +41,12 @@ EXPERTS, ROOM = 6, 2
 
 
 def question(number: int) -> Message:
-    """Of a request."""
+    """Return the message of a request."""
     return {"role": "user", "content": f"Tell me about the number {number}."}
 
 
 async def stream_all(models: LocalModels, sources: list[Source], wanted: np.ndarray, tokens: int, streams: int) -> None:
-    """All requests, `streams` at a time, as they come."""
+    """Answer all requests in their order, `streams` at a time."""
     backends = [LocalBackend(models, source) for source in sources]
     slots = asyncio.Semaphore(streams)
 
@@ -56,7 +60,7 @@ async def stream_all(models: LocalModels, sources: list[Source], wanted: np.ndar
 
 
 def load_each(sources: list[Source], wanted: np.ndarray, tokens: int) -> int:
-    """A model for every request, and nothing after it."""
+    """Load a model for every request, drop it after the answer, and return the number of loads."""
     loads = 0
     for number, expert in enumerate(wanted):
         models = LocalModels()
@@ -66,7 +70,7 @@ def load_each(sources: list[Source], wanted: np.ndarray, tokens: int) -> int:
 
 
 class Decided(CompositeModel):
-    """A composite whose decisions are given: what is measured comes after them."""
+    """Composite with fixed decisions, because only the work after them is measured."""
 
     wanted: np.ndarray
 
@@ -76,13 +80,13 @@ class Decided(CompositeModel):
         policy: Policy | None = None,
         generation: Generation | None = None,
     ) -> list[Decision]:
-        """As it was wanted."""
+        """Return the fixed decisions."""
         names = [self.pool.names[expert] for expert in self.wanted]
         return [Decision(Dispatch(name, {name: 1.0}, "given", (name,)), 1, 0.0) for name in names]
 
 
 def composite_of(sources: list[Source], budget: int) -> Decided:
-    """The experts, on a meta LLM that has nothing to do."""
+    """Build a composite of the experts, on a meta LLM that is not used."""
     experts = [Expert(f"expert-{place}", model=source.model) for place, source in enumerate(sources)]
     meta = MetaLLM.from_pretrained(str(smollm2()), len(experts))
     manifest = Manifest(describe_base(meta), [expert.name for expert in experts])
@@ -90,11 +94,11 @@ def composite_of(sources: list[Source], budget: int) -> Decided:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, answer the requests in each way and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=60, help="default: %(default)s")
-    parser.add_argument("--tokens", type=int, default=16, help="of an answer (default: %(default)s)")
-    parser.add_argument("--streams", type=int, default=8, help="at a time (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=60, help="Number of requests. Default: %(default)s.")
+    parser.add_argument("--tokens", type=int, default=16, help="Tokens of an answer. Default: %(default)s.")
+    parser.add_argument("--streams", type=int, default=8, help="Requests at a time. Default: %(default)s.")
     options = parser.parse_args()
     rng = np.random.default_rng(0)
     shares = 1 / np.arange(1, EXPERTS + 1)

@@ -1,8 +1,9 @@
 """RouteLLM's pair, GPT-4 and Mixtral-8x7B, on MMLU's subjects: `python benchmarks/routellm_apgr.py`.
 
-How well the gap between a strong and a weak model is recovered (APGR, CPT; arXiv 2406.18665) with a share of strong
-calls, for every label, beside routers from libraries on the same states: on a random test side, and on subjects that
-nothing was trained on (five folds of subjects, each held out once, their queries pooled). Prints two Markdown tables.
+APGR and CPT (arXiv 2406.18665) measure the recovered part of the gap between a strong and a weak model, by the share of
+strong calls. The benchmark computes them for every label, beside routers from libraries on the same states. It does
+so on a random test split and on held-out subjects: five folds of subjects, each held out once, their queries pooled.
+Prints two Markdown tables.
 """
 
 import argparse
@@ -37,14 +38,14 @@ ROUTERS = tuple(name for name in baselines.METHODS if name not in baselines.ON_R
 
 
 def subject_means(supervision: Supervision, scores: np.ndarray) -> np.ndarray:
-    """Each train query's scores replaced by its subject's means."""
+    """Replace the scores of each train query by the means of its subject."""
     subjects = np.asarray(supervision.side("train")["subject"], dtype=str)
     means = {name: scores[subjects == name].mean(0) for name in np.unique(subjects)}
     return np.stack([means[name] for name in subjects]).astype(np.float32)
 
 
 def tokens(meta: MetaLLM, results: BenchmarkResults, name: str, **split: Any) -> tuple[np.ndarray, Supervision]:
-    """What expert tokens expect of the two models on the test side, `[N, 2]`."""
+    """Predict the two models' scores on the test split by expert tokens, `[N, 2]`, and return the supervision too."""
     label, objective = LABELS[name]
     supervision = build_supervision(results, labelling=label, leaks="drop", near_duplicates="ignore", **split)
     found = states(meta, supervision)
@@ -57,7 +58,7 @@ def tokens(meta: MetaLLM, results: BenchmarkResults, name: str, **split: Any) ->
 
 
 def router(meta: MetaLLM, results: BenchmarkResults, name: str, **split: Any) -> tuple[np.ndarray, Supervision]:
-    """What a router from a library expects."""
+    """Predict the two models' scores on the test split by a library's router, and return the supervision too."""
     supervision = build_supervision(results, leaks="drop", near_duplicates="ignore", **split)
     found = states(meta, supervision)
     train, validation, asked = (
@@ -78,7 +79,7 @@ def router(meta: MetaLLM, results: BenchmarkResults, name: str, **split: Any) ->
 
 
 def figures(predicted: np.ndarray, scores: np.ndarray, resamples: int = 1000) -> list[str]:
-    """APGR with a bootstrap interval, CPT(50 %), CPT(80 %)."""
+    """Format APGR, its 95 % bootstrap interval, CPT(50 %) and CPT(80 %)."""
     weak, strong = scores.mean(0).argsort()
     preference = predicted[:, strong] - predicted[:, weak]
 
@@ -94,10 +95,10 @@ def figures(predicted: np.ndarray, scores: np.ndarray, resamples: int = 1000) ->
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, evaluate every router and print two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="default: $EXPERTOKEN_DATA; has routellm/")
-    parser.add_argument("--dtype", default="float32", help="of the meta LLM (default: %(default)s)")
+    parser.add_argument("--data", type=Path, default=DATA, help="Folder with routellm/. Default: $EXPERTOKEN_DATA.")
+    parser.add_argument("--dtype", default="float32", help="Data type of the meta LLM. Default: %(default)s.")
     options = parser.parse_args()
     started = time.perf_counter()
     results = read_results(options.data / "routellm", "routellm")
@@ -117,7 +118,7 @@ def main() -> None:
             predicted = np.concatenate([part for part, _ in parts])
             scores = np.concatenate([supervision.scores("test") for _, supervision in parts])
             print(f"| {name} | {' | '.join(figures(predicted, scores))} |", flush=True)
-    print(f"\n{len(results)} queries, {time.perf_counter() - started:.0f} s with states that may have been cached")
+    print(f"\n{len(results)} queries, {time.perf_counter() - started:.0f} s (states may come from the cache)")
 
 
 if __name__ == "__main__":

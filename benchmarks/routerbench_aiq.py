@@ -1,8 +1,9 @@
 """Cost and quality on RouterBench's ARC-Challenge and Winogrande: `python benchmarks/routerbench_aiq.py`.
 
-Eleven models with costs (arXiv 2403.12031), correctness labels, method tokens, beside routers from libraries on the
-same states: the score when only quality counts, what that costs, and AIQ, the mean height of the hull of cost and
-quality over one range of costs. Prints a Markdown table and the verdict, and writes the whole report with its pictures.
+The benchmark has eleven models with costs (arXiv 2403.12031). Method tokens with correctness labels is compared with
+routers from libraries on the same states. It reports the score when only quality counts, the cost of that, and AIQ. AIQ
+is the mean height of the hull of cost and quality over one range of costs. Prints a Markdown table and the verdict, and
+writes the whole report with its plots.
 """
 
 import argparse
@@ -20,12 +21,14 @@ from expertoken.modeling.source import Source
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, fit and evaluate a composite, print a table and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="default: $EXPERTOKEN_DATA; has routerbench/")
-    parser.add_argument("--out", type=Path, default=Path("runs/routerbench"), help="default: %(default)s")
-    parser.add_argument("--dtype", default="float32", help="of the meta LLM (default: %(default)s)")
-    parser.add_argument("--encoder", help="also fine-tune this encoder (hub id or folder) as a router")
+    parser.add_argument("--data", type=Path, default=DATA, help="Folder with routerbench/. Default: $EXPERTOKEN_DATA.")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/routerbench"), help="Folder to write. Default: %(default)s."
+    )
+    parser.add_argument("--dtype", default="float32", help="Data type of the meta LLM. Default: %(default)s.")
+    parser.add_argument("--encoder", help="Encoder (hub id or folder) to fine-tune as a router too. Default: none.")
     options = parser.parse_args()
     results = read_results(options.data / "routerbench", "routerbench")
     supervision = build_supervision(results, labelling="correctness", leaks="drop")
@@ -46,7 +49,9 @@ def main() -> None:
     print(f"| hull of the single models | | | {report.metrics['AIQ, single models']:.4f} | {low:.4f} to {high:.4f} |\n")
     print("\n".join(report.verdict()))
     error = report.metrics["calibration error (ECE)"]
-    print(f"\nsizes {supervision.info.sizes}; calibration error {error:.3f}; fits {seconds:.0f} s; see {options.out}")
+    print(
+        f"\nsizes {supervision.info.sizes}, calibration error {error:.3f}, fits {seconds:.0f} s, report {options.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""RouterDC's in-distribution benchmark with SmolLM2-135M-Instruct as the meta LLM.
+"""RouterDC in distribution, with SmolLM2-135M-Instruct as the meta LLM: `python benchmarks/routerdc_accuracy.py`.
 
-Run it by `python benchmarks/routerdc_accuracy.py`.
+The benchmark trains expert tokens for RouterDC's seven LLMs (arXiv 2409.19886) on the five whole train files. It tests
+them on the five whole test files. It does so for every labelling rule and objective, on each state of `--states`. The
+validation score selects the recipe. Train queries that also occur in a test file (a few do) are dropped. Prints a
+Markdown table and writes `routerdc.json`.
 
-Trains expert tokens for RouterDC's seven LLMs (arXiv 2409.19886) on its five train files and tests on its five test
-files, whole, with every labelling rule and objective there is, on each state that is asked for. Which recipe counts is
-decided on validation. Train queries that stand in a test file are dropped (there are some). Prints a Markdown table and
-writes `routerdc.json`.
-
-The last column holds HumanEval at its best model: its 49 questions are two points each, which hides what the 9,359
-others show.
+The last column holds HumanEval at its best model. Each of its 49 queries is worth two points, which hides the effect of
+the 9,359 others.
 """
 
 import argparse
@@ -57,13 +55,13 @@ PUBLISHED_MEAN = {"RouterDC (published)": 58.54, "ZOOTER (published)": 53.97, "L
 
 
 def read(folder: Path) -> BenchmarkResults:
-    """The ten files as one set of results."""
+    """Read the ten files as one set of results."""
     files = [folder / f"{name.format(side)}.json" for name in FILES for side in ("train", "test")]
     return BenchmarkResults.merge([read_results(file, "routerdc") for file in files])
 
 
 def run_recipe(meta: MetaLLM, supervision: Supervision, objective: str, **routers: Any) -> tuple[Report, dict, str]:
-    """Fit, then evaluate on the test side, beside the learnt routers that `evaluate` is asked for."""
+    """Fit rows and evaluate them on the test split. `routers` are the arguments of `evaluate` for learnt baselines."""
     composite, found, seconds = fit(meta, supervision, objective)
     report = evaluate(composite, supervision, **routers)
     chosen = next(entry for entry in found.path if entry["l2"] == found.l2)
@@ -71,12 +69,12 @@ def run_recipe(meta: MetaLLM, supervision: Supervision, objective: str, **router
 
 
 def told(difference: float, interval: tuple[float, float]) -> str:
-    """A gain in points, with its interval."""
+    """Format a gain in points, with its interval."""
     return f"{100 * difference:+.2f} ({100 * interval[0]:+.2f} to {100 * interval[1]:+.2f})"
 
 
 def held_gain(composite: Composite, supervision: Supervision) -> str:
-    """Gain over the best model per dataset (of train and validation), with HumanEval's questions left to that model."""
+    """Format the gain over the best model per dataset (of train and validation), with no gain on HumanEval."""
     known = np.concatenate([supervision.scores(side) for side in ("train", "validation")])
     kinds = np.concatenate([supervision.benchmarks(side) for side in ("train", "validation")])
     names, scores = supervision.benchmarks("test"), supervision.scores("test")
@@ -93,13 +91,13 @@ def held_gain(composite: Composite, supervision: Supervision) -> str:
 def line(
     name: str, values: tuple[float, ...] | None, mean: float, interval: str = "", gain: str = "", held: str = ""
 ) -> str:
-    """One row of the table."""
+    """Format a row of the table."""
     cells = " | ".join(f"{value:.2f}" for value in values) if values else " | ".join("" for _ in COLUMNS)
     return f"| {name} | {cells} | {mean:.2f} | {interval} | {gain} | {held} |"
 
 
 def table(reports: dict[str, Report], held: dict[str, str]) -> list[str]:
-    """All recipes, the single models and baselines, and the published numbers."""
+    """Format the table: all recipes, the single models, the baselines and the published numbers."""
     lines = [
         "| | MMLU | GSM8K | CMMLU | ARC-C | HumanEval | mean | 95 % interval | gain over best per dataset "
         "| with HumanEval held |",
@@ -130,15 +128,21 @@ def table(reports: dict[str, Report], held: dict[str, str]) -> list[str]:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, run every recipe, print the table and write `routerdc.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="default: $EXPERTOKEN_DATA; has routerdc/")
-    parser.add_argument("--out", type=Path, default=Path("runs/routerdc"), help="default: %(default)s")
-    parser.add_argument("--dtype", default="float32", help="of the meta LLM (default: %(default)s)")
-    parser.add_argument("--states", default="head,8:mean,15:both", help="that decide (default: %(default)s)")
-    parser.add_argument("--encoder", help="also fine-tune this encoder (hub id or folder) as a router")
-    parser.add_argument("--encoder-epochs", type=int, default=3, help="of that (default: %(default)s)")
-    parser.add_argument("--embedder", help="also give the learnt routers this sentence-transformers model's features")
+    parser.add_argument("--data", type=Path, default=DATA, help="Folder with routerdc/. Default: $EXPERTOKEN_DATA.")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/routerdc"), help="Folder to write. Default: %(default)s."
+    )
+    parser.add_argument("--dtype", default="float32", help="Data type of the meta LLM. Default: %(default)s.")
+    parser.add_argument(
+        "--states", default="head,8:mean,15:both", help="States that the rows read. Default: %(default)s."
+    )
+    parser.add_argument("--encoder", help="Encoder (hub id or folder) to fine-tune as a router too. Default: none.")
+    parser.add_argument("--encoder-epochs", type=int, default=3, help="Epochs of the encoder. Default: %(default)s.")
+    parser.add_argument(
+        "--embedder", help="A sentence-transformers model. Learnt routers run on its features too. Default: none."
+    )
     options = parser.parse_args()
     results = read(options.data / "routerdc")
     meta = MetaLLM.from_pretrained(Source(str(smollm2())), len(results.models), dtype=options.dtype)
@@ -157,7 +161,7 @@ def main() -> None:
         meta.read_at(spec, len(results.models))
         for recipe, (strategy, objective) in RECIPES.items():
             supervision = build_supervision(results, labelling=strategy, leaks="drop", near_duplicates="ignore")
-            # The learnt routers do not see the labels: once is enough.
+            # The learnt routers do not depend on the labels, so they run for the first recipe only.
             routers = {"encoder": options.encoder, "encoder_epochs": options.encoder_epochs}
             routers = {"baselines": []} if reports else routers
             name = f"{recipe}, {spec}"
@@ -176,8 +180,8 @@ def main() -> None:
     print(f"\nchosen on validation: {best} (validation scores: ", end="")
     print(", ".join(f"{name} {100 * fit['validation_score']:.2f}" for name, fit in fits.items()), end=")\n")
     print(
-        f"fits {np.sum([fit['fit_seconds'] for fit in fits.values()]):.0f} s together; peak memory {memory:.1f} GiB; "
-        f"{sides.info.leaks['equal']['found']} leaked train queries dropped; sizes {sides.info.sizes}"
+        f"all fits {np.sum([fit['fit_seconds'] for fit in fits.values()]):.0f} s, peak memory {memory:.1f} GiB, "
+        f"{sides.info.leaks['equal']['found']} leaked train queries dropped, sizes {sides.info.sizes}"
     )
     options.out.mkdir(parents=True, exist_ok=True)
     with atomic_file(options.out / "routerdc.json") as aside:

@@ -1,7 +1,8 @@
-"""Method lora beside method tokens on RouterDC, as far as a CPU gets: `python benchmarks/routerdc_lora.py`.
+"""Method lora beside method tokens on RouterDC, sized for a CPU: `python benchmarks/routerdc_lora.py`.
 
-Same labels, same objective, same queries for both; lora starts where tokens ends and takes a limited number of steps.
-Both sides are cut to their first queries: a LoRA'd model can use no cached states. Prints a Markdown table.
+Both methods use the same labels, objective and queries. Method lora starts from the rows of tokens and takes a limited
+number of steps. The train and test splits keep their first queries only, because a model with LoRA cannot use cached
+states. Prints a Markdown table.
 """
 
 import argparse
@@ -19,14 +20,14 @@ from expertoken.examples.smollm2 import smollm2
 
 
 def first_of_each(results: BenchmarkResults, counts: dict[str, int]) -> BenchmarkResults:
-    """The results with at most so many queries of each side and benchmark."""
+    """Return the results with at most `counts[split]` queries of each split and benchmark."""
     queries = results.queries
     place = queries.groupby(["benchmark", "split"]).cumcount()
     return results.take((place < queries["split"].map(counts)).to_numpy())
 
 
 def train(method: str, meta: str, data: Path, out: Path, *options: str) -> float:
-    """Train a composite in a process of its own; seconds."""
+    """Train a composite in its own process and return the seconds."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "expertoken.train", method, "--meta", meta, "--data", str(data)]
     subprocess.run([*command, "--out", str(out), "--use_cpu", "true", *options], check=True)
@@ -34,15 +35,15 @@ def train(method: str, meta: str, data: Path, out: Path, *options: str) -> float
 
 
 def main() -> None:
-    """Train both, evaluate both, print."""
+    """Train and evaluate both methods and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=DATA / "routerdc")
     parser.add_argument("--out", type=Path, default=Path("routerdc_lora"))
     parser.add_argument("--label", default="soft")
     parser.add_argument("--objective", default="cross_entropy")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--train", type=int, default=300, help="train queries a benchmark")
-    parser.add_argument("--test", type=int, default=150, help="test queries a benchmark")
+    parser.add_argument("--train", type=int, default=300, help="Train queries of each benchmark.")
+    parser.add_argument("--test", type=int, default=150, help="Test queries of each benchmark.")
     parser.add_argument("--learning-rate", default="1e-4")
     options = parser.parse_args()
 
@@ -62,7 +63,7 @@ def main() -> None:
     )  # fmt: skip
     reports = {method: evaluate(options.out / method, baselines=[]) for method in seconds}
     print(
-        f"train {sizes['train']}, validation {sizes['validation']}, test {sizes['test']} queries; {options.steps} steps"
+        f"train {sizes['train']}, validation {sizes['validation']}, test {sizes['test']} queries, {options.steps} steps"
     )
     rows = {f"{method} ({seconds[method]:.0f} s)": report.composite for method, report in reports.items()}
     rows |= {name: reports["tokens"].row(name) for name in ("best per dataset", "oracle")}

@@ -1,11 +1,12 @@
-"""Results of vision-language models: `python benchmarks/seen_results.py`.
+"""Routing on results of vision-language models: `python benchmarks/seen_results.py`.
 
-MATH-Vision with its pictures (a random part is the test side), MathVista with sources held out and BLINK's tasks, both
-without pictures (their data sets have none here). A row is a router: the composite, the same without pictures, and the
-trivial ones. A cell is the mean score over the draws, and the composite's mean gain over the row with its range.
+The data sets are MATH-Vision with its pictures (a random part is the test split), MathVista with held-out sources, and
+BLINK's tasks. MathVista and BLINK come without pictures, because their pictures are not available here. A row of the
+table is a router: the composite, the composite without pictures, or a trivial baseline. A cell is the mean score over
+the draws. Beside it is the composite's mean gain over the row, with its range.
 
-The meta LLM that sees is the example's: SmolLM2 behind a random vision tower. So this says what pictures add that no
-model was taught to see. The one that does not see is SmolLM2 itself.
+With pictures the meta LLM is the one of examples/pictures: SmolLM2 behind a random vision tower. The result is
+therefore the gain from pictures without any training of the tower. Without pictures the meta LLM is SmolLM2 itself.
 """
 
 import argparse
@@ -34,17 +35,17 @@ from expertoken.modeling.source import Source
 from expertoken.modeling.state import StateSpec
 
 BASELINES = ("names", "words", "linear")
-_BLIND = re.compile("text-only|Text Only|Text\\+Image")  # runs that were shown no picture
+_BLIND = re.compile("text-only|Text Only|Text\\+Image")  # runs whose models received no picture
 
 
 def read(file: Path, folder: Path, **columns: str) -> tuple[BenchmarkResults, ExpertPool]:
-    """Results of a table of the data, and a pool of the models that were shown the pictures."""
+    """Read the results of a table and build a pool of the models that received the pictures."""
     frame = pd.read_csv(file, dtype={"id": str}).rename(columns=columns)
     scores = [name for name in frame if set(frame[name].dropna().unique()) <= {0, 1} and name != "testmini"]
     kept = [name for name in scores if not _BLIND.search(name)]
     queries = [name for name in ("id", "query", "image", "benchmark", "subject") if name in frame]
     if "query" not in frame:
-        frame["query"] = frame["subject"] + ": " + frame["id"]  # all that is known of BLINK's questions
+        frame["query"] = frame["subject"] + ": " + frame["id"]  # BLINK's results have no other text of a query
         queries.append("query")
     frame = frame[[*queries, *kept]].rename(columns={name: re.sub(r"[^\w.-]", "-", name) for name in kept})
     if "benchmark" not in frame:
@@ -88,7 +89,7 @@ def main() -> None:
 
 
 def measure(name: str, meta: MetaLLM, results: BenchmarkResults, pool: ExpertPool, draws: int) -> None:
-    """Fit and evaluate on several draws, and print the means."""
+    """Fit and evaluate on several draws and print the means."""
     reached, gains = defaultdict(list), defaultdict(list)
     sources = np.array(sorted(results.queries["benchmark"].unique()))
     for seed in range(draws):

@@ -1,13 +1,14 @@
 """The server under load, beside its experts and beside LiteLLM's proxy: `python benchmarks/serving.py`.
 
-Mock experts answer with a latency of their own, one answer faster than another: were they all alike, a closed loop
-would fall into step and ask for two hundred answers at once, every few seconds (--spread 0 shows that). The loop of
-clients streams from the experts directly, then through `expertoken serve` on them, then (with --litellm, the path of
-its command) through LiteLLM's proxy. Server, experts and clients are processes of their own that share this machine.
-Prints requests, errors, the time to the first word and to the end (p50, p99), what is added to the experts' own, and
-the server's memory once it is warm. Each question holds a word that no other did, so that caches of words fill up.
+Mock experts answer with a random latency. With equal latencies a closed loop of clients synchronises and sends two
+hundred requests at once, every few seconds (`--spread 0` shows that). The clients stream first from an expert directly,
+then through `expertoken serve`, then (with `--litellm`) through LiteLLM's proxy. The server, the experts and the
+clients are separate processes on this machine.
 
-The meta LLM is a tiny random one, so that the server is what is measured.
+Prints requests, errors, the time to the first word and to the end (p50, p99), and the time added to the expert's own.
+It also prints the server's memory after its warm-up. Each question contains a new word, so that caches of words fill.
+
+The meta LLM is a tiny random one, so that only the server is measured.
 """
 
 import argparse
@@ -42,11 +43,11 @@ from expertoken.modeling.source import Source
 from expertoken.tests.inference.conftest import mock_expert
 from expertoken.tests.tiny import tiny_folder
 
-WARM = 60  # seconds until memory is taken for the first time
+WARM = 60  # seconds until the first measurement of memory
 
 
 def free_port() -> int:
-    """That nobody listens on just now."""
+    """Return a TCP port that is currently free."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return listening.getsockname()[1]
@@ -54,7 +55,7 @@ def free_port() -> int:
 
 @contextmanager
 def server(command: list[str], ready: str) -> Any:
-    """A server in a process of its own, from when it answers `ready`."""
+    """Run a server in its own process and yield the process as soon as the address `ready` answers."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
     process = psutil.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
@@ -62,7 +63,9 @@ def server(command: list[str], ready: str) -> Any:
         for _ in range(600):
             if process.poll() is not None:
                 said.seek(0)
-                sys.exit(f"{command[0]} ended by itself:\n{said.read().decode()[-2000:]}")
+                sys.exit(
+                    f"{command[0]} exited before it was ready. Its output ends with:\n{said.read().decode()[-2000:]}"
+                )
             try:
                 with urllib.request.urlopen(ready, timeout=1):  # noqa: S310 - http://127.0.0.1
                     break
@@ -80,7 +83,7 @@ def server(command: list[str], ready: str) -> Any:
 
 
 def tiny_composite(folder: Path, experts: list[Expert]) -> Path:
-    """A composite of a tiny random meta LLM on these experts."""
+    """Save a composite of a tiny random meta LLM and these experts, and return its folder."""
     base = tiny_folder(folder / "base")
     meta = MetaLLM.from_pretrained(Source(str(base)), len(experts), device="cpu")
     meta.rows = torch.randn(len(experts), meta.head.in_features, generator=torch.Generator().manual_seed(0))
@@ -92,7 +95,7 @@ def tiny_composite(folder: Path, experts: list[Expert]) -> Path:
 
 
 async def one(session: aiohttp.ClientSession, url: str, model: str, number: int) -> tuple[float, float, int]:
-    """A turn: seconds to the first word and to the end, and how many pieces came."""
+    """Run a turn and return the seconds to the first word, the seconds to the end, and the number of chunks."""
     body = {"model": model, "stream": True, "messages": [{"role": "user", "content": f"question {number}: say words"}]}
     started, first, pieces, done = time.perf_counter(), None, 0, False
     async with session.post(f"{url}/v1/chat/completions", json=body) as response:
@@ -107,7 +110,7 @@ async def one(session: aiohttp.ClientSession, url: str, model: str, number: int)
                     pieces += 1
                     first = first or time.perf_counter()
     if not done or first is None:
-        raise RuntimeError("the stream was cut off")
+        raise RuntimeError("The stream ended without a word or without [DONE].")
     return first - started, time.perf_counter() - started, pieces
 
 
@@ -121,23 +124,23 @@ async def load(
     reload: float = 0,
     stop: bool = False,
 ) -> dict[str, Any]:
-    """A closed loop of `streams` clients.
+    """Run a closed loop of `streams` clients and return its measurements.
 
     Args:
-        url: of the server.
-        models: asked for in turn.
-        streams: number of clients.
-        duration: seconds for which new requests are sent.
-        process: the server's, whose memory is watched.
-        key: of the server.
-        reload: seconds between two SIGHUPs to the server; 0 for none.
-        stop: whether the server gets SIGTERM at the end, while the last answers are being given.
+        url: Address of the server.
+        models: Models to request, in turn.
+        streams: Number of clients.
+        duration: Seconds for which new requests are sent.
+        process: Process of the server, to measure its memory. Defaults to no measurement.
+        key: API key of the server.
+        reload: Seconds between two SIGHUPs to the server. 0 sends none.
+        stop: If true, the server receives SIGTERM at the end, while it streams the last answers.
     """
     ends = time.perf_counter() + duration
     found, errors, memory, asked = [], [], [], itertools.count()
 
     async def client(session: aiohttp.ClientSession, number: int) -> None:
-        await asyncio.sleep(number / streams * 2)  # not all at once
+        await asyncio.sleep(number / streams * 2)  # spreads the first requests over two seconds
         while time.perf_counter() < ends:
             try:
                 found.append(await one(session, url, models[number % len(models)], next(asked)))
@@ -165,7 +168,7 @@ async def load(
         jobs = [client(session, number) for number in range(streams)]
         await asyncio.gather(*jobs, *([watch(), disturb()] if process else []))
     if not found:
-        sys.exit(f"no request came through at {url}: {errors[:1]}")
+        sys.exit(f"Every request to {url} failed. The first error: {errors[:1]}.")
     first, whole, pieces = (np.array(column) for column in zip(*found, strict=True))
     return {
         "requests": len(found),
@@ -178,7 +181,7 @@ async def load(
 
 
 def tell(name: str, outcome: dict[str, Any], duration: float, own: dict[str, Any] | None) -> None:
-    """A row of the table."""
+    """Print a row of the table, and the first three distinct errors to stderr."""
     cells = [name, f"{outcome['requests']:,}", f"{outcome['requests'] / duration:.1f}", str(len(outcome["errors"]))]
     for key in ("first", "whole"):
         p50, p99 = np.percentile(outcome[key], (50, 99))
@@ -194,7 +197,7 @@ def tell(name: str, outcome: dict[str, Any], duration: float, own: dict[str, Any
 
 
 def litellm_config(folder: Path, experts: list[Expert], key: str) -> Path:
-    """LiteLLM's proxy on the same experts. It does not start without a key."""
+    """Write the configuration of LiteLLM's proxy on the same experts. The proxy does not start without a key."""
     models = [
         {"model_name": e.name, "litellm_params": {"model": "openai/mock", "api_base": e.base_url, "api_key": "none"}}
         for e in experts
@@ -205,22 +208,33 @@ def litellm_config(folder: Path, experts: list[Expert], key: str) -> Path:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, put each server under load and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--streams", type=int, default=200, help="at a time (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=10.0, help="through the server (default: %(default)s)")
-    parser.add_argument("--beside", type=float, default=1.0, help="minutes for the others (default: %(default)s)")
-    parser.add_argument("--words", type=int, default=20, help="of an answer (default: %(default)s)")
+    parser.add_argument("--streams", type=int, default=200, help="Number of clients. Default: %(default)s.")
     parser.add_argument(
-        "--first", type=float, default=0.5, help="an expert's seconds to the first (default: %(default)s)"
+        "--minutes", type=float, default=10.0, help="Minutes of load on the server. Default: %(default)s."
     )
-    parser.add_argument("--between", type=float, default=0.25, help="and between two (default: %(default)s)")
     parser.add_argument(
-        "--spread", type=float, default=0.5, help="share by which an answer is slower or faster (default: %(default)s)"
+        "--beside", type=float, default=1.0, help="Minutes of load on the expert and on LiteLLM. Default: %(default)s."
     )
-    parser.add_argument("--reload", type=float, default=0, help="seconds between SIGHUPs to the server; 0 for none")
-    parser.add_argument("--stop", action="store_true", help="SIGTERM to the server while the last answers come")
-    parser.add_argument("--litellm", help="the command of LiteLLM's proxy, where it is installed")
+    parser.add_argument("--words", type=int, default=20, help="Words of an answer. Default: %(default)s.")
+    parser.add_argument(
+        "--first", type=float, default=0.5, help="Seconds of an expert to its first word. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--between", type=float, default=0.25, help="Seconds of an expert between two words. Default: %(default)s."
+    )
+    parser.add_argument(
+        "--spread",
+        type=float,
+        default=0.5,
+        help="Largest share by which an answer is slower or faster. Default: %(default)s.",
+    )
+    parser.add_argument("--reload", type=float, default=0, help="Seconds between SIGHUPs to the server. 0 sends none.")
+    parser.add_argument(
+        "--stop", action="store_true", help="Send SIGTERM to the server while it streams the last answers."
+    )
+    parser.add_argument("--litellm", help="Path of the command of LiteLLM's proxy. Default: LiteLLM is skipped.")
     options = parser.parse_args()
     latency = [f"--{key}={getattr(options, key)}" for key in ("words", "first", "between", "spread")]
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
@@ -245,7 +259,7 @@ def main() -> None:
         memory = np.array(outcome["memory"]) / 2**20
         quarters = ", ".join(f"{memory[round(q * (len(memory) - 1))]:.1f}" for q in (0, 0.25, 0.5, 0.75, 1))
         since = min(WARM, duration / 2)
-        growth = f"memory of the server, MiB, from {since:.0f} s on to the end, in quarters: {quarters}"
+        growth = f"memory of the server in MiB, from {since:.0f} s to the end, at each quarter: {quarters}"
         print(f"{growth} ({memory[-1] / memory[0] - 1:+.2%})", file=sys.stderr, flush=True)
         if options.litellm:
             port = free_port()
@@ -259,7 +273,7 @@ def main() -> None:
         pieces = json.dumps(
             {str(k): int(v) for k, v in zip(*np.unique(outcome["pieces"], return_counts=True), strict=True)}
         )
-        print(f"pieces of an answer: {pieces}")
+        print(f"answers by their number of chunks: {pieces}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What active waiting of OpenMP's threads costs where they share a core: `python benchmarks/shared_core.py`.
+"""Cost of active waiting by OpenMP's threads that share a core: `python benchmarks/shared_core.py`.
 
-SmolLM2-135M-Instruct answers a batch of questions, two threads on two cores and then, as on a busy machine, on one;
-with libgomp's own setting (as far as it comes in `--patience` seconds) and with the one that `expertoken` sets. Linux.
-Prints seconds and ratios.
+SmolLM2-135M-Instruct answers a batch of questions with two threads, first on two cores and then on one, as on a busy
+machine. Each case runs with libgomp's default setting and with the one that `expertoken` sets. A case that takes more
+than `--patience` seconds counts as infinite. Runs on Linux only. Prints seconds and ratios.
 """
 
 import argparse
@@ -16,7 +16,10 @@ TOKENS, QUESTIONS = 10, 7
 
 
 def answer(cores: int) -> None:
-    """In a process of its own: its waiting is set when torch is loaded. Prints seconds."""
+    """Answer the batch on `cores` cores and print the seconds.
+
+    Each case needs its own process, because loading torch fixes how threads wait.
+    """
     from expertoken.examples.smollm2 import smollm2
     from expertoken.inference.backends.local import LocalBackend
     from expertoken.inference.backends.models import LocalModels
@@ -34,10 +37,12 @@ def answer(cores: int) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, run each case in its own process and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cores", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--patience", type=float, default=120, help="default: %(default)s")
+    parser.add_argument(
+        "--patience", type=float, default=120, help="Seconds before a case is stopped. Default: %(default)s."
+    )
     options = parser.parse_args()
     if options.cores:
         answer(options.cores)

@@ -1,10 +1,12 @@
 """Method tokens beside the bare forward pass, and beside the recipe it replaces: `python benchmarks/tokens_speed.py`.
 
-Real questions (RouterDC's), SmolLM2-135M-Instruct. Three ways over the same data, in turn:
-- the forward pass alone, in batches of like length, one row of logits per question;
-- method tokens from nothing: the same pass, states kept, then the fit of all its strengths;
-- Expert-Token-Routing's recipe (arXiv 2403.16854): every question padded to the longest, logits at every position, some
-  epochs of forward and backward passes in which only the expert rows are trained.
+The benchmark uses RouterDC's queries and SmolLM2-135M-Instruct. Three ways run over the same data, in turn.
+
+1. The forward pass runs alone, in batches of similar length, with one row of logits per query.
+2. Method tokens starts from an empty cache. It makes the same pass, caches the states, and fits all its strengths.
+3. Expert-Token-Routing's recipe (arXiv 2403.16854) pads every query to the longest and computes logits at every
+   position. Several epochs of forward and backward passes train the expert rows only.
+
 Prints seconds, ratios and the validation score of both trainings.
 """
 
@@ -39,7 +41,7 @@ RECIPE = {"batch": 8, "rate": 5e-3}
 
 
 def prepare(data: Path, count: int, longest: int) -> Supervision:
-    """The first questions that are not too long to be padded to."""
+    """Draw queries of at most about `longest` tokens, because the recipe pads all of them to the longest."""
     results = read_results(data / "routerdc", "routerdc")
     results = results.take((results.queries["prompt"].str.len() < 3 * longest).to_numpy())
     results = results.take(np.random.default_rng(0).permutation(len(results))[:count])
@@ -49,7 +51,7 @@ def prepare(data: Path, count: int, longest: int) -> Supervision:
 
 @torch.inference_mode()
 def forward(meta: MetaLLM, queries: list[Query]) -> float:
-    """Seconds of the forward pass alone."""
+    """Time the forward pass alone, in seconds."""
     started = time.perf_counter()
     for batch in token_batches([len(query) for query in queries], BATCH_TOKENS):
         inputs = meta.pad([queries[row] for row in batch])
@@ -58,7 +60,7 @@ def forward(meta: MetaLLM, queries: list[Query]) -> float:
 
 
 def tokens(meta: MetaLLM, supervision: Supervision) -> tuple[float, float]:
-    """Seconds and validation score of method tokens, from an empty cache."""
+    """Train by method tokens from an empty cache and return the seconds and the validation score."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["EXPERTOKEN_CACHE"] = cache
         started = time.perf_counter()
@@ -70,13 +72,13 @@ def tokens(meta: MetaLLM, supervision: Supervision) -> tuple[float, float]:
 
 
 def score(rows: torch.Tensor, meta: MetaLLM, side: Problem) -> float:
-    """Mean score of the candidates that rows choose."""
+    """Return the mean score of the candidates that the rows choose."""
     chosen = state_logits(rows, side.states, meta.transform).argmax(-1).numpy()
     return mean_score(chosen, side.scores, side.benchmarks)
 
 
 def recipe(meta: MetaLLM, supervision: Supervision, epochs: int) -> tuple[float, float]:
-    """Seconds and validation score of the recipe that method tokens replaces."""
+    """Train by the recipe that method tokens replaces and return the seconds and the validation score."""
     encoded = {side: [list(query) for query in supervision.queries(side, meta)] for side in SIDES}
     longest = max(len(ids) for sequences in encoded.values() for ids in sequences)
     targets, _, weights = supervision.arrays("train")
@@ -94,7 +96,7 @@ def recipe(meta: MetaLLM, supervision: Supervision, epochs: int) -> tuple[float,
         batches = kept[torch.randperm(len(kept), generator=order)].split(RECIPE["batch"])
         for batch in tqdm(batches, desc="recipe", leave=False):
             sequences = [encoded["train"][int(row)] for row in batch]
-            # Padded on the right to one length, the expert token's label behind each question, -100 elsewhere.
+            # Padding is on the right, to one length. The label is at each query's last token, with -100 elsewhere.
             ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in sequences])
             mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences])
             wanted = torch.full_like(ids, -100)
@@ -111,21 +113,23 @@ def recipe(meta: MetaLLM, supervision: Supervision, epochs: int) -> tuple[float,
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, run the three ways and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="default: $EXPERTOKEN_DATA; has routerdc/")
-    parser.add_argument("--dtype", default="float32", help="of the meta LLM (default: %(default)s)")
-    parser.add_argument("--queries", type=int, default=400, help="default: %(default)s")
+    parser.add_argument("--data", type=Path, default=DATA, help="Folder with routerdc/. Default: $EXPERTOKEN_DATA.")
+    parser.add_argument("--dtype", default="float32", help="Data type of the meta LLM. Default: %(default)s.")
+    parser.add_argument("--queries", type=int, default=400, help="Number of queries. Default: %(default)s.")
     parser.add_argument(
-        "--longest", type=int, default=512, help="of a question, about, in tokens (default: %(default)s)"
+        "--longest", type=int, default=512, help="Approximate longest query, in tokens. Default: %(default)s."
     )
-    parser.add_argument("--rounds", type=int, default=3, help="of forward and tokens, in turn (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=3, help="of the recipe; 0 leaves it out (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="Rounds of the forward pass and method tokens. Default: %(default)s."
+    )
+    parser.add_argument("--epochs", type=int, default=3, help="Epochs of the recipe. 0 skips it. Default: %(default)s.")
     options = parser.parse_args()
     supervision = prepare(options.data, options.queries, options.longest)
     meta = MetaLLM.from_pretrained(str(smollm2()), len(supervision.pool), dtype=options.dtype)
     sequences = [query for side in SIDES for query in supervision.queries(side, meta)]
-    forward(meta, sequences[:20])  # warm
+    forward(meta, sequences[:20])  # warm-up
     bare, ours, scores = [], [], []
     for _ in range(options.rounds):
         bare.append(forward(meta, sequences))
@@ -134,7 +138,7 @@ def main() -> None:
         scores.append(score)
     ratios = np.array(ours) / np.array(bare)
     lengths = [len(ids) for ids in sequences]
-    print(f"{len(sequences)} questions of {np.mean(lengths):.0f} tokens in the mean, {max(lengths)} at most\n")
+    print(f"{len(sequences)} queries of {np.mean(lengths):.0f} tokens on average, {max(lengths)} at most\n")
     print("| | seconds | against the forward pass | validation score |\n|---|---|---|---|")
     print(f"| forward pass | {np.median(bare):.1f} | 1.00x | |")
     spread = f"{np.median(ratios):.3f}x ({ratios.min():.3f} to {ratios.max():.3f})"

@@ -1,12 +1,12 @@
-"""Which state decides: every state that `--state` may choose, on two kinds of data: `python benchmarks/which_state.py`.
+"""Comparison of the states that `--state` offers, on two kinds of data: `python benchmarks/which_state.py`.
 
-- *What a question is about* (Expert-Token-Routing's six MMLU domains, an expert right in its own domain alone): routing
-  accuracy over several draws of halves, beside words alone.
-- *How hard it is* (RouteLLM's pair on 29 MMLU subjects): APGR on subjects that nothing was learnt from, over several
-  draws of a fifth of the subjects, beside words and ridge regression.
+1. The topic of a query matters on Expert-Token-Routing's six MMLU domains, where an expert is right in its own domain
+   only. The figure is routing accuracy over several draws of halves, beside words alone.
+2. The difficulty of a query matters for RouteLLM's pair on 29 MMLU subjects. The figure is APGR on held-out subjects,
+   over several draws of a fifth of the subjects, beside words and ridge regression.
 
-Differences are paired over the draws; the strength of the penalty is chosen by folds (of whole subjects for RouteLLM).
-SmolLM2-135M-Instruct; one pass computes all layers, and is cached.
+Differences are paired over the draws. Folds choose the strength of the penalty (folds of whole subjects for RouteLLM).
+The meta LLM is SmolLM2-135M-Instruct. One cached pass computes all layers.
 """
 
 import argparse
@@ -41,7 +41,7 @@ STRONG = (300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3)
 
 
 def states_of_all(meta: MetaLLM, prompts: list[str], specs: list[StateSpec]) -> dict[StateSpec, np.ndarray]:
-    """States of each kind; the layers are computed in one pass."""
+    """Compute the states that each spec names, with all layers in one pass."""
     queries = encode_all(meta, prompts, "questions")
     started = time.perf_counter()
     layers = sorted({spec.layer or meta.layers for spec in specs})
@@ -55,7 +55,7 @@ def states_of_all(meta: MetaLLM, prompts: list[str], specs: list[StateSpec]) -> 
 
 
 def problem_of(hidden: np.ndarray, scores: np.ndarray, labelling: str, groups: np.ndarray | None = None) -> Problem:
-    """A problem of one benchmark."""
+    """Label the scores as one benchmark and build the problem that the fit solves."""
     names = np.full(len(scores), "all")
     targets, weights = label(scores, names, labelling=labelling)
     mass = np.zeros(len(hidden), np.float32)
@@ -63,14 +63,14 @@ def problem_of(hidden: np.ndarray, scores: np.ndarray, labelling: str, groups: n
 
 
 def logits_on(fit: Fit, hidden: np.ndarray) -> np.ndarray:
-    """What the rows say of states."""
+    """Compute the logits of the fitted rows on states."""
     return state_logits(fit.rows, States(hidden, np.zeros(len(hidden), np.float32)), PLAIN).numpy()
 
 
 def show(title: str, found: dict[str, list[float]], layers: dict[str, str], share: float) -> None:
-    """A table of means, and paired differences to the head's own state.
+    """Print a table of means and of paired differences from the head's own state.
 
-    Draws overlap, so their spread alone is too small an error: Nadeau and Bengio (2003) add the share of test to train.
+    Draws overlap, so their spread underestimates the error. Nadeau and Bengio (2003) add the ratio of test to train.
     """
     print(f"\n| {title} | layers computed | mean over the draws | beside the head's own, 95 % |\n|---|---|---|---|")
     own = np.array(found["head"])
@@ -83,7 +83,7 @@ def show(title: str, found: dict[str, list[float]], layers: dict[str, str], shar
 
 
 def run_etr(meta: MetaLLM, folder: Path, draws: int) -> None:
-    """Topics."""
+    """Compare states by the topic of a query, on Expert-Token-Routing's domains."""
     queries = etr.read(folder)
     specs = candidates_for(meta.layers)
     states = states_of_all(meta, queries["prompt"].tolist(), specs)
@@ -102,7 +102,7 @@ def run_etr(meta: MetaLLM, folder: Path, draws: int) -> None:
             found.setdefault(str(spec), []).append(float(right[-1].mean()))
         chosen = cheapest_of_the_best(np.stack(losses))
         found.setdefault("auto", []).append(float(right[chosen].mean()))
-        print(f"draw {seed}: auto takes {specs[chosen]}", flush=True)
+        print(f"draw {seed}: auto chooses {specs[chosen]}", flush=True)
         words = make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=100.0, max_iter=1000))
         predicted = words.fit(queries["prompt"][~test], codes[~test]).predict(queries["prompt"][test])
         found.setdefault("words (TF-IDF, logistic regression)", []).append(float((predicted == codes[test]).mean()))
@@ -116,7 +116,7 @@ def run_etr(meta: MetaLLM, folder: Path, draws: int) -> None:
 
 
 def run_routellm(meta: MetaLLM, folder: Path, draws: int, specs: list[StateSpec]) -> None:
-    """Difficulty, on unseen subjects."""
+    """Compare states by the difficulty of a query, on held-out subjects of RouteLLM's data."""
     results = read_results(folder, "routellm")
     prompts = results.queries["prompt"].tolist()
     subjects = results.queries["subject"].to_numpy(dtype=str)
@@ -142,7 +142,7 @@ def run_routellm(meta: MetaLLM, folder: Path, draws: int, specs: list[StateSpec]
             found.setdefault(str(spec), []).append(figures[-1])
         chosen = cheapest_of_the_best(np.stack(losses))
         found.setdefault("auto", []).append(figures[chosen])
-        print(f"draw {seed}: auto takes {specs[chosen]}", flush=True)
+        print(f"draw {seed}: auto chooses {specs[chosen]}", flush=True)
         gap = scores[~test, strong] - scores[~test, weak]
         texts = pd.Series(prompts)
         words = make_pipeline(TfidfVectorizer(sublinear_tf=True, min_df=2), RidgeCV(np.logspace(-1, 3, 9)))
@@ -155,7 +155,7 @@ def run_routellm(meta: MetaLLM, folder: Path, draws: int, specs: list[StateSpec]
 
 
 def _alpha(hidden: np.ndarray, gap: np.ndarray, groups: np.ndarray) -> float:
-    """The strength of ridge regression that folds of whole subjects choose."""
+    """Choose the strength of ridge regression by folds of whole subjects."""
     strengths = np.logspace(1, 6, 11)
     errors = np.zeros(len(strengths))
     for train, held in GroupKFold(5).split(hidden, groups=groups):
@@ -166,11 +166,13 @@ def _alpha(hidden: np.ndarray, gap: np.ndarray, groups: np.ndarray) -> float:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line, run one comparison or both, and print tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA, help="default: $EXPERTOKEN_DATA; has etr/ and routellm/")
-    parser.add_argument("--draws", type=int, default=10, help="of each kind (default: %(default)s)")
-    parser.add_argument("--only", choices=("etr", "routellm"), help="one of the two")
+    parser.add_argument(
+        "--data", type=Path, default=DATA, help="Folder with etr/ and routellm/. Default: $EXPERTOKEN_DATA."
+    )
+    parser.add_argument("--draws", type=int, default=10, help="Number of draws of each kind. Default: %(default)s.")
+    parser.add_argument("--only", choices=("etr", "routellm"), help="Single comparison to run. Default: both.")
     options = parser.parse_args()
     meta = MetaLLM.from_pretrained(str(smollm2()), 2)
     if options.only != "routellm":

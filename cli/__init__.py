@@ -1,4 +1,7 @@
-"""The `expertoken` command: one small module per verb, no logic. Heavy imports happen inside the verbs."""
+"""The `expertoken` command: one small module per verb, without logic.
+
+The verbs import heavy packages inside their functions, so that `--help` stays fast.
+"""
 
 import logging
 import os
@@ -32,7 +35,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # its tables cut the names of options in narrow terminals
+    rich_markup_mode=None,  # rich tables truncate the names of options in narrow terminals
 )
 
 
@@ -48,7 +51,7 @@ def root(
         bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Many LLMs answer as one: one trained token per expert, learned from benchmark results."""
+    """Make many LLMs answer as one: one trained token per expert, learned from benchmark results."""
 
 
 app.command()(collect.collect)
@@ -68,13 +71,13 @@ app.add_typer(keys.app, name="keys")
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend end in one line, with exit status 1."""
-    # What libraries tell each other drowns our own lines, and nobody here can change it.
+    """Run the command. An error that the user can fix ends in one line, with exit status 1."""
+    # Deprecation warnings between libraries hide the command's own lines, and a user cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("expertoken").setLevel(logging.INFO)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # kernels that nobody needs here are missing, it says
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of missing kernels that are not used here
     try:
         app()
     except (ExpertokenError, ImportError) as error:

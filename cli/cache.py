@@ -1,4 +1,4 @@
-"""`expertoken cache`: what is kept of forward passes, and room made."""
+"""`expertoken cache`: list and prune the cached states of meta LLMs."""
 
 from datetime import datetime
 from typing import Annotated
@@ -12,7 +12,7 @@ _DAY = 86400
 
 @app.command("list")
 def list_models() -> None:
-    """List the models whose states are cached, the longest unused first."""
+    """List the models whose states are cached, least recently written first."""
     from rich.table import Table
 
     from ..modeling.files import cache_folder
@@ -29,9 +29,11 @@ def list_models() -> None:
 
 @app.command()
 def prune(
-    days: Annotated[float, typer.Option(min=0, help="Remove models that nothing was written of for so many days.")],
+    days: Annotated[
+        float, typer.Option(min=0, help="Days since the last write after which the states of a model are removed.")
+    ],
 ) -> None:
-    """Remove the cached states of models that were not written of lately. They are computed again when needed."""
+    """Remove the cached states of models without recent writes. They are recomputed when needed."""
     from ..modeling.state_cache import prune as remove
 
     gone = remove(days * _DAY)

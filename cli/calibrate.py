@@ -1,4 +1,4 @@
-"""`expertoken calibrate`: a threshold or a weight of costs from the user's own prompts."""
+"""`expertoken calibrate`: a threshold or a cost weight, fitted on the user's own prompts."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,21 +9,26 @@ import typer
 def calibrate(
     composite: Annotated[Path, typer.Argument(help="Composite folder.")],
     prompts: Annotated[
-        Path | None, typer.Option(help="As users ask: a text file, one a line, or a table with `query`.")
+        Path | None,
+        typer.Option(help="Typical prompts of users: a text file with one per line, or a table with `query`."),
     ] = None,
     share: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Share of requests that experts may answer; the default the rest."),
+        typer.Option(min=0, max=1, help="Share of requests that experts answer, 0 to 1. The default answers the rest."),
     ] = None,
-    cost: Annotated[float | None, typer.Option(min=0, help="USD a request may cost, by the pool's prices.")] = None,
-    default: Annotated[str | None, typer.Option(help="Who answers below the threshold. Default: self.")] = None,
-    clear: Annotated[bool, typer.Option("--clear", help="Forget the calibration: as trained.")] = False,
+    cost: Annotated[
+        float | None, typer.Option(min=0, help="Average cost of a request in USD, by the pool's prices.")
+    ] = None,
+    default: Annotated[
+        str | None, typer.Option(help="Candidate that answers below the threshold. Default: self.")
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove the stored calibration.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
 ) -> None:
-    """Set a composite's threshold (--share) or its weight of costs (--cost), and store it in the composite.
+    """Set a composite's threshold (--share) or cost weight (--cost), and store it in the composite.
 
-    What was calibrated before is replaced.
+    An earlier calibration is replaced.
     """
     from dataclasses import asdict, replace
 
@@ -37,18 +42,20 @@ def calibrate(
     from ..modeling.utility import expected_usd
 
     if not composite.is_dir():
-        raise ExpertokenError(f"{composite}: no such folder; expected a composite's, where what is found is stored")
+        raise ExpertokenError(
+            f"{composite}: expected a composite folder to store the calibration in, found no such folder"
+        )
     if clear:
         write_calibration(composite, None)
-        typer.echo(f"{composite}: decides as it was trained")
+        typer.echo(f"{composite}: calibration removed, decisions are as trained")
         return
     if prompts is None:
-        raise typer.BadParameter("needed, but for --clear", param_hint="--prompts")
+        raise typer.BadParameter("expected a file of prompts. Only --clear needs none.", param_hint="--prompts")
     if (share is None) == (cost is None):
-        raise typer.BadParameter("give one of the two", param_hint="--share, --cost")
+        raise typer.BadParameter("expected exactly one of the two", param_hint="--share, --cost")
     asked = read_queries(prompts)
     loaded = load_composite(composite, device=device, trust_remote_code=trust_remote_code)
-    model = CompositeModel(replace(loaded, folder=None))  # nobody is asked, so that no key is sent
+    model = CompositeModel(replace(loaded, folder=None))  # no expert is called, so that no key is sent
     found = run(model, asked, share=share, cost=cost, default=default)
     reached = {key: value for key, value in asdict(found).items() if key != "policy"}
     target = {"share": share} if cost is None else {"cost": cost}
@@ -57,6 +64,6 @@ def calibrate(
     typer.echo(f"on {found.prompts} prompts: {found.share:.1%} to experts instead of the default")
     usd = expected_usd(model.pool.candidates, 1, model.chooser.usd_per_query)
     if unknown := [name for name, price in zip(model.pool.names, usd, strict=True) if np.isnan(price)]:
-        typer.echo(f"costs are unknown: no price of {', '.join(unknown)}")
+        typer.echo(f"costs are unknown: no price for {', '.join(unknown)}")
     else:
-        typer.echo(f"{found.cost:.3g} USD a request expected; {found.before:.3g} without")
+        typer.echo(f"expected cost of a request: {found.cost:.3g} USD, without the policy {found.before:.3g} USD")

@@ -1,4 +1,4 @@
-"""Options that several verbs have, and options with a fixed set of values out of the library's registries."""
+"""Options that several verbs share, and options with a fixed set of values from the library's registries."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any
@@ -7,16 +7,16 @@ import typer
 
 from ..modeling.errors import ExpertokenError, did_you_mean
 
-RayAddress = Annotated[str | None, typer.Option(help="ray: address of the cluster. Default: a local one is started.")]
+RayAddress = Annotated[str | None, typer.Option(help="ray: address of the cluster. Default: a new local cluster.")]
 
 
 def one_of(name: str, values: Iterable[str], *, several: bool = False) -> dict[str, Any]:
-    """Return arguments of `typer.Option` for a value out of a registry.
+    """Return arguments of `typer.Option` for a value from a registry.
 
     Args:
-        name: what the value is, for errors.
-        values: the values.
-        several: whether several values may be given, separated by commas.
+        name: Name of the option, for errors.
+        values: Allowed values.
+        several: If true, the option takes several values, separated by commas.
     """
     known = list(values)
 

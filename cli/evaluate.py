@@ -13,37 +13,48 @@ from .choice import one_of
 
 def evaluate(
     composite: Annotated[Path, typer.Argument(help="Composite folder.")],
-    data: Annotated[Path | None, typer.Option(help="Supervision folder. Default: what it was trained on.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Supervision folder. Default: the supervision that the composite was trained on."),
+    ] = None,
     split: Annotated[str, typer.Option(**one_of("split", SPLITS), help="Split to evaluate on.")] = "test",
-    out: Annotated[Path | None, typer.Option(help="Folder of the report. Default: COMPOSITE/report.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the report. Default: COMPOSITE/report.")] = None,
     baselines: Annotated[
         str | None,
         typer.Option(
             **one_of("baselines", ["none", *METHODS], several=True),
-            help="Learnt routers and trivial rivals to compare with. Default, with the extra `eval`: all but untrained "
-            "(a second model in memory, with weights at random); text-only (no pictures) where there are pictures.",
+            help="Baselines: learnt routers and trivial rivals. Default, with the extra `eval`: all except untrained "
+            "(a second model in memory, with random weights), and text-only (no pictures) only where queries have "
+            "pictures.",
         ),
     ] = None,
     embedder: Annotated[
         str | None,
         typer.Option(
-            help="sentence-transformers model (hub id or folder) for the features of those routers. Default: the meta "
-            "LLM's states."
+            help="sentence-transformers model (hub id or folder) for the features of the learnt routers. Default: the "
+            "meta LLM's states."
         ),
     ] = None,
     encoder: Annotated[
-        str | None, typer.Option(help="Also fine-tune this encoder (hub id or folder) as a router; takes its time.")
+        str | None, typer.Option(help="Encoder (hub id or folder) to fine-tune as one more router. Slow.")
     ] = None,
-    encoder_epochs: Annotated[int, typer.Option(min=1, help="Of that fine-tuning, over the train side.")] = 3,
-    robustness: Annotated[int, typer.Option(min=0, help="Queries to ask again in changed wording. 0: none.")] = 0,
-    contexts: Annotated[
-        int, typer.Option(min=0, help="Queries to ask in chats: behind a system prompt, after other turns. 0: none.")
+    encoder_epochs: Annotated[
+        int, typer.Option(min=1, help="Epochs of the encoder's fine-tuning on the train split.")
+    ] = 3,
+    robustness: Annotated[
+        int, typer.Option(min=0, help="Number of queries to repeat with changed wording. 0: none.")
     ] = 0,
-    resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 5000,
-    plot: Annotated[bool, typer.Option(help="Draw pictures too. Default: with the extra `eval`.")] = True,
+    contexts: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Number of queries to repeat in chats: after a system prompt, after other turns. 0: none."
+        ),
+    ] = 0,
+    resamples: Annotated[int, typer.Option(min=100, help="Number of bootstrap resamples.")] = 5000,
+    plot: Annotated[bool, typer.Option(help="Draw figures too, if the extra `eval` is installed.")] = True,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
 ) -> None:
-    """Score a composite beside its experts, baselines and the oracle; write the report as a folder."""
+    """Score a composite, its experts, baselines and the oracle, and write the report as a folder."""
     from ..evaluation.evaluate import evaluate as run
     from .tables import chats_table, report_table, wide_console
 
@@ -76,4 +87,4 @@ def evaluate(
         console.print(chats_table(report))
     for sentence in report.verdict():
         console.print(sentence, markup=False)
-    console.print(f"written to {folder}", markup=False)
+    console.print(f"report written to {folder}", markup=False)

@@ -1,4 +1,4 @@
-"""`expertoken expert`: plug an expert into a trained composite, list them, take one out."""
+"""`expertoken expert`: add an expert to a trained composite, list its experts, remove one."""
 
 import logging
 from pathlib import Path
@@ -12,11 +12,11 @@ from .choice import one_of
 
 logger = logging.getLogger(__name__)
 
-app = typer.Typer(help="Plug an expert into a trained composite, list them, take one out.", no_args_is_help=True)
+app = typer.Typer(help="Add an expert to a trained composite, list its experts, or remove one.", no_args_is_help=True)
 
 _Composite = Annotated[Path, typer.Argument(help="Composite folder.")]
-_Name = Annotated[str, typer.Option(help="The expert's name.")]
-_Data = Annotated[Path | None, typer.Option(help="The composite's supervision, where it was moved.")]
+_Name = Annotated[str, typer.Option(help="Name of the expert.")]
+_Data = Annotated[Path | None, typer.Option(help="Supervision folder of the composite, if it was moved.")]
 _Trust = Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")]
 _Verify = Annotated[bool, typer.Option(help="Check the saved folder in a fresh process.")]
 
@@ -25,41 +25,45 @@ _Verify = Annotated[bool, typer.Option(help="Check the saved folder in a fresh p
 def add(
     composite: _Composite,
     name: _Name,
-    model: Annotated[str, typer.Option(help="Hub id, folder, or the model's id at its endpoint.")],
+    model: Annotated[str, typer.Option(help="Hub id, folder, or the model's id at an endpoint.")],
     results: Annotated[Path, typer.Option(help="Benchmark results of the new expert.")],
     backend: Annotated[
         str | None,
         typer.Option(
             **one_of("backend", [name for name in kind_names() if name != SELF]),
-            help="Kind of the expert. Default: recognised by --base-url or by the folder of --model.",
+            help="Kind of the expert. Default: recognised from --base-url or from the folder of --model.",
         ),
     ] = None,
     format: Annotated[  # noqa: A002
         str, typer.Option(**one_of("format", ["auto", *formats()]), help="Format of the results.")
     ] = "auto",
     option: Annotated[
-        list[str] | None, typer.Option("--set", help="Option of the reader, KEY=VALUE (as in prepare).")
+        list[str] | None, typer.Option("--set", help="Option of the reader as KEY=VALUE, as in prepare. Repeatable.")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Folder of the pictures that the results name (as in prepare).")
+        Path | None, typer.Option(help="Folder with the pictures that the results name, as in prepare.")
     ] = None,
-    description: Annotated[str, typer.Option(help="What it is good at.")] = "",
-    base: Annotated[str | None, typer.Option(help="Base of a LoRA adapter. Default: the meta LLM's.")] = None,
-    base_url: Annotated[str | None, typer.Option(help="Address of an endpoint.")] = None,
-    api_key_env: Annotated[str | None, typer.Option(help="NAME of the variable that holds the endpoint's key.")] = None,
+    description: Annotated[str, typer.Option(help="Short description of the expert's strengths.")] = "",
+    base: Annotated[str | None, typer.Option(help="Base model of a LoRA adapter. Default: the meta LLM's.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="Base URL of an endpoint.")] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="NAME of the environment variable with the endpoint's key.")
+    ] = None,
     input_price: Annotated[
-        float | None, typer.Option(min=0, help="USD per million tokens read. Needs --output-price.")
+        float | None, typer.Option(min=0, help="Price of input tokens, in USD per million. Needs --output-price.")
     ] = None,
     output_price: Annotated[
-        float | None, typer.Option(min=0, help="USD per million tokens written. Needs --input-price.")
+        float | None, typer.Option(min=0, help="Price of output tokens, in USD per million. Needs --input-price.")
     ] = None,
-    results_name: Annotated[str | None, typer.Option(help="How the results call it. Default: name or model.")] = None,
-    l2: Annotated[list[float] | None, typer.Option(help="L2 strengths to try; once for each.", min=0)] = None,
+    results_name: Annotated[
+        str | None, typer.Option(help="Name of the expert in the results. Default: --name or --model.")
+    ] = None,
+    l2: Annotated[list[float] | None, typer.Option(help="L2 strength to try. Repeatable.", min=0)] = None,
     data: _Data = None,
     verify: _Verify = True,
     trust_remote_code: _Trust = False,
 ) -> None:
-    """Fit a token for one more expert. The other tokens stay bit for bit as they are."""
+    """Add an expert: fit its token. The other tokens stay identical, bit for bit."""
     from ..modeling.experts import recognised
     from ..modeling.pool import ExpertPool
     from ..train.arguments import L2
@@ -77,7 +81,7 @@ def add(
         "results": results_name,
     }
     if (input_price is None) != (output_price is None):
-        raise typer.BadParameter("expected both or none", param_hint="--input-price, --output-price")
+        raise typer.BadParameter("expected both options or none of them", param_hint="--input-price, --output-price")
     if input_price is not None:
         given["cost"] = {"input": input_price, "output": output_price}
     entry = {key: value for key, value in given.items() if value is not None}
@@ -100,7 +104,7 @@ def add(
         verify=verify,
         trust_remote_code=trust_remote_code,
     )
-    typer.echo(f"{name} added as {expert.token}; {change}")
+    typer.echo(f"{name} added as {expert.token}, {change}")
 
 
 @app.command("list")
@@ -118,7 +122,7 @@ def list_experts(composite: _Composite) -> None:
     table = Table("id", "name", "backend", "model", "good at")
     for index, expert in enumerate(pool):
         cells = (str(vocabulary + index), expert.name, expert.backend, expert.model or "", expert.description)
-        table.add_row(*(Text(cell) for cell in cells))  # as Text: "[/b]" is a word here, not markup
+        table.add_row(*(Text(cell) for cell in cells))  # as Text, so that "[/b]" in a description is not read as markup
     if pool.self_expert:
         table.add_row("-", pool.self_expert.name, "self", "(meta LLM)", Text(pool.self_expert.description))
     wide_console().print(table)
@@ -132,8 +136,8 @@ def remove(
     verify: _Verify = True,
     trust_remote_code: _Trust = False,
 ) -> None:
-    """Take an expert out. The other tokens stay bit for bit as they are."""
+    """Remove an expert. The other tokens stay identical, bit for bit."""
     from ..train.plugin import remove_expert
 
     change = remove_expert(composite, name, data=data, verify=verify, trust_remote_code=trust_remote_code)
-    typer.echo(f"{name} removed" + (f"; {change}" if change else ""))
+    typer.echo(f"{name} removed" + (f", {change}" if change else ""))

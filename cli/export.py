@@ -1,4 +1,4 @@
-"""`expertoken export`: a composite or a supervision in the form that other programs read."""
+"""`expertoken export`: a composite or a supervision in a format of other programs."""
 
 import json
 import logging
@@ -12,11 +12,14 @@ from .choice import one_of
 
 logger = logging.getLogger(__name__)
 
-_MOST = 2000  # questions of the supervision that are read
+_MOST = 2000  # most questions of the supervision to distil from and to check on
 
 
 def _learnt(folder: Path) -> list[Any]:
-    """Return conversations that the composite was trained on, evenly drawn; none where its supervision is gone."""
+    """Return an even sample of the conversations that the composite was trained on.
+
+    The list is empty where the supervision no longer exists.
+    """
     from ..data_prep.supervision import supervision_of
     from ..modeling.composite import read_manifest
     from ..modeling.errors import ExpertokenError
@@ -32,26 +35,32 @@ def _learnt(folder: Path) -> list[Any]:
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(help="Composite folder; with --sft a supervision folder.")],
+    folder: Annotated[Path, typer.Argument(help="Composite folder. With --sft: supervision folder.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    gguf: Annotated[Path | None, typer.Option(help="A GGUF file too, by llama.cpp's convert_hf_to_gguf.py.")] = None,
+    gguf: Annotated[
+        Path | None, typer.Option(help="GGUF file to write too, by llama.cpp's convert_hf_to_gguf.py.")
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Questions to distil the tokens from and to check them on: a text file, one a line, or a table with "
-            "`query`. Default: those the composite was trained on."
+            help="Questions to distil the tokens from and to check them on: a text file with one per line, or a table "
+            "with `query`. Default: the questions that the composite was trained on."
         ),
     ] = None,
-    sft: Annotated[bool, typer.Option("--sft", help="Chat data for TRL and LLaMA-Factory instead.")] = False,
+    sft: Annotated[bool, typer.Option("--sft", help="Write chat data for TRL and LLaMA-Factory instead.")] = False,
     dtype: Annotated[
-        str | None, typer.Option(**one_of("dtype", DTYPES), help="Type of the weights. Default: that of the training.")
+        str | None,
+        typer.Option(**one_of("dtype", DTYPES), help="Data type of the weights. Default: the type in training."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
 ) -> None:
-    """Write a plain Hugging Face checkpoint with a real token for every expert, its decisions checked on prompts."""
+    """Write a plain Hugging Face checkpoint with a real token for every expert.
+
+    Its decisions are checked on prompts.
+    """
     if sft and (gguf or prompts or dtype):
-        raise typer.BadParameter("chat data has no weights: without --gguf, --prompts and --dtype", param_hint="--sft")
+        raise typer.BadParameter("chat data has no weights. Drop --gguf, --prompts and --dtype.", param_hint="--sft")
     if sft:
         from ..data_prep.sft import export_sft
         from ..data_prep.supervision import Supervision
@@ -63,12 +72,12 @@ def export(
     from ..modeling.export import EXPORT_FILE, PROMPTS, convert_to_gguf, export_checkpoint, find_converter
 
     if gguf:
-        find_converter()  # told before anything is written
+        find_converter()  # fails before anything is written
     asked = read_queries(prompts) if prompts else _learnt(folder) or PROMPTS
     ids = export_checkpoint(folder, out, prompts=asked, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     typer.echo(f"{out}: " + ", ".join(f"{name} = {place}" for name, place in ids.items()))
     told = json.loads((out / EXPORT_FILE).read_text("utf-8"))
-    typer.echo(f"decides as the composite does on {told['decisions_equal']:.1%} of {told['checked_on']} prompts")
+    typer.echo(f"decisions equal to the composite's: {told['decisions_equal']:.1%} of {told['checked_on']} prompts")
     if gguf:
         convert_to_gguf(out, gguf)
         typer.echo(str(gguf))

@@ -1,14 +1,14 @@
-"""`expertoken keys`: who may use a server, and which experts."""
+"""`expertoken keys`: API keys of a server's clients, and the experts that each key may use."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Add, list or remove API keys of a server's key file.", no_args_is_help=True)
+app = typer.Typer(help="Add, list or remove API keys in a server's key file.", no_args_is_help=True)
 
-_File = Annotated[Path, typer.Argument(help="The key file; it holds hashes, never the keys.")]
-_Name = Annotated[str, typer.Argument(help="Whose key it is.")]
+_File = Annotated[Path, typer.Argument(help="Key file. It holds hashes of keys, never the keys.")]
+_Name = Annotated[str, typer.Argument(help="Name of the client that holds the key.")]
 
 
 @app.command()
@@ -16,10 +16,10 @@ def add(
     file: _File,
     name: _Name,
     expert: Annotated[
-        list[str] | None, typer.Option(help="An expert that the key may use; may be repeated. Default: all.")
+        list[str] | None, typer.Option(help="Expert that the key may use. Repeatable. Default: all.")
     ] = None,
 ) -> None:
-    """Make a key and print it. It is stored nowhere: keep it."""
+    """Create a key and print it. Only its hash is stored, so keep the key."""
     from ..inference.server.keys import add_key
 
     typer.echo(add_key(file, name, expert))
@@ -27,7 +27,7 @@ def add(
 
 @app.command("list")
 def list_keys(file: _File) -> None:
-    """List whose keys a file knows, and what they may use."""
+    """List the clients in a key file, and the experts that they may use."""
     from rich.table import Table
 
     from ..inference.server.keys import read_keys
@@ -41,8 +41,8 @@ def list_keys(file: _File) -> None:
 
 @app.command()
 def remove(file: _File, name: _Name) -> None:
-    """Take a key out of the file; `kill -HUP` tells a running server."""
+    """Remove a key from the file. A running server reads the file again on `kill -HUP`."""
     from ..inference.server.keys import remove_key
 
     remove_key(file, name)
-    typer.echo(f"{name} can't ask any more, once the server has read {file} again")
+    typer.echo(f"key of {name} removed. A running server accepts it until it reads {file} again (kill -HUP).")

@@ -8,7 +8,10 @@ PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def lm_eval(context: typer.Context) -> None:
-    """Run lm-evaluation-harness on a composite: its own arguments, with --model expertoken."""
+    """Run lm-evaluation-harness on a composite.
+
+    The arguments are the same as for its own command, with --model expertoken.
+    """
     from ..modeling.errors import require_extra
 
     require_extra("lm_eval", "collect")

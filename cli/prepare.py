@@ -1,4 +1,4 @@
-"""`expertoken prepare`: benchmark results to supervision."""
+"""`expertoken prepare`: supervision from benchmark results."""
 
 import logging
 from pathlib import Path
@@ -26,11 +26,13 @@ def prepare(
         str,
         typer.Option(
             **one_of("format", ["auto", *formats()]),
-            help="Format of the results. auto finds it by content; datasets takes a hub id too; table: CSV, Parquet, "
-            "JSONL.",
+            help="Format of the results. auto: detected from the content. datasets: also a hub id. table: CSV, "
+            "Parquet, JSONL.",
         ),
     ] = "auto",
-    pool: Annotated[Path | None, typer.Option(help="Pool file (YAML). Default: every model of the results.")] = None,
+    pool: Annotated[
+        Path | None, typer.Option(help="Pool file (YAML). Default: a pool of all models in the results.")
+    ] = None,
     label: Annotated[
         str,
         typer.Option(
@@ -42,25 +44,35 @@ def prepare(
     ] = "query",
     ties: Annotated[
         str,
-        typer.Option(**one_of("ties", TIES), help="Which of a query's winners share the target; best: best overall."),
+        typer.Option(**one_of("ties", TIES), help="Winners of a query that get its target. best: the best overall."),
     ] = "all",
-    temperature: Annotated[float, typer.Option(help="Of --label soft.")] = 0.25,
-    beta: Annotated[float, typer.Option(help="Of --label mixed: share of the query's own winner.")] = 0.5,
+    temperature: Annotated[float, typer.Option(help="Temperature of the softmax, for --label soft.")] = 0.25,
+    beta: Annotated[float, typer.Option(help="Share of the query's own winner, for --label mixed.")] = 0.5,
     shrinkage: Annotated[
-        float, typer.Option(help="Of subject and mixed: queries of the benchmark's mean that top up each subject.")
+        float,
+        typer.Option(
+            help="Pseudo-queries at the benchmark's mean added to each subject, for --label subject and mixed."
+        ),
     ] = 0.0,
-    margin: Annotated[float, typer.Option(help="Lead of a winner below which a label counts less.")] = 0.0,
-    cost_weight: Annotated[float, typer.Option(help="Score per USD: labels see score - cost_weight * cost.")] = 0.0,
+    margin: Annotated[float, typer.Option(help="Lead of a winner below which its label counts less.")] = 0.0,
+    cost_weight: Annotated[
+        float, typer.Option(help="Score that a USD is worth. Labels use score - cost_weight * cost.")
+    ] = 0.0,
     contaminated: Annotated[
         list[str] | None,
-        typer.Option(help="MODEL=BENCHMARK that the model was trained on; labels leave the pair out. Repeatable."),
+        typer.Option(
+            help="MODEL=BENCHMARK: a benchmark that the model was trained on. Labels leave the pair out. Repeatable."
+        ),
     ] = None,
     hold_out: Annotated[
         str | None,
-        typer.Option(help="Test on what is never trained on: benchmark=NAME[,NAME] or subject=NAME[,NAME]."),
+        typer.Option(
+            help="Held-out test split that is never trained on: benchmark=NAME[,NAME] or subject=NAME[,NAME]."
+        ),
     ] = None,
     self_model: Annotated[
-        str | None, typer.Option(help="Without --pool: the results' name of the meta LLM, which becomes self.")
+        str | None,
+        typer.Option(help="Name of the meta LLM in the results, which becomes self. For use without --pool."),
     ] = None,
     leaks: Annotated[
         str, typer.Option(**one_of("leaks", LEAKS), help="Handling of train queries that are also in the test split.")
@@ -69,31 +81,46 @@ def prepare(
         str | None,
         typer.Option(
             **one_of("near-duplicates", ["ignore", *LEAKS]),
-            help="Handling of train queries similar to a test query (MinHash). Default: warn and keep, where the extra "
+            help="Handling of train queries similar to a test query (MinHash). Default: warn and keep, if the extra "
             "`data` is installed.",
         ),
     ] = None,
-    validation: Annotated[float, typer.Option(min=0, max=0.9, help="Share of train that becomes validation.")] = 0.1,
-    test: Annotated[float, typer.Option(min=0, max=0.9, help="Share that becomes test, where files name none.")] = 0.2,
-    seed: Annotated[int, typer.Option(help="Of the draws of validation and test.")] = 0,
+    validation: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of the train split that becomes validation.")
+    ] = 0.1,
+    test: Annotated[
+        float,
+        typer.Option(
+            min=0, max=0.9, help="Share of the queries that becomes the test split, where the files name none."
+        ),
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(help="Seed for the draws of validation and test.")] = 0,
     contexts: Annotated[
         float,
         typer.Option(
             min=0,
             max=1,
-            help="Share of the questions that get a copy in a chat: behind a system prompt, after other turns, with a "
+            help="Share of the questions that get a copy in a chat: after a system prompt, after other turns, with a "
             "follow-up.",
         ),
     ] = 0.0,
     images: Annotated[
-        Path | None, typer.Option(help="Folder of the pictures that results name (extra `vision`); they are kept.")
+        Path | None,
+        typer.Option(
+            help="Folder with the pictures that the results name (extra `vision`). The supervision stores them."
+        ),
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Option of the reader, KEY=VALUE; for tables the columns: --set query=question."),
+        typer.Option(
+            "--set", help="Option of the reader as KEY=VALUE. Repeatable. Columns of tables: --set query=question."
+        ),
     ] = None,
 ) -> None:
-    """Make supervision from benchmark results: per query the messages and who should answer."""
+    """Build supervision from benchmark results.
+
+    A supervision holds the messages of each query and a target over the candidates.
+    """
     from ..data_prep.labels import Labelling
     from ..data_prep.supervision import build_supervision, pool_of, select_candidates
     from ..modeling.files import check_product
@@ -103,9 +130,13 @@ def prepare(
     check_product(out, "supervision")
     for path in results:
         if path.exists() and out.resolve() in (path.resolve(), path.resolve().parent if path.is_file() else None):
-            raise ExpertokenError(f"--out {out}: the results are there; choose a folder of its own for the supervision")
+            raise ExpertokenError(
+                f"--out {out}: the results are there. Choose a folder of its own for the supervision."
+            )
     if pool and self_model:
-        raise ExpertokenError("--self-model is for results without a pool; in a pool file say `backend: self`")
+        raise ExpertokenError(
+            "--self-model is for results without a pool. In a pool file mark the meta LLM with `backend: self`."
+        )
     candidates = ExpertPool.from_yaml(pool) if pool else None
     for sentence in candidates.missing() if candidates else ():
         logger.warning(sentence)
@@ -129,37 +160,39 @@ def prepare(
     supervision.info.datasets = [str(path) for path in results if not path.exists()]  # on the hub
     supervision.save(out)
     console = wide_console()
-    # Under the candidates' names: a table of hub ids is too wide for most terminals.
+    # Columns have the candidates' names, because a table of hub ids is too wide for most terminals.
     chosen = select_candidates(merged, supervision.pool)
     console.print(summary_table(chosen.summary()))
     for sentence in _gaps(chosen):
         console.print(sentence, markup=False)
     if IMAGES in merged.queries:
         shown = [names for names in merged.queries[IMAGES] if names]
-        kept = f"{len(supervision.pictures)} pictures are kept" if images else "their pictures are not: see --images"
-        console.print(f"{len(shown)} queries are about pictures; {kept}", markup=False)
+        kept = (
+            f"{len(supervision.pictures)} pictures are stored" if images else "pictures are not stored (see --images)"
+        )
+        console.print(f"{len(shown)} queries have pictures, {kept}", markup=False)
     sizes = ", ".join(f"{name} {count}" for name, count in supervision.info.sizes.items())
     console.print(
         f"supervision of {len(supervision.info.candidates)} candidates written to {out}: {sizes}", markup=False
     )
     if candidates is None:
         console.print(
-            "without --pool the experts are the results' model names, taken for hub ids; say in a pool file where "
-            "they are before anybody chats",
+            "without --pool the experts are the model names of the results, read as hub ids. Give their addresses in a "
+            "pool file before the composite answers.",
             markup=False,
         )
 
 
 def _gaps(results: "BenchmarkResults") -> list[str]:
-    """Say which candidates were measured on a part of a benchmark, or on none of it."""
+    """List the candidates that were measured on a part of a benchmark only, or on none of it."""
     found = []
     for benchmark, shares in results.coverage().iterrows():
         parts = [f"{name} {share:.0%}" for name, share in shares.items() if 0 < share < 1]
         none = [str(name) for name, share in shares.items() if share == 0]
         if parts:
-            found.append(f"{benchmark}: measured in part: {', '.join(parts)}")
+            found.append(f"{benchmark}: measured on a part only: {', '.join(parts)}")
         if none:
-            found.append(f"{benchmark}: not measured, and no candidate there: {', '.join(none)}")
+            found.append(f"{benchmark}: not measured, so no candidate in this benchmark: {', '.join(none)}")
     return found
 
 
@@ -180,13 +213,19 @@ def _hold_out(text: str | None) -> tuple[str, list[str]] | None:
 
 
 def read_all(paths: "list[Path]", format: str, options: list[str] | None) -> "BenchmarkResults":  # noqa: A002
-    """Results of all paths together, with the reader options given as KEY=VALUE."""
+    """Read the results of all paths and merge them.
+
+    Args:
+        paths: Files or folders of results.
+        format: Name of the format, or auto.
+        options: Options of the reader as KEY=VALUE.
+    """
     from ..data_prep.reading import detect, parse_options, read_results
     from ..data_prep.results import BenchmarkResults
 
     parts, names = [], [text.partition("=")[0] for text in options or ()]
     for path in paths:
         kind = detect(path, names) if format == "auto" and path.exists() else format
-        # `auto` is left where there is no such path, which reading says best.
+        # For a missing path `auto` stays, because `read_results` raises the clearest error.
         parts.append(read_results(path, kind, **({} if kind == "auto" else parse_options(kind, options or []))))
     return BenchmarkResults.merge(parts)

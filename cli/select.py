@@ -1,4 +1,4 @@
-"""`expertoken select`: which expert for a whole new task."""
+"""`expertoken select`: the best expert for a whole new task."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,15 +9,22 @@ import typer
 def select(
     composite: Annotated[Path, typer.Argument(help="Composite folder.")],
     queries: Annotated[
-        Path, typer.Option(help="Inputs of the task: a text file, one a line, or a table with `query`.")
+        Path, typer.Option(help="Inputs of the task: a text file with one per line, or a table with `query`.")
     ],
     labelled: Annotated[
-        Path | None, typer.Option(help="A few further inputs with scores, in any format of `expertoken prepare`.")
+        Path | None,
+        typer.Option(help="Results on a few further inputs of the task, in any format of `expertoken prepare`."),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Supervision folder. Default: what it was trained on.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Supervision folder. Default: the supervision that the composite was trained on."),
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
 ) -> None:
-    """Rank the experts for a task from its inputs alone (arXiv 2309.15789): S1, S2, S3 beside best on average."""
+    """Rank the experts for a whole new task by its inputs alone.
+
+    The table has S1, S2 and S3 of arXiv 2309.15789, and each expert's average score so far.
+    """
     from rich.table import Table
 
     from ..data_prep.reading import read_queries, read_results
@@ -33,10 +40,10 @@ def select(
         examples = (results.queries["prompt"].tolist(), results.columns_of(pool))
     ranking = run(composite, read_queries(queries), labelled=examples, data=data, trust_remote_code=trust_remote_code)
     best = max(ranking, key=lambda entry: entry.average)
-    table = Table("expert", "S1", "S2", "S3", "predictor trusted", "average so far", title="expected on this task")
+    table = Table("expert", "S1", "S2", "S3", "predictor accuracy", "average so far", title="expected on this task")
     for entry in ranking:
         values = (entry.s1, entry.s2, entry.s3, entry.trust, entry.average)
         table.add_row(escape(entry.name), *(f"{value:.3f}" for value in values))
     console = wide_console()
     console.print(table)
-    console.print(f"by S3: {ranking[0].name}; best on average so far: {best.name}", markup=False)
+    console.print(f"best by S3: {ranking[0].name}, best on average so far: {best.name}", markup=False)

@@ -11,76 +11,106 @@ from .choice import one_of
 
 def serve(
     composite: Annotated[
-        Path, typer.Argument(help="Composite folder, `owner/name` on the hub, or a gateway's YAML file.")
+        Path, typer.Argument(help="Composite folder, `owner/name` on the hub, or YAML file of a gateway.")
     ],
-    host: Annotated[str, typer.Option(help="Address; off loopback only with API keys.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to bind to. An address other than loopback needs API keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0: a free one.")] = 8000,
     name: Annotated[
-        str | None, typer.Option(help="What clients call it. Default: the name of the folder or file.")
+        str | None, typer.Option(help="Model name for clients. Default: the name of the folder or file.")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer, in tokens. Default: what the expert's context leaves.")
+        int | None,
+        typer.Option(min=1, help="Maximum length of an answer, in tokens. Default: the rest of the expert's context."),
     ] = None,
-    max_body: Annotated[int, typer.Option(min=1, help="Largest request, in bytes.")] = 16 * 2**20,
-    max_messages: Annotated[int, typer.Option(min=1, help="Longest conversation, in messages.")] = 512,
+    max_body: Annotated[int, typer.Option(min=1, help="Maximum size of a request, in bytes.")] = 16 * 2**20,
+    max_messages: Annotated[int, typer.Option(min=1, help="Maximum length of a conversation, in messages.")] = 512,
     max_prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest conversation, in tokens. Default: what the experts can read.")
+        int | None,
+        typer.Option(min=1, help="Maximum length of a conversation, in tokens. Default: the experts' own limits."),
     ] = None,
-    max_concurrent: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 256,
-    rate: Annotated[int | None, typer.Option(min=1, help="Requests a minute of one key (or address).")] = None,
+    max_concurrent: Annotated[int, typer.Option(min=1, help="Maximum number of concurrent requests.")] = 256,
+    rate: Annotated[
+        int | None,
+        typer.Option(min=1, help="Maximum number of requests per minute for one key (or address). Default: no limit."),
+    ] = None,
     decision_timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds for a decision; then the default answers.")
+        float, typer.Option(min=0.1, help="Seconds for a decision. After that the policy's default answers.")
     ] = 300.0,
-    first_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for an endpoint's first piece.")] = 60.0,
-    idle_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds between two pieces of an endpoint.")] = 30.0,
+    first_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until the first chunk of an endpoint.")] = 60.0,
+    idle_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds between two chunks of an endpoint.")] = 30.0,
     check_interval: Annotated[
-        float, typer.Option(min=0, help="Seconds between health checks of replicated addresses; 0 for none.")
+        float, typer.Option(min=0, help="Seconds between health checks of replicated addresses. 0: none.")
     ] = 10.0,
-    drain: Annotated[float, typer.Option(min=0, help="Seconds before that for which /ready says no.")] = 0.0,
-    shutdown: Annotated[int, typer.Option(min=0, help="Seconds that answers may go on when it is stopped.")] = 30,
+    drain: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Seconds to report 'not ready' on /ready after SIGTERM before refusing new requests, so that a load "
+            "balancer can drain traffic.",
+        ),
+    ] = 0.0,
+    shutdown: Annotated[
+        int, typer.Option(min=0, help="Seconds for in-flight requests to finish after new ones are refused.")
+    ] = 30,
     expert_memory: Annotated[
-        float | None, typer.Option(min=0.01, help="GiB that local experts may take together; the meta LLM not counted.")
+        float | None,
+        typer.Option(min=0.01, help="Memory for all local experts together, in GiB. The meta LLM is not counted."),
     ] = None,
-    pin: Annotated[list[str] | None, typer.Option(help="A local expert that stays in memory; may be repeated.")] = None,
+    pin: Annotated[
+        list[str] | None, typer.Option(help="Local expert that is never evicted from memory. Repeatable.")
+    ] = None,
     expert_quantization: Annotated[
         str | None, typer.Option(**one_of("quantization", QUANTIZATIONS), help="Quantization of local experts.")
     ] = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="Without keys: a name besides localhost to be asked by; may be repeated.")
+        list[str] | None,
+        typer.Option(help="Host name besides localhost that clients may use if there are no API keys. Repeatable."),
     ] = None,
     image_host: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A host whose addresses of pictures experts may be given; none are fetched here. Repeatable."
-        ),
+        typer.Option(help="Host whose picture URLs are passed on to experts. The server fetches none. Repeatable."),
     ] = None,
     cors_origin: Annotated[
-        list[str] | None, typer.Option(help="A page elsewhere that may ask (https://chat.example); may be repeated.")
+        list[str] | None,
+        typer.Option(help="Origin of another web page that may send requests (https://chat.example). Repeatable."),
     ] = None,
     keys: Annotated[
-        Path | None, typer.Option(help="File of hashed API keys, as `expertoken keys add` writes it.")
+        Path | None, typer.Option(help="File with hashed API keys, written by `expertoken keys add`.")
     ] = None,
     feedback: Annotated[
-        Path | None, typer.Option(help="JSONL file for what people think of answers, with what they asked.")
+        Path | None, typer.Option(help="JSONL file for users' judgements of answers. It contains their questions.")
     ] = None,
     session_store: Annotated[
-        str | None, typer.Option(help="redis://HOST:PORT/N, where several servers remember who answered a chat.")
+        str | None,
+        typer.Option(
+            help="Session store that several servers share, redis://HOST:PORT/N. Default: this process's memory."
+        ),
     ] = None,
     trust_proxy: Annotated[
-        bool, typer.Option(help="Believe X-Forwarded-For of a proxy here (others: FORWARDED_ALLOW_IPS).")
+        bool, typer.Option(help="Trust X-Forwarded-For from a proxy on this machine (others: FORWARDED_ALLOW_IPS).")
     ] = False,
     log_content: Annotated[bool, typer.Option(help="Write questions and answers to the log.")] = False,
     otel: Annotated[bool, typer.Option(help="Trace requests with OpenTelemetry (extra `otel`).")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
-    send_keys: Annotated[bool, typer.Option(help="Agree to where the composite sends your keys.")] = False,
+    send_keys: Annotated[
+        bool, typer.Option(help="Agree that your API keys are sent to the addresses in the composite.")
+    ] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Tell who would answer, where keys go and what is wrong; serve nothing.")
+        bool,
+        typer.Option(
+            "--check",
+            help="Report candidates that may answer, addresses that get keys, and problems. Nothing is served.",
+        ),
     ] = False,
 ) -> None:
-    """Serve a composite: POST /v1/chat/completions, GET /v1/models, /health, /ready, /metrics, a chat page at /.
+    """Serve a composite as an OpenAI-compatible server with a chat page.
 
-    API keys, separated by commas, come from the environment variable EXPERTOKEN_API_KEYS.
+    Paths: POST /v1/chat/completions, GET /v1/models, /health, /ready, /metrics, the chat page at /.
+
+    API keys, separated by commas, are read from the environment variable EXPERTOKEN_API_KEYS.
     """
     from ..modeling.errors import require_extra
 
@@ -113,7 +143,7 @@ def serve(
     if check:
         _check(composite, keys)
         return
-    check_free(host, port)  # before a model is loaded for nothing
+    check_free(host, port)  # fails before a model is loaded
     timeouts = Timeouts(decision=decision_timeout, first=first_timeout, idle=idle_timeout)
     model = open_model(
         composite,
@@ -129,7 +159,7 @@ def serve(
 
 
 def _check(composite: Path, keys: Path | None) -> None:
-    """Print what is known of what would be served; leave with 1 where something is wrong."""
+    """Print the candidates, the clients' keys and all problems. Exit with status 1 if there is a problem."""
     from rich.table import Table
 
     from ..inference.check import check
@@ -137,7 +167,7 @@ def _check(composite: Path, keys: Path | None) -> None:
     from .tables import wide_console
 
     rows, wrong = check(composite)
-    table = Table("candidate", "backend", "where", "key from", "USD in / out", "may answer", "wrong")
+    table = Table("candidate", "backend", "where", "key from", "USD in / out", "may answer", "problem")
     for row in rows:
         answers = "yes" if row.may_answer else "no"
         table.add_row(row.name, row.kind, row.where, row.key, row.price, answers, row.wrong or "")
@@ -147,8 +177,8 @@ def _check(composite: Path, keys: Path | None) -> None:
         unknown = set(client.experts or ()) - {row.name for row in rows}
         may = "all" if client.experts is None else ", ".join(client.experts)
         console.print(f"key of {client.name}: {may}")
-        wrong += [f"the key of {client.name} names {name!r}, which is no candidate" for name in sorted(unknown)]
+        wrong += [f"the key of {client.name} names {name!r}, which is not a candidate" for name in sorted(unknown)]
     for told in wrong:
-        console.print(f"wrong: {told}", markup=False)
+        console.print(f"problem: {told}", markup=False)
     if wrong or any(row.wrong for row in rows if row.may_answer):
         raise typer.Exit(1)

@@ -16,13 +16,13 @@ _WIDTH = 160
 
 
 def wide_console() -> Console:
-    """A console whose tables are never squeezed: a narrow terminal or a pipe gets whole, longer lines."""
+    """Return a console that never squeezes tables: in a narrow terminal or a pipe the lines are longer."""
     console = Console()
     return console if console.width >= _WIDTH else Console(width=_WIDTH, soft_wrap=True)
 
 
 def summary_table(summary: "pd.DataFrame") -> Table:
-    """Mean scores in percent: benchmarks down, models across."""
+    """Return a table of mean scores in percent, with a row per benchmark and a column per model."""
     table = Table("benchmark", "queries", *(escape(str(name)) for name in summary.columns[1:]), title="mean score, %")
     for name, row in summary.iterrows():
         cells = ("-" if value != value else f"{100 * value:.1f}" for value in row.iloc[1:])
@@ -31,18 +31,18 @@ def summary_table(summary: "pd.DataFrame") -> Table:
 
 
 def report_table(report: "Report") -> Table:
-    """An evaluation: routers and models down, benchmarks across, with 95 % intervals."""
+    """Return an evaluation as a table with 95 % intervals: a row per router and model, a column per benchmark."""
     benchmarks = list(report.queries_by_benchmark)
     table = Table("", "mean [95 % interval]", *map(escape, benchmarks), "share", "composite's gain", title="scores, %")
     left_out = len(report.results) - len(report.shown())
-    table.caption = "best single and best per dataset were chosen on the other sides" + (
-        f"; {left_out} more experts in report.json" if left_out else ""
+    table.caption = "best single and best per dataset were chosen on the other splits" + (
+        f", {left_out} more experts in report.json" if left_out else ""
     )
     for column in table.columns:
         column.no_wrap = True
     for row in report.shown():
         low, high = row.mean_score_interval
-        means = row.score_by_benchmark  # an expert without a score in a benchmark has none there
+        means = row.score_by_benchmark  # no entry for an expert without a score in the benchmark
         gain = ""
         if row.composite_gain is not None:
             difference, *bounds = (f"{100 * value:+.1f}" for value in _values(row.composite_gain))
@@ -60,8 +60,8 @@ def report_table(report: "Report") -> Table:
 
 
 def chats_table(report: "Report") -> Table:
-    """The same questions in chats."""
-    table = Table("context", "score", "change [95 % interval]", "same choice", title="in chats, %")
+    """Return a table of the scores of the same questions in chats."""
+    table = Table("context", "score", "change [95 % interval]", "same decision", title="in chats, %")
     for entry in report.chats:
         low, high = entry["interval"]
         table.add_row(

@@ -1,6 +1,6 @@
-"""Collecting benchmark results: the experts of a pool run on tasks of lm-evaluation-harness.
+"""Collection of benchmark results: the experts of a pool run on tasks of lm-evaluation-harness.
 
-The harness evaluates; this module brings it the experts, writes down who answered what, and goes on where it stopped.
+The harness evaluates. This module provides the experts, records their scores, and resumes interrupted runs.
 """
 
 import hashlib
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SETTINGS_FILE = "collect.json"
-_CONCURRENT = 8  # requests to an endpoint at a time
+_CONCURRENT = 8  # requests to an endpoint
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is asked of the harness, of every expert alike.
+    """Settings of the harness, the same for every expert.
 
     Attributes:
-        include_path: folder with tasks of one's own (the harness's YAML).
-        limit: only the first so many documents of each task.
-        num_fewshot: examples in the prompt; the task's own number where not given.
-        chat_template: whether local models are asked through their chat template (endpoints always are), as experts of
-            a composite are.
-        metric: which per-sample metric is the score; the first there is of `METRICS` where not given.
-        batch_size: of local models.
-        meta: the meta LLM: hub id, folder or GGUF file; for `self` and for adapters without a base of their own.
-        trust_remote_code: allow models' and tasks' repositories to run their own code.
+        include_path: Folder with the user's own tasks (the harness's YAML).
+        limit: Number of documents per task, taken from its beginning. None for all.
+        num_fewshot: Number of examples in the prompt. None for the task's own number.
+        chat_template: If true, local models are prompted through their chat template, as experts of a composite are.
+            Endpoints always are.
+        metric: Per-sample metric that becomes the score. None for the first one of `METRICS` that the task has.
+        batch_size: Batch size for local models.
+        meta: Meta LLM as hub id, folder or GGUF file, for `self` and for adapters without their own base.
+        trust_remote_code: If true, repositories of models and tasks may run their own code.
     """
 
     include_path: str | None = None
@@ -70,22 +70,22 @@ def collect(
     engine: str = "local",
     cluster: Cluster | None = None,
 ) -> list[Path]:
-    """Run every candidate of a pool on every task; a file per pair, in the `table` format of `expertoken prepare`.
+    """Run every candidate of a pool on every task, and write a file per pair in the `table` format.
 
-    Pairs whose file is there are not run again, so an interrupted run goes on. A pair that fails is told and does not
+    Pairs with an existing file are skipped, so an interrupted run resumes. A pair that fails is logged and does not
     stop the others.
 
     Args:
-        pool: experts, and self where it is a candidate.
-        tasks: names of tasks or groups of the harness.
-        out: folder of the results.
-        evaluation: what is asked of the harness.
-        engine: `local`, one pair after another, or `ray`, pairs on a Ray cluster.
-        cluster: for `ray`.
+        pool: Experts, and self if it is a candidate.
+        tasks: Names of tasks or groups of the harness.
+        out: Folder for the results.
+        evaluation: Settings of the harness.
+        engine: `local` for pairs in turn, or `ray` for pairs on a Ray cluster.
+        cluster: Ray cluster, for `ray`.
 
     Raises:
-        ExpertokenError: a task is unknown, `out` was collected with other settings, or pairs failed.
-        ImportError: the extra `collect` (or `ray`) is not installed.
+        ExpertokenError: A task is unknown, `out` was collected with other settings, or pairs failed.
+        ImportError: The extra `collect` (or `ray`) is not installed.
     """
     if engine not in ENGINES:
         raise ExpertokenError(f"engine: unknown {engine!r}, {did_you_mean(engine, ENGINES)}")
@@ -94,7 +94,7 @@ def collect(
     for expert in pool.candidates:
         _check(expert, evaluation)
     _remember(out, pool, evaluation, {task: _identity(_load_task(task, evaluation)) for task in tasks})
-    # By expert, so that a local model is loaded once for all its tasks.
+    # Ordered by expert, so that a local model is loaded once for all its tasks.
     pairs = [(expert, task) for expert in pool.candidates for task in tasks]
     missing = [pair for pair in pairs if not _file(out, *pair).exists()]
     run = _run_on_ray(missing, evaluation, cluster or Cluster()) if engine == "ray" else _run_local(missing, evaluation)
@@ -111,8 +111,8 @@ def collect(
     bar.close()
     if failed:
         raise ExpertokenError(
-            f"{len(failed)} of {len(pairs)} pairs failed (the first: {failed[0]}); the others are in {out}. Run the "
-            "same command again to try those once more"
+            f"{len(failed)} of {len(pairs)} pairs failed (the first: {failed[0]}), the others are in {out}. Run the "
+            "same command again to retry the failed pairs."
         )
     return [_file(out, *pair) for pair in pairs]
 
@@ -122,17 +122,17 @@ def _file(out: Path, expert: Expert, task: str) -> Path:
 
 
 def _task_manager(task: str, evaluation: Evaluation) -> "TaskManager":
-    """Return a manager that knows a task.
+    """Return a task manager that has a task.
 
-    Only where the task is none of the user's own are the harness's read too, which are thousands of files and take
-    many seconds.
+    The harness's own tasks are thousands of files and take many seconds to read. They are read only if the task is not
+    in the user's folder.
     """
     require_extra("lm_eval", "collect")
     folder = evaluation.include_path
     if folder is None:
         return _manager(None, defaults=True, written=0)
     if not Path(folder).is_dir():
-        raise ExpertokenError(f"{folder}: no such folder; expected tasks of your own (YAML)")
+        raise ExpertokenError(f"{folder}: no such folder. Expected a folder with your own tasks (YAML).")
     files = (file for pattern in ("*.yaml", "*.py") for file in sorted(Path(folder).rglob(pattern)))
     written = hash(tuple((file, file.stat().st_mtime_ns) for file in files))
     own = _manager(folder, defaults=False, written=written)
@@ -141,24 +141,24 @@ def _task_manager(task: str, evaluation: Evaluation) -> "TaskManager":
 
 @lru_cache(4)
 def _manager(folder: str | None, *, defaults: bool, written: int) -> "TaskManager":
-    """Return a manager; a folder that was `written` to since has another one."""
+    """Return a cached task manager. A folder with another hash `written` of its files gets a new one."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=folder, include_defaults=defaults)
 
 
 def _load_task(name: str, evaluation: Evaluation) -> dict[str, Any]:
-    """The harness's task of that name, or the tasks of the group.
+    """Load the harness's task of a name, or the tasks of a group.
 
     Raises:
-        ExpertokenError: there is none, its data can't be had, or it has no metric that is a score of a sample.
+        ExpertokenError: The task is unknown, its data cannot be loaded, or no metric of it scores single samples.
     """
     manager = _task_manager(name, evaluation)
     if name not in manager.all_tasks:
         raise ExpertokenError(f"no task {name!r} in the harness, {did_you_mean(name, manager.all_tasks)}")
     try:
         tasks = manager.load([name])["tasks"]
-    except Exception as error:  # of datasets, the hub's client, the task's own code, ...
+    except Exception as error:  # raised by datasets, the hub's client, the task's own code, ...
         raise ExpertokenError(f"task {name}: its data can't be loaded ({one_line(error)})") from error
     from .readers.lm_eval import METRICS
 
@@ -167,17 +167,17 @@ def _load_task(name: str, evaluation: Evaluation) -> dict[str, Any]:
         there = [entry["metric"] for entry in task.config.metric_list or () if isinstance(entry["metric"], str)]
         if there and not set(wanted) & set(there):
             raise ExpertokenError(
-                f"task {found}: no metric {' or '.join(wanted)}; say --metric with one that is a score of each sample: "
+                f"task {found}: no metric {' or '.join(wanted)}. Pass --metric with one that scores each sample: "
                 f"{', '.join(there)}"
             )
     return tasks
 
 
 def _identity(tasks: dict[str, Any]) -> str:
-    """A hash of what tasks ask: another wording or other documents under the same name are another benchmark."""
+    """Hash the questions of tasks, because other wording or documents under the same name are another benchmark."""
     digest = hashlib.sha256()
     for name, task in sorted(tasks.items()):
-        # As far as they are templates: a function has no text that stays the same.
+        # Templates only, because a function has no stable text.
         wording = [getattr(task.config, key) for key in ("doc_to_text", "doc_to_target", "doc_to_choice")]
         digest.update(json.dumps([name, [part for part in wording if isinstance(part, str | list)]]).encode())
         for document in task.eval_docs:
@@ -186,17 +186,17 @@ def _identity(tasks: dict[str, Any]) -> str:
 
 
 def _check(expert: Expert, evaluation: Evaluation) -> None:
-    """Tell what an expert lacks before any other is run for hours."""
+    """Check that an expert has its base and its key, before other experts run for hours."""
     if expert.kind.needs_base(expert) and not evaluation.meta:
-        raise ExpertokenError(f"expert {expert.name!r} runs on the meta LLM; say which with --meta")
+        raise ExpertokenError(f"expert {expert.name!r} runs on the meta LLM. Pass the meta LLM with --meta.")
     if expert.kind.remote:
         expert.api_key()
 
 
 def _remember(out: Path, pool: ExpertPool, evaluation: Evaluation, tasks: dict[str, str]) -> None:
-    """Write down what a folder's results were made with; another limit or model must not go on in the same folder."""
+    """Record the settings of a folder's results, and refuse to resume with other settings or models."""
     file = out / _SETTINGS_FILE
-    left_out = ("batch_size", "include_path", "trust_remote_code")  # nothing of these changes a score
+    left_out = ("batch_size", "include_path", "trust_remote_code")  # these change no score
     settings = {key: value for key, value in asdict(evaluation).items() if key not in left_out}
     identity = ("backend", "model", "base", "revision", "base_url", "cost")
     experts = {e.name: {key: getattr(e, key) for key in identity} | dict(e.options) for e in pool.candidates}
@@ -205,9 +205,14 @@ def _remember(out: Path, pool: ExpertPool, evaluation: Evaluation, tasks: dict[s
         try:
             known |= json.loads(file.read_text("utf-8"))
         except (ValueError, TypeError) as error:
-            raise ExpertokenError(f"{file}: damaged ({one_line(error)}); choose another --out") from None
+            raise ExpertokenError(f"{file}: damaged ({one_line(error)}). Choose another --out.") from None
         if known["harness"] != version("lm_eval"):
-            logger.warning("%s was collected with lm_eval %s, this is %s", out, known["harness"], version("lm_eval"))
+            logger.warning(
+                "%s was collected with lm_eval %s, the installed version is %s",
+                out,
+                known["harness"],
+                version("lm_eval"),
+            )
         differing = [
             f"{key} {known['settings'].get(key)!r} then, {value!r} now"
             for key, value in settings.items()
@@ -219,9 +224,9 @@ def _remember(out: Path, pool: ExpertPool, evaluation: Evaluation, tasks: dict[s
             if known["experts"].get(name, entry) != entry
         ]
         other = [name for name, mark in tasks.items() if known["tasks"].get(name, mark) != mark]
-        differing += [f"task {name!r} asked something else" for name in other]
+        differing += [f"task {name!r} had other questions" for name in other]
         if differing:
-            raise ExpertokenError(f"{out} was collected otherwise ({'; '.join(differing)}); choose another --out")
+            raise ExpertokenError(f"{out} was collected otherwise ({'; '.join(differing)}). Choose another --out.")
     known["experts"] |= experts
     known["tasks"] |= tasks
     with atomic_file(file) as aside:
@@ -234,10 +239,10 @@ def _run_local(pairs: Sequence[Pair], evaluation: Evaluation) -> Iterator[tuple[
         expert, task = pair
         try:
             if loaded is None or loaded[0] is not expert:
-                loaded = None  # the one before makes room first
+                loaded = None  # frees the memory of the previous model first
                 loaded = (expert, _model(expert, evaluation))
             yield pair, evaluate_pair(loaded[1], expert, task, evaluation)
-        except Exception as error:  # the harness, tasks and models raise all kinds; the other pairs go on
+        except Exception as error:  # the harness, tasks and models raise errors of all kinds, and other pairs must run
             yield pair, error
 
 
@@ -286,7 +291,7 @@ def _model(expert: Expert, evaluation: Evaluation) -> "LM":
 
 
 def _cost(lm: "LM", expert: Expert, sample: dict[str, Any]) -> float | None:
-    """Return USD of one answer at the pool's prices; None where there are none, or nothing was generated."""
+    """Return the USD of one answer at the pool's prices, or None without prices or without a generated text."""
     prompt, answer = sample["arguments"][0][0], sample["resps"][0][0]
     if expert.cost is None or not isinstance(answer, str):
         return None
@@ -297,10 +302,10 @@ def _cost(lm: "LM", expert: Expert, sample: dict[str, Any]) -> float | None:
 
 
 def evaluate_pair(lm: "LM", expert: Expert, task: str, evaluation: Evaluation) -> list[dict[str, Any]]:
-    """One expert on one task, or on all tasks of a group: rows of a long table.
+    """Evaluate an expert on a task, or on all tasks of a group, and return rows of a long table.
 
     Raises:
-        ExpertokenError: the expert can't be asked what the task asks, or no metric of the task is known here.
+        ExpertokenError: The task needs log-probabilities that the expert does not give, or no metric of it is known.
     """
     from lm_eval import simple_evaluate
 
@@ -318,13 +323,13 @@ def evaluate_pair(lm: "LM", expert: Expert, task: str, evaluation: Evaluation) -
         )
     except NotImplementedError as error:
         raise ExpertokenError(
-            f"the task needs log-probabilities, which this expert does not give; take its generative form ({error})"
+            f"the task needs log-probabilities, which this expert does not give. Use its generative form ({error})."
         ) from None
     rows = []
     for name, samples in found["samples"].items():
         chosen = samples[0]["filter"]
         for sample in samples:
-            if sample["filter"] == chosen:  # of several filters (strict-match, flexible-extract) the task's first
+            if sample["filter"] == chosen:  # the task's first of several filters (strict-match, flexible-extract)
                 row = _row(sample, name, task, expert, harness_tasks[name], evaluation.metric)
                 rows.append(row | {"cost": _cost(lm, expert, sample)})
     return rows
@@ -338,12 +343,14 @@ def _row(
     key = metric or next((key for key in METRICS if key in sample), None)
     if key not in sample:
         has = ", ".join(sample["metrics"])
-        raise ExpertokenError(f"task {name}: its samples have no metric {key or 'known here'!r}; say --metric: {has}")
-    # Not the prompt that was sent, which differs between experts by their chat templates.
+        raise ExpertokenError(
+            f"task {name}: its samples have no metric {key or 'known here'!r}. Pass one with --metric: {has}"
+        )
+    # Not the prompt that was sent, which depends on each expert's chat template.
     asked = harness_task.doc_to_text(sample["doc"])
     query = question_of(sample["doc"], asked if isinstance(asked, str) else "")
     if query is None:
-        # Winogrande's kind, where the text is the number of the right one of several beginnings.
+        # In tasks like Winogrande the text is the number of the right beginning, so the beginnings are the question.
         query = asked if isinstance(asked, str) else "\n".join(map(str, harness_task.doc_to_choice(sample["doc"])))
     answer = sample["resps"][0][0]
     return {

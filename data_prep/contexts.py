@@ -1,7 +1,7 @@
-"""Questions in the contexts in which people ask them: behind system prompts, after earlier turns, as follow-ups.
+"""Questions in the contexts of chats: after system prompts, after earlier turns, with follow-ups.
 
-Benchmarks are bare questions, chats are not. Copies of questions in a context teach rows what to ignore, and that "try
-again" is about the question before. A report measures with other words than those that were learnt.
+Benchmarks are bare questions, chats are not. Copies of questions in a context teach rows which parts to ignore, and
+that "try again" refers to the question before. A report measures with other phrases than the trained ones.
 """
 
 import re
@@ -19,12 +19,12 @@ CONTEXTS = ("system prompt", "another kind before", "the same kind before", "fol
 
 @dataclass(frozen=True)
 class Phrases:
-    """What the added turns say.
+    """Texts of the added turns.
 
     Attributes:
-        systems: system prompts.
-        answers: earlier answers, which results rarely have.
-        follow_ups: requests that say nothing without the turn before.
+        systems: System prompts.
+        answers: Earlier answers, which results rarely have.
+        follow_ups: Requests without a meaning unless the turn before is read.
     """
 
     systems: tuple[str, ...]
@@ -58,7 +58,7 @@ _COPY = re.compile(rf" \(({'|'.join(CONTEXTS)})\)$")
 
 
 def origin_of(key: str) -> str:
-    """Return the id of the question that a copy was made of, or the id itself."""
+    """Return the id of a copy's question, or the id itself."""
     return _COPY.sub("", key)
 
 
@@ -70,15 +70,15 @@ def in_context(
     phrases: Phrases,
     rng: np.random.Generator,
 ) -> list[list[dict[str, Any]] | None]:
-    """Return the conversations of some questions in a context; None where no other question fits.
+    """Return the conversations of some questions in a context. None where no other question fits.
 
     Args:
-        context: one of `CONTEXTS`.
-        rows: which questions.
-        messages: conversations of all N questions, from which earlier turns are drawn.
-        benchmarks: N names: the kinds.
-        phrases: what is added.
-        rng: draws.
+        context: One of `CONTEXTS`.
+        rows: Indices of the questions.
+        messages: Conversations of all N questions, from which earlier turns are drawn.
+        benchmarks: N names, the kinds of the questions.
+        phrases: Texts of the added turns.
+        rng: Generator of the draws.
     """
     names = np.asarray(benchmarks, dtype=str)
     same = {name: np.flatnonzero(names == name) for name in np.unique(names)}
@@ -109,17 +109,17 @@ def copies(
     """Return copies of train and validation questions in contexts, each context in turn.
 
     Args:
-        queries: `id`, `benchmark` and `split` of N questions.
-        messages: conversations of them.
-        share: share of the questions that get a copy.
-        seed: of the draws.
-        only: `[N]` mask of the questions that may get one; the others only come before them.
+        queries: N questions with `id`, `benchmark` and `split`.
+        messages: Conversations of the questions.
+        share: Share of the questions that get a copy.
+        seed: Seed of the draws.
+        only: `[N]` mask of the questions that may get a copy. The others only serve as earlier turns. Default: all.
 
     Returns:
-        the question of each copy `[M]`, the copies' rows of `queries`, and their conversations.
+        Index of the question of each copy `[M]`, the copies' rows of `queries`, and their conversations.
 
     Raises:
-        ExpertokenError: the share is none.
+        ExpertokenError: The share is not from 0 to 1.
     """
     if not 0 <= share <= 1:
         raise ExpertokenError(f"contexts: expected a share from 0 to 1, got {share:g}")
@@ -129,7 +129,7 @@ def copies(
     found, ids = [], []
     for side in ("train", "validation"):
         inside = np.flatnonzero((queries["split"] == side).to_numpy())
-        free = np.flatnonzero(only[inside])  # places within the side
+        free = np.flatnonzero(only[inside])  # indices within the split
         chosen = rng.permutation(free)[: round(share * len(free))]
         asked, kinds = [messages[int(row)] for row in inside], queries["benchmark"].to_numpy()[inside]
         for number, context in enumerate(CONTEXTS):

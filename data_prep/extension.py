@@ -1,4 +1,4 @@
-"""A supervision with one more candidate: labels for what is new about it, everything else as it was."""
+"""Extension of a supervision by one candidate, with labels for new queries and unchanged labels elsewhere."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,21 +17,22 @@ from .labels import Labelling, absent, label
 from .leaks import IMAGES, handle_leaks, questions_of
 from .results import BenchmarkResults, blank_contaminated
 from .rows import make_datasets, messages_of, question_of
-from .supervision import Supervision, SupervisionInfo
+from .supervision import Supervision
+from .supervision_info import SupervisionInfo
 
 
 @dataclass
 class _Rows:
-    """Queries with all that a supervision says of them, `[N]` or `[N, C]`, in the order of the extended candidates.
+    """Queries and all their values in a supervision, `[N]` or `[N, C]`, in the order of the extended candidates.
 
     Attributes:
-        queries: `id`, `prompt`, `benchmark`, `subject` and `split`, a row a query.
-        messages: the conversations.
-        scores: scores, NaN where not measured.
+        queries: One row per query with `id`, `prompt`, `benchmark`, `subject` and `split`.
+        messages: Conversations.
+        scores: Scores, NaN where not measured.
         costs: USD, NaN where not known.
-        targets: targets before the newcomer; zero for new queries.
-        weights: weights before the newcomer; zero for new queries.
-        new: whether the supervision did not have the query, `[N]`.
+        targets: Targets without the new expert. Zero for new queries.
+        weights: Weights without the new expert. Zero for new queries.
+        new: True for queries that are not in the old supervision, `[N]`.
     """
 
     queries: pd.DataFrame
@@ -62,18 +63,18 @@ _ARRAYS = ("scores", "costs", "targets", "weights", "new")
 
 
 def extend_supervision(old: Supervision, pool: ExpertPool, expert: Expert, results: BenchmarkResults) -> Supervision:
-    """Return a supervision with a further candidate and with the queries that only its results have.
+    """Extend a supervision by a candidate and by the queries that only its results have.
 
-    Targets of queries on which the new expert was not measured stay as they were.
+    Targets of queries on which the new expert was not measured do not change.
 
     Args:
-        old: supervision of the composite.
-        pool: pool of the composite.
-        expert: the new expert.
-        results: results of the new expert, and of other candidates where they were measured on new queries.
+        old: Supervision of the composite.
+        pool: Pool of the composite.
+        expert: New expert.
+        results: Results of the new expert, and of other candidates as far as they were measured on new queries.
 
     Raises:
-        ResultsError: there are no results of the expert, or an id stands for another question in the supervision.
+        ResultsError: The expert has no results, or an id belongs to another question in the supervision.
     """
     results = _with_newcomer_first(results, pool, expert)
     extended = ExpertPool([*pool.candidates, replace(expert, results=None)])
@@ -85,16 +86,16 @@ def extend_supervision(old: Supervision, pool: ExpertPool, expert: Expert, resul
     again = [place for place in np.flatnonzero(first) if ids[place] in known]
     fresh = np.array([place for place in np.flatnonzero(first) if ids[place] not in known], dtype=int)
     if held_out := old.info.labelling.get("hold_out"):
-        # The test side is what is held out, and nothing else.
+        # With held-out benchmarks or subjects, the test split has no other queries.
         field, held = held_out
         other = (results.queries["split"] == "test") & ~results.queries[field].isin(held)
         fresh = fresh[~other.to_numpy()[fresh]]
-    # On known queries only the new expert's scores count: the others' are what the composite was trained on.
+    # On known queries only the new expert's scores are read, because the composite was trained on the others' old ones.
     where = [known[ids[place]] for place in again]
     rows.scores[where, newcomer] = results.scores[again, 0]
     if results.costs is not None:
         rows.costs[where, newcomer] = results.costs[again, 0]
-    for key, row in known.items():  # a copy in a context is the same question
+    for key, row in known.items():  # a copy in a context has the scores of its question
         for values in (rows.scores, rows.costs):
             values[row, newcomer] = values[known.get(origin_of(key), row), newcomer]
     name_of = dict(zip(results.models, _names(results, pool, expert), strict=True))
@@ -114,16 +115,16 @@ def extend_supervision(old: Supervision, pool: ExpertPool, expert: Expert, resul
 
 
 def _with_newcomer_first(results: BenchmarkResults, pool: ExpertPool, expert: Expert) -> BenchmarkResults:
-    """Return the columns of the new expert and of the pool's candidates, the new expert's first."""
+    """Return the results of the new expert and of the pool's candidates, with the new expert first."""
     column = expert.find_in(results.models)
     if column is None:
-        raise ResultsError(f"no results under {expert.called}; results are of {', '.join(results.models)}")
+        raise ResultsError(f"no results under {expert.called}, only of {', '.join(results.models)}")
     found = (candidate.find_in(results.models) for candidate in pool.candidates)
     return results.select([column, *(name for name in dict.fromkeys(found) if name and name != column)])
 
 
 def _names(results: BenchmarkResults, pool: ExpertPool, expert: Expert) -> list[str]:
-    """Return the candidate of each column of the results."""
+    """Return the candidate's name for each column of the results."""
     names = {candidate.find_in(results.models): candidate.name for candidate in pool.candidates}
     return [expert.name, *(names[model] for model in results.models[1:])]
 
@@ -159,7 +160,7 @@ def _known_rows(old: Supervision, pool: ExpertPool, names: Sequence[str]) -> _Ro
         arrays["weights"].append(np.where(kept.sum(1) > 0, weights, 0.0).astype(np.float32))
         arrays["new"].append(np.zeros(len(part), dtype=bool))
     frame = pd.concat(frames, ignore_index=True).astype(object)
-    frame = frame.where(frame.notna(), None)  # pandas' text columns hold NaN where there is no subject
+    frame = frame.where(frame.notna(), None)  # pandas' text columns hold NaN for a missing subject
     return _Rows(frame, messages, *(np.concatenate(arrays[name]) for name in _ARRAYS))
 
 
@@ -185,7 +186,7 @@ def _new_rows(
 
 
 def _copies(rows: _Rows, labelling: dict[str, Any]) -> _Rows:
-    """Return copies of the new queries in contexts, as the supervision has them of its own."""
+    """Return copies of the new queries in contexts, drawn as in the supervision."""
     bare = rows.take(np.array([origin_of(key) == key for key in rows.queries["id"]]))
     share, seed = labelling.get("contexts", 0.0), labelling["seed"]
     chosen, queries, messages = copies(bare.queries, bare.messages, share, seed, only=bare.new)
@@ -201,7 +202,7 @@ def _labelled(
     contaminated: list[tuple[str, str]],
     leaks: dict[str, Any],
 ) -> Supervision:
-    """Label the rows that the newcomer was measured on, or that are new, and put all together."""
+    """Label the rows that are new or that the new expert was measured on, and assemble the supervision."""
     known = old.info.labelling
     labelling = Labelling(**{item.name: known[item.name] for item in fields(Labelling) if item.name in known})
     clean = blank_contaminated(rows.scores, rows.queries["benchmark"], pool.names, contaminated)
@@ -222,7 +223,9 @@ def _labelled(
     )
     rows.targets[changed], rows.weights[changed] = targets, weights
     if not rows.weights[side == "train"].any():
-        raise ResultsError("every candidate scores alike on every train query; there is nothing to learn from")
+        raise ResultsError(
+            "every candidate has the same score on every train query: nothing to learn from. Add other results."
+        )
     data = make_datasets(rows.queries, rows.messages, rows.scores, costs, rows.targets, rows.weights)
     recorded = known | {"contaminated": [list(pair) for pair in contaminated]}
     sizes = {name: len(data[name]) for name in SPLITS}
@@ -233,17 +236,17 @@ def _labelled(
 
 
 def known_ids(known: pd.DataFrame, queries: pd.DataFrame) -> list[str]:
-    """Return for each query the id by which it is known already, or its own.
+    """Return for each query the id of the same known query, or its own id.
 
-    Ids with the same text come first, then the text alone; several known queries with one text are taken in their
-    order.
+    A match of id and text comes first, then a match of the text alone. Several known queries with one text are matched
+    in their order.
 
     Args:
-        known: `id`, `prompt` and maybe `images` of the known queries.
-        queries: the same of those to look up.
+        known: Known queries with `id`, `prompt` and optionally `images`.
+        queries: Queries to look up, with the same columns.
 
     Raises:
-        ResultsError: an id stands for another question among the known ones.
+        ResultsError: An id belongs to another question among the known queries.
     """
     text_by_id = dict(zip(known["id"], questions_of(known), strict=True))
     texts = questions_of(queries)
@@ -257,8 +260,8 @@ def known_ids(known: pd.DataFrame, queries: pd.DataFrame) -> list[str]:
             found[place] = free[text].pop()
         elif found[place] is None and key in text_by_id:
             raise ResultsError(
-                f"query id {key!r} stands for another question in the composite's supervision; rename the ids of the "
-                "new results, or leave their `id` column out"
+                f"query id {key!r} belongs to another question in the composite's supervision. Rename the ids of the "
+                "new results, or drop their `id` column."
             )
         found[place] = found[place] or key
     return [str(key) for key in found]

@@ -18,22 +18,22 @@ from ..modeling.loading import load_causal_lm
 from ..modeling.source import Source
 from ..modeling.stops import StopTexts
 
-_CONCURRENT = 8  # requests at a time
-_TIMEOUTS = Timeouts(first=300.0, idle=120.0, retries=3)  # a benchmark waits rather than misses an answer
-_SEED = 1234  # the harness's
+_CONCURRENT = 8  # requests
+_TIMEOUTS = Timeouts(first=300.0, idle=120.0, retries=3)  # long, because a benchmark must not miss an answer
+_SEED = 1234  # the harness's own default
 
 
 def language_model(expert: Expert, base: Source | None, *, batch_size: int = 8, trust_remote_code: bool = False) -> LM:
     """Return an expert as a model of the harness.
 
     Args:
-        expert: the expert.
-        base: source of the meta LLM's base, for experts that run on it.
-        batch_size: conversations of one batch of a model in this process.
-        trust_remote_code: allow the model's repository to run its own code.
+        expert: Expert to evaluate.
+        base: Source of the meta LLM's base, for experts that run on it.
+        batch_size: Conversations per batch, for a model in this process.
+        trust_remote_code: If true, the model's repository may run its own code.
 
     Raises:
-        ExpertokenError: the expert can't be loaded or opened.
+        ExpertokenError: The expert cannot be loaded or opened.
     """
     weights = expert.kind.weights(expert, base) if expert.kind.is_weights else None
     if weights is None:
@@ -45,7 +45,7 @@ def language_model(expert: Expert, base: Source | None, *, batch_size: int = 8, 
         from peft import PeftModel
 
         folder, revision = weights.adapter
-        # Merged, because the harness ties the weights of what it gets, which PEFT's wrappers do not survive.
+        # Merged, because the harness ties the weights of its model, which breaks PEFT's wrappers.
         model = PeftModel.from_pretrained(model, folder, revision=revision).merge_and_unload()
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
@@ -54,14 +54,14 @@ class BackendLM(ChatLM):
     """An expert behind any backend.
 
     Args:
-        expert: the expert.
-        base: source of the meta LLM's base.
+        expert: Expert to evaluate.
+        base: Source of the meta LLM's base.
 
     Attributes:
-        used: prompt and completion tokens by context, as far as the backend counts them.
+        used: Prompt and completion tokens by context, as far as the backend counts them.
 
     Raises:
-        ExpertFailedError: the expert can't be opened.
+        ExpertFailedError: The expert cannot be opened.
     """
 
     def __init__(self, expert: Expert, base: Source | None) -> None:
@@ -74,7 +74,7 @@ class BackendLM(ChatLM):
         """Return log-likelihoods of continuations.
 
         Raises:
-            NotImplementedError: experts of this kind give none.
+            NotImplementedError: Experts of this kind return none.
         """
         if not self._kind.scores_texts:
             return super().loglikelihood(requests, disable_tqdm)
@@ -83,7 +83,7 @@ class BackendLM(ChatLM):
         ]
 
     def generation(self, options: Mapping[str, Any]) -> Generation:
-        """Return the options of a task as ours: what the harness's own chat endpoint sends, its seed included."""
+        """Convert the options of a task as the harness's own chat endpoint does, its seed included."""
         ours = ("until", "max_gen_toks", "max_tokens", "temperature", "top_p", "do_sample", "seed")
         return Generation(
             max_new_tokens=self.longest(options),
@@ -112,9 +112,9 @@ class BackendLM(ChatLM):
             return await asyncio.gather(*map(answer, requests))
 
     async def _answer(self, context: str, messages: list[Message], generation: Generation) -> str:
-        texts, stops = [], StopTexts(generation.stop)  # no backend has to know of stop texts
+        texts, stops = [], StopTexts(generation.stop)  # applied here, so that backends need no stop texts
         async with aclosing(self._backend.stream(messages, generation)) as pieces:
-            async for piece in pieces:  # behind a stop text, too: what was used comes last
+            async for piece in pieces:  # read beyond a stop text, because the usage comes last
                 if not stops.reached:
                     texts.append(stops.feed(piece.text))
                 if piece.usage is not None:

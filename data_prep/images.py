@@ -1,7 +1,7 @@
-"""Pictures that questions are asked about: found by the paths that results name, checked, and known by their content.
+"""Pictures of questions: found by the paths in results, checked, and identified by their content.
 
-Nothing outside of the folder that is given is opened, nothing is fetched, and a file is looked at before it is decoded:
-its format, its sides, its number of pixels.
+No file outside the user's folder is opened, and no address is fetched. Format, side lengths and number of pixels are
+checked before a file is decoded.
 """
 
 from dataclasses import replace
@@ -16,22 +16,22 @@ from .results import BenchmarkResults
 
 
 def with_pictures(results: BenchmarkResults, root: Path | str) -> BenchmarkResults:
-    """Return results whose pictures are known by their content, not by their paths.
+    """Return results that identify pictures by their content instead of their paths.
 
     Args:
-        results: results whose queries name pictures by paths.
-        root: folder below which the paths lie.
+        results: Results whose queries name pictures by paths.
+        root: Folder that the paths are relative to.
 
     Raises:
-        ResultsError: a picture is missing, lies elsewhere, or is none that is read here.
-        ImportError: the extra `vision` is not installed.
+        ResultsError: A picture is missing, is outside the folder, or has an unsupported format.
+        ImportError: The extra `vision` is not installed.
     """
     root = Path(root)
     if not root.is_dir():
-        raise ResultsError(f"{root}: no such folder of pictures")
+        raise ResultsError(f"{root}: expected a folder of pictures, found no such folder")
     if IMAGES not in results.queries:
         raise ResultsError(
-            "the results name no pictures; tables have a column `image` for them, or say which: --set image=COLUMN"
+            "the results name no pictures. Add a column `image` to the table, or name the column: --set image=COLUMN."
         )
     named = [(key, names) for key, names in zip(results.queries["id"], results.queries[IMAGES], strict=True) if names]
     first = {name: key for key, names in reversed(named) for name in names}
@@ -51,11 +51,11 @@ def with_pictures(results: BenchmarkResults, root: Path | str) -> BenchmarkResul
 
 
 def digest_of(file: Path) -> str:
-    """Return a hash of what a picture shows, by which the same picture in another file or format is the same.
+    """Return a hash of a picture's pixels, which is the same for another file or format of the picture.
 
     Raises:
-        ResultsError: it is no picture that is read here; the message says why.
-        ImportError: the extra `vision` is not installed.
+        ResultsError: The file is not a supported picture. The message has the reason.
+        ImportError: The extra `vision` is not installed.
     """
     try:
         return digest(decoded(file, str(file))).hex()
@@ -64,5 +64,5 @@ def digest_of(file: Path) -> str:
 
 
 def suffix_of(file: Path) -> str:
-    """Return the suffix of a picture's format, whatever the file is called."""
+    """Return the suffix of a picture's format, whatever the file's name."""
     return FORMATS[format_of(file)]

@@ -1,4 +1,4 @@
-"""Labelling strategies: from scores to a target over the candidates, per query."""
+"""Labelling strategies: a target over the candidates for each query, made from scores."""
 
 import logging
 import warnings
@@ -13,27 +13,28 @@ from ..modeling.utility import priced, utility
 logger = logging.getLogger(__name__)
 
 TIE = 1e-6
-"""Scores this near are equal."""
+"""Largest difference of scores that count as equal."""
 TIES = ("all", "cheapest", "best")
 
 
 @dataclass(frozen=True)
 class Labelling:
-    """How results become labels.
+    """Rules that make labels from results.
 
     Attributes:
-        strategy: a key of `STRATEGIES`.
-        ties: who of a query's winners gets the target: `all` of them in equal shares, the `cheapest`, or the `best`
-            overall (on the learning side).
-        temperature: `soft`: of the softmax over scores.
-        beta: `mixed`: share of the query's own winner; the rest is the subject's.
-        shrinkage: `subject` and `mixed`: how many queries of its benchmark's mean each subject is topped up with, so
-            that small subjects don't crown a winner by chance.
-        margin: lead of a winner over the best loser below which a label counts less, in proportion; 0 counts all alike.
-        cost_weight: lambda, score per USD: everything sees `score - lambda * cost` instead of the score.
+        strategy: A key of `STRATEGIES`.
+        ties: Winners of a query that get the target: `all` of them in equal shares, the `cheapest`, or the `best`
+            overall (on train and validation).
+        temperature: Temperature of the softmax over scores, for `soft`.
+        beta: Share of the query's own winner, for `mixed`. The rest goes to the subject's winner.
+        shrinkage: Number of pseudo-queries at the benchmark's mean that are added to each subject, for `subject` and
+            `mixed`. They keep chance from deciding the winner of a small subject.
+        margin: Lead of a winner over the best loser below which a label counts less, in proportion. 0 weighs all
+            labels equally.
+        cost_weight: Lambda, score per USD. `score - lambda * cost` replaces the score everywhere.
 
     Raises:
-        ExpertokenError: the strategy or `ties` is unknown, a value is out of range, or the strategy does not read it.
+        ExpertokenError: The strategy or `ties` is unknown, a value is out of range, or the strategy does not use it.
     """
 
     strategy: str = "query"
@@ -65,7 +66,7 @@ class Labelling:
             default = next(field.default for field in fields(self) if field.name == name)
             if getattr(self, name) != default and self.strategy not in strategies:
                 raise ExpertokenError(
-                    f"{name}: labels by {self.strategy!r} do not depend on it; it is for {', '.join(strategies)}"
+                    f"{name}: labels by {self.strategy!r} do not depend on it. Use it with {', '.join(strategies)}"
                 )
 
 
@@ -76,22 +77,22 @@ _READ_BY = {
     "ties": ("query", "subject", "mixed"),
     "margin": ("query", "subject", "mixed", "soft"),
 }
-"""Options that not every strategy reads, to those that do."""
+"""Options that not every strategy uses, mapped to the strategies that use them."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What strategies see: queries with at least one measurement.
+    """Queries with at least one measurement, the input of strategies.
 
     Attributes:
-        scores: `[N, C]` scores, or utilities where costs count; NaN where not measured.
-        costs: `[N, C]` USD, NaN where not known.
-        benchmarks: `[N]` codes.
-        subjects: `[N]` codes of (benchmark, subject).
-        learning: `[N]` mask of the learning side (train and validation): the test side must not decide who wins.
-        incomplete: `[N]` mask of queries in whose benchmark some candidate is absent.
-        self_index: the column of self, if it is a candidate.
-        context: all queries, where these are only those to be labelled; None where these are all.
+        scores: Scores `[N, C]`, or utilities if costs are weighed. NaN where not measured.
+        costs: USD `[N, C]`, NaN where not known.
+        benchmarks: Codes `[N]` of the benchmarks.
+        subjects: Codes `[N]` of (benchmark, subject).
+        learning: Mask `[N]` of train and validation. The test split must not decide a winner.
+        incomplete: Mask `[N]` of queries in whose benchmark some candidate is absent.
+        self_index: Column of self, if it is a candidate.
+        context: All queries, if these are only the queries to label. None if these are all.
     """
 
     scores: np.ndarray
@@ -105,11 +106,11 @@ class Measured:
 
     @property
     def known(self) -> "Measured":
-        """All queries: what says who is best in a subject or on average."""
+        """All queries, which decide the best candidate of a subject or on average."""
         return self.context or self
 
     def take(self, rows: np.ndarray) -> "Measured":
-        """Return some of the queries, with all of them as their context."""
+        """Return some of the queries, with all queries as their context."""
         arrays = (self.scores, self.costs, self.benchmarks, self.subjects, self.learning, self.incomplete)
         scores, costs, benchmarks, subjects, learning, incomplete = (array[rows] for array in arrays)
         return Measured(scores, costs, benchmarks, subjects, learning, incomplete, self.self_index, self)
@@ -118,11 +119,11 @@ class Measured:
 def absent(scores: np.ndarray, benchmarks: Iterable[str]) -> np.ndarray:
     """Return where a candidate has no score in the query's whole benchmark, `[N, C]` bool.
 
-    Such a candidate is none there, and counts as wrong. Where it has scores in the benchmark and merely not on the
-    query, its score is unknown, and it is left out of that query.
+    Such a candidate is not a candidate in that benchmark, and counts as wrong. If it has scores in the benchmark but
+    not on the query, its score is unknown, and it is left out of that query.
 
     Args:
-        scores: `[N, C]` as measured, on all sides: NaN where not.
+        scores: `[N, C]` as measured, on all splits. NaN where not measured.
         benchmarks: N names.
     """
     names, codes = np.unique(np.asarray(list(benchmarks), dtype=str), return_inverse=True)
@@ -132,11 +133,11 @@ def absent(scores: np.ndarray, benchmarks: Iterable[str]) -> np.ndarray:
 
 
 def fill_unknown(scores: np.ndarray, benchmarks: Iterable[str]) -> np.ndarray:
-    """Return scores `[N, C]` in which an unknown one is the candidate's mean in the benchmark.
+    """Return scores `[N, C]` in which the candidate's mean in the benchmark replaces an unknown score.
 
     So a router that chooses such a candidate is neither punished nor rewarded for it, and every difference of two
-    routers is of two expectations. Where a candidate has no score in the benchmark, its mean over all queries stands
-    in; where it has none at all, 0.
+    routers is a difference of two expectations. A candidate without scores in the benchmark gets its mean over all
+    queries, and a candidate without any score gets 0.
     """
     if not np.isnan(scores).any():
         return scores
@@ -153,19 +154,19 @@ def fill_unknown(scores: np.ndarray, benchmarks: Iterable[str]) -> np.ndarray:
 def filled_costs(
     costs: np.ndarray, learning: np.ndarray, *, self_index: int | None = None, names: Sequence[str] | None = None
 ) -> np.ndarray:
-    """Costs without gaps: a candidate's mean on the learning side where a query's own cost is not known.
+    """Fill gaps in costs with the candidate's mean cost on train and validation.
 
-    Self without any known cost is free, as answering asks for no other model. An expert without any is as dear as the
-    dearest, see `utility.priced`; a warning names it.
+    Self without any known cost is free, because its answer needs no other model. An expert without any known cost is
+    as expensive as the most expensive one (see `utility.priced`), and a warning names it.
 
     Args:
         costs: `[N, C]` USD, NaN where not known.
         learning: `[N]` mask of train and validation.
-        self_index: the column of self, if it is a candidate.
-        names: names of the candidates, for the warning.
+        self_index: Column of self, if it is a candidate.
+        names: Names of the candidates, for the warning.
 
     Raises:
-        ExpertokenError: no expert's cost is known on any query.
+        ExpertokenError: No expert's cost is known on any query.
     """
     means = _means(costs[learning])
     means = np.where(np.isnan(means), _means(costs), means)
@@ -173,28 +174,28 @@ def filled_costs(
         means[self_index] = 0.0
     unknown = np.isnan(means)
     if unknown.sum() >= len(means) - (self_index is not None):
-        raise ExpertokenError("cost_weight: expected costs of the candidates, found none; add them to the results")
+        raise ExpertokenError("cost_weight: expected costs of the candidates, found none. Add costs to the results.")
     if unknown.any():
         told = [names[index] if names is not None else f"number {index}" for index in np.flatnonzero(unknown).tolist()]
-        logger.warning("no cost is known of %s: counted as the dearest candidate's", ", ".join(told))
+        logger.warning("no cost is known of %s, so the cost of the most expensive candidate is used", ", ".join(told))
         means = priced(means)
     return np.where(np.isnan(costs), means, costs)
 
 
 def winners(scores: np.ndarray, *, self_index: int | None = None, rank: np.ndarray | None = None) -> np.ndarray:
-    """Who wins each row, as a distribution.
+    """Return the winners of each row, as a distribution.
 
-    Ties: self wins a tie that it is part of, because answering costs nothing more while a dispatch does. Otherwise the
-    winners share the target equally, or, with `rank`, the one of lowest rank takes it. Sharing is the default: breaking
-    ties by the best average would teach the average where the data are silent.
+    Self wins a tie that it is part of, because its answer costs nothing more while a dispatch does. Otherwise the
+    winners share the target equally, or, with `rank`, the winner of lowest rank takes it. Sharing is the default:
+    breaking ties by the best average would teach the average where the data do not decide.
 
     Args:
         scores: `[N, C]`, NaN where not measured.
-        self_index: the column of self, if it is a candidate.
-        rank: `[N, C]` or `[1, C]`, lower is preferred; NaN comes last.
+        self_index: Column of self, if it is a candidate.
+        rank: `[N, C]` or `[1, C]`. A lower rank is preferred, NaN comes last.
 
     Returns:
-        `[N, C]`; a row without any measurement is all zero.
+        Target `[N, C]`. A row without any measurement is all zero.
     """
     known = np.where(np.isnan(scores), -np.inf, scores)
     best = known.max(1, keepdims=True)
@@ -214,7 +215,7 @@ def winners(scores: np.ndarray, *, self_index: int | None = None, rank: np.ndarr
 
 
 def _rank(data: Measured, labelling: Labelling, *, per_query: bool = True) -> np.ndarray | None:
-    """What breaks ties, `[N, C]` or `[1, C]`; costs of each query, or each candidate's mean."""
+    """Return the ranks that break ties: costs per query `[N, C]`, or means per candidate `[1, C]`."""
     known = data.known
     if labelling.ties == "cheapest" and not per_query:
         return _means(known.costs)[None]
@@ -226,17 +227,17 @@ def _rank(data: Measured, labelling: Labelling, *, per_query: bool = True) -> np
 
 
 def _means(values: np.ndarray) -> np.ndarray:
-    """Mean of each column over what is known; NaN where nothing is."""
+    """Return the mean of each column over its known values. NaN for a column without any."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of an all-NaN column
+        warnings.simplefilter("ignore", RuntimeWarning)  # nanmean warns of an all-NaN column
         return np.nanmean(values, 0) if len(values) else np.full(values.shape[1], np.nan)
 
 
 def _informative(data: Measured, *, self_counts: bool) -> np.ndarray:
-    """Weight 1 for queries that tell candidates apart, 0 for the others, `[N]` float32."""
+    """Weight queries that distinguish candidates with 1 and others with 0, `[N]` float32."""
     best, worst = np.nanmax(data.scores, 1), np.nanmin(data.scores, 1)
     somebody = best > np.minimum(worst, 0) + TIE
-    # Who is no candidate in a benchmark stands apart from those who got its query right.
+    # An absent candidate counts as wrong, so a query that all others got right distinguishes it.
     apart = (best - worst > TIE) | data.incomplete
     if self_counts and data.self_index is not None:
         apart |= np.nan_to_num(data.scores[:, data.self_index]) > TIE
@@ -244,7 +245,7 @@ def _informative(data: Measured, *, self_counts: bool) -> np.ndarray:
 
 
 def _lead(scores: np.ndarray, margin: float) -> np.ndarray:
-    """`min(1, lead / margin)` of the winners over the best loser, `[N]` float32; 1 where nobody loses."""
+    """Return `min(1, lead / margin)` for the winners' lead over the best loser, `[N]` float32. 1 without losers."""
     if margin <= 0:
         return np.ones(len(scores), dtype=np.float32)
     best = np.nanmax(scores, 1, keepdims=True)
@@ -255,19 +256,20 @@ def _lead(scores: np.ndarray, margin: float) -> np.ndarray:
 def query_level(data: Measured, labelling: Labelling) -> tuple[np.ndarray, np.ndarray]:
     """Label each query by its own winner (Bench-CoE, arXiv 2412.04167, query-level).
 
-    A query that nobody got right, or that everybody got equally right, teaches nothing about who should answer: its
-    weight is 0. Where self is among those who got it right, it does teach something: no dispatch is needed.
+    A query that no candidate got right, or that all got equally right, teaches nothing about the best candidate, so
+    its weight is 0. If self got it right, the query does teach something: no dispatch is needed.
     """
     targets = winners(data.scores, self_index=data.self_index, rank=_rank(data, labelling))
     return targets, _informative(data, self_counts=True) * _lead(data.scores, labelling.margin)
 
 
 def subject_means(data: Measured, shrinkage: float) -> np.ndarray:
-    """Mean score of each subject on the learning side, shrunken, one row a query `[N, C]`.
+    """Return the shrunken mean score of each query's subject on train and validation, `[N, C]`.
 
-    `(n * mean(subject) + shrinkage * mean(benchmark)) / (n + shrinkage)`, n being the model's measured queries of the
-    subject: the posterior mean with the benchmark's mean as the prior (Gelman et al., Bayesian Data Analysis, 2.4). A
-    subject that the learning side does not have gets its benchmark's means, a benchmark it does not have the overall.
+    It is `(n * mean(subject) + shrinkage * mean(benchmark)) / (n + shrinkage)`. The model was measured on n queries of
+    the subject. This is the posterior mean with the benchmark's mean as the prior (Gelman et al., Bayesian Data
+    Analysis, 2.4). A subject without queries on train and validation gets its benchmark's means. A
+    benchmark without any gets the overall means.
     """
     known = data.known
     means = np.full(data.scores.shape, np.nan)
@@ -284,7 +286,7 @@ def subject_means(data: Measured, shrinkage: float) -> np.ndarray:
             count = (~np.isnan(own)).sum(0)
             with np.errstate(invalid="ignore", divide="ignore"):
                 shrunken = (np.nan_to_num(own).sum(0) + np.nan_to_num(prior) * shrinkage) / (count + shrinkage)
-            # Without shrinkage a model that was not measured on a subject is not a candidate there.
+            # Without shrinkage a model without measurements on a subject is not a candidate in it.
             means[rows] = np.where((count > 0) | ((shrinkage > 0) & ~np.isnan(prior)), shrunken, np.nan)
     return means
 
@@ -292,7 +294,7 @@ def subject_means(data: Measured, shrinkage: float) -> np.ndarray:
 def subject_level(data: Measured, labelling: Labelling) -> tuple[np.ndarray, np.ndarray]:
     """Label each query by the winner of its subject (Bench-CoE, arXiv 2412.04167, subject-level).
 
-    The subject is the benchmark where results name no subject.
+    If results name no subject, the benchmark is the subject.
     """
     means = subject_means(data, labelling.shrinkage)
     targets = winners(means, self_index=data.self_index, rank=_rank(data, labelling, per_query=False))
@@ -300,10 +302,13 @@ def subject_level(data: Measured, labelling: Labelling) -> tuple[np.ndarray, np.
 
 
 def mixed(data: Measured, labelling: Labelling) -> tuple[np.ndarray, np.ndarray]:
-    """`beta * query-level + (1 - beta) * subject-level`; the subject alone where the query tells nothing."""
+    """Mix labels: `beta * query-level + (1 - beta) * subject-level`.
+
+    The subject decides alone where the query does not distinguish candidates.
+    """
     own, weights = query_level(data, labelling)
     subject, _ = subject_level(data, labelling)
-    # A subject in which the learning side measured nobody says nothing either; there the query alone does.
+    # A subject without measurements on train and validation decides nothing, so the query decides alone.
     share = np.where(subject.any(1, keepdims=True), labelling.beta * weights[:, None], 1.0)
     return share * own + (1 - share) * subject, np.ones(len(own), dtype=np.float32)
 
@@ -317,16 +322,16 @@ def soft(data: Measured, labelling: Labelling) -> tuple[np.ndarray, np.ndarray]:
 
 
 def correctness(data: Measured, labelling: Labelling) -> tuple[np.ndarray, np.ndarray]:
-    """Every measured query counts alike, for the objective `correctness` (Shnitzer et al., arXiv 2309.15789).
+    """Weight all measured queries equally, for the objective `correctness` (Shnitzer et al., arXiv 2309.15789).
 
-    Whether a candidate is right is a problem of its own: queries that all got right, or none, teach that too.
+    Each candidate is a binary problem, so queries that all candidates got right, or none, count too.
     """
     targets = winners(data.scores, self_index=data.self_index, rank=_rank(data, labelling))
     return targets, np.ones(len(targets), dtype=np.float32)
 
 
 def expected_score(data: Measured, labelling: Labelling) -> tuple[np.ndarray, np.ndarray]:
-    """Query-level winners with weight 1, for the objective `expected_score`: the scores themselves say what counts."""
+    """Label by query-level winners of weight 1, for the objective `expected_score`, which reads the scores."""
     return correctness(data, labelling)
 
 
@@ -340,7 +345,7 @@ STRATEGIES: dict[str, Callable[[Measured, Labelling], tuple[np.ndarray, np.ndarr
 }
 
 OBJECTIVE_OF = {"correctness": "correctness", "expected_score": "expected_score"}
-"""The training objective that a strategy is made for, where it is not cross-entropy."""
+"""Training objective of a strategy, if it is not cross-entropy."""
 
 
 def label(
@@ -361,22 +366,23 @@ def label(
     Args:
         scores: `[N, C]` over the candidates, NaN where not measured.
         benchmarks: N names.
-        subjects: N names within the benchmarks; None where there are none.
-        learning: `[N]` mask of train and validation; the test side must not decide who wins a subject. Default: all.
-        labelling: strategy and parameters, or a strategy's name.
-        costs: `[N, C]` USD, NaN where not known.
-        self_index: the column of self, if it is a candidate.
-        names: of the candidates, for errors.
-        rows: `[N]` mask of the queries to label, R of them; the others only say who is best in a subject or on average.
+        subjects: N names within the benchmarks, or None.
+        learning: `[N]` mask of train and validation, because the test split must not decide a subject's winner.
             Default: all.
-        missing: `[N, C]` mask of candidates that are none in the query's benchmark, as `absent` finds it in all scores
-            where None. A query that others got right sets them apart; one whose score is unknown it does not.
+        labelling: Strategy and parameters, or a strategy's name.
+        costs: `[N, C]` USD, NaN where not known.
+        self_index: Column of self, if it is a candidate.
+        names: Names of the candidates, for errors.
+        rows: `[N]` mask of the R queries to label. The others only decide the best candidate in a subject or on
+            average. Default: all.
+        missing: `[N, C]` mask of candidates that are absent from the query's benchmark. A query that others got right
+            distinguishes an absent candidate, but not one whose score is unknown. Default: `absent` of the scores.
 
     Returns:
-        targets `[R, C]` and weights `[R]`, float32. A query without any measurement has weight 0.
+        Targets `[R, C]` and weights `[R]`, float32. A query without any measurement has weight 0.
 
     Raises:
-        ExpertokenError: there is no such strategy, or costs are needed and not there.
+        ExpertokenError: The strategy is unknown, or costs are needed and missing.
     """
     labelling = Labelling(labelling) if isinstance(labelling, str) else labelling
     learning = np.ones(len(scores), dtype=bool) if learning is None else np.asarray(learning)
@@ -384,7 +390,7 @@ def label(
     incomplete = np.asarray(absent(scores, benchmarks) if missing is None else missing).any(axis=1)
     if costs is None and (labelling.cost_weight > 0 or labelling.ties == "cheapest"):
         need = "cost_weight" if labelling.cost_weight > 0 else "ties: cheapest"
-        raise ExpertokenError(f"{need}: needs costs, and the results have none")
+        raise ExpertokenError(f"{need}: expected costs in the results, found none. Add costs, or drop the option.")
     measured = ~np.isnan(scores).all(1)
     targets = np.zeros(scores.shape, dtype=np.float32)
     weights = np.zeros(len(scores), dtype=np.float32)

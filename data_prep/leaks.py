@@ -1,4 +1,4 @@
-"""Queries of the test side that stand in the train side as well, word for word or nearly."""
+"""Leaks: queries that are in the test split and in the train split too, word for word or nearly."""
 
 import logging
 import re
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LEAKS = ("refuse", "drop", "keep")
-"""Ways to handle train queries that stand in the test side: `drop` takes them from train."""
+"""Ways to handle train queries that are also in the test split. `drop` removes them from train."""
 
 IMAGES = "images"
-"""Column of the pictures that a question is about."""
+"""Column with the pictures of a question."""
 
 _SPACE = re.compile(r"\s+")
 _CJK = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # written without spaces: each character counts as a word
 _WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
 _SHINGLE = 3  # words in a row
 _PERMUTATIONS = 128
-_COMMON = 0.02  # a shingle in more than this share of all texts is scaffolding: few-shot examples, instructions
-_WHOLE = 8  # words of a text that stands in another
-_MIN_SHINGLES = 4  # fewer say nothing: "Compute 5 plus 3" shares most of its words with a question of its own right
+_COMMON = 0.02  # a shingle in more than this share of all texts is from few-shot examples or instructions
+_WHOLE = 8  # least words of a text that another text contains
+_MIN_SHINGLES = 4  # with fewer, different questions such as "Compute 5 plus 3" share most of their words
 
 
-# Letters of other scripts that look like Latin ones, in small letters.
+# Lower-case letters of other scripts that look like Latin letters.
 _LOOKS_LIKE = str.maketrans(
     "\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0456\u0458\u0455\u0501\u04bb\u051b\u051d\u04cf"
     "\u03b1\u03bf\u03c1\u03bd\u03b9\u03ba\u03c5\u03c7\u0261\u0131",
@@ -44,11 +44,11 @@ _TAIL = re.compile(r"\s(?:answer|response|solution|a)\s*:\s*$")
 
 
 def normalise(text: str) -> str:
-    """Return a query less what does not change it, to compare it.
+    """Normalise a query for comparison with others.
 
-    That are case, white space, characters without width, compatibility forms, letters that look alike, punctuation at
-    its ends, and a "Question:" before or an "Answer:" behind it. Punctuation inside stays, `5 + 3` and `5 - 3` are two
-    questions, and so does an exclamation mark: `5!` is not `5`.
+    It unifies case, white space, compatibility forms and letters that look alike. It removes characters without width,
+    punctuation at the ends, a leading "Question:" and a final "Answer:". Punctuation inside stays, because `5 + 3` and
+    `5 - 3` are two questions. An exclamation mark stays, because `5!` is not `5`.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     if not folded.isascii():
@@ -59,10 +59,10 @@ def normalise(text: str) -> str:
 
 
 def questions_of(queries: "pd.DataFrame") -> list[str]:
-    """Return what each query asks, to compare it: its text, normalised, and its pictures.
+    """Return the normalised text and the pictures of each query, for comparison.
 
     Args:
-        queries: `prompt`, and `images` where there are pictures, a row a query.
+        queries: One row per query with `prompt`, and with `images` if there are pictures.
     """
     texts = map(normalise, queries["prompt"])
     if IMAGES not in queries:
@@ -71,12 +71,12 @@ def questions_of(queries: "pd.DataFrame") -> list[str]:
 
 
 def _shown(images: Any) -> tuple[str, ...]:
-    """Return a query's pictures; tables that were joined have NaN where one has no such column."""
+    """Return a query's pictures. Joined tables have NaN where one table has no such column."""
     return images if isinstance(images, tuple) else ()
 
 
 def find_leaks(train: Iterable[str], test: Iterable[str]) -> list[tuple[int, int]]:
-    """Return pairs (train index, test index) of texts that are equal after normalising, one pair a train text."""
+    """Return pairs (train index, test index) of texts that are equal when normalised, one pair per train text."""
     return _equal(map(normalise, train), map(normalise, test))
 
 
@@ -88,7 +88,7 @@ def _equal(train: Iterable[str], test: Iterable[str]) -> list[tuple[int, int]]:
 
 
 class NearDuplicate(NamedTuple):
-    """A train query and the test query most like it."""
+    """A train query and the most similar test query."""
 
     train: int
     test: int
@@ -96,24 +96,23 @@ class NearDuplicate(NamedTuple):
 
 
 def find_near_duplicates(train: Sequence[str], test: Sequence[str], threshold: float = 0.8) -> list[NearDuplicate]:
-    """Train queries that share most of their wording with a test query, and are not equal to one.
+    """Find train queries that share most of their wording with a test query without being equal to one.
 
-    A text that holds another whole (of eight words or more) is like it, too, with similarity 1.
-
-    Similarity is otherwise the Jaccard index of three-word shingles (Broder, "On the resemblance and containment of
-    documents", 1997), less the shingles that many queries have, so that few-shot examples and instructions don't count.
-    MinHash finds candidates; each is then compared exactly.
+    Similarity is 1 if one text contains the other (of eight words or more) completely. Otherwise it is the Jaccard
+    index of three-word shingles (Broder, "On the resemblance and containment of documents", 1997). Shingles that many
+    queries share are left out, so that few-shot examples and instructions don't count. MinHash finds pairs, which are
+    then compared exactly.
 
     Args:
-        train: texts.
-        test: texts.
-        threshold: least similarity.
+        train: Texts of the train queries.
+        test: Texts of the test queries.
+        threshold: Least similarity of a pair.
 
     Returns:
-        for each such train query the most similar test query, most similar first.
+        Each such train query with its most similar test query, in order of falling similarity.
 
     Raises:
-        ImportError: the extra `data` is not installed.
+        ImportError: The extra `data` is not installed.
     """
     datasketch = require_extra("datasketch", "data")
     words = [[_WORD.findall(normalise(text)) for text in texts] for texts in (train, test)]
@@ -123,7 +122,7 @@ def find_near_duplicates(train: Sequence[str], test: Sequence[str], threshold: f
     common = {shingle for shingle, count in seen.items() if count > limit}
     learnt, tested = ([shingles - common for shingles in side] for side in sides)
     whole = _held(words, (learnt, tested))
-    # A lower threshold for candidates, because the sketch errs by a tenth; what it finds is compared exactly.
+    # The sketch errs by a tenth, so it gets a lower threshold. The pairs that it finds are compared exactly.
     index = datasketch.MinHashLSH(threshold=max(0.1, threshold - 0.15), num_perm=_PERMUTATIONS)
     bar = tqdm(total=len(train) + len(test), desc="near-duplicates", unit="query", leave=False)
     with bar:
@@ -141,13 +140,13 @@ def find_near_duplicates(train: Sequence[str], test: Sequence[str], threshold: f
 
 
 def _held(words: Sequence[list[list[str]]], shingles_of: Sequence[list[set[str]]]) -> dict[int, NearDuplicate]:
-    """Return the train texts that hold a test text whole, or stand in one, each with one such text.
+    """Return the train texts that contain a whole test text, or are contained in one, each with one such text.
 
-    A text that stands in another shares its rarest shingle with it; only texts that do are compared.
+    A text shares its rarest shingle with any text that contains it, so only such pairs are compared.
 
     Args:
-        words: of the train texts, and of the test texts.
-        shingles_of: likewise, less the common ones.
+        words: Words of the train texts and of the test texts.
+        shingles_of: Shingles of the same texts, without the common ones.
     """
     where: tuple[dict[str, list[int]], ...] = ({}, {})
     for index, side in zip(where, shingles_of, strict=True):
@@ -177,7 +176,7 @@ def _jaccard(one: set[str], other: set[str]) -> float:
 
 
 def _sketches(datasketch: Any, sides: list[set[str]], bar: tqdm) -> Iterator[tuple[int, Any]]:
-    """MinHash of each text that has enough shingles of its own, with its place."""
+    """Yield the index and the MinHash of each text that has enough shingles."""
     for place, shingles in enumerate(sides):
         bar.update()
         if len(shingles) >= _MIN_SHINGLES:
@@ -187,7 +186,7 @@ def _sketches(datasketch: Any, sides: list[set[str]], bar: tqdm) -> Iterator[tup
 
 
 def _near(queries: "pd.DataFrame", learnt: np.ndarray, tested: np.ndarray) -> list[NearDuplicate]:
-    """Return near-duplicates as `find_near_duplicates` does: questions about other pictures are other questions."""
+    """Return near-duplicates as `find_near_duplicates` does, among questions with the same pictures only."""
     prompts = queries["prompt"].to_numpy()
     if IMAGES not in queries:
         return find_near_duplicates(prompts[learnt].tolist(), prompts[tested].tolist())
@@ -204,19 +203,19 @@ def _near(queries: "pd.DataFrame", learnt: np.ndarray, tested: np.ndarray) -> li
 
 
 def handle_leaks(queries: "pd.DataFrame", leaks: str, near: str) -> tuple[np.ndarray, dict[str, Any]]:
-    """Find train queries that stand in the test side, equal or nearly, and handle them.
+    """Find train queries that are equal or nearly equal to a test query, and handle them.
 
     Args:
-        queries: `id`, `prompt` and `split`, a row a query; `images` where there are pictures.
-        leaks: a value of `LEAKS`, for equal queries.
-        near: the same for similar queries; `ignore` does not look for them.
+        queries: One row per query with `id`, `prompt` and `split`, and with `images` if there are pictures.
+        leaks: Handling of equal queries, a value of `LEAKS`.
+        near: Handling of similar queries, a value of `LEAKS` or `ignore`, which does not search for them.
 
     Returns:
-        a mask of the queries to keep, `[N]`, and the record of what was found.
+        Mask of the queries to keep, `[N]`, and the record of all pairs.
 
     Raises:
-        LeakError: there are such queries and they are to be refused.
-        ImportError: similar queries are asked for and the extra `data` is not installed.
+        LeakError: There are such queries, and their handling is `refuse`.
+        ImportError: Similar queries are searched for, and the extra `data` is not installed.
     """
     side = queries["split"].to_numpy()
     ids = queries["id"].to_numpy()
@@ -234,12 +233,12 @@ def handle_leaks(queries: "pd.DataFrame", leaks: str, near: str) -> tuple[np.nda
         record[name] = {"found": len(pairs), "handled": handled, "pairs": named}
         if not pairs:
             continue
-        word = "stand in the test side as well" if name == "equal" else "are much like queries of the test side"
+        word = "are also in the test split" if name == "equal" else "are similar to queries of the test split"
         first = f"{named[0][0]} {'=' if name == 'equal' else '~'} {named[0][1]}"
         if handled == "refuse":
             raise LeakError(
-                f"{len(pairs)} train or validation queries {word} (the first: {first}); remove them, or say "
-                f"`{option} drop` (from train) or `{option} keep`"
+                f"{len(pairs)} train or validation queries {word} (the first: {first}). Remove them, or pass "
+                f"`{option} drop` (from train) or `{option} keep`."
             )
         logger.warning("%d train queries %s (%s, ...): %s", len(pairs), word, first, handled)
         if handled == "drop":

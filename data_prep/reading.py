@@ -1,4 +1,4 @@
-"""Reading benchmark results in any known format."""
+"""Reading of benchmark results in any known format."""
 
 import inspect
 import logging
@@ -16,21 +16,21 @@ from .results import BenchmarkResults
 
 logger = logging.getLogger(__name__)
 
-_HEAD = 20_000  # characters that a reader sees of a file
-_SEEN = 20  # files of a folder that are looked at
-_BINARY = (".parquet", ".xlsx", ".pkl", ".arrow")  # known by their suffix: there is no text in them to look at
+_HEAD = 20_000  # characters of a file that a reader sees
+_SEEN = 20  # most files of a folder that readers see
+_BINARY = (".parquet", ".xlsx", ".pkl", ".arrow")  # recognised by suffix, because they hold no text
 
 
 def detect(path: Path, options: Iterable[str] = ()) -> str:
-    """Return the format of a file or folder, by its content.
+    """Detect the format of a file or folder by its content.
 
     Args:
-        path: the file or folder.
-        options: names of options that are to be given to its reader: of several readers that know the file, the first
-            that has them is taken. So `--set query=question` reads any records as a table.
+        path: File or folder.
+        options: Names of options for the reader. If several readers recognise the file, the first one with these
+            options is taken. So `--set query=question` reads any records as a table.
 
     Raises:
-        ResultsError: no reader knows it.
+        ResultsError: No reader recognises the path.
     """
     options, found = set(options), []
     if hf_datasets.is_saved_dataset(path):
@@ -45,15 +45,15 @@ def detect(path: Path, options: Iterable[str] = ()) -> str:
                 found.append(name)
     if found:
         return found[0]
-    raise ResultsError(f"{path}: no format known here; say which with --format: {', '.join(readers())}")
+    raise ResultsError(f"{path}: no format known here. Pass one with --format: {', '.join(readers())}")
 
 
 def _recognises(reader: Any, file: Path, head: str) -> bool:
-    """Ask a reader; one that fails at a file does not know it."""
+    """Check whether a reader recognises a file. If it raises, it does not."""
     try:
         return bool(reader.recognises(file, head))
-    except Exception:  # of csv, of pickles, of other packages' readers
-        logger.debug("%s failed to look at %s", reader, file, exc_info=True)
+    except Exception:  # raised by csv, by pickles, by other packages' readers
+        logger.debug("%s failed on %s, so it does not recognise the file", reader, file, exc_info=True)
         return False
 
 
@@ -67,12 +67,12 @@ def read_results(path: Path | str, format: str = "auto", **options: Any) -> Benc
     """Read benchmark results from a file or folder.
 
     Args:
-        path: a file, or a folder of files; for the format `datasets` also a hub id.
-        format: a key of `READERS`, or `auto`.
-        **options: of the reader.
+        path: File, or folder of files. For the format `datasets` also a hub id.
+        format: Name of a format (see `readers.formats`), or `auto`.
+        **options: Options of the reader.
 
     Raises:
-        ResultsError: the path or the format does not exist, the reader has no such option, or a file is not of that
+        ResultsError: The path or the format does not exist, the reader has no such option, or a file has another
             format.
     """
     if format != "auto":
@@ -81,7 +81,7 @@ def read_results(path: Path | str, format: str = "auto", **options: Any) -> Benc
         return hf_datasets.read(path, **options)
     path = Path(path).expanduser()
     if not path.exists():
-        raise ResultsError(f"{path}: no such file or folder; expected benchmark results")
+        raise ResultsError(f"{path}: no such file or folder. Expected benchmark results.")
     if format == "auto":
         format = detect(path, options)  # noqa: A001
         _check_options(format, options)
@@ -107,10 +107,10 @@ def _check_options(format: str, options: Iterable[str], place: str = "") -> None
 
 
 def parse_options(format: str, pairs: list[str]) -> dict[str, Any]:  # noqa: A002
-    """Reader options from `KEY=VALUE` texts; options that are lists take commas.
+    """Parse options of a reader from `KEY=VALUE` texts. Values of list options are separated by commas.
 
     Raises:
-        ResultsError: a text has no `=`, or the reader has no such option.
+        ResultsError: A text has no `=`, or the reader has no such option.
     """
     known = _options(format)
     options: dict[str, Any] = {}
@@ -125,13 +125,13 @@ def parse_options(format: str, pairs: list[str]) -> dict[str, Any]:  # noqa: A00
 
 
 def read_queries(path: Path) -> list[str]:
-    """Questions without scores: a text file with one a line, or a table with a column `query`.
+    """Read questions without scores from a text file with one per line, or from a table with a column `query`.
 
     Raises:
-        ResultsError: the file is missing or empty, or has no such column.
+        ResultsError: The file is missing or empty, or has no such column.
     """
     if not path.exists():
-        raise ResultsError(f"{path}: no such file; expected one question a line, or a table with a column 'query'")
+        raise ResultsError(f"{path}: no such file. Expected one question per line, or a table with a column 'query'.")
     if suffix_of(path) in SUFFIXES:
         frame = load_table(path, texts=("query",))
         if "query" not in frame:
@@ -140,5 +140,5 @@ def read_queries(path: Path) -> list[str]:
     else:
         found = [tidy(line) for _, line in lines_of(read_text(path))]
     if not found:
-        raise ResultsError(f"{path}: empty, no question in it")
+        raise ResultsError(f"{path}: expected questions, found an empty file")
     return found

@@ -1,4 +1,4 @@
-"""Benchmark results: which model answered which query how well."""
+"""Benchmark results: the score of each model on each query."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 QUERY_COLUMNS = ("id", "prompt", "benchmark", "subject", "split")
 MESSAGES = "messages"
 HoldOut = tuple[str, Sequence[str]]
-"""What to test on that was never trained on: `("benchmark", names)` or `("subject", names)`."""
+"""Held-out test split: `("benchmark", names)` or `("subject", names)`."""
 
 
 @dataclass
@@ -29,19 +29,19 @@ class BenchmarkResults:
     """N queries and an N x M table of scores.
 
     Attributes:
-        queries: one row a query with the columns `id` (unique), `prompt` (the question as text), `benchmark`, `subject`
-            and `split` (`train`, `validation`, `test` or None where the files do not say). Where queries are
-            conversations there is a column `messages` too, None for those of one user message. Where queries are about
-            pictures there is a column `images`: a tuple of texts that tell pictures apart, None where there are none.
+        queries: One row per query with the columns `id` (unique), `prompt` (the question as text), `benchmark`,
+            `subject` and `split` (`train`, `validation`, `test`, or None where the files state none). If some queries
+            are conversations, a column `messages` holds them, and None for queries of one user message. If some queries
+            have pictures, a column `images` holds tuples of texts that identify them, and None for queries without.
         models: M names.
-        scores: `[N, M]` in [0, 1]; NaN where a model was not measured on a query.
-        costs: `[N, M]` USD per query, or None where nothing is known.
-        contaminated: pairs (model, benchmark) where the model was trained on the benchmark's own train side: its scores
-            there say less than they seem to, and labels leave them out.
-        pictures: file of each picture that `images` names, as far as they are here (see `images.with_pictures`).
+        scores: `[N, M]` in [0, 1]. NaN where a model was not measured on a query.
+        costs: `[N, M]` USD per query, or None if no cost is known.
+        contaminated: Pairs (model, benchmark) where the model was trained on the benchmark's own train split. Its
+            scores there are unreliable, so labels leave them out.
+        pictures: File of each picture that `images` names, as far as available (see `images.with_pictures`).
 
     Raises:
-        ResultsError: there are no queries or models, shapes differ, an id or a model appears twice, a score is outside
+        ResultsError: There are no queries or models, shapes differ, an id or a model appears twice, a score is outside
             [0, 1], or a cost is negative or infinite.
     """
 
@@ -60,7 +60,7 @@ class BenchmarkResults:
         shape = (len(self.queries), len(self.models))
         if 0 in shape:
             raise ResultsError(
-                f"empty results: {shape[0]} queries and {shape[1]} models; expected at least one of each"
+                f"empty results: expected at least one query and model, found {shape[0]} queries and {shape[1]} models"
             )
         if self.scores.shape != shape or (self.costs is not None and self.costs.shape != shape):
             raise ResultsError(
@@ -69,26 +69,26 @@ class BenchmarkResults:
             )
         absent = [column for column in QUERY_COLUMNS if column not in self.queries]
         if absent:
-            raise ResultsError(f"queries lack the column {absent[0]!r}; expected {', '.join(QUERY_COLUMNS)}")
+            raise ResultsError(f"queries lack the column {absent[0]!r}. Expected {', '.join(QUERY_COLUMNS)}")
         more = [name for name in (MESSAGES, IMAGES) if name in self.queries]
         queries = self.queries.loc[:, [*QUERY_COLUMNS, *more]].reset_index(drop=True).astype(object)
-        self.queries = queries.where(queries.notna(), None)  # pandas' string columns would hold NaN
+        self.queries = queries.where(queries.notna(), None)  # pandas' string columns hold NaN instead of None
         self._check_values()
 
     def _check_values(self) -> None:
         repeated = self.queries["id"][self.queries["id"].duplicated()]
         if len(repeated):
-            raise ResultsError(f"query id {repeated.iloc[0]!r} appears twice; ids are unique, drop or rename one")
+            raise ResultsError(f"query id {repeated.iloc[0]!r} appears twice. Ids must be unique: drop or rename one.")
         if len(set(self.models)) < len(self.models):
             twice = next(name for name in self.models if self.models.count(name) > 1)
-            raise ResultsError(f"model {twice!r} appears twice; merge or rename its columns")
+            raise ResultsError(f"model {twice!r} appears twice. Merge or rename its columns.")
         with np.errstate(invalid="ignore"):
             wrong = np.argwhere((self.scores < 0) | (self.scores > 1) | np.isinf(self.scores))
         if len(wrong):
             row, column = wrong[0]
             raise ResultsError(
                 f"query {self.queries['id'][row]!r}, model {self.models[column]!r}: score {self.scores[row, column]:g} "
-                "is outside [0, 1]; tables are scaled by --set scale=100"
+                "is outside [0, 1]. For a table with scores up to 100 pass --set scale=100."
             )
         if self.costs is not None:
             with np.errstate(invalid="ignore"):
@@ -97,28 +97,28 @@ class BenchmarkResults:
                 row, column = wrong[0]
                 raise ResultsError(
                     f"query {self.queries['id'][row]!r}, model {self.models[column]!r}: cost "
-                    f"{self.costs[row, column]:g} is not a price; expected USD per query, 0 or more"
+                    f"{self.costs[row, column]:g} is not a price. Expected USD per query, 0 or more."
                 )
         blank = self.queries["prompt"].isna() | (self.queries["prompt"].astype(str).str.strip() == "")
         if blank.any():
             identity = self.queries["id"].to_numpy()[int(blank.to_numpy().argmax())]
-            raise ResultsError(f"query {identity!r} has no prompt; every query needs its text")
+            raise ResultsError(f"query {identity!r} has no prompt. Every query needs its text.")
 
     def __len__(self) -> int:
         return len(self.queries)
 
     def take(self, rows: np.ndarray | Sequence[int]) -> "BenchmarkResults":
-        """The results of some queries, by index or by mask."""
+        """Return the results of some queries, by index or by mask."""
         rows = np.asarray(rows)
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
         costs = None if self.costs is None else self.costs[rows]
         return replace(self, queries=self.queries.iloc[rows], scores=self.scores[rows], costs=costs)
 
     def select(self, models: Iterable[str]) -> "BenchmarkResults":
-        """The results of some models, in the order given.
+        """Return the results of some models, in the order of `models`.
 
         Raises:
-            ResultsError: a model is not among the results, or was measured on no query.
+            ResultsError: A model is not among the results, or was measured on no query.
         """
         models = list(models)
         for name in models:
@@ -128,21 +128,21 @@ class BenchmarkResults:
         scores = self.scores[:, columns]
         for name, column in zip(models, scores.T, strict=True):
             if np.isnan(column).all():
-                raise ResultsError(f"model {name!r} has no score on any query (all NaN); measure it or leave it out")
+                raise ResultsError(f"model {name!r} has no score on any query (all NaN). Measure it or leave it out.")
         costs = None if self.costs is None else self.costs[:, columns]
         return replace(self, models=models, scores=scores, costs=costs)
 
     def columns_of(self, pool: "ExpertPool") -> np.ndarray:
-        """Scores `[N, C]` of a pool's candidates in its order; NaN for those without results."""
+        """Return the scores `[N, C]` of a pool's candidates in its order. NaN for candidates without results."""
         found = [candidate.find_in(self.models) for candidate in pool.candidates]
         blank = np.full(len(self), np.nan, dtype=np.float32)
         return np.stack([blank if name is None else self.scores[:, self.models.index(name)] for name in found], axis=1)
 
     def flag(self, pairs: Iterable[tuple[str, str]]) -> "BenchmarkResults":
-        """The same results with more (model, benchmark) pairs flagged as contaminated.
+        """Return the results with more (model, benchmark) pairs flagged as contaminated.
 
         Raises:
-            ResultsError: there is no such model or benchmark.
+            ResultsError: The results have no such model or benchmark.
         """
         pairs = list(pairs)
         benchmarks = set(self.queries["benchmark"])
@@ -161,32 +161,34 @@ class BenchmarkResults:
 
     @classmethod
     def merge(cls, parts: Sequence["BenchmarkResults"]) -> "BenchmarkResults":
-        """The union of queries (by id) and of models.
+        """Merge results into the union of their queries (by id) and of their models.
 
         Raises:
-            ResultsError: two parts give one query different prompts, or one query and model different scores.
+            ResultsError: Two parts give one query different prompts, or one query and model different scores.
         """
         if len(parts) == 1:
             return parts[0]
         if not parts:
-            raise ResultsError("empty results: nothing to merge")
+            raise ResultsError("empty results: expected at least one part to merge, found none")
         queries = pd.concat([part.queries for part in parts], ignore_index=True)
         stated = queries.groupby("id", sort=False)["split"].nunique()
         if (stated > 1).any():
-            raise ResultsError(f"query id {stated.idxmax()!r} is on different sides in different files; keep one")
-        # `first` takes each column's first value that is there: a side that only one file states is kept.
+            raise ResultsError(
+                f"query id {stated.idxmax()!r} is on different splits in different files. Keep one of them."
+            )
+        # `first` takes each column's first value that is not None, so that a split that only one file states is kept.
         first = queries.groupby("id", sort=False, as_index=False).first()
         first = first.astype(object).where(first.notna(), None)
         texts = queries.groupby("id", sort=False)["prompt"].nunique()
         if (texts > 1).any():
             raise ResultsError(
-                f"query id {texts.idxmax()!r} stands for different prompts in different files; rename it"
+                f"query id {texts.idxmax()!r} has different prompts in different files. Rename it in one of them."
             )
         if IMAGES in queries:
             shown = queries.groupby("id", sort=False)[IMAGES].nunique()
             if (shown > 1).any():
                 raise ResultsError(
-                    f"query id {shown.idxmax()!r} stands for different pictures in different files; rename it"
+                    f"query id {shown.idxmax()!r} has different pictures in different files. Rename it in one of them."
                 )
         models = list(dict.fromkeys(name for part in parts for name in part.models))
         row_of = pd.Series(np.arange(len(first)), index=first["id"])
@@ -204,21 +206,22 @@ class BenchmarkResults:
     def split(
         self, *, validation: float = 0.1, test: float = 0.2, seed: int = 0, hold_out: HoldOut | None = None
     ) -> "BenchmarkResults":
-        """The same results with every query assigned to train, validation or test.
+        """Assign every query to train, validation or test, and return the results.
 
-        Sides that the files state are kept. Where no file states a test side, `test` of each benchmark's queries become
-        it; where some do, of those benchmarks of which nothing is stated. Validation likewise, from train.
-        Queries of the same text and pictures go to one side, unless files state otherwise.
+        Splits that the files state are kept. If no file states a test split, a share of each benchmark's queries
+        becomes the test split. If some files do, only benchmarks without any stated split give a share. Validation is
+        drawn from train by the same rule. Queries of the same text and pictures go to one split, unless files state
+        otherwise.
 
         Args:
-            validation: share of train, drawn at random within each benchmark, subjects in proportion.
-            test: share of all, likewise.
-            seed: of the draw.
-            hold_out: benchmarks or subjects whose queries are the test side instead; other queries that the files put
-                there are left out, since somebody may want to test on them later.
+            validation: Share of train, drawn at random within each benchmark, with subjects in proportion.
+            test: Share of all queries, drawn likewise.
+            seed: Seed of the draws.
+            hold_out: Benchmarks or subjects whose queries are the test split instead. Other queries that the files put
+                into test are left out, so that they can still serve as a test later.
 
         Raises:
-            ResultsError: the files state an unknown side, or there is nothing of what is to be held out.
+            ResultsError: The files state an unknown split, or no query is of the benchmarks or subjects to hold out.
         """
         if hold_out:
             return self._without(hold_out).split(validation=validation, test=0, seed=seed)
@@ -226,7 +229,7 @@ class BenchmarkResults:
         rng = np.random.default_rng(seed)
         given = set(queries["split"].dropna())
         if unknown := given - set(SPLITS):
-            raise ResultsError(f"unknown split {min(unknown)!r}; expected {', '.join(SPLITS)}")
+            raise ResultsError(f"unknown split {min(unknown)!r}. Expected {', '.join(SPLITS)}")
         silent = {name for name, sides in queries.groupby("benchmark")["split"] if sides.isna().all()}
         queries["split"] = queries["split"].fillna("train")
         for side, share in (("test", test), ("validation", validation)):
@@ -237,18 +240,18 @@ class BenchmarkResults:
         return replace(self, queries=queries)
 
     def without_lone_side(self) -> "BenchmarkResults":
-        """Return the results without their sides where the files state one and the same for all queries.
+        """Return the results without their splits if the files state the same split for all queries.
 
-        Published results are often of a test side alone: with that as ours, nothing could be learnt.
+        Published results often have a test split alone, which would leave nothing to train on.
         """
         sides = self.queries["split"]
         if sides.isna().any() or sides.nunique() != 1:
             return self
-        logger.info("the files call all queries %s: train, validation and test are drawn anew", sides.iloc[0])
+        logger.info("the files call all queries %s, so train, validation and test are drawn at random", sides.iloc[0])
         return replace(self, queries=self.queries.assign(split=None))
 
     def _without(self, hold_out: HoldOut) -> "BenchmarkResults":
-        """Queries of the named benchmarks or subjects as the test side, the others without theirs."""
+        """Return the results with the named benchmarks or subjects as the test split, without other test queries."""
         field, names = hold_out
         known = sorted(set(self.queries[field].dropna()))
         for name in names:
@@ -261,7 +264,10 @@ class BenchmarkResults:
         return replace(kept, queries=queries)
 
     def shared(self) -> np.ndarray:
-        """Return how many queries each two models were both measured on, `[M, M]`; of one model with itself its own."""
+        """Return the number of queries that each two models were both measured on, `[M, M]`.
+
+        The diagonal holds the number of queries of each model.
+        """
         known = (~np.isnan(self.scores)).astype(np.float32)
         return (known.T @ known).astype(int)
 
@@ -271,7 +277,7 @@ class BenchmarkResults:
         return known.groupby(self.queries["benchmark"].to_numpy(), sort=True).mean()
 
     def summary(self) -> pd.DataFrame:
-        """Mean score per benchmark (rows) and model (columns), with the number of queries first."""
+        """Return the mean score per benchmark (rows) and model (columns), with the number of queries first."""
         frame = pd.DataFrame(self.scores, columns=self.models)
         groups = frame.groupby(self.queries["benchmark"], sort=True)
         table = groups.mean()
@@ -291,11 +297,13 @@ def blank_contaminated(
 
 
 def _unite(queries: pd.DataFrame, drawn: np.ndarray) -> None:
-    """Put queries that ask the same on one side, in place: that of one whose side is stated, else that of the first.
+    """Put queries with the same question on one split, in place.
+
+    It is the split of a query whose split is stated, otherwise the split of the first query.
 
     Args:
-        queries: with their sides.
-        drawn: `[N]` bool, whose side no file states.
+        queries: Table of queries with their splits.
+        drawn: `[N]` bool, true where no file states the query's split.
     """
     texts = pd.Series(questions_of(queries), index=queries.index)
     for _, group in queries[texts.duplicated(keep=False).to_numpy()].groupby(texts, sort=False):
@@ -306,10 +314,10 @@ def _unite(queries: pd.DataFrame, drawn: np.ndarray) -> None:
 
 
 def _draw(subjects: pd.Series, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Index labels of `share` of the queries, each subject in proportion.
+    """Draw a share of the queries, each subject in proportion, and return their index labels.
 
-    Systematic sampling: queries in random order within each subject, subjects one after the other, and every n-th is
-    drawn. So small subjects get their share on the whole, where rounding each of them would give none.
+    The draw is systematic sampling: queries are in random order within each subject, subjects follow in turn, and every
+    n-th query is drawn. So small subjects together get their share. Rounding in each subject would give them none.
     """
     order = pd.Series(rng.permutation(len(subjects)), index=subjects.index)
     line = pd.DataFrame({"subject": subjects.fillna(""), "order": order}).sort_values(["subject", "order"]).index
@@ -324,11 +332,11 @@ def _draw(subjects: pd.Series, share: float, rng: np.random.Generator) -> np.nda
 def _put(
     target: np.ndarray, place: tuple, values: np.ndarray, what: str, ids: pd.Series, models: Sequence[str]
 ) -> None:
-    """Copy measured values into `target`; a value that is there already has to be the same."""
+    """Copy measured values into `target`, where an existing value must be the same."""
     there = target[place]
     clash = ~np.isnan(there) & ~np.isnan(values) & (there != values)
     if clash.any():
         row, column = np.argwhere(clash)[0]
         query, model = ids.iloc[place[0][row, 0]], models[place[1][0, column]]
-        raise ResultsError(f"query {query!r}, model {model!r}: two different {what}s; keep one of the files")
+        raise ResultsError(f"query {query!r}, model {model!r}: two different {what}s. Keep one of the files.")
     target[place] = np.where(np.isnan(values), there, values)

@@ -1,4 +1,4 @@
-"""The rows of a supervision: queries as conversations, and the data sets that hold them."""
+"""Rows of a supervision: queries as conversations, and the datasets that hold them."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def messages_of(queries: "pd.DataFrame") -> list[list[dict[str, Any]]]:
-    """Return each query as a conversation, in content parts: its messages, or its prompt as one user message.
+    """Return each query as a conversation of content parts: its messages, or its prompt as one user message.
 
-    Pictures stand before the text of the last message.
+    Pictures come before the text of the last message.
     """
     own = queries[MESSAGES] if MESSAGES in queries else [None] * len(queries)
     conversations = [
@@ -34,7 +34,7 @@ def messages_of(queries: "pd.DataFrame") -> list[list[dict[str, Any]]]:
 
 
 def question_of(conversation: Sequence[dict[str, Any]]) -> tuple[str, tuple[str, ...] | None]:
-    """Return the text and the pictures of a conversation's last message, as `messages_of` put them there."""
+    """Return the text and the pictures of a conversation's last message, as `messages_of` writes them."""
     content = conversation[-1]["content"]
     images = tuple(part["image"] for part in content if part["type"] == IMAGE)
     return "\n".join(part["text"] for part in content if part["type"] == "text"), images or None
@@ -48,12 +48,12 @@ def make_datasets(
     targets: np.ndarray,
     weights: np.ndarray,
 ) -> "DatasetDict":
-    """Return the sides of a supervision, by the column `split` of `queries`; see `Supervision` for the columns."""
+    """Return the splits of a supervision, by the column `split` of `queries`. `Supervision` lists the columns."""
     from datasets import Dataset, DatasetDict, Features, List, Value
 
     numbers = List(Value("float32"))
     part = {"type": Value("string"), "text": Value("string")}
-    if IMAGES in queries:  # without pictures a supervision is what it was before there were any
+    if IMAGES in queries:  # keeps the columns, and so the fingerprint, of supervisions without pictures
         part["image"] = Value("string")
     features = Features(
         {

@@ -1,4 +1,4 @@
-"""A supervision as chat data for other trainers: TRL reads it as it is, LLaMA-Factory by `dataset_info.json`."""
+"""Export of a supervision as chat data: TRL reads it directly, LLaMA-Factory through `dataset_info.json`."""
 
 import json
 from pathlib import Path
@@ -13,20 +13,18 @@ _TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assi
 def export_sft(supervision: Supervision, out: Path | str) -> dict[str, int]:
     """Write `train.jsonl`, `validation.jsonl`, `dataset_info.json` and `tokens.json` (to add to the tokenizer).
 
-    Each query is answered by its expert's token.
-
-    Queries that self should answer, or that say nothing about who should, are left out: there is no token for them. Of
-    several winners the first in pool order is taken.
+    The answer to each query is the token of its expert. Queries whose target is self, or whose weight is 0, are left
+    out, because they have no token. Of several winners the first in pool order is taken.
 
     Args:
-        supervision: with one-hot or soft targets.
-        out: the folder.
+        supervision: Supervision with one-hot or soft targets.
+        out: Folder to write.
 
     Returns:
-        lines by file.
+        Number of lines by file.
 
     Raises:
-        ExpertokenError: the folder holds a composite or a supervision.
+        ExpertokenError: The folder holds a composite or a supervision.
     """
     check_product(out, "chat data")
     names = supervision.info.candidates
@@ -49,7 +47,7 @@ def export_sft(supervision: Supervision, out: Path | str) -> dict[str, int]:
                 ]
                 messages = [*asked, {"role": "assistant", "content": tokens[winner]}]
                 lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
-            if not lines:  # an empty file is none that loaders read
+            if not lines:  # loaders cannot read an empty file
                 continue
             file = f"{name}.jsonl"
             (folder / file).write_text("\n".join(lines) + "\n", "utf-8")

@@ -1,4 +1,4 @@
-"""Supervision: per query the messages and a target over the candidates, saved with `datasets`."""
+"""Supervision: the messages of each query and a target over the candidates, saved with `datasets`."""
 
 import hashlib
 import json
@@ -28,6 +28,7 @@ from .labels import Labelling, absent, filled_costs, label
 from .leaks import IMAGES, LEAKS, handle_leaks
 from .results import BenchmarkResults, HoldOut, blank_contaminated
 from .rows import make_datasets, messages_of
+from .supervision_info import SupervisionInfo
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -44,41 +45,12 @@ _PICTURES = "images"
 
 
 @dataclass
-class SupervisionInfo:
-    """What a supervision folder says about itself.
-
-    Attributes:
-        candidates: names, in the order of every target and score.
-        has_self: whether the last candidate is the meta LLM itself.
-        labelling: strategy and its parameters, shares of the sides, contaminated (candidate, benchmark) pairs.
-        sizes: queries per split.
-        leaks: equal and near pairs (train id, test id, similarity) that were found, and what was done about them.
-        fingerprint: of queries, scores, targets and weights.
-        datasets: hub ids of the datasets that the results came from.
-    """
-
-    candidates: list[str]
-    has_self: bool
-    labelling: dict[str, Any]
-    sizes: dict[str, int] = field(default_factory=dict)
-    leaks: dict[str, Any] = field(default_factory=dict)
-    fingerprint: str = ""
-    datasets: list[str] = field(default_factory=list)
-
-    def described(self, path: Path) -> dict[str, Any]:
-        """Return the description of a supervision that a composite's manifest keeps."""
-        found = {"path": str(path), "fingerprint": self.fingerprint, "sizes": self.sizes}
-        return found | ({"datasets": self.datasets} if self.datasets else {})
-
-
-@dataclass
 class Supervision:
-    """Train, validation and test sides, with the pool that the targets are about.
+    """Train, validation and test splits, with the pool of the targets.
 
-    Columns of each side: `id`, `messages` (list of role and content parts), `benchmark`, `subject`, `target` (list of
-    C), `weight`, `scores` (list of C, NaN where not measured), `costs` (list of C or empty). A part of a message that
-    stands for a picture is `{"type": "image_url", "image": NAME}`; `pictures` has the files by name, as far as they are
-    here.
+    Columns of each split are `id`, `messages` (list of role and content parts), `benchmark` and `subject`. The others
+    are `target` (list of C), `weight`, `scores` (list of C, NaN where not measured) and `costs` (list of C or empty).
+    A picture is the message part `{"type": "image_url", "image": NAME}`. `pictures` maps names to available files.
     """
 
     data: "DatasetDict"
@@ -88,28 +60,28 @@ class Supervision:
     _absent: dict[str, np.ndarray] | None = field(default=None, init=False, repr=False)
 
     def side(self, name: str) -> "Dataset":
-        """One side.
+        """Return a split.
 
         Raises:
-            ExpertokenError: there is none of that name, or it is empty.
+            ExpertokenError: The supervision has no split of that name, or the split is empty.
         """
         if name not in self.data or not len(self.data[name]):
             there = ", ".join(f"{key} ({len(part)})" for key, part in self.data.items())
             raise ExpertokenError(
-                f"the supervision has no {name!r} side; it has {there}: give `expertoken prepare` more results, or a "
-                "larger share by --validation or --test"
+                f"the supervision has no {name!r} split, it has {there}. Give `expertoken prepare` more results, or a "
+                "larger share with --validation or --test."
             )
         return self.data[name]
 
     def arrays(self, name: str, *, utilities: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return what is learnt from a side: targets `[N, C]`, utilities `[N, C]` and weights `[N]`, float32.
+        """Return targets `[N, C]`, utilities `[N, C]` and weights `[N]` of a split, float32, for training.
 
-        Utilities are the scores, less lambda times cost where the labels count costs. A candidate without any score in
-        a benchmark scores 0 there; a score that is merely unknown, or of a contaminated pair, is NaN.
+        Utilities are the scores, minus lambda times cost if the labels weigh costs. A candidate without any score in a
+        benchmark scores 0 in it. A score that is unknown, or of a contaminated pair, is NaN.
 
         Args:
-            name: name of the side.
-            utilities: whether costs are taken off.
+            name: Name of the split.
+            utilities: If true, costs are subtracted.
         """
         part = self.side(name).with_format("numpy")
         weight = self.info.labelling.get("cost_weight", 0.0) if utilities else 0.0
@@ -123,27 +95,27 @@ class Supervision:
         """Return the columns of candidates in targets, scores and costs.
 
         Raises:
-            ExpertokenError: the supervision has no scores of one of them.
+            ExpertokenError: The supervision has no scores of one of them.
         """
         if absent := [name for name in names if name not in self.info.candidates]:
             raise ExpertokenError(
-                f"the supervision has no scores of {', '.join(absent)}; it has {', '.join(self.info.candidates)}"
+                f"the supervision has no scores of {', '.join(absent)}, only of {', '.join(self.info.candidates)}"
             )
         return [self.info.candidates.index(name) for name in names]
 
     def benchmarks(self, name: str) -> np.ndarray:
-        """Return the benchmark of each query of a side, `[N]`.
+        """Return the benchmark of each query of a split, `[N]`.
 
         Raises:
-            ExpertokenError: there is no such side, or it is empty.
+            ExpertokenError: The split does not exist or is empty.
         """
         return np.asarray(self.side(name)["benchmark"], dtype=str)
 
     def queries(self, name: str, meta: "MetaLLM", *, quiet: bool = False) -> "list[Query]":
-        """Return the queries of a side as the meta LLM reads them.
+        """Return the queries of a split as the meta LLM reads them.
 
         Raises:
-            ExpertokenError: there is no such side, or it is empty; or the chat template refuses a query.
+            ExpertokenError: The split does not exist or is empty, or the chat template rejects a query.
         """
         from ..modeling.states import encode_all
 
@@ -151,14 +123,18 @@ class Supervision:
         if meta.sight is not None and not quiet:
             parts = (part for messages in conversations for message in messages for part in message["content"])
             if absent := sum(part["type"] == IMAGE and not isinstance(part.get("image"), Picture) for part in parts):
-                logger.warning("%s: %d pictures are not here (prepare --images): a placeholder is read", name, absent)
+                logger.warning(
+                    "%s: %d pictures are missing (see prepare --images), so the meta LLM reads a placeholder",
+                    name,
+                    absent,
+                )
         return encode_all(meta, conversations, name, quiet=quiet)
 
     def conversations(self, name: str) -> "list[list[Message]]":
-        """Return the conversations of a side, with their pictures as far as those are here.
+        """Return the conversations of a split, with their pictures as far as available.
 
         Raises:
-            ExpertokenError: there is no such side, or it is empty.
+            ExpertokenError: The split does not exist or is empty.
         """
         known = {key: part_of(Picture(file, bytes.fromhex(key))) for key, file in self.pictures.items()}
         messages: Any = self.side(name)["messages"][:]
@@ -170,7 +146,7 @@ class Supervision:
         ]
 
     def _paid(self, name: str) -> np.ndarray:
-        """Costs of a side without gaps, as the labels were made with them."""
+        """Return the costs of a split with gaps filled, as the labels used them."""
         sides = [side for side in SPLITS if len(self.data[side])]
         costs = np.concatenate([self._costs(side) for side in sides])
         of = np.repeat(sides, [len(self.data[side]) for side in sides])
@@ -178,11 +154,11 @@ class Supervision:
         return filled_costs(costs, of != "test", self_index=self_index, names=self.info.candidates)[of == name]
 
     def scores(self, name: str) -> np.ndarray:
-        """Scores of a side as measured, `[N, C]` float32, NaN where a candidate was not: what evaluation counts."""
+        """Return a split's scores as measured, `[N, C]` float32, NaN where not measured. Evaluation uses them."""
         return np.array(self.side(name).with_format("numpy")["scores"], np.float32)
 
     def absent(self, name: str) -> np.ndarray:
-        """Return where a candidate of a side has no score in the whole benchmark, on any side, `[N, C]` bool."""
+        """Return where a candidate has no score in the query's benchmark, on any split, `[N, C]` bool."""
         if self._absent is None:
             sides = [side for side in SPLITS if len(self.data[side])]
             everywhere = absent(
@@ -194,18 +170,18 @@ class Supervision:
         return self._absent[name]
 
     def origins(self, name: str) -> np.ndarray:
-        """Return the id of each query of a side, of a copy in a context that of its question, `[N]`."""
+        """Return the id of each query of a split, `[N]`. A copy in a context has the id of its question."""
         return np.array([origin_of(key) for key in self.side(name)["id"]], dtype=object)
 
     def subjects(self, name: str) -> np.ndarray | None:
-        """Return benchmark and subject of each query of a side, `[N]`; None where a query has no subject."""
+        """Return benchmark and subject of each query of a split, `[N]`, or None if some query has no subject."""
         side = self.side(name)
         if any(subject is None for subject in side["subject"]):
             return None
         return np.array([f"{b}/{s}" for b, s in zip(side["benchmark"], side["subject"], strict=True)], dtype=object)
 
     def measured(self) -> dict[str, int]:
-        """Return on how many queries of the learning sides each candidate has a usable score, without copies."""
+        """Return each candidate's number of usable scores on train and validation, without copies in contexts."""
         sides = [side for side in SPLITS if side != "test" and len(self.data[side])]
         own = {side: np.array([origin_of(key) == key for key in self.data[side]["id"]]) for side in sides}
         flagged = self.info.labelling.get("contaminated", ())
@@ -217,7 +193,7 @@ class Supervision:
         return dict(zip(self.info.candidates, np.asarray(counts).tolist(), strict=True))
 
     def usd_per_query(self) -> dict[str, float]:
-        """Return the mean USD of each candidate's answers on the learning sides, as far as costs are known."""
+        """Return the mean USD of each candidate's answers on train and validation, as far as costs are known."""
         found = [self._costs(side) for side in SPLITS if side != "test" and len(self.data[side])]
         costs = np.concatenate(found)
         known = ~np.isnan(costs)
@@ -225,7 +201,7 @@ class Supervision:
         return {n: float(means[i]) for i, n in enumerate(self.info.candidates) if known[:, i].any()}
 
     def costs(self, name: str) -> np.ndarray | None:
-        """USD of each candidate's answers `[N, C]` of a side, NaN where not known; None where nothing is known."""
+        """Return the USD of each candidate's answers on a split `[N, C]`, NaN where unknown, or None if all are."""
         costs = self._costs(name)
         return None if np.isnan(costs).all() else costs
 
@@ -234,7 +210,7 @@ class Supervision:
         return np.asarray([row or unknown for row in self.side(name)["costs"]], np.float32)
 
     def stamp(self) -> None:
-        """Set the fingerprint to that of the contents."""
+        """Set the fingerprint from the contents."""
         digest = hashlib.sha256("\n".join(self.info.candidates).encode())
         for name, part in self.data.items():
             digest.update(name.encode())
@@ -248,12 +224,12 @@ class Supervision:
         """Write the folder, completely or not at all.
 
         Raises:
-            ExpertokenError: it could not be written, or holds a composite.
+            ExpertokenError: The folder cannot be written, or holds a composite.
         """
         check_product(path, "supervision")
         with atomic_folder(path) as folder:
             with quiet_datasets():
-                # A side without queries gets its file, too: `load_from_disk` can't do without.
+                # `load_from_disk` needs a file for an empty split too.
                 shards = {side: None if len(rows) else 1 for side, rows in self.data.items()}
                 self.data.save_to_disk(folder / "data", num_shards=shards)
             if self.pictures:
@@ -266,7 +242,7 @@ class Supervision:
         """Read a supervision folder.
 
         Raises:
-            ExpertokenError: it is missing or damaged.
+            ExpertokenError: The folder is missing or damaged.
         """
         import datasets
 
@@ -278,10 +254,10 @@ class Supervision:
         except (OSError, ValueError, TypeError) as error:
             if not path.exists():
                 raise ExpertokenError(
-                    f"{path}: there is no supervision folder; `expertoken prepare` makes one"
+                    f"{path}: expected a supervision folder, found none. Create it with `expertoken prepare`."
                 ) from None
             raise ExpertokenError(
-                f"{path}: not a supervision folder, made by `expertoken prepare` ({one_line(error)})"
+                f"{path}: not a supervision folder, expected one written by `expertoken prepare` ({one_line(error)})"
             ) from None
         files = sorted((path / _PICTURES).glob("*.*"))
         pictures = {file.stem: file for file in files if re.fullmatch("[0-9a-f]{32}", file.stem)}
@@ -289,7 +265,7 @@ class Supervision:
 
 
 def _copy_pictures(pictures: Mapping[str, Path], folder: Path) -> None:
-    """Copy pictures into a folder, each once, by the name of its content."""
+    """Copy pictures into a folder, each once, named by a hash of its content."""
     from .images import suffix_of
 
     folder.mkdir()
@@ -298,40 +274,40 @@ def _copy_pictures(pictures: Mapping[str, Path], folder: Path) -> None:
 
 
 def kept_at(supervision: Supervision, composite: Path) -> Path:
-    """Return where a supervision is kept inside a composite's folder.
+    """Return the path of a supervision inside a composite folder.
 
-    The folder is named after its contents, so that a composite that is there keeps the supervision it points to.
+    The path has the fingerprint of the contents, so that an existing composite keeps the supervision it refers to.
     """
     return (composite / "supervision" / supervision.info.fingerprint).resolve()
 
 
 def supervision_of(manifest: "Manifest", folder: Path, data: Supervision | Path | str | None = None) -> Supervision:
-    """The supervision a composite was trained on; `data` where it is given.
+    """Return the supervision that a composite was trained on, or `data` if not None.
 
     Raises:
-        ExpertokenError: it is not where the composite remembers it.
+        ExpertokenError: The supervision is not at the path in the manifest.
     """
     if isinstance(data, Supervision):
         return data
     path = Path(data or manifest.data.get("path", ""))
     if data is None and not path.is_absolute():
-        path = folder / path  # as the manifest has it on disk
+        path = folder / path  # the manifest has a path relative to the folder
     if data is None and not path.exists():
-        raise ExpertokenError(f"{folder}: its supervision is not at {path} any more; say where with --data")
+        raise ExpertokenError(f"{folder}: its supervision is no longer at {path}. Pass its folder with --data.")
     loaded = Supervision.load(path)
     trained_on = manifest.data.get("fingerprint")
     if data is None and trained_on not in (None, loaded.info.fingerprint):
-        # Its test side may hold what the composite was trained on.
+        # Its test split may hold queries that the composite was trained on.
         raise ExpertokenError(
-            f"{path}: another supervision stands there than the composite in {folder} was trained on; say "
-            f"--data {path} to take it all the same"
+            f"{path}: holds a different supervision from the one that the composite in {folder} was trained on. "
+            f"Pass --data {path} to use it anyway."
         )
     return loaded
 
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Without the bars of `datasets`: what they count takes milliseconds."""
+    """Disable the progress bars of `datasets`, because loading and saving take milliseconds."""
     import datasets
 
     disabled = datasets.are_progress_bars_disabled()
@@ -344,10 +320,10 @@ def quiet_datasets() -> Iterator[None]:
 
 
 def pool_of(results: BenchmarkResults, self_model: str | None = None) -> ExpertPool:
-    """A pool made from the models that results name, for those who have not written one yet.
+    """Make a pool from the models of results, for users without a pool file.
 
     Raises:
-        ResultsError: there are no results of `self_model`.
+        ResultsError: The results have no model `self_model`.
     """
     if self_model is not None and self_model not in results.models:
         raise ResultsError(f"self model: no results of {self_model!r}, {did_you_mean(self_model, results.models)}")
@@ -362,18 +338,18 @@ def pool_of(results: BenchmarkResults, self_model: str | None = None) -> ExpertP
 
 
 def select_candidates(results: BenchmarkResults, pool: ExpertPool) -> BenchmarkResults:
-    """The results with one column per candidate of the pool, in its order and under its names.
+    """Select one column of the results per candidate of the pool, in its order and under its names.
 
     Raises:
-        ResultsError: results of a candidate are missing.
+        ResultsError: Results of a candidate are missing.
     """
     columns = []
     for expert in pool.candidates:
         found = expert.find_in(results.models)
         if found is None:
             raise ResultsError(
-                f"expert {expert.name!r}: no results under {expert.called}; results are of "
-                f"{', '.join(results.models)}. Name the right one as `results:` in the pool"
+                f"expert {expert.name!r}: no results under {expert.called}, only of {', '.join(results.models)}. Set "
+                "`results:` in the pool to the right name."
             )
         columns.append(found)
     chosen = results.select(columns)
@@ -383,10 +359,10 @@ def select_candidates(results: BenchmarkResults, pool: ExpertPool) -> BenchmarkR
 
 
 def check_shared(results: BenchmarkResults) -> None:
-    """Tell of candidates that share no query with any other: nothing says who is better where they are.
+    """Warn of candidates that share no query with any other, because the results cannot compare them.
 
     Raises:
-        ResultsError: there are several candidates, and that holds for all of them.
+        ResultsError: There are several candidates, and none shares a query with another.
     """
     shared = results.shared()
     alone = [name for index, name in enumerate(results.models) if shared[index].sum() == shared[index, index]]
@@ -399,10 +375,10 @@ def check_shared(results: BenchmarkResults) -> None:
     )  # fmt: skip
     if len(alone) == len(results.models):
         raise ResultsError(
-            f"{told} ({where}): nothing says who is better. If questions are the same in several files, they need the "
-            "same 'benchmark' and text, or the same 'id', in each"
+            f"{told} ({where}), so results cannot compare them. Questions that are the same in several files need the "
+            "same 'benchmark' and text, or the same 'id', in each."
         )
-    logger.warning("%s (%s): only the benchmark's name tells them apart", told, where)
+    logger.warning("%s (%s), so only the benchmark's name distinguishes them", told, where)
 
 
 def build_supervision(
@@ -421,24 +397,24 @@ def build_supervision(
     """Label benchmark results.
 
     Args:
-        results: scores of the pool's candidates; other models are left out.
-        pool: the experts; made from the results' models where not given.
-        labelling: strategy and parameters, or a strategy's name (see `labels.STRATEGIES`).
-        leaks: what to do about train queries that stand in the test side: `refuse`, `drop` (from train) or `keep`.
-        near_duplicates: the same about train queries that are nearly a test query; `ignore` does not look for them. By
-            default they are looked for where the extra `data` is installed, told, and kept.
-        validation: share of train that becomes validation, where the results name no validation side.
-        test: share of all that becomes test, where the results name no test side.
-        seed: of those draws.
-        hold_out: benchmarks or subjects that are the test side instead, see `BenchmarkResults.split`.
-        contexts: share of the train and validation questions that get a copy in a context (`contexts.CONTEXTS` in
-            turn), so that rows learn what of a chat to ignore and what a follow-up is about.
+        results: Scores of the pool's candidates. Other models are left out.
+        pool: Pool of the experts. Defaults to a pool made from the results' models.
+        labelling: Strategy and parameters, or a strategy's name (see `labels.STRATEGIES`).
+        leaks: Handling of train queries that are also in the test split: `refuse`, `drop` (from train) or `keep`.
+        near_duplicates: Handling of train queries that are nearly equal to a test query. `ignore` does not search for
+            them. By default they are searched for if the extra `data` is installed, logged, and kept.
+        validation: Share of train that becomes validation, if the results name no validation split.
+        test: Share of all queries that becomes test, if the results name no test split.
+        seed: Seed of the draws of validation, test and contexts.
+        hold_out: Benchmarks or subjects that are the test split instead, see `BenchmarkResults.split`.
+        contexts: Share of the train and validation questions that get a copy in a context (`contexts.CONTEXTS` in
+            turn). Rows learn from it which parts of a chat to ignore, and the question that a follow-up refers to.
 
     Raises:
-        ResultsError: results of a candidate are missing.
-        LeakError: there are leaks and `leaks` is `refuse`.
-        ExpertokenError: there is no such strategy or way to handle leaks, or costs are needed and not there; or these
-            are no results.
+        ResultsError: Results of a candidate are missing.
+        LeakError: There are leaks, and `leaks` is `refuse`.
+        ExpertokenError: The strategy or the handling of leaks is unknown, costs are needed and missing, or `results`
+            is of another type.
     """
     if not isinstance(results, BenchmarkResults):
         kind = type(results).__name__
@@ -460,7 +436,9 @@ def build_supervision(
     results = results if kept.all() else results.take(kept)
     side = results.queries["split"].to_numpy()
     if not (side == "train").any():
-        raise ResultsError(f"no train queries (sides: {', '.join(sorted(set(side)))}); nothing could be learnt")
+        raise ResultsError(
+            f"expected train queries, found only the splits {', '.join(sorted(set(side)))}. Add results to train on."
+        )
     targets, weights = label(
         results.clean_scores,
         results.queries["benchmark"],
@@ -473,7 +451,9 @@ def build_supervision(
         missing=absent(results.scores, results.queries["benchmark"]),
     )
     if not weights[side == "train"].any():
-        raise ResultsError("every candidate scores alike on every train query; there is nothing to learn from")
+        raise ResultsError(
+            "every candidate has the same score on every train query: nothing to learn from. Add other results."
+        )
     messages, queries = messages_of(results.queries), results.queries
     rows, copied, conversations = copies(queries, messages, contexts, seed)
     queries, messages = pd.concat([queries, copied], ignore_index=True), messages + conversations

@@ -1,9 +1,9 @@
-"""Try the image without a container engine: `check_image.py --roots DIR --mount demo/composite:/composite`.
+"""Check of the image without a container engine: `check_image.py --roots DIR --mount demo/composite:/composite`.
 
 The script runs each instruction of deploy/Dockerfile in bare Debian roots that debootstrap makes. Then it starts
-ENTRYPOINT and CMD in the last root, waits for the health check, and asks for an answer. It needs root, `debootstrap`,
-`dockerfile-parse` (extra `dev`), and a network to Debian and to a package index. It stops at an instruction that it
-does not know, so that nothing of the file stays untried, and at base images other than Debian's.
+ENTRYPOINT and CMD in the last root, waits for the health check, and requests an answer. It needs root, `debootstrap`,
+`dockerfile-parse` (extra `dev`), and a network connection to Debian and to a package index. It stops at an unknown
+instruction, so that the whole file is checked. It also stops at base images other than Debian's.
 """
 
 import argparse
@@ -29,7 +29,7 @@ _KEY = "a-key-for-this-check-alone"
 
 @dataclass
 class Stage:
-    """One FROM and what follows it: a root folder, and what later instructions and the start read."""
+    """State after one FROM and the instructions that follow: a root folder, and settings for later commands."""
 
     root: Path
     environment: dict[str, str] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Stage:
     command: list[str] = field(default_factory=list)
 
     def chroot(self, command: list[str], **more: str) -> tuple[list[str], dict[str, str]]:
-        """Return the command line and the environment of a command inside this root, by its user and in its folder."""
+        """Return the command line and the environment of a command inside this root, with its user and folder."""
         inside = ["/bin/sh", "-c", f"cd {shlex.quote(self.folder)} && exec {shlex.join(command)}"]
         environment = {"PATH": _PATH} | self.arguments | self.environment | more
         return ["chroot", f"--userspec={self.user}", str(self.root), *inside], environment
@@ -50,35 +50,35 @@ class Stage:
         """Run a shell script inside this root.
 
         Raises:
-            SystemExit: it failed.
+            SystemExit: The script failed.
         """
         command, environment = self.chroot(["/bin/sh", "-ec", script], **more)
         if (code := subprocess.run(command, env=environment, check=False).returncode) != 0:
-            raise SystemExit(f"ended with {code}: {script}")
+            raise SystemExit(f"exited with status {code}: {script}")
 
 
 def bare(image: str, root: Path) -> None:
-    """Make a bare Debian root.
+    """Create a bare Debian root.
 
     Raises:
-        SystemExit: the image is not Debian's.
+        SystemExit: The image is not Debian's.
     """
     name, _, tag = image.partition(":")
     if name != "debian":
-        raise SystemExit(f"{image}: only debian:SUITE-slim can be made here")
+        raise SystemExit(f"{image}: expected debian:SUITE-slim, the only base image that this script can make")
     subprocess.run(["debootstrap", "--variant=minbase", tag.removesuffix("-slim"), str(root)], check=True)
 
 
 def copied(value: str, stage: Stage, stages: dict[str, Stage]) -> None:
-    """Carry out COPY: from the checkout's tracked files, or from an earlier stage.
+    """Execute COPY, from the checkout's tracked files or from an earlier stage.
 
     Raises:
-        SystemExit: it has options that this script does not know.
+        SystemExit: The instruction has options that this script does not support.
     """
     *options, source, target = shlex.split(value)
     unknown = [option for option in options if not option.startswith("--from=")]
     if unknown or len(options) > 1:
-        raise SystemExit(f"COPY {value}: only one source and --from are known here")
+        raise SystemExit(f"COPY {value}: expected one source and no option except --from")
     to = stage.root / target.lstrip("/")
     if options:
         shutil.copytree(stages[options[0].removeprefix("--from=")].root / source.lstrip("/"), to, symlinks=True)
@@ -95,16 +95,17 @@ def copied(value: str, stage: Stage, stages: dict[str, Stage]) -> None:
 
 
 def build(roots: Path, given: dict[str, str], host_files: list[Path], host_variables: dict[str, str]) -> Stage:
-    """Carry out the whole file and return its last stage.
+    """Execute the whole file and return its last stage.
 
     Args:
-        roots: where a root for each stage is made; has to be empty or missing.
-        given: values for ARG, as `--build-arg` gives them.
-        host_files: files and folders that a build needs here, such as a package index's settings; in roots during RUN.
-        host_variables: environment of RUN, for the same purpose.
+        roots: Folder for the root of each stage. It has to be empty or missing.
+        given: Values for ARG, as `--build-arg` gives them.
+        host_files: Files and folders that a build needs on this machine, such as a package index's settings. They are
+            in the roots during RUN.
+        host_variables: Environment of RUN, for the same purpose.
 
     Raises:
-        SystemExit: an instruction failed or is unknown.
+        SystemExit: An instruction failed or is unknown.
     """
     stages: dict[str, Stage] = {}
     stage = Stage(roots)
@@ -131,10 +132,10 @@ def build(roots: Path, given: dict[str, str], host_files: list[Path], host_varia
 
 
 def setting(kind: str, value: str, stage: Stage) -> None:
-    """Carry out an instruction that changes no file.
+    """Execute an instruction that changes no file.
 
     Raises:
-        SystemExit: the instruction is unknown.
+        SystemExit: The instruction is unknown.
     """
     if kind == "ENV":
         for pair in shlex.split(value):
@@ -151,11 +152,11 @@ def setting(kind: str, value: str, stage: Stage) -> None:
     elif kind == "CMD":
         stage.command = json.loads(value)
     else:
-        raise SystemExit(f"{kind}: this script does not know it")
+        raise SystemExit(f"{kind}: unknown instruction. Add it to this script.")
 
 
 def place(path: Path, root: Path) -> Path | None:
-    """Copy a file or folder of this machine to the same place in a root; return where, if it was not there before."""
+    """Copy a file or folder of this machine to the same path in a root. Return that path if it is new."""
     to = root / str(path).lstrip("/")
     new = not to.exists()
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -167,20 +168,22 @@ def place(path: Path, root: Path) -> Path | None:
 
 
 def asked(stage: Stage, mounted: dict[Path, str]) -> None:
-    """Start the image's command, wait for its health check, and ask for one answer.
+    """Start the image's command, wait for its health check, and request one answer.
 
     Args:
-        stage: the last one.
-        mounted: files and folders of this machine, each with its place in the image, the composite among them.
+        stage: Last stage of the file.
+        mounted: Files and folders of this machine, each with its path in the image. The composite is one of them.
 
     Raises:
-        SystemExit: it does not become healthy within two minutes, gives no answer, or does not end when it is told to.
+        SystemExit: The server does not become healthy within two minutes.
+        KeyError: The server returns an error instead of an answer.
+        TimeoutExpired: The server does not exit after SIGTERM.
     """
     for source, target in mounted.items():
         to = stage.root / target.lstrip("/")
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, to) if source.is_dir() else shutil.copy2(source, to)
-    process_files = str(stage.root / "proc")  # which every engine gives a container, and PyTorch reads
+    process_files = str(stage.root / "proc")  # every engine mounts it into a container, and PyTorch reads it
     subprocess.run(["mount", "-t", "proc", "proc", process_files], check=True)
     given, environment = stage.chroot([*stage.entrypoint, *stage.command], EXPERTOKEN_API_KEYS=_KEY, HF_HUB_OFFLINE="1")
     server = subprocess.Popen(given, env=environment, start_new_session=True)
@@ -189,7 +192,7 @@ def asked(stage: Stage, mounted: dict[Path, str]) -> None:
         health, quiet = stage.chroot(stage.health)
         while subprocess.run(health, env=quiet, stderr=subprocess.DEVNULL, check=False).returncode:
             if time.monotonic() > end or server.poll() is not None:
-                raise SystemExit("the health check never said yes")
+                raise SystemExit("the health check did not succeed within two minutes, or the server exited")
             time.sleep(1)
         body = {"model": "composite", "messages": [{"role": "user", "content": "What is 34 + 58?"}], "max_tokens": 20}
         reply = httpx.post(
@@ -201,7 +204,7 @@ def asked(stage: Stage, mounted: dict[Path, str]) -> None:
         print(reply.status_code, reply.json()["choices"][0]["message"]["content"])
         reply.raise_for_status()
         os.killpg(server.pid, signal.SIGTERM)
-        print("ended with", server.wait(timeout=60))
+        print("exited with status", server.wait(timeout=60))
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)
@@ -209,22 +212,22 @@ def asked(stage: Stage, mounted: dict[Path, str]) -> None:
 
 
 def main() -> None:
-    """Read the command line, build, ask."""
+    """Read the command line, build the image, and request an answer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--roots", type=Path, required=True, help="Folder for the roots; some gigabytes.")
+    parser.add_argument("--roots", type=Path, required=True, help="Folder for the roots, which take some gigabytes.")
     parser.add_argument(
         "--mount",
         action="append",
         required=True,
         metavar="SOURCE:TARGET",
-        help="The composite, and models that it names.",
+        help="Composite, or a model that it names, with its path in the image. May be repeated.",
     )
-    parser.add_argument("--build-arg", action="append", default=[], metavar="NAME=VALUE", help="A value for ARG.")
+    parser.add_argument("--build-arg", action="append", default=[], metavar="NAME=VALUE", help="Value for ARG.")
     parser.add_argument(
-        "--host-file", type=Path, action="append", default=[], help="Needed by a build here: pip.conf, ..."
+        "--host-file", type=Path, action="append", default=[], help="File that a build needs here, such as pip.conf."
     )
     parser.add_argument(
-        "--host-variable", action="append", default=[], help="Name of a variable that a build needs here."
+        "--host-variable", action="append", default=[], help="Name of an environment variable that a build needs here."
     )
     arguments = parser.parse_args()
     stage = build(

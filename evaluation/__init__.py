@@ -1,1 +1,1 @@
-"""How good a composite is: against every expert alone, the oracle and simple baselines. Imports floors 1 to 3."""
+"""Evaluation of a composite against every expert alone, the oracle and simple baselines. Imports floors 1 to 3."""

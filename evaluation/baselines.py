@@ -1,9 +1,8 @@
-"""Routers that the composite has to beat, from well-kept libraries, and rivals that would explain its gain away.
+"""Learnt routers from maintained libraries as baselines, and trivial ones that could explain the composite's gain.
 
-Each learns to expect every candidate's score and chooses the best: from the meta LLM's cached states, the very features
-that the composite has; from the question's words; from the name of its benchmark alone; from the states of a model that
-was never trained. What it has to choose (neighbours, strength, size) it chooses on the validation side, as the
-composite does.
+Each predicts every candidate's score and chooses the best candidate. The features are the meta LLM's cached states, as
+for the composite. Some baselines read the question's words, only the name of its benchmark, or the states of an
+untrained model. Their settings (neighbours, strength, size) are chosen on the validation split, as for the composite.
 """
 
 import tempfile
@@ -21,25 +20,25 @@ from ..modeling.errors import ExpertokenError, one_line, require_extra
 _SEED = 0
 _ENOUGH = 50
 _NEIGHBOURS = 50
-_CELLS = 10_000_000  # scores of neighbours at a time: 80 MB
+_CELLS = 10_000_000  # scores of neighbours held at once: 80 MB
 _COMPONENTS = 64
 _MEMBERS = 5
 _RANKING_STEPS = 300
-_RANKED = 32  # candidates of one step: pairs are as many as their square
+_RANKED = 32  # candidates of one step, since the number of pairs is its square
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a supervision as baselines see it.
+    """One split of a supervision in the form that baselines read.
 
     Attributes:
-        features: `[N, d]`.
-        scores: `[N, C]`, NaN where unknown.
+        features: `[N, d]` features.
+        scores: `[N, C]` scores, NaN where unknown.
         benchmarks: `[N]` names.
-        subjects: `[N]` names, empty where a query has none; None where no method asks for them.
-        prompts: `[N]` texts; None likewise.
-        middle: `[N, d]` states of the model's middle layer at the last token; those of `features` where None.
-        untrained: `[N, d]` states of the same model with weights at random, or None.
+        subjects: `[N]` names, empty where a query has none. None if no method needs them.
+        prompts: `[N]` texts. None if no method needs them.
+        middle: `[N, d]` states of the model's middle layer at the last token. None: `features` are used instead.
+        untrained: `[N, d]` states of the same model with random weights, or None.
         text: `[N, d]` states of the texts without their pictures, or None.
     """
 
@@ -54,11 +53,11 @@ class Side:
 
     @property
     def filled(self) -> np.ndarray:
-        """Scores without gaps, since regressors can't leave cells out; see `labels.fill_unknown`."""
+        """Scores without gaps, since regressors can't leave cells out. See `labels.fill_unknown`."""
         return fill_unknown(self.scores, self.benchmarks)
 
     def __add__(self, other: "Side") -> "Side":
-        """The queries of both."""
+        """Join the queries of both splits."""
         joined: dict[str, Any] = {
             name: None if ours is None else np.concatenate([ours, getattr(other, name)])
             for name, ours in vars(self).items()
@@ -67,16 +66,16 @@ class Side:
 
     @classmethod
     def asked(cls, features: np.ndarray) -> "Side":
-        """Return queries of which nothing but the features `[N, d]` is known."""
+        """Return queries with features `[N, d]` alone."""
         return cls(features, np.zeros((len(features), 0)), np.full(len(features), ""))
 
 
 Predictor = Callable[[Side], np.ndarray]
-"""From a side, its scores unread, to expected scores `[N, C]`."""
+"""Function from a split, without its scores, to expected scores `[N, C]`."""
 
 
 def means_of(scores: np.ndarray) -> np.ndarray:
-    """Return the mean of each candidate's known scores, 0 for one without any."""
+    """Return the mean of each candidate's known scores, 0 for a candidate without scores."""
     count = (~np.isnan(scores)).sum(0)
     return np.nan_to_num(scores).sum(0) / np.maximum(count, 1)
 
@@ -93,20 +92,20 @@ def _unit(features: np.ndarray) -> np.ndarray:
 
 
 def _table(predicted: np.ndarray, side: Side) -> np.ndarray:
-    """Return predictions as `[N, C]`: of one candidate scikit-learn gives `[N]`."""
+    """Return predictions as `[N, C]`. For one candidate scikit-learn returns `[N]`."""
     return np.reshape(predicted, (len(side.benchmarks), -1))
 
 
 def _given(values: np.ndarray | None) -> np.ndarray:
-    assert values is not None, "a method asks for what the side was made without"
+    assert values is not None, "a method needs a field that the split lacks"
     return values
 
 
 def names(train: Side, prior: float) -> Predictor:
-    """A table of means by benchmark and subject: what the name of the data set alone is worth.
+    """Fit a table of mean scores by benchmark and subject, to measure the value of the data set's name alone.
 
-    A subject is topped up with `prior` queries of its benchmark's mean. A benchmark that is not in the table has the
-    mean of all.
+    Each subject gets `prior` additional queries with its benchmark's mean. A benchmark outside the table gets the
+    overall mean.
     """
     subjects = _given(train.subjects)
     kinds = {name: means_of(train.scores[train.benchmarks == name]) for name in np.unique(train.benchmarks)}
@@ -122,7 +121,7 @@ def names(train: Side, prior: float) -> Predictor:
 
 
 def words(train: Side, alpha: float) -> Predictor:
-    """Ridge regression of the scores on TF-IDF of the words: what needs no LLM at all."""
+    """Fit a ridge regression of the scores on TF-IDF of the words, a baseline without any LLM."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import Ridge
 
@@ -131,21 +130,22 @@ def words(train: Side, alpha: float) -> Predictor:
         model = Ridge(alpha=alpha, solver="sparse_cg").fit(
             vectorizer.fit_transform(_given(train.prompts)), train.filled
         )
-    except ValueError:  # no words: texts of another script's signs, or ids of nothing but punctuation
+    except ValueError:  # no words: texts of unsupported signs, or ids of punctuation alone
         overall = means_of(train.scores)
         return lambda side: np.tile(overall, (len(side.benchmarks), 1))
     return lambda side: _table(model.predict(vectorizer.transform(_given(side.prompts))), side)
 
 
 def guarded_knn(train: Side, bar: float) -> Predictor:
-    """Neighbours that leave the best single candidate only where the neighbours are sure of another.
+    """Fit nearest neighbours that leave the best single candidate only for a surely better one.
 
-    Sure: the mean difference of their scores is over `bar` of its standard errors, paired over the neighbours.
+    A candidate is surely better if the mean difference of the scores is over `bar` of its standard errors, paired over
+    the neighbours.
     """
     from sklearn.neighbors import NearestNeighbors
 
     filled = train.filled
-    # As best single is: the mean over benchmarks, each counting alike.
+    # The same mean as for best single: over benchmarks with equal weights.
     kinds = np.unique(train.benchmarks)
     overall = np.mean([means_of(train.scores[train.benchmarks == kind]) for kind in kinds], 0)
     single, count = int(overall.argmax()), min(_NEIGHBOURS, len(train.features))
@@ -156,7 +156,7 @@ def guarded_knn(train: Side, bar: float) -> Predictor:
         ahead = found - found[:, :, single, None]
         sure = ahead.mean(1) > bar * ahead.std(1) / np.sqrt(count) + 1e-9
         means = found.mean(1)
-        # Who is not surely better is expected to be just below the best single.
+        # A candidate that is not surely better is ranked just below the best single.
         below = np.minimum(means, means[:, single, None] - 1e-6)
         below[:, single] = means[:, single]
         return np.where(sure, means, below)
@@ -173,7 +173,7 @@ def _perceptron(features: np.ndarray, scores: np.ndarray, width: int, seed: int)
     """Return a fitted perceptron with one hidden layer, stopped early."""
     from sklearn.neural_network import MLPRegressor
 
-    enough = len(features) >= _ENOUGH  # a tenth of them is what it stops on
+    enough = len(features) >= _ENOUGH  # early stopping holds out a tenth of them
     options = {"alpha": 1e-2, "early_stopping": enough, "max_iter": 200, "random_state": seed}
     model = MLPRegressor(hidden_layer_sizes=(width,), **options)
     with warnings.catch_warnings():
@@ -182,7 +182,7 @@ def _perceptron(features: np.ndarray, scores: np.ndarray, width: int, seed: int)
 
 
 def ensemble(train: Side, width: int) -> Predictor:
-    """The prefill router's recipe (arXiv 2603.20895): a middle layer's last state, scaled, PCA, small MLPs' mean."""
+    """Fit the prefill router (arXiv 2603.20895): a middle layer's last state, scaling, PCA, and the mean of MLPs."""
     from sklearn.decomposition import PCA
 
     def read(side: Side) -> np.ndarray:
@@ -201,10 +201,10 @@ def ensemble(train: Side, width: int) -> Predictor:
 
 
 def ranking(train: Side, decay: float) -> Predictor:
-    """A linear scorer with a pairwise ranking loss (EquiRouter, arXiv 2602.03478): who is better, not by how much.
+    """Fit a linear scorer with a pairwise ranking loss (EquiRouter, arXiv 2602.03478).
 
-    `mean over pairs i, j with y_i > y_j of (y_i - y_j) log(1 + exp(s_j - s_i))`. Of large pools each step takes some
-    candidates at random. The scores that it gives rank candidates; what they are worth it does not know.
+    The loss is `mean over pairs i, j with y_i > y_j of (y_i - y_j) log(1 + exp(s_j - s_i))`. For large pools each step
+    uses some candidates at random. The outputs rank the candidates and are no estimates of their scores.
     """
     import torch
 
@@ -235,12 +235,12 @@ def ranking(train: Side, decay: float) -> Predictor:
 
 
 def untrained(train: Side, alpha: float) -> Predictor:
-    """Ridge regression on the states of the same model with weights at random: what its training is worth."""
+    """Fit a ridge regression on the states of the same model with random weights, to measure its training's value."""
     return _ridge(train, alpha, lambda side: _given(side.untrained))
 
 
 def text_only(train: Side, alpha: float) -> Predictor:
-    """Ridge regression on the states of the texts without their pictures: what the pictures are worth."""
+    """Fit a ridge regression on the states of the texts without pictures, to measure the value of the pictures."""
     return _ridge(train, alpha, lambda side: _given(side.text))
 
 
@@ -253,7 +253,7 @@ def _ridge(train: Side, alpha: float, states: Callable[[Side], np.ndarray]) -> P
 
 
 def knn(train: Side, neighbours: int) -> Predictor:
-    """Mean scores of the nearest train queries by cosine (arXiv 2309.15789; a strong baseline, arXiv 2505.12601)."""
+    """Fit mean scores of the nearest train queries by cosine (arXiv 2309.15789, a strong baseline in 2505.12601)."""
     from sklearn.neighbors import KNeighborsRegressor
 
     count = min(neighbours, len(train.features))
@@ -262,7 +262,7 @@ def knn(train: Side, neighbours: int) -> Predictor:
 
 
 def linear(train: Side, alpha: float) -> Predictor:
-    """Ridge regression of the scores."""
+    """Fit a ridge regression of the scores."""
     from sklearn.linear_model import Ridge
 
     scaler, scaled = _scaled(train.features)
@@ -271,14 +271,14 @@ def linear(train: Side, alpha: float) -> Predictor:
 
 
 def mlp(train: Side, width: int) -> Predictor:
-    """A perceptron with one hidden layer, stopped early."""
+    """Fit a perceptron with one hidden layer, stopped early."""
     scaler, scaled = _scaled(train.features)
     model = _perceptron(scaled, train.filled, width, _SEED)
     return lambda side: _table(model.predict(scaler.transform(side.features)), side)
 
 
 def clusters(train: Side, count: int) -> Predictor:
-    """The best candidate of the query's k-means cluster (Avengers, arXiv 2505.19797; C-RoBERTa of RouterEval)."""
+    """Fit mean scores of k-means clusters (Avengers, arXiv 2505.19797, and C-RoBERTa of RouterEval)."""
     from sklearn.cluster import KMeans
 
     count = min(count, len(train.features))
@@ -288,16 +288,16 @@ def clusters(train: Side, count: int) -> Predictor:
     for cluster in range(count):
         inside = train.scores[model.labels_ == cluster]
         known = (~np.isnan(inside)).sum(0)
-        # One query of the overall mean tops each cluster up: a tiny cluster has no winner of its own.
+        # Each cluster gets one additional query with the overall mean, so that a tiny cluster has no winner by luck.
         means[cluster] = (np.nan_to_num(inside).sum(0) + overall) / (known + 1)
     return lambda side: means[model.predict(_unit(side.features))]
 
 
 def factors(train: Side, rank: int) -> Predictor:
-    """Matrix factorisation: queries and candidates in one space (EmbedLLM, arXiv 2410.02223; RouteLLM, 2406.18665).
+    """Fit a matrix factorisation of queries and candidates (EmbedLLM, arXiv 2410.02223, and RouteLLM, 2406.18665).
 
-    Score = bias + (state mapped to `rank` factors) . (candidate's factors), fitted as a reduced-rank ridge regression:
-    the least squares solution has a closed form, its gradient descent in the papers does not differ in the model.
+    Score = bias + (state mapped to `rank` factors) . (candidate's factors). The fit is a reduced-rank ridge regression,
+    whose least squares solution has a closed form. The papers fit the same model by gradient descent.
     """
     scaler, scaled = _scaled(train.features)
     scores = train.filled
@@ -323,31 +323,31 @@ METHODS: dict[str, tuple[Callable[..., Predictor], tuple[Any, ...]]] = {
     "untrained": (untrained, (1e2, 1e3, 1e4, 1e5)),
     "text-only": (text_only, (1e2, 1e3, 1e4, 1e5)),
 }
-"""Name to (method, the settings that validation chooses from)."""
+"""Methods by name, each with the settings that validation chooses from."""
 
 TEXT_ONLY = "text-only"
 
 ON_REQUEST = ("untrained", TEXT_ONLY)
-"""Methods that are not among all: a second model in memory, or a pass of its own over all queries."""
+"""Methods outside the default: they need a second model in memory, or an extra pass over all queries."""
 
 
 def predict(
     name: str, train: Side, validation: Side, asked: Side, score: Callable[[np.ndarray, Side], float]
 ) -> tuple[np.ndarray, Any, float]:
-    """Expected scores of a baseline, with the setting that was best on validation, fitted again on both sides.
+    """Predict expected scores with the setting that is best on validation, fitted again on train and validation.
 
     Args:
-        name: a key of `METHODS`.
-        train: what is learnt from.
-        validation: what the setting is chosen on.
-        asked: the queries to predict.
-        score: of choices `[N]` on a side.
+        name: Key of `METHODS`.
+        train: Split to learn from.
+        validation: Split to choose the setting on.
+        asked: Queries to predict.
+        score: Function that scores decisions `[N]` on a split.
 
     Returns:
-        `[N, C]`, the setting, and the seconds that the prediction took.
+        Expected scores `[N, C]`, the setting, and the seconds of the prediction.
 
     Raises:
-        ImportError: the extra `eval` is not installed.
+        ImportError: The extra `eval` is not installed.
     """
     require_extra("sklearn", "eval")
     method, settings = METHODS[name]
@@ -360,28 +360,30 @@ def predict(
 
 
 def check_model(model: str) -> None:
-    """See that a model of an embedder or an encoder is there, before anything else takes its time.
+    """Check whether the model of an embedder or an encoder exists, before the slow steps.
 
     Raises:
-        ExpertokenError: it is not, or is none.
+        ExpertokenError: The model does not exist or is no transformers model.
     """
     from transformers import AutoConfig
 
     try:
         AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise ExpertokenError(f"{model}: no such encoder; expected a hub id or a folder ({one_line(error)})") from None
+        raise ExpertokenError(
+            f"{model}: expected the hub id or the folder of an encoder, found none ({one_line(error)})"
+        ) from None
 
 
 def embed(model: str, texts: Sequence[str]) -> np.ndarray:
-    """A sentence-transformers model's embeddings of texts, `[N, d]`.
+    """Compute a sentence-transformers model's embeddings of texts, `[N, d]`.
 
     Args:
-        model: hub id or folder.
-        texts: N of them.
+        model: Hub id or folder of the model.
+        texts: N texts.
 
     Raises:
-        ImportError: the extra `embed` is not installed.
+        ImportError: The extra `embed` is not installed.
     """
     library = require_extra("sentence_transformers", "embed")
     return library.SentenceTransformer(model).encode(list(texts), show_progress_bar=len(texts) > 256)
@@ -390,17 +392,19 @@ def embed(model: str, texts: Sequence[str]) -> np.ndarray:
 def encoder(
     model: str, texts: dict[str, list[str]], train: Side, *, epochs: int = 3, batch_size: int = 16
 ) -> np.ndarray:
-    """An encoder with a sigmoid per candidate (Bench-CoE's and RouterEval's MLC kind), fine-tuned on the train side.
+    """Fine-tune an encoder with a sigmoid per candidate on the train split, and predict the test split.
+
+    Bench-CoE and RouterEval (MLC) use such encoders.
 
     Args:
-        model: any model for `AutoModelForSequenceClassification`: hub id or folder.
-        texts: `train` and `test`.
-        train: what is learnt from; scores are the targets.
-        epochs: over the train side.
-        batch_size: texts a step.
+        model: Hub id or folder of any model for `AutoModelForSequenceClassification`.
+        texts: Texts of `train` and `test`.
+        train: Split to learn from. Its scores are the targets.
+        epochs: Number of epochs over the train split.
+        batch_size: Number of texts per step.
 
     Returns:
-        expected scores of the test texts, `[N, C]`.
+        Expected scores of the test texts, `[N, C]`.
     """
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed

@@ -1,4 +1,4 @@
-"""Questions asked in a chat: how far decisions hold where something stands before the question, or after it."""
+"""Decisions on questions inside a chat, with other messages before or after the question."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +17,15 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Chat:
-    """What the composite reaches in one context.
+    """Result of the composite in one context.
 
     Attributes:
-        context: name of the context; `alone` is the bare question.
-        queries: number of questions.
-        score: mean over benchmarks of the mean score.
-        change: that score less the same questions' score alone.
+        context: Name of the context. `alone` is the bare question.
+        queries: Number of questions.
+        score: Mean over benchmarks of the mean score.
+        change: Score minus the score of the same bare questions.
         interval: 95 % interval of the change, bootstrap within benchmarks.
-        same_choice: share of the questions on which the choice is that of the bare question.
+        same_choice: Share of the questions with the same decision as the bare question.
     """
 
     context: str
@@ -37,15 +37,15 @@ class Chat:
 
 
 def in_chats(composite: Composite, test: Split, messages: list[list[dict[str, Any]]], count: int) -> list[Chat]:
-    """Ask a side's questions in contexts, and score the choices by the bare questions' results.
+    """Evaluate decisions on a split's questions in contexts, scored by the bare questions' results.
 
-    A follow-up ("try again") is about the question before it, whose best candidate is the right choice.
+    A follow-up ("try again") refers to the question before it, whose best candidate is the right decision.
 
     Args:
-        composite: what decides, by its own policy.
-        test: the side.
-        messages: conversations of its queries.
-        count: questions to ask, drawn evenly.
+        composite: Composite that decides, by its own policy.
+        test: Split with the questions.
+        messages: Conversations of the split's queries.
+        count: Number of questions to use, drawn evenly.
     """
     rows = np.unique(np.linspace(0, len(messages) - 1, min(count, len(messages))).astype(int))
     rng = np.random.default_rng(_SEED)

@@ -1,4 +1,4 @@
-"""The composite on one side of a supervision, beside everything it has to beat."""
+"""Evaluation of a composite on one split of a supervision, against experts, baselines and bounds."""
 
 import copy
 import logging
@@ -36,8 +36,8 @@ from .splits import RouterResult, Split, expected_costs, read_split
 logger = logging.getLogger(__name__)
 
 _HALF = 0.5  # the p of RouterEval's r_o(p)
-_CURVE_RESAMPLES = 1000  # resamples of metrics that are not means: each of them costs a curve
-_FOLD = 5  # where there is one side to learn from, every n-th query of it is validation
+_CURVE_RESAMPLES = 1000  # resamples of metrics that are not means: each resample costs a curve
+_FOLD = 5  # with only one split to learn from, every n-th query of it is validation
 
 
 def evaluate(
@@ -56,34 +56,33 @@ def evaluate(
 ) -> Report:
     """Score a composite against every single candidate, simple and learnt baselines and the per-query oracle.
 
-    A candidate whose score on a query is unknown counts with its mean in the benchmark, in which it scores 0 where it
-    has no score at all. Queries that nobody was measured on are left out.
+    An unknown score counts as the candidate's mean in the benchmark. A candidate without any score in a benchmark
+    counts as 0 there. Queries without any score are left out.
 
     Args:
-        composite: a folder, or a loaded one.
-        data: a supervision folder, or a loaded one; the one it was trained on where not given (folders only).
-        split: which side.
-        baselines: names from `baselines.METHODS`. Where not given, all of them but those `ON_REQUEST`, if scikit-learn
-            is installed.
-        embedder: a sentence-transformers model (hub id or folder) that gives the baselines their features; the meta
-            LLM's states, which the composite has too, where not given.
-        encoder: also fine-tune this encoder (hub id or folder) as a baseline; takes its time.
-        encoder_epochs: of that, over the train side.
-        robustness: on how many queries to try changes of the text; 0 leaves that out.
-        contexts: on how many queries to ask in a chat: behind system prompts, after earlier turns, as a follow-up; 0
-            leaves that out.
-        resamples: of the bootstrap.
-        trust_remote_code: allow the base model's repository to run its own code.
+        composite: Composite folder, or a loaded composite.
+        data: Supervision folder, or a loaded supervision. Defaults to the one that a composite folder was trained on.
+        split: Name of the split to evaluate on.
+        baselines: Names from `baselines.METHODS`. Defaults to all except `ON_REQUEST`, if scikit-learn is installed.
+        embedder: Sentence-transformers model (hub id or folder) for the baselines' features. Defaults to the meta LLM's
+            states, which the composite reads too.
+        encoder: Encoder (hub id or folder) to fine-tune as an additional baseline. This is slow.
+        encoder_epochs: Epochs of the encoder over the train split.
+        robustness: Number of queries to test with changed texts. 0 skips the test.
+        contexts: Number of queries to test in a chat: after system prompts, after earlier turns, and as a follow-up. 0
+            skips the test.
+        resamples: Number of bootstrap resamples.
+        trust_remote_code: If true, allow the base model's repository to run its own code.
 
     Raises:
-        ExpertokenError: the supervision lacks the side, or a candidate of the composite.
+        ExpertokenError: The supervision lacks the split or a candidate of the composite, or an argument is invalid.
     """
     started = time.perf_counter()
     _check_given(composite, robustness=robustness, contexts=contexts, resamples=resamples)
     baselines = [baselines] if isinstance(baselines, str) else baselines
     folder = None if isinstance(composite, Composite) else Path(composite)
     supervision = _supervision(folder, data)
-    supervision.side(split)  # a misspelt split or baseline is an error before anything is loaded
+    supervision.side(split)  # a misspelt split or baseline raises before a model is loaded
     _check_baselines(baselines or (), embedder, encoder)
     if not isinstance(composite, Composite):
         composite = load_composite(composite, trust_remote_code=trust_remote_code)
@@ -108,7 +107,7 @@ def evaluate(
     routers |= _learnt(composite.meta, baselines, embedder, (encoder, encoder_epochs), known, test)
     routers["oracle"] = test.choose(metrics.oracle(test.scores, test.costs), "bound")
     judged, confidence, outcome = _judged(decided, routers["composite"], test)
-    solved = test.scores.max(1) > 0  # a query that nobody solved has no right choice
+    solved = test.scores.max(1) > 0  # a query that no candidate solved has no right decision
     report = Report(
         results=_results(routers, test.benchmarks, resamples),
         share_of_queries={name: float((chosen == index).mean()) for index, name in enumerate(names)},
@@ -131,7 +130,7 @@ def evaluate(
     if contexts:
         report.chats = [asdict(chat) for chat in in_chats(composite, test, test.messages, contexts)]
     if split != "test":
-        report.findings.append(f"The composite may have been fitted on the {split} side: its figures are in-sample.")
+        report.findings.append(f"The composite may have been fitted on the {split} split: its scores are in-sample.")
     report.settings = {
         "split": split,
         "queries": len(chosen),
@@ -147,7 +146,7 @@ def evaluate(
 
 
 def _check_given(composite: object, **numbers: int) -> None:
-    """Raise ExpertokenError where an argument is none that `evaluate` takes."""
+    """Raise ExpertokenError for an invalid argument of `evaluate`."""
     for name, value in numbers.items():
         least = int(name == "resamples")
         if value < least:
@@ -158,25 +157,25 @@ def _check_given(composite: object, **numbers: int) -> None:
 
 
 def _check_baselines(names: Sequence[str], embedder: str | None, encoder: str | None) -> None:
-    """Raise ExpertokenError where a baseline is not known, or can't be learnt so."""
+    """Raise ExpertokenError for an unknown baseline, or one that can't be learnt with these models."""
     if unknown := [name for name in names if name not in learnt.METHODS]:
-        raise ExpertokenError(f"no baseline {unknown[0]!r}, {did_you_mean(unknown[0], learnt.METHODS)}")
+        raise ExpertokenError(f"unknown baseline {unknown[0]!r}, {did_you_mean(unknown[0], learnt.METHODS)}")
     if embedder and "untrained" in names:
-        raise ExpertokenError("--baselines untrained: found an --embedder, which is trained; leave one of the two out")
+        raise ExpertokenError("--baselines untrained: found an --embedder, which is trained. Remove one of the two")
     for model in filter(None, (embedder, encoder)):
         learnt.check_model(model)
 
 
 @dataclass(frozen=True)
 class _Decided:
-    """The composite's decisions on a split.
+    """Decisions of the composite on a split.
 
     Attributes:
-        chosen: index of the candidate chosen, `[N]`.
-        probabilities: dispatch distribution, `[N, C]`.
-        expected: what the composite expects of each candidate, `[N, C]`: chances of being right under the objective
-            `correctness`, else the probabilities.
-        of_correctness: whether `expected` holds chances.
+        chosen: Index of the chosen candidate, `[N]`.
+        probabilities: Dispatch distribution, `[N, C]`.
+        expected: Each candidate's chance of being right under the objective `correctness`, else its probability,
+            `[N, C]`.
+        of_correctness: True if `expected` holds chances.
     """
 
     chosen: np.ndarray
@@ -186,29 +185,29 @@ class _Decided:
 
     @property
     def meaning(self) -> dict[str, str]:
-        """What confidence and outcome are, for the report."""
+        """Definitions of confidence and outcome, for the report."""
         if self.of_correctness:
             return {"confidence": "chance of being right", "outcome": "its mean score"}
         return {"confidence": "probability of the chosen candidate", "outcome": "its mean share of the label"}
 
 
 def _decided(composite: Composite, test: Split) -> _Decided:
-    """Return the decisions that are served: by the composite's own policy, which may weigh costs."""
+    """Return the decisions as served, by the composite's own policy, which may weigh costs."""
     probabilities = np.exp(test.logits - test.logits.max(1, keepdims=True))
     probabilities /= probabilities.sum(1, keepdims=True)
     chances = composite.chooser.chances
-    # That differences of logits choose the same candidate says little of what is lost with another: weighing costs
-    # against chances is worth 0.085 of APGR on RouteLLM's data (docs/results.md).
+    # Chances, since differences of logits give the same decision but say little of the loss with another candidate:
+    # weighing costs against chances gains 0.085 of APGR on RouteLLM's data (docs/results.md).
     expected = 1 / (1 + np.exp(-test.logits)) if chances else probabilities
     chosen = composite.chosen(torch.from_numpy(test.logits), test.lengths)
     return _Decided(chosen, probabilities, expected, chances)
 
 
 def _judged(decided: _Decided, ours: RouterResult, test: Split) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the queries on which confidence is judged, and the confidence and the outcome on each.
+    """Return the rows of the queries on which confidence is judged, and the confidence and the outcome on each.
 
-    The outcome is what the probabilities were trained to be: whether the answer is right, or the candidate's share of
-    the label, which queries that all got right (or none) do not have.
+    The outcome is the training target of the probabilities: the correctness of the answer, or the candidate's share of
+    the label. Queries that all candidates (or none) answered correctly have no label.
     """
     chosen = decided.chosen
     judged = np.arange(len(chosen)) if decided.of_correctness else np.flatnonzero(test.weights)
@@ -218,16 +217,19 @@ def _judged(decided: _Decided, ours: RouterResult, test: Split) -> tuple[np.ndar
 
 
 def _splits(composite: Composite, supervision: Supervision, split: str, *, states: bool) -> tuple[Split, list[Split]]:
-    """Return the split to evaluate on, and those that baselines learn from, with or without states.
+    """Return the split to evaluate on, and the splits that baselines learn from, with or without states.
 
     Raises:
-        ExpertokenError: there is nothing to learn from.
+        ExpertokenError: The supervision has no split to learn from.
     """
     test = read_split(composite, supervision, split)
-    # Never the split that is scored: baselines would be learnt on the questions that they are asked.
+    # Never the split that is scored: baselines would be trained on their test questions.
     others = [name for name in ("train", "validation") if len(supervision.data[name]) and name != split]
     if not others:
-        raise ExpertokenError(f"nothing but the {split} side: baselines have nothing to be chosen on")
+        raise ExpertokenError(
+            f"expected a train or validation split to choose baselines on, found only the {split} split. Prepare the "
+            "supervision with one"
+        )
     return test, [read_split(composite, supervision, name, states=states) for name in others]
 
 
@@ -235,7 +237,7 @@ def _robustness(composite: Composite, test: Split, count: int) -> list[dict[str,
     place = np.random.default_rng(0).permutation(len(test.prompts))[:count]
     prompts = [test.prompts[index] for index in place]
     pictures = [test.queries[index].media for index in place] if test.queries else None
-    if pictures is not None and any(pictures):  # they are asked with the text, which has no placeholders then
+    if pictures is not None and any(pictures):  # encoded with the text, which must have no placeholders then
         prompts = [text_of(_unseen(test.messages[index][-1])) for index in place]
     found = measure_robustness(composite.meta, prompts, test.scores[place], pictures)
     return [asdict(entry) for entry in found]
@@ -249,7 +251,7 @@ def _unseen(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _origin(composite: Composite, supervision: Supervision) -> dict[str, Any]:
-    """Return what was evaluated, for the report."""
+    """Return the origin of composite and data, for the report."""
     return {
         "data_fingerprint": supervision.info.fingerprint,
         "base": composite.manifest.base,
@@ -265,7 +267,7 @@ def _supervision(folder: Path | None, data: Supervision | Path | str | None) -> 
     if folder is not None:
         return supervision_of(read_manifest(folder), folder, data)
     if data is None:
-        raise ExpertokenError("a composite in memory does not know its supervision; say which with `data`")
+        raise ExpertokenError("a composite in memory has no path to its supervision. Pass the supervision as `data`")
     return Supervision.load(data)
 
 
@@ -273,9 +275,9 @@ def _results(routers: dict[str, RouterResult], benchmarks: np.ndarray, resamples
     ours = routers["composite"].values
     rows: list[Result] = []
     for name, router in routers.items():
-        known = ~np.isnan(router.values)  # an expert alone has benchmarks in which it has no score
+        known = ~np.isnan(router.values)  # an expert alone may have no score in some benchmarks
         if not known.any():
-            logger.warning("%s has no score in any benchmark of this side; it has no line", name)
+            logger.warning("%s has no score in any benchmark of this split and is left out of the report", name)
             continue
         values, kinds = router.values[known], benchmarks[known]
         row = Result(
@@ -284,7 +286,7 @@ def _results(routers: dict[str, RouterResult], benchmarks: np.ndarray, resamples
             metrics.mean_over_benchmarks(values, kinds),
             metrics.bootstrap_interval(values, kinds, resamples=resamples),
             metrics.benchmark_means(values, kinds),
-            # A mean over the queries whose cost happens to be known would be another router's.
+            # A mean over only the queries with a known cost would belong to another router.
             None if router.costs is None or np.isnan(router.costs).any() else float(router.costs.mean()),
             hyperparameter=router.setting,
             coverage=router.coverage,
@@ -305,12 +307,12 @@ def _results(routers: dict[str, RouterResult], benchmarks: np.ndarray, resamples
 
 
 def _blind(chosen: np.ndarray, test: Split) -> RouterResult:
-    """Return what the composite's shares of traffic are worth where the query plays no part, in expectation."""
+    """Return the expected result of the composite's shares of traffic, independent of the query."""
     return _mixture(np.bincount(chosen, minlength=test.scores.shape[1]) / len(chosen), test)
 
 
 def _mixture(shares: np.ndarray, test: Split) -> RouterResult:
-    """Return what is expected of a candidate drawn by shares `[C]` among those that are candidates for the query."""
+    """Return the expected result of a candidate drawn by shares `[C]` from the query's candidates."""
     weights = shares * ~test.absent
     lost = weights.sum(1) == 0
     weights[lost] = ~test.absent[lost]
@@ -320,7 +322,7 @@ def _mixture(shares: np.ndarray, test: Split) -> RouterResult:
 
 
 def _simple(names: list[str], known: list[Split], test: Split) -> dict[str, RouterResult]:
-    """Best single and best per dataset (both chosen on train and validation), random, and half an oracle."""
+    """Return best single and best per dataset (both chosen on train and validation), random, and half an oracle."""
     benchmarks = np.concatenate([side.benchmarks for side in known])
     scores = fill_unknown(np.concatenate([side.raw for side in known]), benchmarks)
     kinds = np.unique(benchmarks)
@@ -354,7 +356,7 @@ def _learnt(
     known: list[Split],
     test: Split,
 ) -> dict[str, RouterResult]:
-    """Routers from libraries, on the same states or on an embedder's."""
+    """Return the results of learnt routers, on the composite's states or on an embedder's."""
     if len(known) == 1:
         rows = np.arange(len(known[0].raw))
         known = [known[0].take(rows[rows % _FOLD > 0]), known[0].take(rows[rows % _FOLD == 0])]
@@ -369,7 +371,7 @@ def _learnt(
         try:
             middle = _states_of(_at_the_middle(meta), sides)
         except ExpertokenError as error:
-            logger.warning("no baseline `ensemble`, which reads the middle layer: %s", error)
+            logger.warning("baseline `ensemble` is skipped, since it reads the middle layer: %s", error)
             names = [name for name in names if name != "ensemble"]
     raw = _states_of(_untrained(meta), sides) if "untrained" in names else none
     unseen = [replace(side, queries=_texts(meta, side)) for side in sides] if learnt.TEXT_ONLY in names else []
@@ -399,7 +401,7 @@ def _learnt(
 
 
 def _without_pictures(composite: Composite, test: Split) -> RouterResult:
-    """Return what the composite decides where the same questions come without their pictures."""
+    """Return the result of the composite's decisions on the same questions without their pictures."""
     meta = composite.meta
     states = cached_states(meta, _texts(meta, test), label="states without pictures")
     logits = state_logits(meta.rows, states, meta.transform)
@@ -407,16 +409,16 @@ def _without_pictures(composite: Composite, test: Split) -> RouterResult:
 
 
 def _texts(meta: MetaLLM, side: Split) -> list[Query]:
-    """Return a side's queries with a placeholder for each picture."""
+    """Return a split's queries with a placeholder for each picture."""
     texts = [[m | {"content": text_of(m, placeholders=True)} for m in messages] for messages in side.messages]
     return encode_all(meta, texts, "without pictures")
 
 
 def _at_the_middle(meta: MetaLLM) -> MetaLLM:
-    """Return the meta LLM, without an adapter, as it reads its middle layer.
+    """Return a copy of the meta LLM that reads its middle layer, without an adapter.
 
     Raises:
-        ExpertokenError: its layers can't be read.
+        ExpertokenError: The layers can't be read.
     """
     middle = copy.copy(meta)
     middle.read_at(StateSpec(max(1, meta.layers // 2)), 1)
@@ -424,7 +426,7 @@ def _at_the_middle(meta: MetaLLM) -> MetaLLM:
 
 
 def _untrained(meta: MetaLLM) -> MetaLLM:
-    """Return the meta LLM with weights at random, read at the same state."""
+    """Return the meta LLM with random weights, read at the same state."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     family: Any = AutoModelForCausalLM if meta.sight is None else AutoModelForImageTextToText
@@ -448,7 +450,7 @@ def _peak_gib() -> float:
 
 
 def _commit() -> dict[str, str]:
-    """The checkout's commit, where this is one; `-dirty` with changes."""
+    """Return the commit of the checkout, with `-dirty` if it has changes, or an empty mapping without a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - our own arguments

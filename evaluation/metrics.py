@@ -1,4 +1,4 @@
-"""What the field measures routers by, on plain arrays. N queries, C candidates; scores `[N, C]`, choices `[N]`."""
+"""Metrics of routers in the literature, on plain arrays: N queries, C candidates, scores `[N, C]`, decisions `[N]`."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ REFERENCE_SCORES = {
     "musr": 0.699,
     "mmlu_pro": 0.637,
 }
-"""RouterEval's reference accuracies (arXiv 2503.10657), of GPT-4 or another strong model, per benchmark."""
+"""RouterEval's reference accuracies (arXiv 2503.10657) of GPT-4 or another strong model, per benchmark."""
 
 _FAMILIES = (
     "hellaswag",
@@ -41,7 +41,7 @@ _FAMILIES = (
     "musr",
     "arc",
 )
-"""Beginnings of the names of a benchmark's parts, as in the Open LLM Leaderboard."""
+"""Prefixes of the names of a benchmark's parts, as in the Open LLM Leaderboard."""
 
 _ALIASES = {
     "arc_challenge": "arc",
@@ -57,7 +57,7 @@ _ALIASES = {
 
 
 def reference_score(benchmark: str) -> float | None:
-    """RouterEval's reference accuracy on a benchmark, however its files spell the name; None for others."""
+    """Return RouterEval's reference accuracy on a benchmark in any spelling of its files, or None for others."""
     name = re.sub(r"[^a-z0-9]+", "_", benchmark.lower()).strip("_")
     # RouterEval's raw files have the leaderboard's names: harness_arc_challenge_25, leaderboard_bbh_navigate.
     bare, prefixes = re.subn(r"^(harness|leaderboard)_", "", name)
@@ -70,42 +70,42 @@ def reference_score(benchmark: str) -> float | None:
 
 
 RIGHT = 0.5
-"""A score above it counts as solved."""
+"""Score above which a query counts as solved."""
 
 
 def benchmark_means(values: np.ndarray, benchmarks: Names) -> dict[str, float]:
-    """Mean of per-query values `[N]` within each benchmark, sorted by name."""
+    """Return the mean of per-query values `[N]` within each benchmark, sorted by name."""
     names = np.asarray(benchmarks, dtype=str)
     return {name: float(values[names == name].mean()) for name in np.unique(names)}
 
 
 def mean_over_benchmarks(values: np.ndarray, benchmarks: Names) -> float:
-    """Mean over benchmarks of the mean value, so that large ones do not drown small ones (AvgAcc, arXiv 2601.07206)."""
+    """Return the mean over benchmarks of the mean value (AvgAcc, arXiv 2601.07206), so that small ones count alike."""
     return float(np.mean(list(benchmark_means(values, benchmarks).values())))
 
 
 def bootstrap_interval(
     values: np.ndarray, benchmarks: Names, *, resamples: int = 5000, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile interval of the mean over benchmarks of the mean value.
+    """Return the percentile interval of the mean over benchmarks of the mean value.
 
-    Queries are drawn with replacement within each benchmark: the benchmarks are given, their questions are a sample.
+    Queries are drawn with replacement within each benchmark: the benchmarks are fixed, their questions are a sample.
 
     Args:
-        values: `[N]` per query; the difference of two routers' scores gives a paired interval.
+        values: `[N]` values per query. The difference of two routers' scores gives a paired interval.
         benchmarks: N names.
-        resamples: how often to draw.
-        seed: of the draws.
-        level: share of the resampled means inside.
+        resamples: Number of resamples.
+        seed: Seed of the draws.
+        level: Share of the resampled means inside the interval.
     """
     low, high = np.quantile(_resampled(values, benchmarks, resamples, seed), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def paired_p_value(difference: np.ndarray, benchmarks: Names, *, resamples: int = 5000, seed: int = 0) -> float:
-    """Two-sided p-value that a mean difference is zero, by the same bootstrap.
+    """Return the two-sided p-value that a mean difference is zero, by the same bootstrap.
 
-    Twice the share of resampled means on the other side of zero (Efron and Tibshirani, An Introduction to the
+    It is twice the share of resampled means on the other side of zero (Efron and Tibshirani, An Introduction to the
     Bootstrap, 15.4), at least `1 / resamples`.
     """
     means = _resampled(difference, benchmarks, resamples, seed)
@@ -114,7 +114,7 @@ def paired_p_value(difference: np.ndarray, benchmarks: Names, *, resamples: int 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for their number (Holm 1979): each rejection holds for all of them together."""
+    """Return p-values adjusted for their number (Holm 1979), so that each rejection holds for all of them together."""
     order = np.argsort(p_values)
     adjusted = np.empty(len(order))
     scaled = np.asarray(p_values, dtype=float)[order] * np.arange(len(order), 0, -1)
@@ -128,8 +128,8 @@ def _resampled(values: np.ndarray, benchmarks: Names, resamples: int, seed: int)
     means = np.zeros(resamples)
     groups = [values[names == name] for name in np.unique(names)]
     for group in groups:
-        # Scores take few distinct values, so drawing how often each value comes is exact and far cheaper than
-        # drawing queries.
+        # Scores take few distinct values, so drawing the count of each value is exact and far cheaper than drawing
+        # queries.
         kinds, counts = np.unique(group, return_counts=True)
         step = max(1, _DRAWS // len(kinds))  # graded scores have as many values as queries
         for start in range(0, resamples, step):
@@ -140,7 +140,7 @@ def _resampled(values: np.ndarray, benchmarks: Names, resamples: int, seed: int)
 
 
 def resample_counts(benchmarks: Names, resamples: int, seed: int = 0) -> np.ndarray:
-    """How often each query is drawn in each resample, `[R, N]`; drawn with replacement within each benchmark."""
+    """Draw resamples with replacement within each benchmark, and return the count of each query in each, `[R, N]`."""
     names = np.asarray(benchmarks, dtype=str)
     rng = np.random.default_rng(seed)
     counts = np.zeros((resamples, len(names)), dtype=np.int32)
@@ -151,29 +151,29 @@ def resample_counts(benchmarks: Names, resamples: int, seed: int = 0) -> np.ndar
 
 
 def benchmark_weights(counts: np.ndarray, benchmarks: Names) -> np.ndarray:
-    """Weights `[R, N]` with which `weights @ values` is the mean over benchmarks of the mean value, per resample."""
+    """Return weights `[R, N]` that make `weights @ values` the mean over benchmarks of the mean value, per resample."""
     names, index, sizes = np.unique(np.asarray(benchmarks, dtype=str), return_inverse=True, return_counts=True)
     return counts / (sizes[index] * len(names))
 
 
 def chosen_scores(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Score of each query's chosen candidate, `[N]`."""
+    """Return the score of each query's chosen candidate, `[N]`."""
     return scores[np.arange(len(scores)), chosen]
 
 
 def entropy_bits(probabilities: np.ndarray) -> float:
-    """RouterEval's E_p: mean entropy of the router's predictions over the candidates, in bits (arXiv 2503.10657)."""
+    """Return RouterEval's E_p: mean entropy of a router's predictions over candidates, in bits (arXiv 2503.10657)."""
     return float(entropies_bits(probabilities).mean())
 
 
 def entropies_bits(probabilities: np.ndarray) -> np.ndarray:
-    """Entropy of each row, `[N]` bits."""
+    """Return the entropy of each row, `[N]` bits."""
     logs = np.log2(probabilities, out=np.zeros_like(probabilities, dtype=float), where=probabilities > 0)
     return -(probabilities * logs).sum(1)
 
 
 def oracle(scores: np.ndarray, costs: np.ndarray | None = None) -> np.ndarray:
-    """The best candidate of each query, of several the cheapest (RouterBench, arXiv 2403.12031); choices `[N]`."""
+    """Return each query's best candidate, the cheapest if several tie, `[N]` (RouterBench, arXiv 2403.12031)."""
     if costs is None:
         return scores.argmax(1)
     best = scores >= scores.max(1, keepdims=True) - 1e-6
@@ -187,28 +187,28 @@ def mixed(oracle: np.ndarray, random: np.ndarray, p: float) -> np.ndarray:
     Args:
         oracle: `[N]` scores (or costs) of the oracle.
         random: `[N]` means over the candidates.
-        p: probability of the oracle.
+        p: Probability of the oracle.
     """
     return p * oracle + (1 - p) * random
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Quality over cost: what a router reaches at each setting of its trade-off.
+    """Quality over cost of a router, a point for each setting of its trade-off.
 
     Attributes:
-        costs: mean USD per query, `[P]`.
-        qualities: mean scores, `[P]`.
+        costs: Mean USD per query, `[P]`.
+        qualities: Mean scores, `[P]`.
     """
 
     costs: np.ndarray
     qualities: np.ndarray
 
     def hull(self) -> tuple[np.ndarray, np.ndarray]:
-        """The non-decreasing upper convex hull (RouterBench, arXiv 2403.12031, section 3.3), by cost.
+        """Return the non-decreasing upper convex hull (RouterBench, arXiv 2403.12031, section 3.3), by cost.
 
-        Points between two vertices are reached by choosing one or the other at random; a point that costs more and is
-        worse than another is never chosen.
+        Points between two vertices are reached by a random choice between the two. A point that costs more and is worse
+        than another is never chosen.
         """
         points = sorted({(float(c), float(q)) for c, q in zip(self.costs, self.qualities, strict=True)})
         kept: list[tuple[float, float]] = []
@@ -223,13 +223,14 @@ class Curve:
         return np.array([c for c, _ in kept]), np.array([q for _, q in kept])
 
     def aiq(self, low: float | None = None, high: float | None = None) -> float:
-        """Average improvement in quality (RouterBench, section 3.3): mean height of the hull over a range of costs.
+        """Return the average improvement in quality: mean height of the hull over a range of costs.
 
-        Beyond its dearest vertex the hull goes on flat; below its cheapest there is nothing to choose, quality 0.
+        See RouterBench, section 3.3. Beyond its dearest vertex the hull is flat. Below its cheapest vertex no candidate
+        is affordable, and the quality is 0.
 
         Args:
-            low: cheapest cost of the range; the curve's own where not given. Routers are compared over one range.
-            high: dearest cost.
+            low: Lowest cost of the range. Defaults to the curve's own. Routers are compared over one range.
+            high: Highest cost of the range. Defaults to the curve's own.
         """
         costs, qualities = self.hull()
         low = float(np.min(self.costs)) if low is None else low
@@ -244,13 +245,13 @@ class Curve:
 
 
 def _below(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
-    """Whether b lies on or under the line from a to c."""
+    """Check whether b lies on or under the line from a to c."""
     return (b[1] - a[1]) * (c[0] - a[0]) <= (c[1] - a[1]) * (b[0] - a[0])
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What each setting of a trade-off pays and gets on each query.
+    """Cost and score of each setting of a trade-off on each query.
 
     Attributes:
         paid: `[P, N]` USD.
@@ -261,7 +262,7 @@ class Outcomes:
     got: np.ndarray
 
     def curve(self, counts: np.ndarray | None = None) -> Curve:
-        """Means over the queries, each counted so often as `counts` `[N]` says."""
+        """Return the means over the queries, each query weighted by its count in `counts` `[N]`."""
         if counts is None:
             return Curve(self.paid.mean(1), self.got.mean(1))
         return Curve(self.paid @ counts / counts.sum(), self.got @ counts / counts.sum())
@@ -270,14 +271,17 @@ class Outcomes:
 def trade_off(
     predicted: np.ndarray, scores: np.ndarray, costs: np.ndarray, expected: np.ndarray, weights: Sequence[float]
 ) -> Outcomes:
-    """A router's trade-off: for each lambda the candidate with the best `predicted score - lambda * expected cost`.
+    """Choose for each lambda the candidate with the best `predicted score - lambda * expected cost` on each query.
 
     Args:
         predicted: `[N, C]` scores that the router expects.
-        scores: `[N, C]` as measured.
-        costs: `[N, C]` USD as measured.
+        scores: `[N, C]` measured scores.
+        costs: `[N, C]` measured USD.
         expected: `[C]` or `[N, C]` USD that a router may know beforehand.
-        weights: lambdas, score per USD.
+        weights: Lambdas, score per USD.
+
+    Returns:
+        Costs and scores of the decisions, for each lambda.
     """
     rows = np.arange(len(scores))
     choices = [(predicted - weight * expected).argmax(1) for weight in weights]
@@ -286,16 +290,16 @@ def trade_off(
 
 
 def strong_share_curve(preference: np.ndarray, weak: np.ndarray, strong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quality for each share of queries that go to the strong model, those with the highest preference first.
+    """Return the quality for each share of queries sent to the strong model, the highest preference first.
 
     Args:
-        preference: `[N]`, higher: rather the strong model.
+        preference: `[N]` preferences. A higher value favours the strong model.
         weak: `[N]` scores of the weak model.
-        strong: `[N]` scores of the strong one.
+        strong: `[N]` scores of the strong model.
 
     Returns:
-        shares `[N + 1]` from 0 to 1, and mean scores `[N + 1]`. Queries of equal preference come in random order, in
-        the mean: each brings their average gain.
+        Shares `[N + 1]` from 0 to 1, and mean scores `[N + 1]`. Queries of equal preference each add their average
+        gain, which is the mean over random orders.
     """
     order = np.argsort(-preference, kind="stable")
     gains = (strong - weak)[order].astype(float)
@@ -306,9 +310,10 @@ def strong_share_curve(preference: np.ndarray, weak: np.ndarray, strong: np.ndar
 
 
 def apgr(preference: np.ndarray, weak: np.ndarray, strong: np.ndarray) -> float:
-    """Average performance gap recovered (RouteLLM, arXiv 2406.18665, eq. 6): 0.5 is random, 1 a strong model for free.
+    """Return the average performance gap recovered (RouteLLM, arXiv 2406.18665, eq. 6).
 
-    Mean over shares of strong calls of `(quality - weak) / (strong - weak)`.
+    It is the mean over shares of strong calls of `(quality - weak) / (strong - weak)`. A value of 0.5 is random, 1 is
+    the strong model's quality without any strong call.
     """
     shares, qualities = strong_share_curve(preference, weak, strong)
     gap = strong.mean() - weak.mean()
@@ -316,59 +321,65 @@ def apgr(preference: np.ndarray, weak: np.ndarray, strong: np.ndarray) -> float:
 
 
 def cpt(preference: np.ndarray, weak: np.ndarray, strong: np.ndarray, share: float) -> float:
-    """RouteLLM's call-performance threshold: least share of strong calls that recovers `share` of the gap, or NaN."""
+    """Return RouteLLM's CPT: the least share of strong calls that recovers `share` of the gap, NaN if none does.
+
+    CPT is the call-performance threshold.
+    """
     shares, qualities = strong_share_curve(preference, weak, strong)
     reached = (qualities - weak.mean()) / (strong.mean() - weak.mean()) >= share - 1e-12
     return float(shares[reached.argmax()]) if reached.any() else float("nan")
 
 
 def perf_gain(curve: Curve, best_quality: float) -> float:
-    """Greatest relative gain of a curve over the best single model's quality (PerfGain, arXiv 2601.07206)."""
+    """Return the greatest relative gain of a curve over the best single model (PerfGain, arXiv 2601.07206)."""
     return float(curve.qualities.max() / best_quality - 1) if best_quality > 0 else float("nan")
 
 
 def cost_save(curve: Curve, best_quality: float, best_cost: float) -> float:
-    """Greatest saving at no less than the best single model's quality (CostSave, arXiv 2601.07206); NaN if none."""
+    """Return the greatest saving at no less than the best single model's quality, NaN if no point reaches it.
+
+    This is CostSave of arXiv 2601.07206.
+    """
     enough = curve.qualities >= best_quality - 1e-12
     return float(1 - curve.costs[enough].min() / best_cost) if enough.any() and best_cost > 0 else float("nan")
 
 
 def among_the_best(scores: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Whether each query's chosen candidate is one of the best, `[N]`."""
+    """Check whether each query's chosen candidate is one of the best, `[N]` bool."""
     return chosen_scores(scores, chosen) >= scores.max(1) - 1e-6
 
 
 def confusion(targets: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Label (rows) against choice (columns), `[C, C]` queries; a label that several share counts in parts."""
+    """Count queries by label (rows) and decision (columns), `[C, C]`. A label shared by several counts in parts."""
     return targets.T @ np.eye(targets.shape[1])[chosen]
 
 
 def solved_by_few(scores: np.ndarray, most: int = 3) -> dict[int, np.ndarray]:
-    """Rows of the queries that just k candidates solve, for k = 1 to `most`.
+    """Return the rows of the queries that exactly k candidates solve, for k = 1 to `most`.
 
-    Where routers lose most to the oracle (arXiv 2601.07206).
+    On these queries routers lose most to the oracle (arXiv 2601.07206).
     """
     solvers = (scores > RIGHT).sum(1)
     return {count: np.flatnonzero(solvers == count) for count in range(1, most + 1)}
 
 
 def calibration(confidence: np.ndarray, outcome: np.ndarray, bins: int = 15) -> list[tuple[float, float, int]]:
-    """Reliability: per bin of confidence mean confidence, mean outcome and count."""
+    """Return the mean confidence, mean outcome and count of each bin of confidence."""
     return [
         (float(confidence[rows].mean()), float(outcome[rows].mean()), len(rows)) for rows in _bins(confidence, bins)
     ]
 
 
 def calibration_errors(confidence: np.ndarray, outcome: np.ndarray, counts: np.ndarray, bins: int = 15) -> np.ndarray:
-    """Expected calibration error (arXiv 1706.04599) in each resample, `[R]`; see `resample_counts`."""
+    """Return the expected calibration error (arXiv 1706.04599) in each resample, `[R]`. See `resample_counts`."""
     gaps = [np.abs(counts[:, rows] @ (confidence - outcome)[rows]) for rows in _bins(confidence, bins)]
     return np.sum(gaps, axis=0) / counts.sum(1)
 
 
 def calibration_floor(confidence: np.ndarray, bins: int = 15, draws: int = 200, seed: int = 0) -> float:
-    """Return the calibration error that perfect probabilities would show on so many queries, by chance alone.
+    """Return the calibration error that perfect probabilities would have on as many queries, by chance alone.
 
-    Outcomes are drawn from the confidences themselves; the error is a mean of absolute values and is never 0.
+    Outcomes are drawn from the confidences themselves. The error is a mean of absolute values and is never 0.
     """
     once, rng = np.ones((1, len(confidence))), np.random.default_rng(seed)
     found = [

@@ -1,4 +1,4 @@
-"""The report as pictures: scores, shares, experts by benchmark, calibration, cost against quality."""
+"""Pictures of the report: scores, gains, experts by benchmark, shares, calibration, cost against quality."""
 
 import itertools
 import logging
@@ -25,21 +25,21 @@ _COLOURS = {
     "router": "#7a9e6b",
     "bound": "#c9c9c9",
 }
-_MOST_LABELS = 40  # rows and columns that a picture names
+_MOST_LABELS = 40  # readable number of rows and columns in a picture
 
 
 def draw_report(report: Report, folder: Path | str) -> list[Path]:
-    """Draw what the report holds as PNG files.
+    """Draw the report as PNG files.
 
     Args:
-        report: of an evaluation.
-        folder: where to.
+        report: Report of an evaluation.
+        folder: Folder to write the files to.
 
     Returns:
-        the files; a picture is left out where there is nothing to draw for it, or, with a warning, where it fails.
+        The files. A picture without data is left out. A picture that fails is left out with a warning.
 
     Raises:
-        ImportError: the `eval` extra is not installed.
+        ImportError: The `eval` extra is not installed.
     """
     matplotlib = require_extra("matplotlib", "eval")
     matplotlib.use("Agg")
@@ -55,11 +55,11 @@ def draw_report(report: Report, folder: Path | str) -> list[Path]:
     ):
         if not there:
             continue
-        open_before = set(matplotlib.pyplot.get_fignums())  # in a notebook, somebody else's
+        open_before = set(matplotlib.pyplot.get_fignums())  # in a notebook, the user's own figures
         try:
             drawn.append(_save(draw, report, Path(folder) / f"{name}.png"))
-        except Exception as error:  # of matplotlib: a picture is worth less than the report
-            logger.warning("the picture %s.png could not be drawn (%s)", name, one_line(error))
+        except Exception as error:  # any error of matplotlib: a missing picture must not lose the report
+            logger.warning("the picture %s.png could not be drawn and is left out (%s)", name, one_line(error))
         finally:
             for figure in set(matplotlib.pyplot.get_fignums()) - open_before:
                 matplotlib.pyplot.close(figure)
@@ -78,7 +78,7 @@ def _plain(axes: "Axes") -> None:
 
 
 def draw_scores(report: Report) -> "Figure":
-    """Mean scores with their intervals."""
+    """Draw mean scores with their intervals."""
     from matplotlib import pyplot
 
     rows = [row for row in report.results if row.kind != "expert"]
@@ -86,7 +86,7 @@ def draw_scores(report: Report) -> "Figure":
     rows = [*rows[::-1], *singles[-_MOST_LABELS:]]
     rows.sort(key=lambda row: row.mean_score)
     means = [100 * row.mean_score for row in rows]
-    # An interval without a width, as of an expert that is right on all of a benchmark, may miss the mean by a rounding.
+    # An interval of zero width (an expert that is right on a whole benchmark) may miss the mean by a rounding error.
     low = [max(0.0, 100 * (row.mean_score - row.mean_score_interval[0])) for row in rows]
     high = [max(0.0, 100 * (row.mean_score_interval[1] - row.mean_score)) for row in rows]
     figure, axes = pyplot.subplots(figsize=(8, 0.32 * len(rows) + 1.2), layout="constrained")
@@ -105,14 +105,14 @@ def draw_scores(report: Report) -> "Figure":
         tick.set_fontweight("bold" if row.kind == "composite" else "normal")
     axes.set_xlabel(
         f"mean score over {len(report.queries_by_benchmark)} benchmarks, %\n"
-        "(95 % interval of each alone; the report's gains are paired, and surer)"
+        "(95 % interval of each line alone, the paired gains of the report are more precise)"
     )
     _plain(axes)
     return figure
 
 
 def draw_gains(report: Report) -> "Figure":
-    """What the composite gains over each other way to answer, paired on the same queries."""
+    """Draw the composite's gain over each other router and model, paired on the same queries."""
     from matplotlib import pyplot
 
     rows = [row for row in report.shown() if row.composite_gain is not None][::-1]
@@ -130,7 +130,7 @@ def draw_gains(report: Report) -> "Figure":
 
 
 def draw_experts(report: Report) -> "Figure":
-    """Scores of every candidate and of the composite on every benchmark."""
+    """Draw the scores of every candidate and of the composite on every benchmark."""
     from matplotlib import pyplot
 
     rows = [report.composite, *(row for row in report.shown() if row.kind == "expert")]
@@ -156,7 +156,7 @@ def draw_experts(report: Report) -> "Figure":
 
 
 def draw_shares(report: Report) -> "Figure":
-    """How many queries each candidate gets, beside how many labels it has."""
+    """Draw each candidate's share of decisions beside its share of labels."""
     from matplotlib import pyplot
 
     names = sorted(report.share_of_queries, key=report.share_of_queries.__getitem__)[-_MOST_LABELS:]
@@ -183,7 +183,7 @@ def draw_shares(report: Report) -> "Figure":
 
 
 def draw_reliability(report: Report) -> "Figure":
-    """Confidence of the dispatch against the score it got; the size says how many queries."""
+    """Draw the outcome against the confidence of the dispatch, with the number of queries as the size."""
     from matplotlib import pyplot
 
     bins = [(part.mean_confidence, part.mean_outcome, part.queries) for part in report.calibration_bins]
@@ -204,13 +204,13 @@ def draw_reliability(report: Report) -> "Figure":
 
 
 def _between(costs: np.ndarray, points: int = 50) -> np.ndarray:
-    """Costs with points between each and the next."""
+    """Insert points between each cost and the next."""
     parts = [np.linspace(low, high, points) for low, high in itertools.pairwise(costs)]
     return np.concatenate([*parts, costs[-1:]])
 
 
 def draw_costs(report: Report) -> "Figure":
-    """Cost against quality: single models, and the hull that each router reaches."""
+    """Draw quality against cost: single models, and the hull of each router."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
@@ -228,7 +228,7 @@ def draw_costs(report: Report) -> "Figure":
     for name, curve in report.cost_quality_curves.items():
         ours = name == "composite"
         colour = _COLOURS["composite"] if ours else "#999999" if name == "single models" else next(others, "#777777")
-        # Between two vertices a router mixes them: a straight line in cost, which a logarithmic axis bends.
+        # Between two vertices a router mixes them. This line is straight in cost and bent on a logarithmic axis.
         costs = _between(np.array(curve["usd_per_query"]))
         axes.plot(
             1000 * costs,
@@ -241,7 +241,7 @@ def draw_costs(report: Report) -> "Figure":
         )
     paid = [cost for _, cost in priced if cost > 0]
     if paid:
-        # Logarithmic but for a stretch at zero, so that what costs nothing has a place.
+        # Logarithmic except near zero, so that models without a cost can be drawn.
         axes.set_xscale("symlog", linthresh=min(paid) / 2, linscale=0.3)
     axes.set_xlim(left=0 if any(cost == 0 for _, cost in priced) or not paid else 0.7 * min(paid))
     axes.set_xlabel("USD per 1000 queries")

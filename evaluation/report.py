@@ -1,4 +1,4 @@
-"""What an evaluation found, as an object and as a folder that a person would rather look at than read."""
+"""Report of an evaluation, as an object, as JSON and as Markdown with pictures."""
 
 import json
 import logging
@@ -17,27 +17,27 @@ from ..modeling.model_card import add_scores
 logger = logging.getLogger(__name__)
 
 BLIND = "blind mixture"
-"""Name of the line that sends the composite's share of queries to each candidate, whatever they ask."""
+"""Name of the line that sends the composite's share of queries to each candidate, independent of the query."""
 
 WITHOUT_PICTURES = "without pictures"
-"""Name of the line of the composite's own decisions where the same questions come without their pictures."""
+"""Name of the line of the composite's own decisions on the same questions without their pictures."""
 
 _TRIVIAL = ("names", "words", "untrained", "text-only", BLIND, WITHOUT_PICTURES)
 _SURE = 0.05
 _BOUNDS = (_SURE / 2, 1 - _SURE / 2)
-_MOST_EXPERTS = 30  # lines that a table has room for
+_MOST_EXPERTS = 30  # readable number of lines in a table
 
 
 @dataclass(frozen=True)
 class Gain:
-    """Gain of the composite over another way to answer, paired on the same queries.
+    """Gain of the composite over a router or a model, paired on the same queries.
 
     Attributes:
-        difference: difference of the mean scores.
+        difference: Difference of the mean scores.
         interval: 95 % interval of the difference, bootstrap within benchmarks.
-        p_value: two-sided p-value that the difference is zero.
-        p_holm: the same, adjusted for the number of baselines and routers that the composite is held against (Holm);
-            None for experts alone and bounds.
+        p_value: Two-sided p-value that the difference is zero.
+        p_holm: The p-value adjusted for the number of baselines and routers in the comparison (Holm). None for experts
+            alone and bounds.
     """
 
     difference: float
@@ -47,25 +47,25 @@ class Gain:
 
     @property
     def p(self) -> float:
-        """The p-value to judge by."""
+        """P-value to judge by: the adjusted one if there is one."""
         return self.p_value if self.p_holm is None else self.p_holm
 
 
 @dataclass
 class Result:
-    """What one way to answer reached: a line of the report.
+    """Result of one router or model: a line of the report.
 
     Attributes:
-        name: name of the router or the model.
+        name: Name of the router or the model.
         kind: `composite`, `expert`, `baseline`, `router` (a learnt one) or `bound` (which needs the answers).
-        mean_score: mean over benchmarks of the mean score.
-        mean_score_interval: 95 % interval, bootstrap within benchmarks.
-        score_by_benchmark: mean score on each benchmark.
-        usd_per_query: mean cost, None where not known.
-        composite_gain: gain of the composite over this one; None for the composite.
-        hyperparameter: value that a learnt router chose on validation.
-        coverage: share of the queries on which the candidate that it chose was measured; None where nothing is chosen.
-        milliseconds: that a learnt router takes per query, its features at hand.
+        mean_score: Mean over benchmarks of the mean score.
+        mean_score_interval: 95 % interval of the mean score, bootstrap within benchmarks.
+        score_by_benchmark: Mean score on each benchmark.
+        usd_per_query: Mean cost, None if unknown.
+        composite_gain: Gain of the composite over this result. None for the composite.
+        hyperparameter: Setting of a learnt router, chosen on validation.
+        coverage: Share of the queries on which the chosen candidate was measured. None for results without decisions.
+        milliseconds: Time of a learnt router per query, features excluded.
     """
 
     name: str
@@ -82,12 +82,12 @@ class Result:
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Queries whose confidence is similar.
+    """Queries with similar confidence.
 
     Attributes:
-        mean_confidence: mean confidence of the composite.
-        mean_outcome: mean of the outcome that `settings` names.
-        queries: number of queries.
+        mean_confidence: Mean confidence of the composite.
+        mean_outcome: Mean of the outcome that `settings` names.
+        queries: Number of queries.
     """
 
     mean_confidence: float
@@ -97,21 +97,21 @@ class CalibrationBin:
 
 @dataclass
 class Report:
-    """What an evaluation found; its fields are those of `report.json`.
+    """Results of an evaluation, with the fields of `report.json`.
 
     Attributes:
-        results: the composite first, then everything it is compared with.
-        share_of_queries: share of the queries that the composite sends to each candidate.
-        queries_by_benchmark: number of queries.
-        metrics: metrics of the field by name, without those that are not finite.
-        metric_intervals: 95 % intervals of the metrics that have one, bootstrap within benchmarks.
-        findings: sentences about metrics other than the mean score.
-        confusion_matrix: queries by label (rows) and choice (columns), in the order of `share_of_queries`.
-        calibration_bins: confidence and outcome.
-        cost_quality_curves: for each router the hull of its trade-off: `usd_per_query` and `mean_score`.
-        robustness: for each change of the text: share of decisions flipped, score lost, queries.
-        chats: for each context of a chat: score, change against the bare question, share of the same choices.
-        settings: what was evaluated, on what data, with which versions, and how long it took.
+        results: Result of the composite, then the results that it is compared with.
+        share_of_queries: Share of the queries that the composite sends to each candidate.
+        queries_by_benchmark: Number of queries of each benchmark.
+        metrics: Metrics from the literature by name. Only finite values are kept.
+        metric_intervals: 95 % intervals of metrics, where computed, bootstrap within benchmarks.
+        findings: Sentences about metrics other than the mean score.
+        confusion_matrix: Queries by label (rows) and decision (columns), in the order of `share_of_queries`.
+        calibration_bins: Confidence and outcome of queries with similar confidence.
+        cost_quality_curves: Hull of each router's trade-off: `usd_per_query` and `mean_score`.
+        robustness: Share of decisions flipped, score lost and number of queries for each change of the text.
+        chats: Score, change against the bare question and share of equal decisions for each context of a chat.
+        settings: Composite, data, versions and duration of the evaluation.
     """
 
     results: list[Result]
@@ -136,7 +136,7 @@ class Report:
         """Return a result by name.
 
         Raises:
-            ExpertokenError: there is none of that name.
+            ExpertokenError: The report has no result of that name.
         """
         found = {row.name: row for row in self.results}
         if name not in found:
@@ -144,7 +144,7 @@ class Report:
         return found[name]
 
     def add(self, name: str, value: float, resampled: np.ndarray | None = None) -> None:
-        """Add a metric, with the interval of its resampled values; one that is not finite is left out."""
+        """Add a metric with the interval of its resampled values. A metric that is not finite is skipped."""
         if not math.isfinite(value):
             return
         self.metrics[name] = float(value)
@@ -154,13 +154,13 @@ class Report:
             self.metric_intervals[name] = (float(low), float(high))
 
     def shown(self) -> list[Result]:
-        """Return the results that tables show: of a large pool only the best experts; `report.json` has them all."""
+        """Return the results that tables show. Of a large pool these are the best experts, `report.json` has all."""
         experts = sorted((row for row in self.results if row.kind == "expert"), key=lambda row: -row.mean_score)
         left_out = {row.name for row in experts[_MOST_EXPERTS:]}
         return [row for row in self.results if row.kind != "expert" or row.name not in left_out]
 
     def verdict(self) -> list[str]:
-        """Return sentences on where the composite wins: over the baselines, what is trivial, and the best router."""
+        """Return sentences that compare the composite with best single, best per dataset, trivial and best routers."""
         rivals = [row for row in self.results if row.name.startswith("best ") or row.name in _TRIVIAL]
         routers = [row for row in self.results if row.kind == "router" and row.name not in _TRIVIAL]
         if routers:
@@ -173,7 +173,7 @@ class Report:
             aside.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
 
     def save_folder(self, folder: Path | str, pictures: Sequence[Path] = ()) -> None:
-        """Write `report.json`, and `report.md` with links to the pictures that `plots.draw_report` drew of it."""
+        """Write `report.json`, and `report.md` with links to the pictures drawn by `plots.draw_report`."""
         folder = Path(folder)
         self.save(folder / "report.json")
         with atomic_file(folder / "report.md") as aside:
@@ -233,21 +233,22 @@ class Report:
                 cells.append("" if row.milliseconds is None else f"{row.milliseconds:.2f}")
             body.append(cells)
         text = (
-            "Percent; n is the number of queries. The mean is over benchmarks, each counting alike. Best single and "
-            "best per dataset were chosen on train and validation; the half oracle has the best candidate with "
-            "probability 1/2 and one at random otherwise, in expectation. The share is of queries the composite sends "
-            "there; the gain is the composite's over the line, paired on the same queries, its interval for this line "
-            "alone; p is adjusted for the number of baselines and routers (Holm). The blind mixture sends each "
-            "candidate as many queries as the composite does, whatever they ask; `names` knows the name of the "
-            "benchmark and the subject alone, `words` the words of the question."
+            "Scores are in percent, and n is the number of queries. The mean is over benchmarks with equal weights. "
+            "Best single and best per dataset were chosen on train and validation. The half oracle is an expectation: "
+            "the best candidate with probability 1/2, else one at random. Share is the share of queries that the "
+            "composite sends to a candidate. Gain is the gain of the composite over the line, paired on the same "
+            "queries, with an interval for this line alone. The p-value is adjusted for the number of baselines and "
+            "routers (Holm). The blind mixture sends as many queries to each candidate as the composite, independent "
+            "of the query. `names` sees only the names of benchmark and subject, `words` only the words of the "
+            "question."
         )
         if timed:
-            text += " Milliseconds are a learnt router's own, per query, its features at hand."
+            text += " Milliseconds are a learnt router's time per query, features excluded."
         if gaps:
             text += (
-                " Measured is the share of the queries on which the candidate chosen has a score. Elsewhere its mean "
-                "in the benchmark counts. A benchmark in which a model has no score is left out of its own line, and "
-                "there it counts as wrong where a router chooses it."
+                " Measured is the share of the queries on which the chosen candidate has a score. On other queries "
+                "its mean in the benchmark counts. A benchmark without scores of a model is left out of the model's "
+                "own line. If a router chooses the model there, it counts as wrong."
             )
         return ["## Scores", "", text, "", *_table(head, body), ""]
 
@@ -257,12 +258,12 @@ class Report:
             interval = self.metric_intervals.get(name)
             rows.append([name, f"{value:.4f}", "" if interval is None else "{:.4f} to {:.4f}".format(*interval)])
         text = (
-            ["PerfGain and CostSave are of the curve's best point, chosen on these queries."]
+            ["PerfGain and CostSave are measured at the curve's best point, chosen on these queries."]
             if self.cost_quality_curves
             else []
         )
         if absent := self.settings.get("without_known_cost") if self.cost_quality_curves else None:
-            text.append(f"Not in the curves of cost and quality, because no cost is known: {', '.join(absent)}.")
+            text.append(f"Left out of the curves of cost and quality, because of unknown costs: {', '.join(absent)}.")
         head = ["metric", "value", "95 % interval"]
         told = [" ".join(text), ""] if text else []
         return ["## Metrics", "", *told, *_table(head, rows), ""] if rows else []
@@ -272,7 +273,7 @@ class Report:
             return []
         names = list(self.share_of_queries)
         rows = [[name, *(f"{v:.0f}" for v in row)] for name, row in zip(names, self.confusion_matrix, strict=True)]
-        return ["## Labels (down) and choices (across), queries", "", *_table(["", *names], rows), ""]
+        return ["## Queries by label (rows) and decision (columns)", "", *_table(["", *names], rows), ""]
 
     def _chats(self) -> list[str]:
         rows = [
@@ -286,8 +287,10 @@ class Report:
             ]
             for entry in self.chats
         ]
-        head = ["context", "score", "change", "95 % interval", "same choice", "queries"]
-        text = "The same questions in a chat. A follow-up says nothing by itself and is about the question before it."
+        head = ["context", "score", "change", "95 % interval", "same decision", "queries"]
+        text = (
+            "The same questions in a chat. A follow-up has no content of its own and refers to the question before it."
+        )
         return ["## In chats", "", text, "", *_table(head, rows), ""] if rows else []
 
     def _robustness(self) -> list[str]:
@@ -300,12 +303,12 @@ class Report:
             ]
             for entry in self.robustness
         ]
-        head = ["change of the text", "decisions flipped, %", "score lost, points", "queries"]
+        head = ["change of the query", "decisions flipped, %", "score lost, points", "queries"]
         return ["## Robustness", "", *_table(head, rows), ""] if rows else []
 
 
 def _points(gain: Gain, interval_digits: int) -> tuple[str, str]:
-    """Return a gain and its interval in points."""
+    """Return a gain and its interval as text, in percentage points."""
     low, high = (f"{100 * bound:+.{interval_digits}f}" for bound in gain.interval)
     return f"{100 * gain.difference:+.2f}", f"{low} to {high}"
 
@@ -316,9 +319,9 @@ def _sentence(row: Result) -> str:
     points, interval = _points(gain, 2)
     told = f"{points} points ({interval}, {_p(gain.p)})"
     if row.coverage is not None and row.coverage < 1:
-        told += f"; it was measured on {100 * row.coverage:.0f} % of the queries, and counts as wrong on the others"
+        told += f". It was measured on {100 * row.coverage:.0f} % of the queries, and counts as wrong on the others"
     if gain.p >= _SURE:
-        return f"Not told apart from {row.name}: {told}."
+        return f"Not significantly different from {row.name}: {told}."
     return f"{'Better' if gain.difference > 0 else 'WORSE'} than {row.name}: {told}."
 
 

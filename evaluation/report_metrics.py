@@ -16,27 +16,27 @@ def add_scores(
     report: Report, routers: dict[str, RouterResult], test: Split, chosen: np.ndarray, probabilities: np.ndarray,
     counts: np.ndarray,
 ) -> None:  # fmt: skip
-    """RouterEval's and LLMRouterBench's metrics of the composite.
+    """Add RouterEval's and LLMRouterBench's metrics of the composite to a report.
 
     Args:
-        report: gets them.
-        routers: by name; the composite, the experts, random, oracle.
-        test: the side.
-        chosen: `[N]` choices of the composite.
-        probabilities: `[N, C]` of its dispatch.
+        report: Report to add the metrics to.
+        routers: Results by name: the composite, the experts, random, oracle.
+        test: Split that is evaluated.
+        chosen: `[N]` decisions of the composite.
+        probabilities: `[N, C]` dispatch probabilities of the composite.
         counts: `[R, N]` resamples, see `metrics.resample_counts`.
     """
-    # A row per resample, the data themselves first.
+    # One row per resample. The first row is the data without resampling.
     counts = np.concatenate([np.ones((1, counts.shape[1]), counts.dtype), counts])
     weights = metrics.benchmark_weights(counts, test.benchmarks)
     ours = weights @ routers["composite"].values
-    single = int((weights[0] @ test.scores).argmax())  # fixed outside the resampling, or each would crown another
+    single = int((weights[0] @ test.scores).argmax())  # fixed, or each resample would have another best single
     best = weights @ test.scores[:, single]
     kinds = np.unique(test.benchmarks)
     inside = [np.flatnonzero(test.benchmarks == kind) for kind in kinds]
 
     def ratio(values: np.ndarray) -> np.ndarray:
-        """Return the ratio of the composite's mean to another's, in the mean over benchmarks in which that has any."""
+        """Return the composite's mean relative to another's, averaged over benchmarks in which the other's is not 0."""
         both = (routers["composite"].values, values)
         ours, theirs = (np.stack([_mean(counts[:, rows], v[rows]) for rows in inside]) for v in both)
         there = theirs > 0
@@ -70,17 +70,17 @@ def add_scores(
 
 
 def add_calibration(report: Report, confidence: np.ndarray, outcome: np.ndarray, counts: np.ndarray) -> None:
-    """How far probabilities and outcomes `[N]` lie apart; `counts` `[R, N]` are resamples."""
+    """Add the calibration error between confidences and outcomes `[N]` to a report. `counts` `[R, N]` are resamples."""
     counts = counts[counts.sum(1) > 0]
     once = np.ones((1, len(outcome)), counts.dtype)
     errors = metrics.calibration_errors(confidence, outcome, np.concatenate([once, counts]))
     report.add("calibration error (ECE)", errors[0], errors[1:])
-    if np.isin(outcome, (0, 1)).all():  # graded outcomes vary less, by how much nobody knows
+    if np.isin(outcome, (0, 1)).all():  # graded outcomes vary less, by an unknown amount
         report.add("calibration error of perfect probabilities, by chance", metrics.calibration_floor(confidence))
 
 
 def _mean(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Mean of per-query values in each resample, `[R]`; NaN where a resample has none."""
+    """Return the mean of per-query values in each resample, `[R]`, NaN for a resample without queries."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return counts @ values.astype(float) / counts.sum(1)
 
@@ -93,14 +93,14 @@ def add_trade_offs(
     served: np.ndarray,
     counts: np.ndarray,
 ) -> None:
-    """AIQ, PerfGain and CostSave over the candidates whose costs are known, with their curves.
+    """Add AIQ, PerfGain and CostSave over the candidates with known costs, and their curves, to a report.
 
     Args:
-        report: gets them.
-        routers: by name; those with `predicted` have a trade-off.
-        test: the side, its costs without gaps for candidates whose cost is known.
-        expected: `[C]` USD per query, NaN where not known.
-        served: `[N, C]` USD that the composite expects where it is served; see `Chooser.usd`.
+        report: Report to add the metrics to.
+        routers: Results by name. A result with `predicted` has a trade-off.
+        test: Split that is evaluated. Its costs have no gaps for candidates with a known cost.
+        expected: `[C]` USD per query, NaN where unknown.
+        served: `[N, C]` USD that the composite expects when it serves. See `Chooser.usd`.
         counts: `[R, N]` resamples.
     """
     priced = np.flatnonzero(~np.isnan(expected))
@@ -133,7 +133,10 @@ def add_trade_offs(
 def add_pair(
     report: Report, routers: dict[str, RouterResult], known: list[Split], test: Split, counts: np.ndarray
 ) -> None:
-    """RouteLLM's metrics, where there are just two candidates: APGR, and CPT for half and four fifths of the gap."""
+    """Add RouteLLM's metrics of two candidates to a report: APGR, and CPT for half and four fifths of the gap.
+
+    Pools of another size and a strong model that is not better than the weak one are skipped.
+    """
     if test.raw.shape[1] != 2:
         return
     scores = test.scores
@@ -164,7 +167,7 @@ def _drawn(
 
 
 def _add_gain(report: Report, figure: str, routers: dict[str, RouterResult], resampled: dict[str, np.ndarray]) -> None:
-    """The composite's gain over the best learnt router, on the same resamples: a paired interval."""
+    """Add the composite's gain over the best learnt router to a report, with its paired interval on the resamples."""
     learnt = [name for name in resampled if name in routers and routers[name].kind == "router"]
     if not learnt:
         return
@@ -172,6 +175,6 @@ def _add_gain(report: Report, figure: str, routers: dict[str, RouterResult], res
     gain = report.metrics[f"{figure}, composite"] - report.metrics[f"{figure}, {rival}"]
     report.add(f"{figure}, composite less {rival}", gain, resampled["composite"] - resampled[rival])
     low, high = report.metric_intervals.get(f"{figure}, composite less {rival}", (math.nan, math.nan))
-    word = "Better" if low > 0 else "WORSE" if high < 0 else "Not told apart"
-    preposition = "from" if word == "Not told apart" else "than"
+    word = "Better" if low > 0 else "WORSE" if high < 0 else "Not significantly different"
+    preposition = "from" if word == "Not significantly different" else "than"
     report.findings.append(f"{figure}: {word} {preposition} {rival}: {gain:+.4f} ({low:+.4f} to {high:+.4f}).")

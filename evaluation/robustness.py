@@ -1,4 +1,4 @@
-"""How firmly a composite decides: the same question in another dress should go to the same candidate."""
+"""Robustness of decisions: a changed form of the same question should go to the same candidate."""
 
 import io
 import random
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _OPTION = re.compile(r"^(\(?[A-H][.):])(.*)$", re.MULTILINE)
-_ATTACKED = 16  # questions that the adversarial suffix is found on
-_STEPS = 40  # of its search
-_WORDS = 10  # that it has
+_ATTACKED = 16  # questions to optimise the adversarial suffix on
+_STEPS = 40  # steps of the suffix's search
+_WORDS = 10  # words of the suffix
 
 
 @dataclass(frozen=True)
 class Robustness:
-    """What a change of the question did.
+    """Effect of a change of the question.
 
     Attributes:
-        change: its name.
-        share_flipped: share of decisions that changed.
-        score_lost: mean score lost by the changes (negative: gained).
-        queries: on how many.
+        change: Name of the change.
+        share_flipped: Share of decisions that changed.
+        score_lost: Mean score lost by the change (negative: gained).
+        queries: Number of queries that the change affects.
     """
 
     change: str
@@ -42,7 +42,7 @@ class Robustness:
 
 
 def typos(text: str, rng: random.Random) -> str:
-    """One letter in thirty swapped with its neighbour."""
+    """Swap about one letter in thirty with its neighbour."""
     letters = list(text)
     for place in range(len(letters) - 1):
         if letters[place].isalpha() and letters[place + 1].isalpha() and rng.random() < 1 / 30:
@@ -51,12 +51,12 @@ def typos(text: str, rng: random.Random) -> str:
 
 
 def spacing(text: str, rng: random.Random) -> str:
-    """Some spaces doubled, white space around."""
+    """Add spaces: double some of them, and surround the text with white space."""
     return "  " + re.sub(" ", lambda _: "  " if rng.random() < 0.2 else " ", text) + " \n"
 
 
 def shuffled_options(text: str, rng: random.Random) -> str:
-    """The options of a multiple-choice question in another order, their letters in place."""
+    """Shuffle the options of a multiple-choice question, and keep their letters in place."""
     found = [match[2] for match in _OPTION.finditer(text)]
     rng.shuffle(found)
     rest = iter(found)
@@ -64,7 +64,7 @@ def shuffled_options(text: str, rng: random.Random) -> str:
 
 
 def suffix(text: str, rng: random.Random) -> str:
-    """Twenty random words behind the question."""
+    """Append twenty random words to the question."""
     words = ("".join(rng.choices(string.ascii_letters + string.punctuation, k=rng.randint(2, 7))) for _ in range(20))
     return f"{text} {' '.join(words)}"
 
@@ -82,7 +82,7 @@ CHANGES: dict[str, Callable[[str, random.Random], str]] = {
 
 def _redrawn(picture: Picture, change: Callable[[Any], Any]) -> Picture:
     file = io.BytesIO()
-    change(picture.decoded()).save(file, "JPEG", quality=95)  # of a photograph, a PNG may be larger than what is read
+    change(picture.decoded()).save(file, "JPEG", quality=95)  # a photograph as PNG may exceed the size limit
     return Picture.of(file.getvalue())
 
 
@@ -100,14 +100,14 @@ def robustness(
     *,
     seed: int = 0,
 ) -> list[Robustness]:
-    """Decisions on changed texts and pictures against those on the questions as they are.
+    """Compare the decisions on changed texts and pictures with the decisions on the original questions.
 
     Args:
-        meta: the meta LLM with its rows.
+        meta: Meta LLM with its rows.
         prompts: N questions.
-        scores: `[N, C]` without gaps.
-        pictures: the pictures of each question, where the meta LLM sees.
-        seed: of the changes.
+        scores: `[N, C]` scores without gaps.
+        pictures: Pictures of each question, for a meta LLM that reads pictures.
+        seed: Seed of the changes.
     """
     shown = [tuple(of) for of in pictures or [()] * len(prompts)]
 
@@ -129,7 +129,7 @@ def robustness(
     def compare(
         name: str, changed: Sequence[str], first: int = 0, seen: Sequence[tuple[Picture, ...]] = shown
     ) -> list[Robustness]:
-        """On the questions from `first` on that the change touched."""
+        """Compare on the questions that the change affects, from index `first` on."""
         touched = (i for i in range(first, len(prompts)) if changed[i] != prompts[i] or seen[i] != shown[i])
         kept = np.array([*touched], dtype=int)
         if not len(kept):
@@ -166,17 +166,17 @@ def adversarial_suffix(
     tokenizer: "PreTrainedTokenizerBase",
     rng: random.Random,
 ) -> str:
-    """One suffix for all questions that takes decisions away from whom they went to.
+    """Search for one suffix that takes decisions away from the chosen candidates on all questions.
 
-    Hill climbing over single words, as the query-independent gadgets of "Rerouting LLM Routers" (arXiv 2501.01818) are
-    found: a change is kept if the mean lead of the chosen candidates falls.
+    The search is hill climbing over single words, as for the query-independent gadgets of "Rerouting LLM Routers"
+    (arXiv 2501.01818). A change is kept if the mean lead of the chosen candidates falls.
 
     Args:
-        logits: of the candidates, `[N, C]`, for texts.
-        prompts: the questions it is found on; measure on others.
-        chosen: `[N]`, who they went to.
-        tokenizer: whose vocabulary gives the words.
-        rng: of the search.
+        logits: Function from texts to the candidates' logits, `[N, C]`.
+        prompts: Questions to optimise the suffix on. Measure on other questions.
+        chosen: `[N]` candidates chosen for the questions.
+        tokenizer: Tokenizer whose vocabulary gives the words.
+        rng: Random generator of the search.
     """
     count = tokenizer.vocab_size
 
@@ -191,7 +191,7 @@ def adversarial_suffix(
         rows = np.arange(len(prompts))
         ours = values[rows, chosen].copy()
         values[rows, chosen] = -np.inf
-        # Beyond -1 a decision is lost: to push it further would cost others.
+        # Below -1 a decision is lost already: pushing it further would cost others.
         return float(np.maximum(ours - values.max(1), -1).mean())
 
     best = [word() for _ in range(_WORDS)]

@@ -1,4 +1,4 @@
-"""Which single model for a whole new task, from its inputs alone (LLM Routing with Benchmark Datasets, 2309.15789)."""
+"""Choice of one model for a new task, from its inputs alone (LLM Routing with Benchmark Datasets, arXiv 2309.15789)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ from .baselines import Side, knn, means_of
 _NEIGHBOURS = 5
 _RIGHT = 0.5
 _FOLDS = 5
-_PRIOR = 5.0  # labelled examples that the estimate from distance weighs as much as
+_PRIOR = 5.0  # weight of the estimate from distance, in labelled examples
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """What is expected of one model on the new task.
+    """Expected performance of one model on the new task.
 
     Attributes:
-        name: of the model.
-        s1: mean predicted probability that it is right.
-        s2: share of inputs on which it is predicted to be right.
-        s3: s2 corrected by how far the predictor can be trusted on this task.
+        name: Name of the model.
+        s1: Mean predicted probability that the model is right.
+        s2: Share of inputs on which the model is predicted to be right.
+        s3: s2 corrected by the predictor's expected accuracy on this task.
         trust: p(d, m), the predictor's expected accuracy on this task.
-        average: its mean score over the benchmarks known: "best on average" ranks by it.
+        average: Mean score of the model over the known benchmarks. "Best on average" ranks by it.
     """
 
     name: str
@@ -49,33 +49,37 @@ def select(
 ) -> list[Ranking]:
     """Rank the experts of a composite for an unlabelled task, best S3 first.
 
-    A predictor per model (k nearest neighbours on the meta LLM's states, as the paper on sentence embeddings) says on
-    which inputs it would be right. How well that predictor does on a task, p(d, m), falls with the task's distance from
-    the benchmarks: each benchmark in turn is left out (and a part of each, which the paper does not do), and a Gaussian
-    kernel smoother over (distance, accuracy) reads p(d, m) off at the new task's distance.
+    A predictor per model estimates on which inputs the model is right. It uses k nearest neighbours on the meta LLM's
+    states, where the paper uses sentence embeddings. The accuracy of the predictor on a task, p(d, m), falls with the
+    task's distance from the benchmarks.
+
+    To estimate it, each benchmark in turn is held out, and also a part of each, which the paper does not do. A Gaussian
+    kernel smoother over (distance, accuracy) then gives p(d, m) at the new task's distance.
 
     Args:
-        composite: a folder.
-        queries: inputs of the task.
-        labelled: a handful of further inputs of the task with scores `[n, C]` over the composite's candidates, NaN
-            where not measured. They join the predictors' examples and correct p(d, m).
-        data: the supervision, where it was moved.
-        trust_remote_code: allow the base model's repository to run its own code.
+        composite: Composite folder.
+        queries: Inputs of the task.
+        labelled: A few further inputs of the task with scores `[n, C]` over the composite's candidates, NaN where not
+            measured. They join the predictors' examples and correct p(d, m).
+        data: Supervision folder, if it was moved.
+        trust_remote_code: If true, allow the base model's repository to run its own code.
 
     Raises:
-        ExpertokenError: there are no queries, or results of one benchmark only (nothing to leave out).
-        ImportError: the extra `eval` is not installed.
+        ExpertokenError: There are no queries, or results of one benchmark only, so none can be held out.
+        ImportError: The extra `eval` is not installed.
     """
     require_extra("sklearn", "eval")
     if not len(queries):
-        raise ExpertokenError("no queries of the task; expected at least one")
+        raise ExpertokenError("expected at least one query of the task, found none")
     folder = Path(composite)
     loaded = load_composite(folder, trust_remote_code=trust_remote_code)
     supervision = supervision_of(loaded.manifest, folder, data)
     names = loaded.pool.names
     known = _known(loaded, supervision)
     if len(np.unique(known.benchmarks)) < 2:
-        raise ExpertokenError("results of one benchmark only: a predictor's accuracy on a new task can't be estimated")
+        raise ExpertokenError(
+            "expected results of at least two benchmarks, found one. The accuracy on a new task can't be estimated"
+        )
     states = np.asarray(states_of(loaded.meta, list(queries), label="task states").hidden)
     distances, accuracies = _observed(known)
     trust = _smooth(distances, accuracies, _distance(states, known.features))
@@ -89,7 +93,7 @@ def select(
     s1, s2 = predicted.mean(0), (predicted > _RIGHT).mean(0)
     s3 = s2 * trust + (1 - s2) * (1 - trust)
     kinds = np.unique(known.benchmarks)
-    # One not measured on a benchmark has nothing on average there.
+    # A candidate without any score in a benchmark has a mean of 0 there.
     means = np.stack([means_of(known.scores[known.benchmarks == kind]) for kind in kinds])
     average = means.mean(0)
     found = [Ranking(name, *map(float, row)) for name, *row in zip(names, s1, s2, s3, trust, average, strict=True)]
@@ -97,7 +101,7 @@ def select(
 
 
 def _known(loaded: Composite, supervision: Supervision) -> Side:
-    """Train and validation sides, with candidates in the composite's order."""
+    """Return the train and validation splits, with candidates in the composite's order."""
     columns = supervision.columns_of(loaded.pool.names)
     sides = [name for name in ("train", "validation") if len(supervision.data[name])]
     features = [
@@ -110,7 +114,7 @@ def _known(loaded: Composite, supervision: Supervision) -> Side:
 
 
 def _distance(states: np.ndarray, examples: np.ndarray) -> float:
-    """u(d): mean cosine distance of a task's inputs to their nearest examples."""
+    """Return u(d), the mean cosine distance of a task's inputs to their nearest examples."""
     from sklearn.neighbors import NearestNeighbors
 
     index = NearestNeighbors(n_neighbors=min(_NEIGHBOURS, len(examples)), metric="cosine").fit(examples)
@@ -118,10 +122,10 @@ def _distance(states: np.ndarray, examples: np.ndarray) -> float:
 
 
 def _observed(known: Side) -> tuple[np.ndarray, np.ndarray]:
-    """Distances `[2B]` and accuracies of the predictors `[2B, C]` at two distances per benchmark.
+    """Return distances `[2B]` and accuracies of the predictors `[2B, C]`, at two distances per benchmark.
 
-    Far: predictors made without the benchmark, as in the paper. Near: without a fifth of its queries, so that a task
-    much like a benchmark is not judged by tasks that are like none.
+    The far distance is for predictors without the benchmark, as in the paper. The near distance is for predictors
+    without a fifth of its queries. So a task similar to a benchmark is not judged by tasks that are similar to none.
     """
     fold = np.random.default_rng(0).integers(_FOLDS, size=len(known.features))
     distances, accuracies = [], []
@@ -140,15 +144,15 @@ def _observed(known: Side) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smooth(distances: np.ndarray, accuracies: np.ndarray, at: float) -> np.ndarray:
-    """Nadaraya-Watson at a distance, `[C]`; the bandwidth is the benchmarks' own spread (Silverman's rule)."""
+    """Return the Nadaraya-Watson estimate at a distance, `[C]`, with Silverman's bandwidth of the distances."""
     width = 1.06 * distances.std() * len(distances) ** -0.2 or 1e-6
     log = -0.5 * ((distances - at) / width) ** 2
-    weights = np.exp(log - log.max())  # far from all of them, the nearest counts
+    weights = np.exp(log - log.max())  # far from all distances, only the nearest counts
     return weights @ accuracies / weights.sum()
 
 
 def _corrected(trust: np.ndarray, predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """p(d, m) with what the labelled examples say: a mean over them and `_PRIOR` examples of the estimate."""
+    """Return p(d, m) corrected by labelled examples: the mean over these and `_PRIOR` examples of the estimate."""
     measured = ~np.isnan(truth)
     right = ((predicted > _RIGHT) == (truth > _RIGHT)) & measured
     return (right.sum(0) + _PRIOR * trust) / (measured.sum(0) + _PRIOR)

@@ -1,4 +1,4 @@
-"""One side of a supervision as an evaluation sees it, and ways to choose on it."""
+"""Splits of a supervision for evaluation, and results of routers on them."""
 
 import logging
 from collections.abc import Sequence
@@ -20,16 +20,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RouterResult:
-    """What one way to choose reaches on the queries of a split.
+    """Result of one router on the queries of a split.
 
     Attributes:
-        kind: see `report.Result`.
-        values: `[N]` score on each query; of a random choice its expectation.
-        costs: `[N]` USD on each query, NaN where a candidate without a known cost was chosen; None without any costs.
-        predicted: `[N, C]` what a router expects of the candidates, for the trade-off of cost and quality.
-        setting: what was chosen on validation.
-        coverage: share of the queries on which the candidate chosen was measured; None for a router without choices.
-        seconds: that a learnt router took to choose on all N, its features at hand.
+        kind: Kind of router, see `report.Result`.
+        values: `[N]` score on each query, or its expectation for a random candidate.
+        costs: `[N]` USD on each query, NaN where the chosen candidate has no known cost. None without any costs.
+        predicted: `[N, C]` scores that a router expects of the candidates, for the trade-off of cost and quality.
+        setting: Setting chosen on validation.
+        coverage: Share of the queries on which the chosen candidate was measured. None for a router without decisions.
+        seconds: Time of a learnt router for all N decisions, features excluded.
     """
 
     kind: str
@@ -43,22 +43,22 @@ class RouterResult:
 
 @dataclass(frozen=True)
 class Split:
-    """One side of the supervision, in the order of the composite's candidates.
+    """One split of the supervision, in the order of the composite's candidates.
 
     Attributes:
-        raw: scores `[N, C]`: 0 where a candidate has none in the benchmark, NaN where its score is unknown.
-        absent: where a candidate has no score in the benchmark, `[N, C]` bool.
+        raw: Scores `[N, C]`: 0 where a candidate has none in the benchmark, NaN where its score is unknown.
+        absent: Mask of candidates without a score in the benchmark, `[N, C]` bool.
         costs: `[N, C]` USD, or None.
         benchmarks: `[N]` names.
         subjects: `[N]` names, empty where a query has none.
-        features: `[N, d]` of the meta LLM.
-        logits: `[N, C]` of the composite.
-        targets: `[N, C]` of the labels.
-        weights: `[N]` of the labels; 0 where a query says nothing about who should answer.
-        lengths: tokens of each conversation, `[N]`.
-        queries: the conversations as the meta LLM reads them; empty without states.
-        messages: the conversations.
-        prompts: the last message of each conversation.
+        features: `[N, d]` states of the meta LLM.
+        logits: `[N, C]` logits of the composite.
+        targets: `[N, C]` targets of the labels.
+        weights: `[N]` weights of the labels, 0 where a query does not show which candidate should answer.
+        lengths: Tokens of each conversation, `[N]`.
+        queries: Conversations in the form that the meta LLM reads. Empty without states.
+        messages: Conversations.
+        prompts: Last message of each conversation.
     """
 
     raw: np.ndarray
@@ -77,28 +77,28 @@ class Split:
 
     @cached_property
     def scores(self) -> np.ndarray:
-        """Scores without gaps: an unknown one is the candidate's mean in the benchmark; see `labels.fill_unknown`."""
+        """Scores without gaps: an unknown one is the candidate's mean in the benchmark, see `labels.fill_unknown`."""
         return fill_unknown(self.raw, self.benchmarks)
 
     @property
     def measured(self) -> np.ndarray:
-        """Where a candidate was measured, `[N, C]` bool."""
+        """Mask of the measured candidates, `[N, C]` bool."""
         return ~np.isnan(self.raw) & ~self.absent
 
     def choose(self, chosen: np.ndarray, kind: str, **more: Any) -> RouterResult:
-        """Return the result of these choices."""
+        """Return the result of these decisions."""
         rows = np.arange(len(chosen))
         costs = None if self.costs is None else self.costs[rows, chosen]
         coverage = float(self.measured[rows, chosen].mean())
         return RouterResult(kind, self.scores[rows, chosen], costs, coverage=coverage, **more)
 
     def single(self, index: int) -> RouterResult:
-        """Return the result of one candidate alone; NaN in benchmarks in which it has no score."""
+        """Return the result of one candidate alone, NaN in benchmarks without its scores."""
         found = self.choose(np.full(len(self.raw), index), "expert")
         return replace(found, values=np.where(self.absent[:, index], np.nan, found.values))
 
     def take(self, rows: np.ndarray) -> "Split":
-        """Some of its queries."""
+        """Return the split with the queries at these rows."""
         arrays = {key: value[rows] for key, value in vars(self).items() if isinstance(value, np.ndarray)}
         lists: dict[str, Any] = {
             key: [value[int(row)] for row in rows]
@@ -109,16 +109,16 @@ class Split:
 
 
 def read_split(composite: Composite, supervision: Supervision, name: str, *, states: bool = True) -> Split:
-    """A side with the composite's logits, by way of the cache of states. Queries nobody was measured on are left out.
+    """Read a split with the composite's logits, using cached states. Queries without any score are left out.
 
     Args:
-        composite: whose candidates and states.
-        supervision: that has the side.
-        name: of the side.
-        states: whether features and logits are needed; without them they are empty.
+        composite: Composite that gives candidates and states.
+        supervision: Supervision with the split.
+        name: Name of the split.
+        states: If false, features and logits are empty and no states are computed.
 
     Raises:
-        ExpertokenError: the supervision lacks the side or a candidate, or nobody was measured on it.
+        ExpertokenError: The supervision lacks the split or a candidate, or no candidate was measured on the split.
     """
     columns = supervision.columns_of(composite.pool.names)
     side = supervision.side(name)
@@ -126,9 +126,12 @@ def read_split(composite: Composite, supervision: Supervision, name: str, *, sta
     absent = supervision.absent(name)[:, columns]
     kept = np.flatnonzero(~np.isnan(raw).all(1))
     if not len(kept):
-        raise ExpertokenError(f"no candidate of the composite was measured on the {name} side; nothing to compare")
+        raise ExpertokenError(
+            f"expected scores of the composite's candidates on the {name} split, found none. Prepare the supervision "
+            "with their results"
+        )
     if len(kept) < len(raw):
-        logger.warning("%d queries that no candidate was measured on are left out", len(raw) - len(kept))
+        logger.warning("%d queries on which no candidate was measured are left out", len(raw) - len(kept))
     messages = supervision.conversations(name)
     hidden = logits = np.zeros((len(raw), 0), np.float32)
     lengths = np.zeros(len(raw), dtype=int)
@@ -158,9 +161,10 @@ def read_split(composite: Composite, supervision: Supervision, name: str, *, sta
 
 
 def expected_costs(known: Sequence[Split], test: Split) -> np.ndarray:
-    """What each candidate costs on average, `[C]` USD per query, NaN where nothing is known.
+    """Return the mean cost of each candidate, `[C]` USD per query, NaN if unknown.
 
-    From the learning sides, as a router may know beforehand; from the test side only where those say nothing.
+    The costs come from the splits to learn from, since a router may know these beforehand. The test split is used only
+    for candidates without a cost there.
     """
     width = test.raw.shape[1]
     sides = [side.costs for side in known if side.costs is not None]

@@ -1,1 +1,1 @@
-"""Runnable stories; part of the checkout, not of the wheel."""
+"""Runnable examples. They are part of the checkout, not of the wheel."""

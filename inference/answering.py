@@ -1,4 +1,4 @@
-"""Answering a conversation: the candidates are asked in their order until an answer is whole."""
+"""Answering a conversation: candidates are tried in order until one completes the answer."""
 
 import asyncio
 import json
@@ -36,23 +36,23 @@ from .sessions import Affinity
 
 logger = logging.getLogger(__name__)
 
-_COUNTED = 100_000  # characters: to count the tokens of more takes seconds
+_COUNTED = 100_000  # characters: counting the tokens of longer texts takes seconds
 
 
 class AnsweringModel(ABC):
-    """Many LLMs as one, wherever the decision is made.
+    """Many LLMs that answer as one, wherever the decision is made.
 
-    Each method that answers exists twice: for ordinary code, and with an `a` before its name for code that runs in an
-    event loop.
+    Each method that answers exists twice: for ordinary code, and with an `a` before its name for code in an event loop.
 
     Attributes:
-        limit: tokens of a conversation that an operator allows, whoever answers; None for no limit of his.
-        local_models: that are held in this process, or None.
+        limit: Longest conversation in tokens that the operator allows, for every candidate. None if the operator sets
+            no limit.
+        local_models: Models held in this process, or None.
 
     Args:
-        chooser: chooses among the candidates.
-        policy: how one is chosen where a request says nothing else.
-        observer: is told what happens.
+        chooser: Chooser among the candidates.
+        policy: Default policy for requests that set none.
+        observer: Observer that is notified of decisions, answers and failures.
     """
 
     limit: int | None = None
@@ -67,11 +67,11 @@ class AnsweringModel(ABC):
     @property
     @abstractmethod
     def identity(self) -> str:
-        """Tells models apart that decide or answer differently."""
+        """Fingerprint that differs between models that decide or answer differently."""
 
     @abstractmethod
     def count(self, text: str) -> int:
-        """Tokens of a text, as the meta LLM reads it; where a backend does not count its own."""
+        """Count the tokens of a text as the meta LLM reads it, for backends that report no counts."""
 
     @abstractmethod
     async def adecide(
@@ -81,13 +81,14 @@ class AnsweringModel(ABC):
         generation: Generation | None = None,
         affinity: Affinity | None = None,
     ) -> Decision:
-        """Decide on a conversation, together with whatever else is to be decided just now.
+        """Decide on a conversation, batched with other conversations that are pending.
 
         Args:
-            messages: the conversation.
-            policy: how a candidate is chosen; the model's own where None.
-            generation: how it is to be answered: who can't serve that is no candidate.
-            affinity: what binds the conversation to who answered last; what its messages say where None.
+            messages: Conversation to decide on.
+            policy: Policy for choosing a candidate. Defaults to the model's own.
+            generation: Options of the answer. Experts that can't serve them are no candidates.
+            affinity: Binding of the conversation to the expert of its last answer. Defaults to the one that the
+                messages imply.
         """
 
     @abstractmethod
@@ -97,52 +98,60 @@ class AnsweringModel(ABC):
         policy: Policy | None = None,
         generation: Generation | None = None,
     ) -> list[Decision]:
-        """Decide on many; nothing is answered. Arguments as in `adecide`."""
+        """Decide on several conversations without answering them. Arguments as in `adecide`."""
 
     @abstractmethod
     def backend(self, name: str) -> Backend:
-        """The opened backend of a candidate.
+        """Return the opened backend of a candidate.
 
         Raises:
-            ExpertFailedError: it can't be opened.
+            ExpertFailedError: The backend can't be opened.
         """
 
     @abstractmethod
     def reloaded(self) -> "AnsweringModel":
-        """Return this model as its files are now, over what is in memory; this one goes on with its answers.
+        """Return a model from the current files that reuses the weights in memory.
+
+        This model continues its in-flight answers.
 
         Raises:
-            ExpertokenError: the files are not well formed any more.
+            ExpertokenError: The files are no longer well formed.
         """
 
     def batched(self, names: Iterable[str]) -> list[str]:
-        """Those of them whose models run here and answer in batches, in the order in which least has to be loaded."""
+        """Return the candidates that run in this process and answer in batches.
+
+        They are sorted so that as few models as possible are loaded.
+        """
         return []
 
-    def prepare(self, name: str) -> None:  # noqa: B027 - an endpoint needs nothing
-        """Begin to load a candidate that will be wanted soon, where there is room for it; nothing waits for that."""
+    def prepare(self, name: str) -> None:  # noqa: B027 - an endpoint needs no preparation
+        """Start to load a candidate that is needed soon, if there is room for it.
+
+        The call returns immediately.
+        """
 
     @property
     def calibrated_shares(self) -> Mapping[str, float]:
-        """Share of each candidate in the prompts of the calibration; empty where there was none."""
+        """Share of each candidate in the calibration prompts, 0 to 1. Empty without a calibration."""
         return {}
 
     @property
     def left_alone(self) -> list[str]:
-        """Candidates that failed too often of late."""
+        """Candidates that are skipped because they failed too often recently."""
         return [name for name, breaker in self._breakers.items() if breaker.is_open]
 
     @property
     def opened(self) -> dict[str, Backend]:
-        """Backends by candidate, as far as they were needed."""
+        """Backends opened so far, by candidate."""
         return dict(self._backends)
 
     def observe(self, observer: Observer) -> None:
-        """Tell another observer from now on."""
+        """Replace the observer."""
         self.observer = observer
 
     @overload
-    def route(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
+    def route(  # type: ignore[overload-overlap]  # a text is a sequence of texts too
         self, conversations: str | Sequence[Message], *, policy: Policy | None = None
     ) -> Dispatch: ...
 
@@ -152,14 +161,14 @@ class AnsweringModel(ABC):
     ) -> list[Dispatch]: ...
 
     def route(self, conversations: str | Sequence[Any], *, policy: Policy | None = None) -> Dispatch | list[Dispatch]:
-        """Decide who would answer, without answering.
+        """Decide which candidate would answer, without answering.
 
         Args:
-            conversations: one conversation (a string, or a list of messages), or a list of conversations.
-            policy: how a candidate is chosen; the composite's own where None.
+            conversations: One conversation (a string, or a list of messages), or a list of conversations.
+            policy: Policy for choosing a candidate. Defaults to the composite's own.
 
         Returns:
-            one `Dispatch`, or a list of them in the same order.
+            One `Dispatch`, or a list of them in the same order.
         """
         many = not isinstance(conversations, str) and not (
             len(conversations) > 0 and isinstance(conversations[0], dict)
@@ -172,12 +181,12 @@ class AnsweringModel(ABC):
         """Answer a conversation.
 
         Args:
-            conversation: a string, or messages with `role` and `content`; the decision reads its view of it.
-            policy: how a candidate is chosen; the composite's own where None.
-            **generation: see `Generation` (`max_new_tokens`, `temperature`, `top_p`, `seed`, `stop`, ...).
+            conversation: A string, or messages with `role` and `content`. The decision reads its view of it.
+            policy: Policy for choosing a candidate. Defaults to the composite's own.
+            **generation: Options of `Generation` (`max_new_tokens`, `temperature`, `top_p`, `seed`, `stop`, ...).
 
         Raises:
-            ExpertokenError: the conversation is not well formed, or nobody could answer.
+            ExpertokenError: The conversation is not well formed, or no candidate could answer.
         """
         return BackgroundLoop.call(self.achat(conversation, policy=policy, **generation))
 
@@ -190,7 +199,7 @@ class AnsweringModel(ABC):
     async def achat(
         self, conversation: str | Sequence[Message], *, policy: Policy | None = None, **generation: Any
     ) -> Reply:
-        """As `chat`."""
+        """Answer a conversation as in `chat`."""
         stream = await self.astream(conversation, policy=policy, **generation)
         async for _ in stream.pieces():
             pass
@@ -199,13 +208,16 @@ class AnsweringModel(ABC):
     async def astream(
         self, conversation: str | Sequence[Message], *, policy: Policy | None = None, **generation: Any
     ) -> ReplyStream:
-        """As `stream`."""
+        """Answer a conversation in pieces, as in `stream`."""
         options = _generation(generation)
         messages = as_messages(conversation)
         return self.answer(messages, await self.adecide(messages, policy, options), options)
 
     def about(self, messages: Sequence[Message]) -> int:
-        """Tokens of a conversation's texts, without what a template adds; estimated where they are very long."""
+        """Count the tokens of a conversation's texts, without the tokens that a template adds.
+
+        The count is estimated for very long texts.
+        """
         return self._estimated("\n".join(text_of(message, placeholders=True) for message in messages))
 
     def _estimated(self, text: str) -> int:
@@ -213,7 +225,7 @@ class AnsweringModel(ABC):
         return math.ceil(self.count(counted) * len(text) / max(1, len(counted)))
 
     def about_tools(self, tools: Any) -> int:
-        """Return the tokens that a request's tools take in a prompt, about; 0 where there are none."""
+        """Estimate the tokens that a request's tools take in a prompt. Return 0 without tools."""
         return self._estimated(json.dumps(tools)) if tools else 0
 
     def view(self, messages: Sequence[Message]) -> str:
@@ -224,12 +236,12 @@ class AnsweringModel(ABC):
     def _unable(
         self, messages: Sequence[Message], generation: Generation | None, tokens: int | None = None
     ) -> dict[str, str]:
-        """Return the candidates that can't serve a request, with the reason.
+        """Return the candidates that can't serve a request, with the reasons.
 
         Args:
-            messages: the conversation.
-            generation: how it is to be answered.
-            tokens: of the conversation, where they are counted already.
+            messages: Conversation of the request.
+            generation: Options of the answer.
+            tokens: Number of tokens of the conversation, if it is already known.
         """
         candidates = self.pool.candidates
         if any(expert.context_length is not None for expert in candidates):
@@ -238,21 +250,24 @@ class AnsweringModel(ABC):
         return unable(candidates, Needs.of(messages, generation, tokens or 0))
 
     def _undisputed(self, messages: Sequence[Message], name: str) -> Decision:
-        """For one candidate that alone may answer: it does, whatever the meta LLM can read of it.
+        """Return the decision for the only candidate that may answer.
+
+        The meta LLM reads nothing, so its context length does not matter.
 
         Raises:
-            ExpertokenError: the conversation is longer than the operator allows.
+            ExpertokenError: The conversation is longer than the operator allows.
         """
         tokens = self.about(messages)
         self._check_length(tokens, self.limit)
-        return Decision(Dispatch(name, {name: 1.0}, "nobody else may answer", (name,)), tokens, 0.0)
+        return Decision(Dispatch(name, {name: 1.0}, "no other candidate may answer", (name,)), tokens, 0.0)
 
     def _bound(
         self, messages: Sequence[Message], policy: Policy, affinity: Affinity, unable: Mapping[str, str]
     ) -> Decision | None:
-        """Return the decision for who called tools whose results come now, or None where nobody did, or may not.
+        """Return the decision for the expert whose tool calls are open.
 
-        Another expert would read calls that it did not make, under ids that its server does not know.
+        The result is None if there is no such expert, or if the policy excludes it. Another expert would read calls
+        that it did not make, under ids that its server does not know.
         """
         names = self.chooser.candidates(policy, unable)
         if not affinity.open_calls or affinity.last not in names:
@@ -271,10 +286,12 @@ class AnsweringModel(ABC):
         started: float,
         generation: Generation | None = None,
     ) -> Decision:
-        """Let the policy's `default` answer where the meta LLM can't decide. Self can't stand in for itself.
+        """Let the policy's `default` answer because the meta LLM can't decide.
+
+        Self can't be this fallback, because the meta LLM itself is unavailable.
 
         Raises:
-            NoAnswerError: the policy names nobody for that.
+            NoAnswerError: The policy names no usable default.
         """
         names = self.chooser.candidates(policy, self._unable(messages, generation))
         if policy.default not in names or policy.default == self.pool.self_name:
@@ -287,22 +304,27 @@ class AnsweringModel(ABC):
     @staticmethod
     def _check_length(tokens: int, most: int | None) -> None:
         if most is not None and tokens > most:
-            raise ExpertokenError(f"the conversation has {tokens} tokens; at most {most} are read")
+            raise ExpertokenError(f"expected a conversation of at most {most} tokens, got {tokens}")
 
     def answer(self, messages: Sequence[Message], decision: Decision, generation: Generation) -> ReplyStream:
-        """The answer that follows a decision. Nothing is asked before it is iterated over.
+        """Return the stream of the answer that follows a decision.
+
+        No request is sent before the stream is iterated over.
 
         Args:
-            messages: the conversation.
-            decision: on it.
-            generation: how.
+            messages: Conversation to answer.
+            decision: Decision on the conversation.
+            generation: Options of the answer.
         """
         stream = ReplyStream(decision)
         stream._pieces = self._answer(self._unnamed(messages), decision, generation, stream)
         return stream
 
     def _unnamed(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages without `name` where it says who answered: that is between us and the user."""
+        """Return messages without a `name` that holds a candidate.
+
+        Which expert answered is information for the user, not for the models.
+        """
 
         def is_ours(message: Message) -> bool:
             return message["role"] == "assistant" and message.get("name") in self.pool.names
@@ -312,7 +334,10 @@ class AnsweringModel(ABC):
     async def _answer(
         self, messages: list[Message], decision: Decision, generation: Generation, stream: ReplyStream
     ) -> AsyncGenerator[Piece, None]:
-        """Ask the candidates in their order until an answer is whole; the next one continues where one broke off."""
+        """Yield pieces of the answer, trying candidates in order until one completes it.
+
+        The next candidate continues a partial answer.
+        """
         turn = Turn(stream, generation)
         order, chosen = self._order(decision.dispatch.ranking, stream), decision.dispatch.expert
         while (name := next(order, None)) is not None:
@@ -330,14 +355,14 @@ class AnsweringModel(ABC):
                 continue
             assert outcome is not None
             self._fail(name, outcome, decision, turn)
-            if turn.calls:  # half a tool call can't be continued
+            if turn.calls:  # a partial tool call can't be continued
                 break
-        if not turn.refused:  # a request that everybody refuses is no fault of the server
+        if not turn.refused:  # a request that all candidates refuse is no fault of the server
             self.observer.lost()
         raise NoAnswerError(stream.failures, begun=turn.begun, refused=turn.refused)
 
     def _within_means(self, name: str, decision: Decision, turn: Turn) -> Generation:
-        """Return how the rest of an answer is to be generated, within what the candidate's entry says it can do."""
+        """Return the options for the rest of an answer, within the limits of the candidate's pool entry."""
         expert, generation = self.pool[name], turn.left(self.count)
         if generation.max_new_tokens is None:
             return generation
@@ -351,7 +376,7 @@ class AnsweringModel(ABC):
     async def _attempt(
         self, attempt: Attempt, messages: list[Message], decision: Decision, turn: Turn
     ) -> AsyncGenerator[Piece, None]:
-        """Yield what one candidate adds to the turn, and set the outcome of the attempt."""
+        """Yield the pieces that one candidate adds to the turn, and set the outcome of the attempt."""
         name = attempt.name
         turn.begin(name)
         try:
@@ -364,18 +389,18 @@ class AnsweringModel(ABC):
                         break
         except HandOver as handed:
             attempt.outcome = HandedOver(handed.dispatch)
-        except Exception as error:  # whatever an expert fails with, the user has a next best one
-            # What fails behind the end of an answer takes nothing of it away.
+        except Exception as error:  # any failure of an expert leads to the next candidate
+            # A failure after the end of an answer does not invalidate it.
             whole = turn.finished and not turn.is_empty
             failed = Failed(one_line(error), refused=isinstance(error, RequestRefusedError))
             attempt.outcome = Whole() if whole else failed
-        except BaseException:  # the user went away; what was written until then was written
+        except BaseException:  # the user disconnected: the tokens so far still count
             self._breakers[name].left()
             self._tell_spent(name, decision, turn)
             raise
         else:
             empty = turn.is_empty and not self.pool[name].is_self
-            attempt.outcome = Failed("gave an empty answer") if empty else Whole()
+            attempt.outcome = Failed("returned an empty answer") if empty else Whole()
 
     def _finish(self, name: str, chosen: str, decision: Decision, turn: Turn) -> Piece:
         """Record a whole answer and return its last piece."""
@@ -387,13 +412,13 @@ class AnsweringModel(ABC):
         return last
 
     def _hand_over(self, name: str, dispatch: Dispatch, decision: Decision, turn: Turn) -> Iterator[str]:
-        """Record that self called for an expert, and return the candidates to ask from here on."""
+        """Record that self called for an expert, and return the candidates to try from here on."""
         stream = turn.stream
         self._breakers[name].succeeded()
         self._tell_spent(name, decision, turn)
         self.observer.handed_over(dispatch.expert)
         stream.reply = replace(stream.reply, handed_over=dispatch, handed_over_after=len(turn.text))
-        # Self goes on where none of them can; a candidate that failed in this turn is not asked again.
+        # Self continues if no expert can. A candidate that failed in this turn is not tried again.
         experts = [one for one in dispatch.ranking if one != name and one not in stream.failures]
         return self._order([*experts, name], stream)
 
@@ -405,10 +430,13 @@ class AnsweringModel(ABC):
         self._tell_spent(name, decision, turn)
         self.observer.failed(name, failed.reason, begun=turn.begun, refused=failed.refused)
         stream.reply = replace(stream.reply, failures=stream.failures | {name: failed.reason})
-        logger.warning("expert %r failed, the next one is asked: %s", name, failed.reason)
+        logger.warning("expert %r failed, falling back to the next candidate: %s", name, failed.reason)
 
     def _order(self, ranking: Sequence[str], stream: ReplyStream) -> Iterator[str]:
-        """The ranking, without those that failed too often of late; they come last, where nobody else is left."""
+        """Yield the ranked candidates, skipping candidates that failed too often recently.
+
+        Skipped candidates come last, as a last resort.
+        """
         skipped = []
         for name in ranking:
             if self._breakers[name].admits():
@@ -422,19 +450,19 @@ class AnsweringModel(ABC):
     async def _ask(
         self, name: str, messages: list[Message], generation: Generation, decision: Decision, turn: Turn
     ) -> AsyncGenerator[Piece, None]:
-        """Yield one candidate's answer, or its continuation of an answer that was begun."""
+        """Yield one candidate's answer, or its continuation of a partial answer."""
         backend = self._backends.get(name)
-        if backend is None:  # an adapter's may have to wait for room
+        if backend is None:  # an adapter may have to wait until memory is free
             backend = await asyncio.wrap_future(in_thread(self.backend, name))
         try:
             async with aclosing(backend.stream(messages, generation, begun=turn.text)) as pieces:
                 async for piece in pieces:
                     yield piece
         except SystemExit as error:
-            raise ExpertFailedError("its backend wanted to end the program") from error
+            raise ExpertFailedError("its backend raised SystemExit, which was stopped") from error
 
     def _tell_spent(self, name: str, decision: Decision, turn: Turn) -> None:
-        """What a candidate read and wrote in this turn, also where it broke off."""
+        """Record the tokens and the cost of a candidate's part of the turn, complete or not."""
         if not turn.part and turn.usage is None:
             return
         read, written = turn.usage or (decision.prompt_tokens, self.count(turn.part))
@@ -450,7 +478,7 @@ class AnsweringModel(ABC):
 
 
 def _first(name: str, names: Sequence[str], policy: Policy) -> tuple[str, ...]:
-    """Return a ranking without a decision: one candidate, then the others in their order, as many as may be asked."""
+    """Return a ranking without a decision: one candidate, then the others in order, as many as `fallbacks` allows."""
     ranking = (name, *(other for other in names if other != name))
     return ranking if policy.fallbacks is None else ranking[: 1 + policy.fallbacks]
 
@@ -462,4 +490,4 @@ def _generation(options: dict[str, Any]) -> Generation:
     try:
         return Generation(**options)
     except TypeError:
-        raise ExpertokenError(f"stop: expected a text or several, got {options['stop']!r}") from None
+        raise ExpertokenError(f"stop: expected a text or a list of texts, got {options['stop']!r}") from None

@@ -1,4 +1,4 @@
-"""Answering a file of conversations: decided in batches, answered expert by expert, resumable."""
+"""Answers to a file of conversations: decided in batches, answered expert by expert, resumable."""
 
 import asyncio
 import hashlib
@@ -32,7 +32,7 @@ from .reply import Reply
 logger = logging.getLogger(__name__)
 
 _BLOCK = 512  # conversations that are decided, answered and written together
-_BATCH = 32  # of a local expert
+_BATCH = 32  # conversations in one batch of a local expert
 _TEXTS = ("messages", "prompt", "query")
 _EXPECTED = f"expected a JSON object with {' or '.join(map(repr, _TEXTS))} on each line"
 
@@ -44,15 +44,15 @@ Answer = dict[str, Any]
 
 
 class Answering(Protocol):
-    """Who answers the conversations of a file: a model here (`Here`), or many (`spread.RayWorkers`)."""
+    """An answerer of a file's conversations: a local model (`Here`) or remote workers (`spread.RayWorkers`)."""
 
     def settings(self, policy: Policy | None) -> list[Any]:
-        """Return what answers depend on."""
+        """Return the settings that answers depend on."""
 
     def answers(
         self, blocks: Iterator[Block], generation: Generation, policy: Policy | None, concurrent: int
     ) -> Iterator[tuple[str, Answer]]:
-        """Yield answers as they come, each with its key."""
+        """Yield answers as they arrive, each with its key."""
 
 
 class Here:
@@ -62,19 +62,19 @@ class Here:
         self._model = model
 
     def settings(self, policy: Policy | None) -> list[Any]:
-        """As `settings_of`."""
+        """Return the model's settings as in `settings_of`."""
         return settings_of(self._model, policy)
 
     def answers(
         self, blocks: Iterator[Block], generation: Generation, policy: Policy | None, concurrent: int
     ) -> Iterator[tuple[str, Answer]]:
-        """As `answers_of`, block by block."""
+        """Yield answers block by block as in `answers_of`."""
         for block in blocks:
             yield from answers_of(self._model, block, generation, policy, concurrent)
 
 
 def settings_of(model: AnsweringModel, policy: Policy | None) -> list[Any]:
-    """Return what a model's answers depend on beside the conversation: policy, pool, weights."""
+    """Return the settings that a model's answers depend on beside the conversation: policy, pool, weights."""
     pool = [asdict(expert) for expert in model.pool.candidates]
     return [(policy or model.policy).document(), pool, model.identity]
 
@@ -82,7 +82,7 @@ def settings_of(model: AnsweringModel, policy: Policy | None) -> list[Any]:
 def answers_of(
     model: AnsweringModel, block: Block, generation: Generation, policy: Policy | None, concurrent: int
 ) -> Iterator[tuple[str, Answer]]:
-    """Yield a model's answers to a block as they come, each with its key."""
+    """Yield a model's answers to a block as they arrive, each with its key."""
     conversations = [messages for _, messages in block]
     for place, answer in _answers(model, conversations, generation, policy or model.policy, concurrent):
         yield block[place][0], answer
@@ -101,48 +101,48 @@ def generate_file(
 ) -> dict[str, int]:
     """Answer every conversation of a JSONL file.
 
-    Answers are kept beside `out` as they come; the same call goes on where an interrupted one ended, and asks those
-    again that nobody could answer.
+    Answers are stored beside `out` as they arrive. The same call resumes an interrupted run, and retries conversations
+    without an answer.
 
     Args:
-        composite: who answers: a model, or workers elsewhere.
-        source: a line for each conversation: `messages`, `prompt` or `query`, and `image` where it is about pictures (a
-            path, or a list of them); whatever else it holds is kept.
-        out: JSONL in the order of `source`: its fields and `answer`, `expert`, `chosen`, `finish`, `cost`, `failures`,
-            or `error` where nobody could answer.
-        generation: how.
-        policy: how a candidate is chosen; the composite's own where None.
-        concurrent: requests to endpoints at a time.
-        overwrite: answer anew what is answered in `out` already.
-        images: folder below which the paths of pictures lie; nothing outside of it is read.
+        composite: Model that answers, or remote workers.
+        source: JSONL file with one conversation a line: `messages`, `prompt` or `query`, and `image` (a path, or a list
+            of paths) for pictures. Other fields are kept.
+        out: JSONL file to write, in the order of `source`: its fields and `answer`, `expert`, `chosen`, `finish`,
+            `cost`, `failures`, or `error` if no candidate could answer.
+        generation: Options of the answers.
+        policy: Policy for choosing a candidate. Defaults to the composite's own.
+        concurrent: Number of concurrent requests to endpoints.
+        overwrite: If true, conversations that `out` already answers are answered again.
+        images: Folder that contains the paths of pictures. Files outside it are not read.
 
     Returns:
-        how many answers each expert gave, and `nobody`.
+        Number of answers by expert. The only other key counts the conversations without an answer.
 
     Raises:
-        ExpertokenError: a line of `source` is not well formed, or `out` is there already.
+        ExpertokenError: A line of `source` is not well formed, or `out` exists already.
     """
     generation = generation or Generation()
     answering = Here(composite) if isinstance(composite, AnsweringModel) else composite
     source, out = Path(source), Path(out)
     asked = asdict(generation) | {"extra": dict(generation.extra)}
-    # The pictures are looked at before anything is answered, and answers about others are of no use.
+    # Pictures are checked before anything is answered. Answers about other pictures are not reused.
     shown = [] if images is None else _digests(source, images)
     keys = _keys(source, _hash([asked, *answering.settings(policy), *shown]))
     part = out.with_name(f".{out.name}.part")
     if out.exists() and source.samefile(out):
-        raise ExpertokenError(f"{out}: is what is to be answered; name another file for the answers")
+        raise ExpertokenError(f"{out}: expected a file for the answers, got the input file. Pass another file.")
     if out.exists() and not part.exists() and not overwrite:
-        raise ExpertokenError(f"{out}: is there already, and whole; --overwrite answers everything anew")
+        raise ExpertokenError(f"{out}: exists already and is complete. Pass --overwrite to answer everything again.")
     counts: Counter[str] = Counter()
     failed = False
     with _alone(out), _Answers(part) as answers:
         left = sum(key not in answers for key in keys)
         if len(answers) and left == len(keys):
-            logger.warning("%s: is of another call (other options, or another composite), and of no use to this", part)
+            logger.warning("%s: belongs to a run with other options or another composite, and is ignored", part)
         if left < len(keys):
             logger.info("%d of %d conversations are answered already", len(keys) - left, len(keys))
-        # The file is read again, block by block: neither it nor its answers need to fit into memory.
+        # The file is read again, block by block, because it and its answers may not fit into memory.
         waiting = ((key, row) for key, row in zip(keys, _rows(source), strict=True) if key not in answers)
         with tqdm(total=left, unit="conversation", delay=2) as bar:
             for key, answer in answering.answers(_blocks(waiting, images), generation, policy, concurrent):
@@ -151,7 +151,7 @@ def generate_file(
         with atomic_file(out) as aside, aside.open("wb") as stream:
             for key, row in zip(keys, _rows(source), strict=True):
                 answer = answers[key]
-                # The error of an earlier run, whose output this may be, is none of this answer.
+                # The source may be the output of an earlier run, whose errors do not belong to this answer.
                 stream.write(_line({name: value for name, value in row.items() if name != "error"} | answer))
                 counts[answer.get("expert") or "nobody"] += 1
                 failed = failed or "error" in answer
@@ -164,7 +164,8 @@ def _digests(source: Path, images: Path) -> list[str]:
     """Return a hash of each picture that a file names.
 
     Raises:
-        ExpertokenError: one is missing, lies elsewhere, or is none that is read here; it names the conversation.
+        ExpertokenError: A picture is missing, lies outside the folder, or has an unsupported format. The message names
+            the conversation.
     """
     found = []
     for number, row in enumerate(_rows(source), start=1):
@@ -182,7 +183,7 @@ def _shown(row: dict[str, Any], images: Path | None) -> list[Message]:
     """Return a row's conversation, with its pictures before the text of the last message.
 
     Raises:
-        ExpertokenError: a picture is missing, lies elsewhere, or is none that is read here.
+        ExpertokenError: A picture is missing, lies outside the folder, or has an unsupported format.
     """
     messages = _messages(row)
     if images is None or not (names := _pictures(row)):
@@ -196,10 +197,10 @@ def _shown(row: dict[str, Any], images: Path | None) -> list[Message]:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Keep a second run on the same file out, as long as this one writes it.
+    """Lock an output file against concurrent runs.
 
     Raises:
-        ExpertokenError: another run writes it.
+        ExpertokenError: Another run writes the file.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
@@ -208,15 +209,17 @@ def _alone(out: Path) -> Iterator[None]:
             yield
             Path(lock.lock_file).unlink(missing_ok=True)
     except Timeout:
-        raise ExpertokenError(f"{out}: another run is writing it; wait for its end, or name another file") from None
+        raise ExpertokenError(
+            f"{out}: another run is writing this file. Wait for its end, or pass another file."
+        ) from None
 
 
 class _Answers:
-    """Answers in a file as they come; in memory is only where each of them stands.
+    """Answers stored in a file as they arrive. Only their offsets are kept in memory.
 
     Args:
-        file: JSONL, which may be there from an interrupted run; a line that it did not finish is passed over, and so is
-            an error: what failed then may be well now.
+        file: JSONL file, which may exist from an interrupted run. Incomplete lines and errors in it are skipped,
+            because a failed conversation may succeed now.
     """
 
     def __init__(self, file: Path) -> None:
@@ -232,7 +235,7 @@ class _Answers:
                     self._places[known["key"]] = place
             place += len(line)
         if place:
-            self._stream.write(b"\n")  # behind a line that may not be finished
+            self._stream.write(b"\n")  # ends a line that may be incomplete
 
     def __enter__(self) -> "_Answers":
         return self
@@ -251,7 +254,7 @@ class _Answers:
         return json.loads(self._stream.readline())["answer"]
 
     def add(self, key: str, answer: dict[str, Any]) -> None:
-        """One more."""
+        """Append an answer."""
         self._places[key] = self._stream.seek(0, os.SEEK_END)
         self._stream.write(_line({"key": key, "answer": answer}))
         self._stream.flush()
@@ -265,7 +268,7 @@ def answer_all(
     policy: Policy | None = None,
     concurrent: int = 16,
 ) -> list[dict[str, Any]]:
-    """Answers in the order of the conversations, as `generate_file` writes them."""
+    """Return answers in the order of the conversations, in the form that `generate_file` writes."""
     found: list[dict[str, Any]] = [{}] * len(conversations)
     answers = _answers(composite, conversations, generation, policy or composite.policy, concurrent)
     for place, answer in tqdm(answers, total=len(conversations), unit="conversation", delay=2):
@@ -280,7 +283,7 @@ def _answers(
     policy: Policy,
     concurrent: int,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Answers as they come, each with the place of its conversation."""
+    """Yield answers as they arrive, each with the index of its conversation."""
     decisions: dict[int, Decision] = {}
     for place, decided in enumerate(_decided(composite, conversations, policy, generation)):
         if isinstance(decided, Decision):
@@ -292,7 +295,7 @@ def _answers(
         places.setdefault(decision.dispatch.expert, []).append(place)
     local = composite.batched(places)
     single = [place for name in places if name not in local for place in places[name]]
-    # One expert after the other: nothing is loaded or switched twice.
+    # Experts answer sequentially, so that no model is loaded or switched twice.
     for name, following in zip_longest(local, local[1:]):
         with ExitStack() as held:
             resident = None
@@ -301,13 +304,17 @@ def _answers(
                 try:
                     backend = composite.backend(name)
                     if resident is None:
-                        resident = held.enter_context(backend.hold())  # up to its last batch
+                        resident = held.enter_context(backend.hold())  # until its last batch
                         if following:
                             composite.prepare(following)
                     asked = [conversations[place] for place in chosen]
                     answers = _checked(backend.complete(asked, generation, held=resident), len(asked))
-                except Exception as error:  # the next best one is asked, as in a chat
-                    logger.warning("expert %r failed in a batch, each is asked by itself: %s", name, one_line(error))
+                except Exception as error:  # each conversation falls back as in a chat
+                    logger.warning(
+                        "expert %r failed in a batch, its conversations are retried one at a time: %s",
+                        name,
+                        one_line(error),
+                    )
                     single += chosen
                     continue
                 for place, answer in zip(chosen, answers, strict=True):
@@ -320,16 +327,22 @@ def _answers(
 
 
 def _checked(answers: Any, wanted: int) -> list[Piece]:
-    """Return the answers of a batch, which another package's backend may have got wrong."""
+    """Return the answers of a batch after checking their number and type.
+
+    A backend of another package may return anything.
+    """
     if isinstance(answers, list) and len(answers) == wanted and all(isinstance(one, Piece) for one in answers):
         return answers
-    raise ExpertFailedError(f"its backend gave something else than {wanted} answers")
+    raise ExpertFailedError(f"expected {wanted} answers from its backend, got something else")
 
 
 def _decided(
     composite: AnsweringModel, conversations: list[list[Message]], policy: Policy, generation: Generation
 ) -> list[Decision | ExpertokenError]:
-    """A decision on each, or why there is none: one that is too long must not take the others along."""
+    """Return a decision or an error for each conversation.
+
+    A conversation that is too long must not fail the others.
+    """
     try:
         return [*composite.decide(conversations, policy, generation)]
     except Exception as error:
@@ -339,7 +352,7 @@ def _decided(
 
 
 def _replied(composite: AnsweringModel, answer: Piece, dispatch: Dispatch, generation: Generation) -> Reply:
-    """A local expert's answer of a batch, with what a chat would tell of it."""
+    """Return a local expert's answer of a batch as a reply of the same form as in a chat."""
     stops = StopTexts(generation.stop)
     cut = stops.feed(answer.text)
     return Reply(
@@ -359,7 +372,7 @@ async def _each(
     places: Sequence[int],
     concurrent: int,
 ) -> Any:
-    """Conversations by themselves, some at a time, with everything that a chat has: retries, fallbacks."""
+    """Yield answers to single conversations, `concurrent` at a time, with the retries and fallbacks of a chat."""
     slots = asyncio.Semaphore(concurrent)
 
     async def answer(place: int) -> tuple[int, dict[str, Any]]:
@@ -393,10 +406,12 @@ def _told(reply: Reply) -> dict[str, Any]:
 
 
 def _keys(source: Path, run: str) -> list[str]:
-    """A key for each row of a JSONL file; rows that are alike have different ones, since each is to be answered.
+    """Return a key for each row of a JSONL file.
+
+    Identical rows have different keys, because each is answered.
 
     Raises:
-        ExpertokenError: the file is missing or empty, or a line is no conversation.
+        ExpertokenError: The file is missing or empty, or a line is no conversation.
     """
     seen: Counter[str] = Counter()
     keys = []
@@ -405,19 +420,19 @@ def _keys(source: Path, run: str) -> list[str]:
         seen[digest] += 1
         keys.append(f"{run}-{digest}-{seen[digest]}")
     if not keys:
-        raise ExpertokenError(f"{source}: empty; {_EXPECTED}")
+        raise ExpertokenError(f"{source}: {_EXPECTED}, got an empty file")
     return keys
 
 
 def _rows(source: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file. Errors as in `_keys`."""
+    """Yield the rows of a JSONL file. Errors as in `_keys`."""
     try:
         with source.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
                     yield _row(line, f"{source}, line {number}")
     except OSError as error:
-        raise ExpertokenError(f"{source}: can't be read ({one_line(error)}); {_EXPECTED}") from None
+        raise ExpertokenError(f"{source}: {_EXPECTED}, got an unreadable file ({one_line(error)})") from None
 
 
 def _row(line: bytes, place: str) -> dict[str, Any]:
@@ -434,7 +449,7 @@ def _row(line: bytes, place: str) -> dict[str, Any]:
 
 
 def _line(row: dict[str, Any]) -> bytes:
-    # Half a surrogate, which JSON can hold and UTF-8 can't, stays what it is: an escape.
+    # JSON can hold half of a surrogate pair and UTF-8 can't, so the half stays an escape.
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
@@ -451,12 +466,12 @@ def _pictures(row: dict[str, Any]) -> list[str]:
     """Return the paths of a row's pictures.
 
     Raises:
-        ExpertokenError: they are no paths.
+        ExpertokenError: The field holds no paths.
     """
     names = row.get("image") or []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ExpertokenError("image: expected a path, or a list of paths, below the folder that --images names")
+        raise ExpertokenError("image: expected a path or a list of paths below the folder of --images")
     return names
 
 

@@ -1,4 +1,4 @@
-"""Experts that fail again and again are not asked for a while."""
+"""The circuit breaker that skips experts after repeated failures."""
 
 import threading
 import time
@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 
 class Breaker:
-    """Of one expert.
+    """The circuit breaker of one expert.
 
     Args:
-        failures: in a row, until it opens.
-        pause: seconds until one request may try again; doubled each time that fails too.
-        longest: pause.
-        clock: seconds.
+        failures: Number of consecutive failures that opens the breaker.
+        pause: Seconds until one request may try again, doubled after each failed trial.
+        longest: Longest pause in seconds.
+        clock: Clock in seconds.
     """
 
     def __init__(
@@ -28,11 +28,14 @@ class Breaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether it is left alone now."""
+        """True while the expert is skipped."""
         return self._failures >= self._limit and self._clock() < self._until
 
     def admits(self) -> bool:
-        """Whether it may be asked. After a pause one caller gets a yes, the others wait for how it ends."""
+        """Check whether a request may be sent to the expert.
+
+        After a pause one caller is admitted, and the others are refused until its outcome is known.
+        """
         with self._lock:
             if self._failures < self._limit:
                 return True
@@ -42,18 +45,21 @@ class Breaker:
             return True
 
     def succeeded(self) -> None:
-        """It answered."""
+        """Record an answer."""
         with self._lock:
             self._failures, self._wait, self._trying = 0, self._pause, False
 
     def left(self) -> None:
-        """Whoever asked went away before it was known, or the request was at fault: the next one may try."""
+        """Record a request without an outcome, and admit the next one.
+
+        The caller disconnected, or the request itself was at fault.
+        """
         with self._lock:
             if self._trying:
                 self._until, self._trying = self._clock(), False
 
     def failed(self) -> None:
-        """It did not. Many who were asking at the same time are one failure more, and not many pauses."""
+        """Record a failure. Concurrent failures lengthen the pause only once."""
         with self._lock:
             self._failures += 1
             if self._failures < self._limit or (self._clock() < self._until and not self._trying):

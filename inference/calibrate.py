@@ -1,4 +1,4 @@
-"""Setting a composite's policy from its owner's own prompts: for a share of requests, or a cost of each."""
+"""Calibration of a composite's policy on its owner's own prompts, for a share of requests or a cost per request."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,21 +12,21 @@ from ..modeling.states import cached_states, encode_all, state_logits
 from .composite_model import CompositeModel
 
 _BEYOND = 1.001
-_NEAR = 0.02  # of a share that was asked for
-_STEPS = 60  # of the bisection: doubles are exact to the last digit
+_NEAR = 0.02  # accepted distance from the requested share
+_STEPS = 60  # steps of the bisection, which resolve a double to its last digit
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was set, and what it leads to on the prompts it was set on.
+    """The calibrated policy, and its effect on the calibration prompts.
 
     Attributes:
-        policy: that was found.
-        prompts: how many they were.
-        share: of requests that experts answer instead of the default.
-        cost: USD a request, expected.
-        before: the same cost without a policy.
-        shares: of requests, by candidate; a server tells how far it is from them.
+        policy: Calibrated policy.
+        prompts: Number of prompts.
+        share: Share of requests that experts answer instead of the default, 0 to 1.
+        cost: Expected cost in USD per request.
+        before: Expected cost in USD per request with the policy from training.
+        shares: Share of requests by candidate. A server reports its distance from these shares.
     """
 
     policy: Policy
@@ -45,25 +45,26 @@ def calibrate(
     cost: float | None = None,
     default: str | None = None,
 ) -> Calibration:
-    """Find a threshold for a share of requests, or a weight of costs for a cost a request.
+    """Find a threshold for a share of requests, or a cost weight for a cost per request.
 
-    What was calibrated before counts for nothing: a threshold and a weight found apart would not hold together.
+    An earlier calibration is ignored, because a threshold and a weight that were fitted separately do not fit each
+    other.
 
     Args:
-        composite: whose policy is to be found.
-        prompts: as its users ask.
-        share: of requests that may go to another candidate than the default, 0 to 1.
-        cost: USD that a request may cost on average, as `utility.expected_usd` expects.
-        default: who answers below the threshold; self where None.
+        composite: Composite whose policy is calibrated.
+        prompts: Typical prompts of its users.
+        share: Share of requests that may go to another candidate than the default, 0 to 1.
+        cost: Average cost in USD per request, as estimated by `utility.expected_usd`.
+        default: Name of the candidate that answers below the threshold. Defaults to self.
 
     Raises:
-        ExpertokenError: both or none of the two are given, the target can't be reached, no cost is known, or
-            costs can't be weighed: see `Chooser.candidates`.
+        ExpertokenError: Both or none of `share` and `cost` are set, the target can't be reached, no cost is known, or
+            costs can't be weighed (see `Chooser.candidates`).
     """
     if (share is None) == (cost is None):
-        raise ExpertokenError("calibrate: give either --share or --cost")
+        raise ExpertokenError("calibrate: expected one of --share and --cost, got both or none")
     base = replace(composite.composite.trained_policy, default=default)
-    # Before the forward passes, so that a wrong name costs none.
+    # Before the forward passes, so that a wrong name fails early.
     composite.chooser.candidates(replace(base, cost_weight=1.0) if cost is not None else base)
     meta = composite.meta
     queries = encode_all(meta, prompts, "prompts")
@@ -80,7 +81,7 @@ def calibrate(
     if share is not None and abs(reached - share) > max(_NEAR, 1 / len(prompts)):
         raise ExpertokenError(
             f"--share {share}: the nearest threshold gives {reached:.2f}, since many prompts have the same probability "
-            "(1.00 for the best expert, most likely); nothing was changed"
+            "(1.00 for the best expert, most likely). Nothing was changed."
         )
     return Calibration(
         policy,
@@ -104,8 +105,10 @@ def _for_share(composite: CompositeModel, base: Policy, logits: torch.Tensor, sh
         raise ExpertokenError(f"--share {share}: expected a number from 0 to 1")
     default = base.fallback(composite.pool)
     if default is None:
-        raise ExpertokenError("--share: self is no candidate of this composite; name who answers instead, --default")
-    best = []  # of the prompts that somebody else than the default is the best on
+        raise ExpertokenError(
+            "--share: expected self among the candidates, and it is missing. Name the default candidate with --default."
+        )
+    best = []  # best shares of the prompts on which another candidate than the default is best
     for row in logits:
         shares = composite.chooser.shares(base, row)
         winner = max(shares, key=shares.__getitem__)
@@ -116,9 +119,9 @@ def _for_share(composite: CompositeModel, base: Policy, logits: torch.Tensor, sh
     if wanted > len(confident):
         raise ExpertokenError(
             f"--share {share}: experts other than {default!r} are the best on {len(confident) / len(logits):.2f} of "
-            "the prompts, and no threshold gives them more"
+            "the prompts. Use a share up to that."
         )
-    # Between the last one that is to go to an expert and the first that is not.
+    # Between the last prompt that goes to an expert and the first that does not.
     edges = np.concatenate([[1.0], confident, [0.0]])
     threshold = float((edges[wanted] + edges[wanted + 1]) / 2) if wanted else 1.0
     return replace(base, threshold=threshold)
@@ -136,18 +139,20 @@ def _for_cost(
     while spent(high) > cost:
         high *= 4
         if high > 1e15:
-            raise ExpertokenError(f"--cost {cost:g}: the cheapest choices cost {spent(high):.3g} USD a request already")
+            raise ExpertokenError(
+                f"--cost {cost:g}: expected at least {spent(high):.3g} USD per request, the cheapest decisions' cost"
+            )
     low = 0.0
     for _ in range(_STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if spent(middle) > cost else (low, middle)
-    # A little beyond the weight at which a prompt changes sides: just there it would change back with the rounding of
-    # another batch.
+    # Slightly beyond the weight at which a prompt's decision flips: exactly there, the rounding of another batch would
+    # flip it back.
     return replace(base, cost_weight=high * _BEYOND)
 
 
 def _spent(composite: CompositeModel, chosen: Sequence[str], lengths: np.ndarray) -> float:
-    """Return expected USD a request on average."""
+    """Return the average expected cost in USD per request."""
     place = {name: index for index, name in enumerate(composite.pool.names)}
     costs = [composite.chooser.usd(int(length))[place[name]] for name, length in zip(chosen, lengths, strict=True)]
     return float(np.mean(costs))

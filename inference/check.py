@@ -1,4 +1,4 @@
-"""What an operator wants to know before a composite is served: seen without loading a model or asking for an answer."""
+"""Checks before a composite is served, without loading a model or requesting an answer."""
 
 import asyncio
 import os
@@ -16,21 +16,21 @@ from ..modeling.policy import Chooser, Policy
 from ..modeling.pool import ExpertPool
 from .gateway import GatewayModel
 
-_PATIENCE = 5.0  # seconds for an address
+_PATIENCE = 5.0  # seconds to connect to an address
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of one candidate.
+    """Findings on one candidate.
 
     Attributes:
-        name: of the candidate.
-        kind: its backend.
-        where: its addresses, or its model.
-        key: the variable whose value is sent, and whether it is set.
+        name: Name of the candidate.
+        kind: Backend of the candidate.
+        where: Addresses of the endpoint, or name of the model.
+        key: Environment variable whose value is sent, and a note if it is not set.
         price: USD per million tokens.
-        may_answer: whether the policy lets it.
-        wrong: what keeps it from answering, or None.
+        may_answer: True if the policy allows the candidate.
+        wrong: Problem that keeps the candidate from answering, or None.
     """
 
     name: str
@@ -43,16 +43,16 @@ class Row:
 
 
 def check(path: Path | str) -> tuple[list[Row], list[str]]:
-    """Look at what would be served.
+    """Check the candidates and the policy that would be served.
 
     Args:
-        path: a composite's folder, `owner/name` of one on the hub, or a gateway's YAML file.
+        path: Composite folder, `owner/name` of a composite on the hub, or YAML file of a gateway.
 
     Returns:
-        the candidates, and what is wrong with the whole.
+        The candidates, and the problems of the whole.
 
     Raises:
-        ExpertokenError: the files are not well formed.
+        ExpertokenError: The files are not well formed.
     """
     experts, chooser, policy, wrong = _opened(path)
     try:
@@ -62,12 +62,12 @@ def check(path: Path | str) -> tuple[list[Row], list[str]]:
     reached = asyncio.run(_reached(experts))
     rows = [_row(expert, expert.name in allowed, reached) for expert in experts]
     if allowed and all(row.wrong for row in rows if row.may_answer):
-        wrong.append("nobody who may answer can be asked")
+        wrong.append("none of the allowed candidates is usable")
     return rows, wrong
 
 
 def _opened(path: Path | str) -> tuple[list[Expert], Chooser, Policy, list[str]]:
-    """Return the candidates, what chooses, the policy, and what is wrong."""
+    """Return the candidates, the chooser, the policy and the problems found so far."""
     if str(path).endswith((".yaml", ".yml")):
         gateway = GatewayModel.from_yaml(path)
         return [gateway.meta, *gateway.pool.candidates], gateway.chooser, gateway.policy, []
@@ -84,7 +84,10 @@ def _opened(path: Path | str) -> tuple[list[Expert], Chooser, Policy, list[str]]
 
 
 async def _reached(experts: list[Expert]) -> dict[str, str]:
-    """Return why an address can't be reached, for each that can't. No key is sent, and nothing is asked."""
+    """Return the unreachable addresses, each with the reason.
+
+    Connections are opened only: no key and no request is sent.
+    """
     addresses = {url for expert in experts if expert.kind.remote for url in _urls(expert)}
 
     async def reach(url: str) -> tuple[str, str]:

@@ -48,23 +48,23 @@ class CompositeModel(AnsweringModel):
     """Meta LLM and experts as one model.
 
     Args:
-        composite: a loaded composite.
-        dtype: of local experts' weights; as `load_causal_lm` chooses where None.
-        policy: how a candidate is chosen where a request says nothing else; the composite's own where None.
-        timeouts: of endpoints.
-        observer: is told what happens.
-        budget: bytes that the weights of local experts may take; the meta LLM's own base does not count. None for no
+        composite: Loaded composite.
+        dtype: Type of local experts' weights. Defaults to the one that `load_causal_lm` chooses.
+        policy: Default policy for requests that set none. Defaults to the composite's own.
+        timeouts: Timeouts of endpoints.
+        observer: Observer that is notified of decisions, answers and failures.
+        budget: Limit in bytes on the weights of local experts, the meta LLM's own base not included. Defaults to no
             limit.
-        pinned: experts that stay in memory once they are loaded.
-        quantization: of local experts: nf4, int8 or None.
-        anywhere: whether self may hand over in mid-answer; where None, whether that was trained.
-        send_keys: agree to what a loaded composite sends of this machine's keys; see `modeling.consent`.
-        before: the model that this one takes the place of: models in memory and turns are shared, and who failed is
-            known.
+        pinned: Experts that stay in memory once they are loaded.
+        quantization: Quantization of local experts: nf4, int8 or None.
+        anywhere: If true, self may hand over inside its answer. Defaults to true if the composite was trained for it.
+        send_keys: Consent to sending this machine's keys to the addresses of the composite (`modeling.consent`).
+        before: Model that this one replaces. The new model shares its models in memory, its locks and its record of
+            failures.
 
     Raises:
-        ExpertokenError: the composite was loaded and sends keys to addresses that nobody here agreed to; a pinned
-            expert is unknown or not local; the quantization or the type is unknown.
+        ExpertokenError: The composite sends keys to addresses without consent, a pinned expert is unknown or not local,
+            or the quantization or the type is unknown.
     """
 
     local_models: LocalModels
@@ -97,13 +97,13 @@ class CompositeModel(AnsweringModel):
         self.anywhere = self.pool.has_self and (trained if anywhere is None else anywhere)
         if self.anywhere and self.meta.state.layer is not None:
             raise ExpertokenError(
-                f"anywhere: expected a composite whose rows read the head, found --state {self.meta.state}; positions "
-                "inside an answer are decided where its tokens are written"
+                f"anywhere: expected a composite whose rows read the head, found --state {self.meta.state}. Positions "
+                "inside an answer are decided where its tokens are written."
             )
         self._positions = self.meta.positions
         pins = {name: self._source(name) for name in pinned}
         if remote := [name for name, source in pins.items() if source is None]:
-            raise ExpertokenError(f"{', '.join(remote)}: can't be pinned in memory, since others hold it")
+            raise ExpertokenError(f"{', '.join(remote)}: expected local experts to pin in memory, got remote ones")
         given: dict[str, Any] = {
             "policy": policy, "timeouts": timeouts, "budget": budget, "pinned": tuple(pinned),
             "quantization": quantization, "anywhere": anywhere,
@@ -122,7 +122,7 @@ class CompositeModel(AnsweringModel):
             self.local_models = before.local_models
             self._breakers |= {name: known for name, known in before._breakers.items() if name in self._breakers}
         self._opening = Opening(self.meta.source, self.local_models, timeouts or Timeouts())
-        # Self gives one answer at a time, as every model here does.
+        # Self generates one answer at a time, as every local model does.
         self._own_turn: Any = partial(turn_of, threading.RLock()) if before is None else before._own_turn
         self._self_name = self.pool.self_name
         self._decider = Decider(self.meta, self._self_name, self.observer)
@@ -138,22 +138,22 @@ class CompositeModel(AnsweringModel):
         trust_remote_code: bool = False,
         **options: Any,
     ) -> "CompositeModel":
-        """Load a composite folder. Experts are opened when they are first needed.
+        """Load a composite folder. Experts are opened on first use.
 
         Args:
-            path: the folder, or `owner/name` of one on the hub.
-            device: where models go; the first accelerator, or the CPU, where not given.
-            dtype: of the weights; as `load_composite` chooses where not given.
-            revision: of a composite on the hub.
-            trust_remote_code: allow the base model's repository to run its own code.
-            **options: `policy`, `timeouts`, `observer`, `budget`, `pinned`, `quantization`, `anywhere` and `send_keys`,
-                as the class takes them.
+            path: Composite folder, or `owner/name` of a composite on the hub.
+            device: Device to load models on. Defaults to the first accelerator, or the CPU.
+            dtype: Type of the weights. Defaults to the one that `load_composite` chooses.
+            revision: Revision of a composite on the hub.
+            trust_remote_code: If true, the base model's repository may run its own code.
+            **options: Further arguments of the class: `policy`, `timeouts`, `observer`, `budget`, `pinned`,
+                `quantization`, `anywhere` and `send_keys`.
 
         Raises:
-            ExpertokenError: the folder is not a whole composite, or sends keys to addresses that nobody here agreed to.
+            ExpertokenError: The folder is no complete composite, or sends keys to addresses without consent.
         """
         folder = local_folder(path, revision)
-        if not options.get("send_keys") and (folder / POOL_FILE).exists():  # before a model is loaded for nothing
+        if not options.get("send_keys") and (folder / POOL_FILE).exists():  # before a model is loaded in vain
             check_agreed(ExpertPool.from_yaml(folder / POOL_FILE), folder)
         composite = load_composite(
             path,
@@ -166,19 +166,19 @@ class CompositeModel(AnsweringModel):
 
     @property
     def identity(self) -> str:
-        """Tells composites apart that decide or answer differently."""
+        """Fingerprint that differs between composites that decide or answer differently."""
         rows = hashlib.sha256(self.meta.rows.numpy().tobytes()).hexdigest()[:16]
         return f"{self.meta.base_fingerprint}-{rows}-{self.manifest.training.get('validation_score')}"
 
     @property
     def calibrated_shares(self) -> Mapping[str, float]:
-        """Share of each candidate in the prompts of the calibration; empty where there was none."""
+        """Share of each candidate in the calibration prompts, 0 to 1. Empty without a calibration."""
         return (self.manifest.calibration or {}).get("shares", {})
 
     def count(self, text: str) -> int:
-        """Tokens of a text, as the meta LLM reads it; where a backend does not count its own.
+        """Count the tokens of a text as the meta LLM reads it, for backends that report no counts.
 
-        Of a long text about: other answers wait for this one's count.
+        The count of a long text is estimated, because other answers wait during the count.
         """
         head = text[:_COUNTED]
         found = len(encode_text(self.meta.tokenizer, head).input_ids)
@@ -189,20 +189,20 @@ class CompositeModel(AnsweringModel):
         return str(self.meta.tokenizer.decode(self.meta.encode(self._unnamed(messages)).ids))
 
     def observe(self, observer: Observer) -> None:
-        """Tell another observer from now on."""
+        """Replace the observer."""
         self.observer = self._decider.observer = observer
 
     def reloaded(self) -> "CompositeModel":
-        """Return the composite as its folder is now (experts, rows, calibration), over the weights in memory.
+        """Return a composite from the current folder (experts, rows, calibration) that reuses the weights in memory.
 
-        Answers that are being given go on as they began.
+        In-flight answers continue unchanged.
 
         Raises:
-            ExpertokenError: the composite was not loaded from a folder, or that is not a whole composite of the same
-                base any more.
+            ExpertokenError: The composite was not loaded from a folder, or the folder is no longer a complete composite
+                of the same base.
         """
         if self.composite.folder is None:
-            raise ExpertokenError("this composite was not loaded from a folder")
+            raise ExpertokenError("expected a composite loaded from a folder, got one built in memory")
         composite = load_composite(
             self.composite.folder,
             device=self.meta.device,
@@ -213,11 +213,11 @@ class CompositeModel(AnsweringModel):
         return CompositeModel(composite, self._dtype, before=self, **self._given | {"pinned": pinned})
 
     def save_pretrained(self, path: Path | str, *, verify: bool = True) -> None:
-        """Write a composite folder; see `modeling.composite.save_composite`."""
+        """Write a composite folder as in `modeling.composite.save_composite`."""
         save_composite(self.composite, path, verify=verify)
 
     def push_to_hub(self, repo: str, *, private: bool = True, commit_message: str = "A composite of experts") -> str:
-        """Upload the composite to the hub; see `modeling.hub.push`."""
+        """Upload the composite to the hub as in `modeling.hub.push`."""
         return push(self.composite, repo, private=private, message=commit_message)
 
     def decide(
@@ -226,7 +226,7 @@ class CompositeModel(AnsweringModel):
         policy: Policy | None = None,
         generation: Generation | None = None,
     ) -> list[Decision]:
-        """Decide on many, in as few forward passes as memory allows."""
+        """Decide on several conversations, in as few forward passes as memory allows."""
         return self._decider.decide([self._question(messages, policy, generation) for messages in conversations])
 
     async def adecide(
@@ -236,19 +236,19 @@ class CompositeModel(AnsweringModel):
         generation: Generation | None = None,
         affinity: Affinity | None = None,
     ) -> Decision:
-        """Decide on a conversation, together with whatever else is to be decided just now.
+        """Decide on a conversation, batched with other conversations that are pending.
 
-        Where the meta LLM can't decide, or not in time, the policy's `default` answers if one is named.
+        The policy's `default` answers if the meta LLM can't decide within the timeout.
 
         Raises:
-            ExpertokenError: the conversation is too long or refused, or the policy does not fit the pool.
-            NoAnswerError: the meta LLM can't decide, and nobody is named for that.
+            ExpertokenError: The conversation is too long or refused, or the policy does not fit the pool.
+            NoAnswerError: The meta LLM can't decide, and the policy names no default.
         """
         affinity = affinity or Affinity.of(messages, self.pool)
         policy, started, limit = policy or self.policy, time.perf_counter(), self._opening.timeouts.decision
         try:
             with anyio.fail_after(limit):
-                # Encoding a long conversation takes milliseconds, which other answers of this loop would wait for.
+                # Encoding a long conversation takes milliseconds, which would delay other answers of this loop.
                 question = await asyncio.to_thread(self._question_or_decision, messages, policy, generation, affinity)
                 return question if isinstance(question, Decision) else await self._decider.adecide(question)
         except TimeoutError:
@@ -270,18 +270,18 @@ class CompositeModel(AnsweringModel):
         answer: bool = False,
     ) -> Question:
         policy, affinity = policy or self.policy, affinity or Affinity.of(messages, self.pool)
-        self.chooser.candidates(policy)  # a mistake in it is told before anything is computed
+        self.chooser.candidates(policy)  # so that an invalid policy raises before anything is computed
         query = self.meta.encode(self._unnamed(messages))
         tokens = len(query) + query.cut
         self._check_length(tokens, self.limit)
         unable = self._unable(messages, generation, tokens)
         self.chooser.candidates(policy, unable)
         last = affinity.last
-        if answer and policy.sticky > 0 and last:  # most likely, so that its model may come while this is decided
+        if answer and policy.sticky > 0 and last:  # the likeliest candidate: its model loads during the decision
             self.prepare(last)
-        # A decision reads `[image_url]` for what it does not see; an answer must not.
+        # A decision reads `[image_url]` in place of a picture it can't see. An answer must not.
         answer = answer and query.whole and sum(map(count_media, messages)) == len(query.media)
-        answer = answer and not wants_tools({} if generation is None else generation.extra)  # other prompts
+        answer = answer and not wants_tools({} if generation is None else generation.extra)  # tools change the prompt
         choose = partial(
             self.chooser.choose, policy, prompt_tokens=tokens, last=last, cached=affinity.cached, unable=unable
         )
@@ -301,10 +301,10 @@ class CompositeModel(AnsweringModel):
     async def _ask(
         self, name: str, messages: list[Message], generation: Generation, decision: Decision, turn: Turn
     ) -> AsyncGenerator[Piece, None]:
-        """One candidate's answer, or what it adds to an answer that was begun."""
-        # Not where something is out already, or was: self goes on from that as everybody does.
+        """Yield one candidate's answer, or its continuation of a partial answer."""
+        # Only at the start of the turn: self continues a partial answer as every candidate does.
         first = name == self._self_name and name == decision.dispatch.expert and not (turn.begun or turn.handed_over)
-        first = first and decision.whole  # of a view, nothing can be gone on with
+        first = first and decision.whole  # a cache of a shortened view can't be continued
         first = first and not wants_tools(generation.extra)
         if first:
             generation = within(generation, self._positions - decision.prompt_tokens)
@@ -319,10 +319,10 @@ class CompositeModel(AnsweringModel):
                 yield piece
 
     def batched(self, names: Iterable[str]) -> list[str]:
-        """Return those of them that answer in batches, in the order in which least has to be loaded.
+        """Return the candidates that answer in batches, sorted so that as few models as possible are loaded.
 
-        What is in memory comes first, and adapters of one base lie together. Self is none of them where it may call for
-        an expert in mid-answer.
+        Candidates in memory come first, and adapters of one base are adjacent. Self is excluded where it may hand over
+        inside its answer.
         """
 
         def load(name: str) -> tuple[bool, str, str]:
@@ -333,18 +333,21 @@ class CompositeModel(AnsweringModel):
         return sorted((name for name in batching if not (self.anywhere and name == self._self_name)), key=load)
 
     def backend(self, name: str) -> Backend:
-        """The opened backend of a candidate.
+        """Return the opened backend of a candidate.
 
         Raises:
-            ExpertFailedError: it can't be opened.
+            ExpertFailedError: The backend can't be opened.
         """
-        if name not in self._backends:  # opened twice at worst: nobody waits here for another expert's loading
+        if name not in self._backends:  # opened twice at worst: a lock would wait for another expert's loading
             expert = self.pool[name]
             return self._backends.setdefault(name, expert.kind.open(expert, self._opening))
         return self._backends[name]
 
     def prepare(self, name: str) -> None:
-        """Begin to load a candidate that will be wanted soon, where there is room for it; nothing waits for that."""
+        """Start to load a candidate that is needed soon, if there is room for it.
+
+        The call returns immediately.
+        """
         if (source := self._source(name)) is not None:
             in_thread(self.local_models.prefetch, source)
 
@@ -357,10 +360,10 @@ class CompositeModel(AnsweringModel):
     async def _watched_answer(
         self, messages: list[Message], decision: Decision, generation: Generation
     ) -> AsyncGenerator[Piece, None]:
-        """Self's answer, up to where the meta LLM calls for an expert.
+        """Yield self's answer up to the position at which the meta LLM calls for an expert.
 
         Raises:
-            HandOver: there.
+            HandOver: The meta LLM calls for an expert.
         """
         query = await asyncio.to_thread(self.meta.encode, messages)
         end = min(end_ids(self.meta.plain, self.meta.tokenizer))
@@ -385,8 +388,11 @@ class CompositeModel(AnsweringModel):
     async def _self_answer(
         self, own: OwnStart, generation: Generation, watch: Watch | None = None
     ) -> AsyncGenerator[Piece, None]:
-        """Go on from the decision: its logits give the first token, its KV cache the rest. No second prefill."""
-        # Without a watch by the model without expert rows, which has no ids to be masked at every token.
+        """Yield self's answer, continuing from the decision without a second prefill.
+
+        The decision's logits give the first token, and its KV cache serves the others.
+        """
+        # Without a watch, the model without expert rows generates: it has no ids to mask at every token.
         model, tokenizer = self.meta.model if watch else self.meta.plain, self.meta.tokenizer
         prompt = own.inputs["input_ids"]
         read = int(own.inputs["attention_mask"].sum())
@@ -405,7 +411,8 @@ class CompositeModel(AnsweringModel):
             "past_key_values": own.cache,
             "max_new_tokens": generation.max_new_tokens - 1,
         }
-        if (placed := own.inputs.get("position_ids")) is not None:  # the prompt's end is text: its position is the last
+        if (placed := own.inputs.get("position_ids")) is not None:
+            # The prompt ends in text, so its position is the last.
             rest["position_ids"] = torch.cat([placed, placed[..., -1:] + 1], -1)
         source = stream_generate(
             model,

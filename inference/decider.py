@@ -1,4 +1,4 @@
-"""Decisions: conversations that come at the same time are decided in one forward pass."""
+"""Decisions: conversations that arrive at the same time are decided in one forward pass."""
 
 import asyncio
 import copy
@@ -25,23 +25,23 @@ from .observer import Observer
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
-_MOST_STARTS = 8  # caches that wait for self's turn: it gives one answer at a time
-_IDLE = 60.0  # seconds after which a thread without questions ends; the next question begins another one
-_LONG = 2048  # tokens; on a CPU a pass over so many takes seconds, which short conversations do not wait for
+_MOST_STARTS = 8  # caches kept for pending answers of self, which generates one at a time
+_IDLE = 60.0  # seconds after which an idle thread ends. The next question starts another one
+_LONG = 2048  # tokens. On a CPU a pass over so many takes seconds, which must not delay short conversations
 
 
-_NOBODY = ExpertokenError("nobody waits for this decision any more")
+_NOBODY = ExpertokenError("the decision was skipped because its request was cancelled")
 
 
 @dataclass(frozen=True, eq=False)
 class OwnStart:
-    """What self goes on from: the decision's logits give its first token, the KV cache the rest.
+    """The start of self's answer: the decision's logits give the first token, and its KV cache serves the others.
 
     Attributes:
-        logits: `[1, V]` float32, without the experts' tokens, which self must not write.
-        inputs: `input_ids` and `attention_mask` `[1, T]`, padded on the left as the decision's batch was, and
-            `position_ids` `[3, 1, T]` of a model that has three dimensions of them.
-        cache: of the row.
+        logits: Logits `[1, V]` float32, without the experts' tokens, which self must not generate.
+        inputs: `input_ids` and `attention_mask` `[1, T]`, padded on the left as in the decision's batch, and
+            `position_ids` `[3, 1, T]` for a model with three position dimensions.
+        cache: KV cache of the row.
     """
 
     logits: torch.Tensor
@@ -51,15 +51,15 @@ class OwnStart:
 
 @dataclass(frozen=True)
 class Decision:
-    """A decision and what came with it.
+    """A decision and its by-products.
 
     Attributes:
-        dispatch: who is asked.
-        prompt_tokens: of the conversation, also those that the decision did not read.
-        seconds: from the question to the decision, waiting included.
-        own: where self was chosen and can go on from here.
-        choose: from the candidates' logits `[C]`, as it was decided; for positions inside self's answer.
-        whole: whether the decision read the conversation as it is, see `Query.whole`.
+        dispatch: Result of the decision.
+        prompt_tokens: Number of tokens of the conversation, truncated ones included.
+        seconds: Seconds from the request to the decision, waiting included.
+        own: Start of self's answer, if self was chosen and can continue from the decision's pass. None otherwise.
+        choose: Function from the candidates' logits `[C]` to a dispatch, for positions inside self's answer.
+        whole: True if the decision read the unabridged conversation, as in `Query.whole`.
     """
 
     dispatch: Dispatch
@@ -72,12 +72,12 @@ class Decision:
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation to decide.
+    """A conversation to decide on.
 
     Attributes:
-        query: the conversation as the meta LLM reads it.
-        choose: from the candidates' logits `[C]`.
-        answer: whether self's answer may follow, so that the KV cache is kept for it.
+        query: Conversation as the meta LLM reads it.
+        choose: Function from the candidates' logits `[C]` to a dispatch.
+        answer: True if self's answer may follow, so that the KV cache is kept for it.
     """
 
     query: Query
@@ -87,13 +87,12 @@ class Question:
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A question that waits for its pass.
+    """A question that waits for its forward pass, with the callback that receives the outcome.
 
     Attributes:
-        question: to decide.
-        since: when it came.
-        tell: whoever waits.
-        gone: whether nobody waits any more.
+        question: Question to decide.
+        since: Time of its arrival, in seconds.
+        gone: Function that returns true once the caller has disconnected.
     """
 
     question: Question
@@ -103,12 +102,12 @@ class _Waiting:
 
 
 class Decider:
-    """Decides with a meta LLM.
+    """Batched decisions of a meta LLM.
 
     Args:
-        meta: that decides.
-        self_name: how self is called, or None where it is no candidate.
-        observer: is told of every decision.
+        meta: Meta LLM that decides.
+        self_name: Name of self, or None if self is no candidate.
+        observer: Observer that is notified of every decision.
     """
 
     def __init__(self, meta: MetaLLM, self_name: str | None, observer: Observer | None = None) -> None:
@@ -119,10 +118,10 @@ class Decider:
         self._starts: weakref.WeakSet[OwnStart] = weakref.WeakSet()
 
     def decide(self, questions: Sequence[Question]) -> list[Decision]:
-        """Decide many at once, in this thread.
+        """Decide on several questions in this thread.
 
         Raises:
-            Exception: what the first question that can't be decided failed with.
+            Exception: The error of the first question that can't be decided.
         """
         outcomes: dict[int, Decision | Exception] = {}
         self._run(questions, [time.perf_counter()] * len(questions), outcomes.__setitem__)
@@ -135,10 +134,10 @@ class Decider:
         return decisions
 
     async def adecide(self, question: Question) -> Decision:
-        """Decide one, together with whatever else is waiting when the model is free.
+        """Decide on one question, batched with the others that are pending when the model is free.
 
-        There is no time that a decision waits for company: while one pass runs, the next batch gathers. Long
-        conversations are decided in a thread of their own, so that short ones do not wait for them.
+        A decision never waits for a batch to fill: while one pass runs, the next batch gathers. Long conversations are
+        decided in a second thread, so that they do not delay short ones.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Decision] = loop.create_future()
@@ -152,7 +151,7 @@ class Decider:
                 future.set_result(outcome)
 
         def tell(outcome: Decision | Exception) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with suppress(RuntimeError):  # the loop is closed, and with it all its requests
                 loop.call_soon_threadsafe(settle, outcome)
 
         waiting = _Waiting(question, time.perf_counter(), tell, future.cancelled)
@@ -160,7 +159,7 @@ class Decider:
         return await future
 
     def _enqueue(self, waiting: _Waiting, *, long: bool) -> None:
-        """Put a question into the queue for its length, which a thread decides what has gathered in."""
+        """Queue a question by its length. Each queue has a thread that decides pending questions in batches."""
         with self._lock:
             if long not in self._lanes:
                 lane: queue.SimpleQueue[_Waiting] = queue.SimpleQueue()
@@ -174,7 +173,7 @@ class Decider:
             try:
                 first = lane.get(timeout=_IDLE)
             except queue.Empty:
-                with self._lock:  # a decider that another one has replaced must not stay for its threads' sake
+                with self._lock:  # idle threads must not keep a replaced decider alive
                     if lane.empty():
                         del self._lanes[long]
                         return
@@ -183,7 +182,7 @@ class Decider:
             del first
 
     def _decide_waiting(self, waiting: list[_Waiting]) -> None:
-        # A function of its own, so that an idle thread holds no decision and no cache.
+        # A separate function, so that an idle thread holds no decision and no cache.
         questions, since = [one.question for one in waiting], [one.since for one in waiting]
         with at_work():
             self._run(
@@ -200,9 +199,10 @@ class Decider:
         tell: Callable[[int, "Decision | Exception"], None],
         gone: Callable[[int], bool] = lambda index: False,
     ) -> None:
-        """Decide in batches; `tell` gets each question's outcome, so that one failure fails no other question.
+        """Decide in batches, and pass each outcome to the callback, so that the failure of one question fails no other.
 
-        Nothing is computed for who is `gone` when the batch begins: one pass may take as long as somebody waits.
+        Questions that are `gone` when their batch begins are skipped, because a pass may take as long as a caller
+        waits.
         """
 
         def decide(batch: list[int]) -> list[Decision | Exception]:
@@ -223,11 +223,11 @@ class Decider:
 
     @torch.inference_mode()
     def _pass(self, questions: Sequence[Question], started: Sequence[float]) -> list[Decision | Exception]:
-        """Decide in one forward pass; a question whose policy fails gets the error."""
+        """Decide in one forward pass. A question whose policy fails gets the error."""
         chosen: list[Dispatch | Exception] = []
 
         def choose(candidates: torch.Tensor) -> bool:
-            """Choose for each question; return whether self goes on from this pass for one of them."""
+            """Choose for each question. Return whether self continues from this pass for one of them."""
             for row, question in enumerate(questions):
                 try:
                     chosen.append(question.choose(candidates[row]))
@@ -257,20 +257,24 @@ class Decider:
         return found
 
     def _goes_on(self, question: Question, choice: Dispatch | Exception) -> bool:
-        """Whether self's answer begins with what the decision has computed."""
+        """Check whether self's answer starts from the decision's pass."""
         return question.answer and isinstance(choice, Dispatch) and choice.expert == self.self_name
 
     def _own_start(self, logits: torch.Tensor, inputs: dict[str, Any], cache: Any, row: int) -> OwnStart | None:
-        """None where many wait for their turn already, each with a cache: those read the conversation again."""
-        with self._lock:  # lanes come here at the same time
+        """Return the start of self's answer from a row of the batch, or None if too many are pending.
+
+        Each pending start holds a cache. Without a start, self reads the conversation again.
+        """
+        with self._lock:  # both lanes run this concurrently
             if len(self._starts) >= _MOST_STARTS:
                 return None
-        # Not what it has seen, which lies in the cache, and has no dimension for the batch in some families.
+        # Pictures are left out: the cache holds them, and in some families they have no batch dimension.
         chosen = {key: inputs[key][row : row + 1] for key in ("input_ids", "attention_mask")}
         if inputs["position_ids"].dim() > chosen["input_ids"].dim():
             chosen["position_ids"] = inputs["position_ids"][:, row : row + 1]
         single = _row_of(cache, row, len(logits), logits.device)
-        own = logits[row : row + 1, : self.meta.vocab_size].float().clone()  # no view of the whole batch's
+        # A copy, so that the batch's logits are freed.
+        own = logits[row : row + 1, : self.meta.vocab_size].float().clone()
         start = OwnStart(own, chosen, single)
         with self._lock:
             self._starts.add(start)
@@ -279,19 +283,19 @@ class Decider:
     def _forward(
         self, questions: Sequence[Question], inputs: dict[str, Any], choose: Callable[[torch.Tensor], bool]
     ) -> tuple[torch.Tensor, Any] | None:
-        """Run the pass that decides; return its logits and KV cache where self may go on from them.
+        """Run the pass that decides. Return its logits and KV cache if self may continue from them.
 
         Args:
             questions: N questions.
-            inputs: their batch.
-            choose: is given the candidates' logits `[N, C]`, and returns whether self goes on.
+            inputs: Batch of the questions.
+            choose: Function of the candidates' logits `[N, C]`, true if self continues for one of them.
         """
         from transformers import DynamicCache
 
         meta = self.meta
-        # Where LoRA was trained for dispatching, self is the model without it, and this cache is of no use to it.
+        # With LoRA trained for decisions, self is the model without it and can't use this cache.
         kept = self.self_name is not None and not meta.adapted and any(q.answer for q in questions)
-        # Made from the config, so that sliding-window layers get the cache they need.
+        # Built from the config, so that sliding-window layers get the right cache.
         cache = DynamicCache(config=meta.plain.config) if kept else None
         options: dict[str, Any] = {"past_key_values": cache, "use_cache": True} if kept else {}
         if not kept or meta.state.layer is None:
@@ -319,19 +323,22 @@ def _drain(waiting: queue.SimpleQueue) -> Iterator[Any]:
 
 
 def _row_of(cache: "DynamicCache", row: int, count: int, device: torch.device) -> "DynamicCache":
-    """One row of a batch's cache; the batch's own stays as it is."""
+    """Return one row of a batch's cache. The batch's own cache is not changed."""
     if count == 1:
         return cache
     single = copy.copy(cache)
     single.layers = [_copied(layer) for layer in cache.layers]
-    # Not `batch_select_indices`, which linear attention does not have; this gives every layer new tensors.
+    # Not `batch_select_indices`, which linear attention lacks. This call gives every layer new tensors.
     rows: Any = torch.tensor([row], device=device)
     single.reorder_cache(rows)
     return single
 
 
 def _copied(layer: Any) -> Any:
-    """A layer whose tensors can be exchanged; linear attention keeps its own in dicts."""
+    """Copy a layer so that its tensors can be replaced.
+
+    Layers with linear attention hold their tensors in dicts.
+    """
     copied = copy.copy(layer)
     for key, value in vars(layer).items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Loading of what answers: a composite, or a gateway from its file."""
+"""Loading of a composite, or of a gateway from its file."""
 
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,18 @@ def open_model(
     send_keys: bool = False,
     **options: Any,
 ) -> AnsweringModel:
-    """Open what answers.
+    """Open a composite or a gateway.
 
     Args:
-        path: a composite's folder, `owner/name` of one on the hub, or a gateway's YAML file (see `gateway`).
-        device: where models of a composite go.
-        trust_remote_code: let the base model's repository run its own code.
-        send_keys: agree to what a composite sends of this machine's keys; a gateway's file is its operator's own.
-        **options: as `CompositeModel` takes them; a gateway takes those that need no models.
+        path: Composite folder, `owner/name` of a composite on the hub, or YAML file of a gateway (see `gateway`).
+        device: Device to load a composite's models on.
+        trust_remote_code: If true, the base model's repository may run its own code.
+        send_keys: Consent to sending this machine's keys to a composite's addresses. A gateway's file is the operator's
+            own and needs none.
+        **options: Further arguments of `CompositeModel`. A gateway accepts only options that need no local models.
 
     Raises:
-        ExpertokenError: it is no whole composite, or the file is not well formed.
+        ExpertokenError: The folder is no complete composite, or the file is not well formed.
     """
     if str(path).endswith((".yaml", ".yml")):
         return GatewayModel.from_yaml(path, **options)

@@ -1,8 +1,8 @@
 """A composite whose meta LLM is served elsewhere: the gateway itself needs no weights and no GPU.
 
-The meta LLM is an exported checkpoint (`expertoken export`) behind any OpenAI-compatible server that gives
-log-probabilities, such as vLLM. The decision is one token's: its top log-probabilities name the experts' tokens. A YAML
-file says where everything is:
+The meta LLM is an exported checkpoint (`expertoken export`) behind any OpenAI-compatible server that returns
+log-probabilities, such as vLLM. A decision is one generated token, whose top log-probabilities include the experts'
+tokens. A YAML file holds the addresses, the pool and the policy:
 
     meta: {model: meta, base_url: "http://10.0.0.1:8000/v1", api_key_env: META_KEY, token_ids: {math: 151936},
       control_tokens: ["<|im_start|>", "<|im_end|>"]}
@@ -44,11 +44,11 @@ from .sessions import Affinity
 
 logger = logging.getLogger(__name__)
 
-_CHARACTERS = 4  # of a token, where nobody here can count them
-_REQUEST = 4000  # characters of a request that are asked about alone: any meta LLM reads those
-_CONCURRENT = 16  # decisions on a file
+_CHARACTERS = 4  # approximate characters of a token, because no tokenizer is available here
+_REQUEST = 4000  # characters of a request that is sent alone: short enough for any meta LLM
+_CONCURRENT = 16  # concurrent decisions on a file
 _NEVER = math.log(1e-12)
-_FAILED = "the meta LLM can't be asked"
+_FAILED = "the meta LLM is unavailable"
 _META_KEYS = (*ENDPOINT.fields, "top_logprobs", "token_ids", "control_tokens")
 
 
@@ -56,17 +56,17 @@ class GatewayModel(AnsweringModel):
     """A composite on a meta LLM behind an endpoint.
 
     Args:
-        meta: the endpoint; an `Expert` for its fields.
-        pool: experts behind endpoints, and self, which the same endpoint answers.
-        top_logprobs: log-probabilities to ask for; experts that are not among them count as improbable.
-        token_ids: the experts' tokens in the checkpoint, which self's answers are kept from (`logit_bias`).
-        control_tokens: of the checkpoint's chat template, which nobody's text may become.
-        policy: how a candidate is chosen where a request says nothing else.
-        timeouts: of endpoints.
-        observer: is told what happens.
+        meta: Endpoint of the meta LLM, as an `Expert`.
+        pool: Experts behind endpoints, and self, which the meta LLM's endpoint answers.
+        top_logprobs: Number of log-probabilities to request. Experts outside them count as improbable.
+        token_ids: Ids of the experts' tokens in the checkpoint. Self's answers exclude them (`logit_bias`).
+        control_tokens: Control tokens of the checkpoint's chat template, which no text may become.
+        policy: Default policy for requests that set none.
+        timeouts: Timeouts of endpoints.
+        observer: Observer that is notified of decisions, answers and failures.
 
     Raises:
-        ExpertokenError: an expert runs in this process, or an option is given that only models here have.
+        ExpertokenError: An expert runs in this process, or an option needs local models.
     """
 
     def __init__(
@@ -86,14 +86,19 @@ class GatewayModel(AnsweringModel):
         if local or any(unused.values()):
             given = local or [key for key, value in unused.items() if value]
             raise ExpertokenError(
-                f"a gateway holds no models: {', '.join(given)}; put local experts behind a server of their own "
-                f"(`backend: {ENDPOINT.name}`)"
+                f"a gateway holds no models, got {', '.join(given)}. Serve local experts behind an endpoint "
+                f"(`backend: {ENDPOINT.name}`)."
             )
         super().__init__(Chooser(pool), policy, observer)
         if not pool.has_self:
-            logger.warning("without `self` in the pool nothing holds the experts' tokens above the ordinary ones")
+            logger.warning(
+                "the pool has no `self`, so nothing keeps experts' tokens above ordinary ones, and the top "
+                "log-probabilities may miss them"
+            )
         elif not token_ids:
-            logger.warning("without `token_ids` self may write experts' tokens; `expertoken export` lists them")
+            logger.warning(
+                "the file has no `token_ids`, so self may generate experts' tokens. `expertoken export` lists the ids."
+            )
         self.top_logprobs, self._opening = top_logprobs, Opening(timeouts=timeouts or Timeouts())
         self.meta, self._endpoint = meta, EndpointBackend(meta, timeouts)
         self._breaker = Breaker()
@@ -108,7 +113,7 @@ class GatewayModel(AnsweringModel):
         """Read a gateway's file.
 
         Raises:
-            ExpertokenError: it is not well formed; of the pool's mistakes see `ExpertPool.parse`.
+            ExpertokenError: The file is not well formed. `ExpertPool.parse` lists the errors of its pool.
         """
         path = Path(path)
         try:
@@ -118,7 +123,7 @@ class GatewayModel(AnsweringModel):
         meta = document.pop("meta", None) if isinstance(document, dict) else None
         if not isinstance(meta, dict) or not meta.get("model") or set(meta) - set(_META_KEYS):
             raise ExpertokenError(
-                f"{path}, meta: expected a mapping with `model` and maybe {', '.join(_META_KEYS[1:])}"
+                f"{path}, meta: expected a mapping with `model` and optionally {', '.join(_META_KEYS[1:])}"
             )
         try:
             policy = Policy.parse(document.pop("policy", None))
@@ -142,29 +147,29 @@ class GatewayModel(AnsweringModel):
         return gateway
 
     def reloaded(self) -> "GatewayModel":
-        """Return the gateway as its file is now; this one goes on with its answers.
+        """Return a gateway from the current file. This gateway continues its in-flight answers.
 
         Raises:
-            ExpertokenError: it was not read from a file, or that is not well formed any more.
+            ExpertokenError: The gateway was not read from a file, or the file is no longer well formed.
         """
         if self._file is None:
-            raise ExpertokenError("this gateway was not read from a file")
+            raise ExpertokenError("expected a gateway read from a file, got one built in memory")
         fresh = GatewayModel.from_yaml(self._file, **self._options)
         fresh._breakers |= {name: known for name, known in self._breakers.items() if name in fresh._breakers}
         return fresh
 
     @property
     def identity(self) -> str:
-        """Tells models apart that decide or answer differently."""
+        """Fingerprint that differs between gateways that decide or answer differently."""
         meta = self._endpoint.expert
         return f"{told(meta)}-{meta.model}"
 
     def count(self, text: str) -> int:
-        """Tokens of a text, about."""
+        """Estimate the number of tokens of a text."""
         return math.ceil(len(text) / _CHARACTERS)
 
     def backend(self, name: str) -> Backend:
-        """The opened backend of a candidate; self is the meta LLM's endpoint."""
+        """Return the opened backend of a candidate. The backend of self is the meta LLM's endpoint."""
         expert = self.pool[name]
         if expert.is_self:
             return self._self
@@ -174,7 +179,7 @@ class GatewayModel(AnsweringModel):
 
     @property
     def opened(self) -> dict[str, Backend]:
-        """Backends by candidate, as far as they were needed, and the meta LLM's."""
+        """Backends opened so far, by candidate, and the meta LLM's."""
         return {self._endpoint.expert.name: self._endpoint} | super().opened
 
     def decide(
@@ -183,7 +188,7 @@ class GatewayModel(AnsweringModel):
         policy: Policy | None = None,
         generation: Generation | None = None,
     ) -> list[Decision]:
-        """Decide on many, some at a time."""
+        """Decide on several conversations, 16 at a time."""
         return BackgroundLoop.call(self._decide(conversations, policy, generation))
 
     async def _decide(
@@ -204,13 +209,13 @@ class GatewayModel(AnsweringModel):
         generation: Generation | None = None,
         affinity: Affinity | None = None,
     ) -> Decision:
-        """Decide on a conversation by one token of the meta LLM's.
+        """Decide on a conversation by one token of the meta LLM.
 
-        Where its server can't be asked, the policy's `default` answers if one is named.
+        The policy's `default` answers if the meta LLM's server is unavailable.
 
         Raises:
-            ExpertokenError: the conversation is too long, or the meta LLM's server refuses it.
-            NoAnswerError: the meta LLM's server can't be asked, and nobody is named for that.
+            ExpertokenError: The conversation is too long, or the meta LLM's server refuses it.
+            NoAnswerError: The meta LLM's server is unavailable, and the policy names no default.
         """
         policy = policy or self.policy
         unable = self._unable(messages, generation)
@@ -223,20 +228,20 @@ class GatewayModel(AnsweringModel):
         self._check_length(self.about(messages), self.limit)
         started = time.perf_counter()
         if not self._breaker.admits():
-            return self._undecided(messages, policy, f"{_FAILED}: it failed too often of late", started, generation)
+            return self._undecided(messages, policy, f"{_FAILED}: it failed too often recently", started, generation)
         try:
             with anyio.fail_after(self._opening.timeouts.decision):
                 logits, tokens = await self._ask_meta_somehow(self._unnamed(messages))
         except RequestRefusedError as error:
             self._breaker.left()
-            raise ExpertokenError(f"the meta LLM does not take the conversation: {error}") from error
+            raise ExpertokenError(f"the meta LLM refuses the conversation: {error}") from error
         except (ExpertFailedError, TimeoutError) as error:
             reason = one_line(error) or f"it did not decide within {self._opening.timeouts.decision or 0:g} s"
             self._breaker.failed()
             self.observer.failed(self._endpoint.expert.name, reason, begun=False)
             logger.warning("%s: %s", _FAILED, reason)
             return self._undecided(messages, policy, f"{_FAILED}: {reason}", started, generation)
-        except BaseException:  # the user went away
+        except BaseException:  # the user disconnected
             self._breaker.left()
             raise
         self._breaker.succeeded()
@@ -248,10 +253,10 @@ class GatewayModel(AnsweringModel):
         return Decision(dispatch, tokens, seconds)
 
     async def _ask_meta_somehow(self, messages: Sequence[Message]) -> tuple[torch.Tensor, int]:
-        """As `_ask_meta`; where its server refuses the conversation, by the newest request alone.
+        """Return logits and prompt tokens as in `_ask_meta`, falling back to the newest request alone.
 
-        It may be too long for the meta LLM, or have roles that its template does not take, and an expert may read it
-        all the same.
+        The server may refuse a conversation that is too long for the meta LLM, or that has roles its template does not
+        accept. An expert may still read it.
         """
         try:
             return await self._ask_meta(messages)
@@ -271,28 +276,29 @@ class GatewayModel(AnsweringModel):
             for expert in self.pool
         ]
         unknown = [place for place in first.unnamed if place is None or not self._ids]
-        if max(found) == _NEVER and unknown:  # or self would win every decision
+        if max(found) == _NEVER and unknown:  # otherwise self would win every decision
             raise ExpertFailedError(
-                "its endpoint tells neither the text nor a known id of the tokens; name the ids as meta.token_ids"
+                "its endpoint returns neither texts nor known ids of the tokens. Set the ids as meta.token_ids."
             )
         if self.pool.has_self:
             ordinary = 1 - sum(math.exp(value) for value in found)
             found.append(math.log(max(ordinary, 1e-12)))
         elif max(found) == _NEVER:
             raise ExpertFailedError(
-                f"no expert's token is among its {self.top_logprobs} most probable ones; is it the exported checkpoint?"
+                f"expected an expert's token among its {self.top_logprobs} most probable ones, found none. "
+                "Check that it serves the exported checkpoint."
             )
         read = self.about(messages) if first.prompt_tokens is None else first.prompt_tokens
         return torch.tensor(found), read
 
 
 class _Self(Backend):
-    """The meta LLM's own answers, from its endpoint.
+    """The backend of self's answers: the meta LLM's endpoint.
 
     Args:
-        endpoint: of the exported checkpoint.
-        bias: by token id, of the experts' tokens: an answer has no use for them.
-        sane: makes a conversation harmless.
+        endpoint: Endpoint of the exported checkpoint.
+        bias: Logit bias by token id, which keeps the experts' tokens out of answers.
+        sane: Function that removes control tokens from a conversation.
     """
 
     def __init__(
@@ -303,18 +309,18 @@ class _Self(Backend):
     def stream(
         self, messages: Sequence[Message], generation: Generation, *, begun: str = ""
     ) -> AsyncGenerator[Piece, None]:
-        """As of the endpoint."""
+        """Stream the endpoint's answer."""
         extra = dict(generation.extra)
         if self._bias:
             extra["logit_bias"] = extra.get("logit_bias", {}) | self._bias
         begun = self._sane([{"role": "assistant", "content": begun}])[0]["content"]
-        # Where nobody says otherwise a model in the process is greedy; a server would sample.
+        # A local model is greedy by default. A server would sample.
         temperature = 0.0 if generation.temperature is None else generation.temperature
         asked = replace(generation, extra=extra, temperature=temperature)
         return self._endpoint.stream(self._sane(messages), asked, begun=begun)
 
 
 def _sane(messages: Sequence[Message], control: Sequence[str]) -> list[Message]:
-    """A conversation for a tokenizer elsewhere: nothing that is written in it becomes a control token there."""
+    """Return a conversation in which no text becomes a control token of a remote tokenizer."""
     told = plain(messages, placeholders=True)
     return [message | {"content": apart(message["content"], control)} for message in told]

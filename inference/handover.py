@@ -1,4 +1,4 @@
-"""Handing over in mid-answer: at every token of self's own answer the meta LLM may call for an expert."""
+"""Handing over inside an answer: at every token of self's own answer the meta LLM may call for an expert."""
 
 import threading
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from ..modeling.dispatch import Dispatch, candidate_logits, dispatch_forward
 from ..modeling.meta import MetaLLM
 
 
-class HandOver(Exception):  # noqa: N818 - no error: it ends self's part of an answer
-    """Self stops, and an expert goes on with the answer."""
+class HandOver(Exception):  # noqa: N818 - a signal, not an error
+    """The end of self's part of an answer, which an expert continues."""
 
     def __init__(self, dispatch: Dispatch) -> None:
         super().__init__(dispatch.reason)
@@ -19,20 +19,21 @@ class HandOver(Exception):  # noqa: N818 - no error: it ends self's part of an a
 
 
 class Watch:
-    """Decides at every position of an answer that self gives, as a logits processor of `generate`.
+    """Decisions at every position of an answer that self gives, as a logits processor of `generate`.
 
-    Where LoRA was trained, self is the model without it and the decision the model with it: that one reads along, which
-    costs a second forward pass for each token. Else the decision's logits are the answer's own.
+    With trained LoRA, self is the model without the adapter and the decision is made by the model with it. The adapted
+    model then reads the answer too, which costs a second forward pass for each token. Otherwise the decision uses the
+    answer's own logits.
 
     Args:
-        meta: that decides.
-        self_name: of self.
-        choose: from the candidates' logits `[C]`.
-        end: id that ends an answer.
-        start: tokens of the conversation: at its end it was decided already.
+        meta: Meta LLM that decides.
+        self_name: Name of self.
+        choose: Function from the candidates' logits `[C]` to a dispatch.
+        end: Token id that ends an answer.
+        start: Number of tokens of the conversation. Its end was already decided.
 
     Attributes:
-        dispatch: the decision for an expert, or None as long as there was none.
+        dispatch: Dispatch to an expert, or None until there is one.
     """
 
     def __init__(
@@ -45,8 +46,8 @@ class Watch:
         self._thread: int | None = None
 
     def __enter__(self) -> "Watch":
-        # Before anything is done to them: processors of the generation (penalties, temperature) are not the decision's.
-        # By thread, since decisions on other conversations run through the same head meanwhile.
+        # The hook reads raw logits: processors of the generation (penalties, temperature) must not affect the decision.
+        # Logits are kept by thread, because other conversations are decided through the same head meanwhile.
         self._thread = threading.get_ident()
         self._hook = self.meta.head.register_forward_hook(self._note)
         return self
@@ -59,7 +60,10 @@ class Watch:
             self._logits = output[:, -1]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores of the next token, without the experts' own; where an expert is called for, nothing but the end."""
+        """Mask the expert tokens in the scores of the next token.
+
+        If an expert is called for, only the end token remains.
+        """
         self.dispatch = self._decide(input_ids)
         allowed = scores.clone()
         if self.dispatch is None:
@@ -78,7 +82,7 @@ class Watch:
         return None if dispatch.expert == self.self_name else dispatch
 
     def _head_logits(self) -> torch.Tensor:
-        assert self._logits is not None  # the head has run by the time `generate` asks for a token
+        assert self._logits is not None  # the head runs before `generate` calls this processor
         return self._logits.float()
 
     def _read_along(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""The composite as a model of lm-evaluation-harness, so that anyone's benchmark runs on it.
+"""The composite as a model of lm-evaluation-harness, so that all its benchmarks run on it.
 
-`expertoken lm-eval run --model expertoken --model_args pretrained=composite/ --tasks ...` is the harness's own command
-with this model known to it.
+`expertoken lm-eval run --model expertoken --model_args pretrained=composite/ --tasks ...` runs the harness's own
+command with this model registered.
 """
 
 import json
@@ -28,12 +28,12 @@ class CompositeLM(ChatLM):
     """A composite, as `--model expertoken`.
 
     Args:
-        pretrained: the composite folder.
-        device: where models go.
-        max_gen_toks: of an answer where the task says nothing.
-        concurrent: requests to endpoints at a time.
-        batch_size: taken for the harness's sake; batches are made by expert.
-        **_: of the harness's, which mean nothing here.
+        pretrained: Composite folder.
+        device: Device to load models on.
+        max_gen_toks: Longest answer in tokens for tasks that set no limit.
+        concurrent: Number of concurrent requests to endpoints.
+        batch_size: Ignored argument of the harness. Batches are made by expert.
+        **_: Further arguments of the harness, all ignored.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class CompositeLM(ChatLM):
     ) -> None:
         super().__init__(str(pretrained), int(max_gen_toks))
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-            device = None  # the harness's default, whatever the machine has
+            device = None  # the harness's default on every machine
         self.composite = open_model(pretrained, device=device)
         self.concurrent = int(concurrent)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers, by whom the meta LLM chooses."""
+        """Return answers, each from the expert that the meta LLM chooses."""
         groups: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(place)
@@ -64,13 +64,11 @@ class CompositeLM(ChatLM):
             for place, row in zip(places, found, strict=True):
                 answers[place] = row["answer"] or ""
             if lost := [row["error"] for row in found if "error" in row]:
-                logger.warning(
-                    "%d of %d questions got no answer and count as wrong: %s", len(lost), len(found), lost[0]
-                )
+                logger.warning("%d of %d queries got no answer and count as wrong: %s", len(lost), len(found), lost[0])
         return answers
 
     def generation(self, options: Mapping[str, Any]) -> Generation:
-        """Return the options of a task as ours."""
+        """Return the generation options of a task."""
         return Generation(
             max_new_tokens=self.longest(options),
             temperature=float(options.get("temperature") or 0) if options.get("do_sample") else 0.0,
@@ -82,7 +80,7 @@ class CompositeLM(ChatLM):
         """Return log-likelihoods of continuations, from the candidate that the meta LLM chooses for the context.
 
         Raises:
-            ExpertokenError: that candidate gives none.
+            ExpertokenError: The candidate provides no log-likelihoods.
         """
         contexts = [messages_of(request.args[0]) for request in requests]
         found = []
@@ -91,16 +89,16 @@ class CompositeLM(ChatLM):
             backend = self.composite.backend(dispatch.expert)
             if not self.composite.pool[dispatch.expert].kind.scores_texts:
                 raise ExpertokenError(
-                    f"expert {dispatch.expert!r} gives no log-likelihoods of texts; take tasks with generated answers "
-                    "(`output_type: generate_until`)"
+                    f"expert {dispatch.expert!r} provides no log-likelihoods of texts. "
+                    "Use tasks with generated answers (`output_type: generate_until`)."
                 )
             found.append(backend.log_likelihood(messages, request.args[1]))
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Not of a composite: perplexity of a text is one model's.
+        """Refuse the request, because the perplexity of a text belongs to one model.
 
         Raises:
-            ExpertokenError: always.
+            ExpertokenError: Always.
         """
-        raise ExpertokenError("perplexity is one model's, not a composite's; evaluate an expert by itself")
+        raise ExpertokenError("perplexity is defined for one model, not for a composite. Evaluate an expert by itself.")

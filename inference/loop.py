@@ -1,4 +1,4 @@
-"""An event loop in a thread of its own, for callers that have none: answers are asynchronous inside."""
+"""An event loop in a background thread, for callers without one, because answers are asynchronous."""
 
 import asyncio
 import atexit
@@ -15,18 +15,18 @@ from typing import Any, NoReturn, TypeVar
 T = TypeVar("T")
 
 
-_AT_EXIT = 5.0  # seconds that the program's end waits for threads that are about to end
-_INTERRUPTED = 2.0  # the same, where the user does not want to wait
-_working: set[threading.Event] = set()  # one for each piece of work, set at its end
+_AT_EXIT = 5.0  # seconds that the program's exit waits for threads at work
+_INTERRUPTED = 2.0  # the same after Ctrl-C
+_working: set[threading.Event] = set()  # one for each thread at work, set at its end
 _lock = threading.Lock()
 
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """Let the program's end wait, a little, for the work of a daemon thread.
+    """Keep the program from exiting, for some seconds, until the work of a daemon thread ends.
 
-    A daemon thread that comes back from torch's code while the interpreter ends is torn down in the midst of it, and
-    the process aborts (seen once in six runs of the demo).
+    A daemon thread that returns from torch's code while the interpreter exits is torn down midway. The process then
+    aborts (seen once in six runs of the demo).
     """
     ended = threading.Event()
     with _lock:
@@ -40,7 +40,7 @@ def at_work() -> Iterator[None]:
 
 
 def start_daemon(function: Callable[..., None], *arguments: Any) -> None:
-    """Run a function in a daemon thread that is `at_work` all the time."""
+    """Run a function in a daemon thread that is `at_work` until the function returns."""
 
     def run() -> None:
         with at_work():
@@ -50,9 +50,9 @@ def start_daemon(function: Callable[..., None], *arguments: Any) -> None:
 
 
 def in_thread(function: Callable[..., T], *arguments: Any) -> "Future[T]":
-    """Run a function in a daemon thread of its own: the loading of a model must not keep a program from ending.
+    """Run a function in a daemon thread, so that the loading of a model does not keep a program from exiting.
 
-    Not in a `ThreadPoolExecutor`, whose threads the program's end waits for however long they take.
+    Rejected: a `ThreadPoolExecutor`, because the program's exit waits for its threads however long they take.
     """
     future: Future[T] = Future()
 
@@ -69,7 +69,7 @@ def in_thread(function: Callable[..., T], *arguments: Any) -> "Future[T]":
 
 @atexit.register
 def _wait(seconds: float = _AT_EXIT) -> bool:
-    """Wait for what is at work; return whether all of it came to its end."""
+    """Wait for the threads at work. Return whether all of them ended."""
     deadline = time.monotonic() + seconds
     with _lock:
         working = list(_working)
@@ -77,12 +77,12 @@ def _wait(seconds: float = _AT_EXIT) -> bool:
 
 
 def end_interrupted() -> NoReturn:
-    """End a program that was interrupted, within seconds, also where a thread is in the midst of loading a model.
+    """Exit an interrupted program within seconds, even while a thread loads a model.
 
-    Such a thread can't be stopped, and Python's own end would tear it down.
+    Such a thread can't be stopped, and Python's own exit would tear it down.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
-    print("interrupted", file=sys.stderr)  # noqa: T201 - the last word to who pressed Ctrl-C
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the exit
+    print("interrupted", file=sys.stderr)  # noqa: T201 - for the user at the terminal
     if not _wait(_INTERRUPTED):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -91,7 +91,7 @@ def end_interrupted() -> NoReturn:
 
 
 class BackgroundLoop:
-    """Runs coroutines for ordinary code. One loop for the whole process: connections belong to a loop."""
+    """A loop that runs coroutines for ordinary code. The process has one, because connections belong to a loop."""
 
     _lock = threading.Lock()
     _loop: asyncio.AbstractEventLoop | None = None
@@ -106,7 +106,7 @@ class BackgroundLoop:
 
     @classmethod
     def call(cls, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine to its end; an interruption here cancels it there."""
+        """Run a coroutine to its end. An interruption of the caller cancels it."""
         future = asyncio.run_coroutine_threadsafe(coroutine, cls._running())
         try:
             return future.result()
@@ -116,7 +116,7 @@ class BackgroundLoop:
 
     @classmethod
     def iterate(cls, source: AsyncGenerator[T, None]) -> Iterator[T]:
-        """Iterate over an asynchronous iterator, one step at a time; closing closes it."""
+        """Iterate over an asynchronous iterator, one step at a time. Closing the result closes it."""
 
         async def step() -> list[T]:
             try:
@@ -141,7 +141,7 @@ async def _close(source: AsyncGenerator[Any, None]) -> None:
         try:
             await source.aclose()
             return
-        except RuntimeError as error:  # a step that was cancelled has not come to its end yet
+        except RuntimeError as error:  # a cancelled step has not ended yet
             if "already running" not in str(error):
                 raise
             await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""What an operator may want to know: told as it happens, by those who do it."""
+"""Notifications for operators, sent as events happen."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from ..modeling.dispatch import Dispatch
 
 @dataclass(frozen=True)
 class Answered:
-    """An answer that came to its end.
+    """A completed answer.
 
     Attributes:
-        expert: who gave it.
-        chosen: who was to give it.
-        first: seconds until its first piece, from the decision.
-        seconds: until its end.
+        expert: Name of the candidate that completed it.
+        chosen: Name of the candidate that the decision chose.
+        first: Seconds from the decision to the first piece.
+        seconds: Seconds from the decision to the end.
     """
 
     expert: str
@@ -24,13 +24,13 @@ class Answered:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a candidate's part of an answer took, also where it broke off.
+    """The tokens and cost of a candidate's part of an answer, complete or not.
 
     Attributes:
-        expert: whose.
-        prompt_tokens: read.
-        completion_tokens: written.
-        cost: USD, or None where the pool has no price.
+        expert: Name of the candidate.
+        prompt_tokens: Number of tokens read.
+        completion_tokens: Number of tokens written.
+        cost: Cost in USD, or None if the pool has no price.
     """
 
     expert: str
@@ -40,32 +40,32 @@ class Spent:
 
 
 class Observer:
-    """Does nothing; whoever wants to know overrides what it wants to know. Called from several threads."""
+    """An observer that ignores all events. Subclasses override methods, which are called from several threads."""
 
     def decided(self, dispatch: Dispatch, seconds: float, batch: int) -> None:
-        """A decision was made, `batch` of them in one pass."""
+        """Record a decision, one of `batch` decisions in one forward pass."""
 
     def failed(self, expert: str, reason: str, *, begun: bool, refused: bool = False) -> None:
-        """An expert failed.
+        """Record the failure of an expert.
 
         Args:
-            expert: who.
-            reason: why.
-            begun: whether something of the answer was out already.
-            refused: whether it took no fault of its own: the request was one that it can't take.
+            expert: Name of the expert.
+            reason: Reason of the failure.
+            begun: True if a part of the answer was already sent to the user.
+            refused: True if the expert refused the request itself, which is no fault of the expert.
         """
 
     def handed_over(self, expert: str) -> None:
-        """Self stopped in its answer for an expert to go on."""
+        """Record that self stopped in its answer for an expert to continue it."""
 
     def skipped(self, expert: str) -> None:
-        """An expert was not asked: it has failed too often of late."""
+        """Record that an expert was skipped because it failed too often recently."""
 
     def spent(self, part: Spent) -> None:
-        """A candidate read and wrote."""
+        """Record the tokens that a candidate read and wrote."""
 
     def answered(self, answer: Answered) -> None:
-        """An answer came to its end."""
+        """Record a completed answer."""
 
     def lost(self) -> None:
-        """A turn ended without a whole answer."""
+        """Record a turn that ended without a whole answer."""

@@ -1,4 +1,4 @@
-"""An answer: while it is being given, and as it was given."""
+"""An answer, in progress and complete."""
 
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
@@ -16,23 +16,23 @@ class Reply:
     """An answer.
 
     Attributes:
-        text: what was answered.
-        expert: who answered; where one broke off and another went on, the one that went on.
-        dispatch: the decision behind it.
-        failures: experts that were asked before and failed, with the reason.
-        skipped: experts that were not asked, because they failed too often of late.
-        finish: why it ended (stop, length, tool_calls, ...); None where it did not come to its end.
-        prompt_tokens: that were read.
-        completion_tokens: that were written.
-        cost: USD, or None where the pool has no price.
-        decided: seconds that the decision took.
-        first: seconds from the decision to the first piece.
-        seconds: from the decision to the end.
-        handed_over: the decision inside self's answer by which an expert went on with it, or None.
-        handed_over_after: characters that self had written then.
-        thought: what the models thought, by the name under which their servers sent it.
-        details: further counts of tokens, as servers gave them (`completion_tokens_details`, ...).
-        calls: ids of the tool calls in it.
+        text: Text of the answer.
+        expert: Name of the candidate that answered. After a fallback or a hand-over, the last one.
+        dispatch: Decision behind the answer.
+        failures: Reasons of failure by expert, for experts that were tried before.
+        skipped: Experts that were skipped because they failed too often recently.
+        finish: Reason of the end (stop, length, tool_calls, ...), or None for an incomplete answer.
+        prompt_tokens: Number of tokens read.
+        completion_tokens: Number of tokens written.
+        cost: Cost in USD, or None if the pool has no price.
+        decided: Seconds that the decision took.
+        first: Seconds from the decision to the first piece.
+        seconds: Seconds from the decision to the end.
+        handed_over: Decision inside self's answer by which an expert continued it, or None.
+        handed_over_after: Number of characters that self had written before.
+        thought: Thought of the models, by the field in which their servers sent it.
+        details: Further token counts from servers (`completion_tokens_details`, ...).
+        calls: Ids of the tool calls in the answer.
     """
 
     text: str
@@ -55,11 +55,11 @@ class Reply:
 
 
 class ReplyStream:
-    """An answer that is being given: iterate over its pieces of text, with `for` or with `async for`.
+    """An answer in progress: iterate over its pieces of text, with `for` or with `async for`.
 
     Attributes:
-        dispatch: the decision; known from the start.
-        reply: what was answered so far.
+        dispatch: Decision, known from the start.
+        reply: Answer so far.
     """
 
     _pieces: AsyncGenerator[Piece, None]
@@ -70,12 +70,12 @@ class ReplyStream:
 
     @property
     def expert(self) -> str:
-        """Who answers; final once the first piece is there, unless it breaks off."""
+        """Name of the candidate that answers. Final after the first piece, unless the candidate fails later."""
         return self.reply.expert
 
     @property
     def failures(self) -> dict[str, str]:
-        """Experts that failed so far, with the reason."""
+        """Reasons of failure by expert, so far."""
         return self.reply.failures
 
     def __iter__(self) -> Iterator[str]:
@@ -87,7 +87,7 @@ class ReplyStream:
                 yield piece.text
 
     def pieces(self) -> AsyncGenerator[Piece, None]:
-        """The whole of the answer as it comes: text, tool calls, why it ended."""
+        """Return the pieces of the answer as they arrive: text, tool calls, the reason of the end."""
         return self._pieces
 
     def close(self) -> None:
@@ -109,7 +109,7 @@ class HandedOver:
     """Outcome of an attempt: self stopped in its answer for an expert to continue it.
 
     Attributes:
-        dispatch: the decision for that expert.
+        dispatch: Decision for that expert.
     """
 
     dispatch: Dispatch
@@ -120,8 +120,8 @@ class Failed:
     """Outcome of an attempt: no answer, or only a part of one.
 
     Attributes:
-        reason: why, in one line.
-        refused: whether the request is at fault and not the candidate.
+        reason: Reason in one line.
+        refused: True if the request is at fault and not the candidate.
     """
 
     reason: str
@@ -133,8 +133,8 @@ class Attempt:
     """One candidate's attempt at a turn.
 
     Attributes:
-        name: name of the candidate.
-        outcome: how the attempt ended; None until its pieces are through.
+        name: Name of the candidate.
+        outcome: Outcome of the attempt. None until its pieces are complete.
     """
 
     name: str
@@ -152,16 +152,16 @@ def added(known: Mapping[str, Mapping[str, int]], more: Mapping[str, Mapping[str
 
 
 class Turn:
-    """An answer while it comes into being, whoever gives it.
+    """An answer in progress, across all candidates that contribute to it.
 
     Attributes:
-        stream: that tells it.
-        generation: how it was asked for.
-        stops: that end it.
-        calls: whether it calls tools.
-        usage: tokens of the present candidate, where it counts them.
-        cached: tokens of its prompt that it had cached, as far as it says so.
-        refused: whether all who failed refused the request itself.
+        stream: Stream that publishes the answer.
+        generation: Options of the request.
+        stops: Stop texts of the answer.
+        calls: True if the answer calls tools.
+        usage: Prompt and completion tokens of the current candidate, if its backend counts them.
+        cached: Number of prompt tokens that the current candidate had cached, if its server reports them.
+        refused: True if all candidates that failed refused the request itself.
     """
 
     def __init__(self, stream: ReplyStream, generation: Generation) -> None:
@@ -171,9 +171,9 @@ class Turn:
         self.begin(stream.reply.expert)
 
     def begin(self, name: str) -> None:
-        """The next candidate begins, or goes on with what is out."""
+        """Start the next candidate, which may continue the text already sent."""
         self.stream.reply = replace(self.stream.reply, expert=name)
-        self.stops = StopTexts(self.generation.stop)  # what was held back is not out, and is not gone on with
+        self.stops = StopTexts(self.generation.stop)  # text held back was not sent, so no candidate continues it
         self.usage: tuple[int, int] | None = None
         self.cached = 0
         self._before = self.stream.reply.details
@@ -182,33 +182,33 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """That is out."""
+        """Text already sent to the user."""
         return self.stream.reply.text
 
     @property
     def part(self) -> str:
-        """The present candidate's part of it."""
+        """The current candidate's part of the text."""
         return self.text[self._from :]
 
     @property
     def begun(self) -> bool:
-        """Whether the user has something of it."""
+        """True if a part of the answer was already sent to the user."""
         return bool(self.text) or self.calls
 
     @property
     def finished(self) -> bool:
-        """Whether the present candidate said that it is whole, or a stop text did."""
+        """True if the current candidate reported its end, or a stop text ended it."""
         return self._finish is not None or self.stops.reached
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing came where something should have: not where a limit, a filter or a stop text ended it."""
+        """True if the answer is empty without a limit, a filter or a stop text as the reason."""
         given = self.begun or self.stops.reached or self.stops.holds
         return not given and self._finish in (None, "stop")
 
     @property
     def handed_over(self) -> bool:
-        """Whether self called for an expert."""
+        """True if self called for an expert."""
         return self.stream.reply.handed_over is not None
 
     @property
@@ -217,7 +217,7 @@ class Turn:
         return time.perf_counter() - self._started
 
     def left(self, count: Callable[[str], int]) -> Generation:
-        """How the rest is to be generated."""
+        """Return the options for the rest of the answer."""
         if not self.text:
             return self.generation
         used = count(self.text)
@@ -225,7 +225,7 @@ class Turn:
         return self.generation if limit is None else replace(self.generation, max_new_tokens=max(1, limit - used))
 
     def take(self, piece: Piece) -> Iterator[Piece]:
-        """What of a piece is passed on."""
+        """Yield the part of a piece that is sent to the user."""
         self.usage = piece.usage or self.usage
         self._finish = piece.finish or self._finish
         text = self.stops.feed(piece.text)
@@ -237,7 +237,7 @@ class Turn:
             ids = (call.get("id") for call in piece.tool_calls)
             reply = replace(reply, calls=tuple(dict.fromkeys((*reply.calls, *filter(None, ids)))))
         if piece.details:
-            # Of a server that tells them with every piece the last ones hold.
+            # If a server sends counts with every piece, the last ones are valid.
             self.cached = piece.details.get("prompt_tokens_details", {}).get("cached_tokens", 0)
             reply = replace(reply, details=added(self._before, piece.details))
         if piece.thought:
@@ -249,7 +249,7 @@ class Turn:
             yield replace(piece, text=text, finish=None, usage=None, details=None)
 
     def end(self) -> Piece:
-        """The last piece of a whole answer."""
+        """Return the last piece of a whole answer."""
         rest = "" if self.stops.reached else self.stops.rest()
         if rest and not self.begun:
             self.stream.reply = replace(self.stream.reply, first=self.elapsed)

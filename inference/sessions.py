@@ -1,10 +1,10 @@
-"""What binds a conversation to the expert that gave its last answer, and where that is remembered.
+"""The binding of a conversation to the expert of its last answer, and its storage.
 
 An expert that has read a conversation may have its beginning cached, and one that called tools has to read their
-results. A session is found by the id that a client sends. Where it sends none, it is found by how the conversation
-begins (system prompt, tools, first request) and what was said last: clients send that back as they got it.
+results. A session is identified by the id that a client sends. Without an id, it is identified by the beginning of the
+conversation (system prompt, tools, first request) and the last answer. Clients send these back unchanged.
 
-The memory is this process's own, or Redis, by which several servers agree.
+The store is the memory of this process, or Redis, which several servers can share.
 """
 
 import hashlib
@@ -24,19 +24,19 @@ from ..modeling.reminders import is_open_call
 
 logger = logging.getLogger(__name__)
 
-_REMEMBERED = 10_000  # sessions of a process
-_CACHED_FOR = 300.0  # seconds for which servers keep the beginning of a conversation, about
-_PATIENCE = 1.0  # seconds for an answer of Redis: a request is answered without it, too
+_REMEMBERED = 10_000  # sessions in a process's store
+_CACHED_FOR = 300.0  # approximate seconds for which servers cache the beginning of a conversation
+_PATIENCE = 1.0  # seconds for a response of Redis: requests are answered without it too
 
 
 @dataclass(frozen=True)
 class Affinity:
-    """What binds a conversation to a candidate.
+    """The binding of a conversation to a candidate.
 
     Attributes:
-        last: name of the candidate that gave the last answer; None where nobody did, or nobody knows.
-        cached: tokens of the conversation that it has cached, about.
-        open_calls: whether it called tools whose results come now, so that it has to go on.
+        last: Name of the candidate that gave the last answer. None if there is no such answer or it is unknown.
+        cached: Approximate number of tokens of the conversation that the candidate has cached.
+        open_calls: True if the candidate called tools whose results come now, so that it has to continue.
     """
 
     last: str | None = None
@@ -47,13 +47,14 @@ class Affinity:
     def of(
         cls, messages: Sequence[Message], pool: ExpertPool, known: "LastAnswer | None" = None, *, exact: bool = True
     ) -> "Affinity":
-        """Return what binds a conversation.
+        """Return the binding of a conversation.
 
         Args:
-            messages: the conversation; `name` of an answer says who gave it.
-            pool: the candidates.
-            known: what is remembered of the conversation.
-            exact: whether that is of its last answer, and not only of the session, in which others may go on beside.
+            messages: Conversation. The `name` of an answer is the name of its candidate.
+            pool: Candidates.
+            known: Stored last answer of the conversation, or None.
+            exact: If true, `known` describes the last answer of this conversation. If false, it describes the session,
+                in which other conversations may run concurrently.
         """
         if known is None or known.expert not in pool.names:
             last = last_answerer(messages, pool)
@@ -64,12 +65,12 @@ class Affinity:
 
 @dataclass(frozen=True)
 class LastAnswer:
-    """What is remembered of a conversation.
+    """The stored facts of a conversation's last answer.
 
     Attributes:
-        expert: name of who answered.
-        tokens: that it has read and written.
-        at: when, as `time.time()` says.
+        expert: Name of the candidate that answered.
+        tokens: Number of tokens that the candidate has read and written.
+        at: Time of the answer, as in `time.time()`.
     """
 
     expert: str
@@ -78,25 +79,25 @@ class LastAnswer:
 
 
 class SessionStore(ABC):
-    """Remembers who answered last."""
+    """A store of last answers by session."""
 
     @abstractmethod
     async def get(self, key: str) -> LastAnswer | None:
-        """Return what is known of a session, or None."""
+        """Return the last answer of a session, or None."""
 
     @abstractmethod
     async def put(self, key: str, answered: LastAnswer) -> None:
-        """Remember who answered."""
+        """Store the last answer of a session."""
 
-    async def aclose(self) -> None:  # noqa: B027 - a process's own memory holds nothing open
-        """Close what is held open."""
+    async def aclose(self) -> None:  # noqa: B027 - a store in this process has no connections
+        """Close all connections."""
 
 
 class ProcessStore(SessionStore):
-    """The memory of this process: the newest sessions.
+    """The store in this process's memory, which keeps the newest sessions.
 
     Args:
-        most: sessions that are kept.
+        most: Maximum number of sessions.
     """
 
     def __init__(self, most: int = _REMEMBERED) -> None:
@@ -104,11 +105,11 @@ class ProcessStore(SessionStore):
         self._known: dict[str, LastAnswer] = {}
 
     async def get(self, key: str) -> LastAnswer | None:
-        """Return what is known of a session, or None."""
+        """Return the last answer of a session, or None."""
         return self._known.get(key)
 
     async def put(self, key: str, answered: LastAnswer) -> None:
-        """Remember who answered; what was used longest ago is forgotten."""
+        """Store the last answer of a session, and evict the least recently stored one."""
         self._known.pop(key, None)
         self._known[key] = answered
         if len(self._known) > self._most:
@@ -116,14 +117,14 @@ class ProcessStore(SessionStore):
 
 
 class RedisStore(SessionStore):
-    """Redis, which several servers share. Where it can't be reached, a session is one that nobody knows.
+    """The store in Redis, which several servers share. While Redis is unreachable, all sessions are unknown.
 
     Args:
-        url: of the server, as redis-py reads it (`redis://host:6379/0`, `rediss://`, `unix://`).
-        seconds: for which a session is kept after its last answer.
+        url: URL of the server in redis-py's form (`redis://host:6379/0`, `rediss://`, `unix://`).
+        seconds: Seconds to keep a session after its last answer.
 
     Raises:
-        ExpertokenError: the URL is none.
+        ExpertokenError: The URL is invalid.
         ImportError: redis-py is not installed.
     """
 
@@ -139,20 +140,20 @@ class RedisStore(SessionStore):
         self._seconds, self._failures = seconds, (RedisError, OSError, ValueError, TypeError)
 
     async def get(self, key: str) -> LastAnswer | None:
-        """Return what is known of a session, or None."""
+        """Return the last answer of a session, or None."""
         try:
             found = await self._redis.get(_PREFIX + key)
             return None if found is None else LastAnswer(**json.loads(found))
         except self._failures as error:
-            logger.warning("the session store can't be read: %s", type(error).__name__)
+            logger.warning("the session store can't be read, the session counts as unknown: %s", type(error).__name__)
             return None
 
     async def put(self, key: str, answered: LastAnswer) -> None:
-        """Remember who answered."""
+        """Store the last answer of a session."""
         try:
             await self._redis.set(_PREFIX + key, json.dumps(asdict(answered)), ex=self._seconds)
         except self._failures as error:
-            logger.warning("the session store can't be written: %s", type(error).__name__)
+            logger.warning("the session store can't be written, the session is not kept: %s", type(error).__name__)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -163,7 +164,7 @@ _PREFIX = "expertoken:session:"
 
 
 def open_store(url: str | None) -> SessionStore:
-    """Return the store of a URL, or the process's own where None."""
+    """Return the store at a URL, or a store in this process if it is None."""
     return ProcessStore() if url is None else RedisStore(url)
 
 
@@ -174,13 +175,13 @@ def keys_of(
     scope: str = "",
     tools: Any = None,
 ) -> list[str]:
-    """Return the keys under which a conversation's last answer is remembered: of that answer, then of the session.
+    """Return the keys of a conversation's last answer: the answer's own key, then the session's.
 
     Args:
-        messages: the conversation up to that answer, the answer included.
-        session: the id that the client sent, or None. Agents send one id for conversations that run beside each other.
-        scope: what keeps clients apart: one must not find out another's sessions.
-        tools: of the request.
+        messages: Conversation up to and including that answer.
+        session: Session id from the client, or None. Agents send one id for several concurrent conversations.
+        scope: Namespace of a client. One client must not find another client's sessions.
+        tools: Tools of the request.
     """
     first = next((place for place, message in enumerate(messages) if message.get("role") == "user"), 0)
     beginning = [(message.get("role"), message.get("content")) for message in messages[: first + 1]]
@@ -189,7 +190,7 @@ def keys_of(
     given = said.get("tool_calls")
     calls = [call.get("id") for call in given if isinstance(call, dict)] if isinstance(given, list) else []
     where = [session] if session is not None else [beginning, tools or None]
-    # Agents send calls back as they got them; what was said and asked before they may have shortened.
+    # Agents send calls back unchanged, but may have shortened earlier messages.
     exact = (
         _digest("calls", scope, where, calls) if calls else _digest("turn", scope, where, asked, said.get("content"))
     )

@@ -12,18 +12,18 @@ from ..modeling.policy import Policy
 from .batch import Answer, Block, answers_of, settings_of
 from .factory import open_model
 
-_AHEAD = 2  # blocks that wait at each worker
-_AGAIN = 3  # times that a block is given to another worker where one is lost
+_AHEAD = 2  # blocks queued at each worker
+_AGAIN = 3  # retries of a block after its worker was lost
 
 
 class RayWorkers:
-    """Workers on a Ray cluster; `generate_file` takes them in place of a model.
+    """Workers on a Ray cluster, accepted by `generate_file` in place of a model.
 
     Args:
-        path: composite folder, or a gateway's YAML file; every machine of the cluster has to see it at this path.
-        workers: number of workers.
-        cluster: where they run, and what each asks for.
-        **options: as `open_model` takes them.
+        path: Composite folder, or YAML file of a gateway. Every machine of the cluster needs it at this path.
+        workers: Number of workers.
+        cluster: Cluster to run on, with the resources of each worker.
+        **options: Further arguments of `open_model`.
     """
 
     def __init__(self, path: Path | str, workers: int, cluster: Cluster | None = None, **options: Any) -> None:
@@ -36,7 +36,7 @@ class RayWorkers:
     def __enter__(self) -> "RayWorkers":
         self._connection = self._cluster.connected()
         self._ray = self._connection.__enter__()
-        # A worker that is lost with its machine starts again on another one, and does its block once more.
+        # A worker that is lost with its machine restarts on another one and repeats its block.
         given = {"num_cpus": self._cluster.cpus, "num_gpus": self._cluster.gpus, "max_restarts": -1,
                  "max_task_retries": _AGAIN}  # fmt: skip
         worker = self._ray.remote(**given)(_Worker)
@@ -49,20 +49,20 @@ class RayWorkers:
         self._connection.__exit__(*error)
 
     def settings(self, policy: Policy | None) -> list[Any]:
-        """Return what answers depend on; see `batch.settings_of`.
+        """Return the settings that answers depend on, as in `batch.settings_of`.
 
         Raises:
-            ExpertokenError: a worker can't open the composite.
+            ExpertokenError: A worker can't open the composite.
         """
         return self._result(self._actors[0].settings.remote(policy))
 
     def answers(
         self, blocks: Iterator[Block], generation: Generation, policy: Policy | None, concurrent: int
     ) -> Iterator[tuple[str, Answer]]:
-        """Yield the answers of each block as soon as its worker is done; see `batch.answers_of`.
+        """Yield the answers of each block as soon as its worker is done, as in `batch.answers_of`.
 
         Raises:
-            ExpertokenError: a worker can't open the composite, or was lost too often.
+            ExpertokenError: A worker can't open the composite, or was lost too often.
         """
         pending: dict[Any, Any] = {}
 
@@ -88,7 +88,7 @@ class RayWorkers:
 
 
 class _Worker:
-    """Holds the composite and answers blocks."""
+    """A worker that holds the composite and answers blocks."""
 
     def __init__(self, path: str, options: dict[str, Any]) -> None:
         self._open = (path, options)
@@ -96,7 +96,7 @@ class _Worker:
 
     @property
     def model(self) -> Any:
-        """The composite, opened with the first call: an actor's own start could not say what is wrong with it."""
+        """Composite, opened on the first call, because an actor's constructor can't report errors."""
         if self._model is None:
             path, options = self._open
             self._model = open_model(path, **options)

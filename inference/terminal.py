@@ -1,4 +1,4 @@
-"""Chat in the terminal: streams, edits lines, keeps a history, and tells who answered when asked."""
+"""Chat in the terminal: streaming, line editing, a history, and commands that show which expert answered."""
 
 import re
 import sys
@@ -18,10 +18,10 @@ from .reply import Reply
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
-_HELP = """/why      who answered last, and the dispatch probabilities
+_HELP = """/why      the expert of the last answer, and the dispatch probabilities
 /experts  the experts of this composite
-/image P  show the picture of the file P with the next question
-/reset    forget the conversation
+/image P  send the picture in the file P with the next message
+/reset    clear the conversation
 /help     this list
 /quit     leave (also Ctrl-D)
 Ctrl-C stops an answer."""
@@ -31,9 +31,9 @@ class TerminalChat:
     """A conversation with a composite.
 
     Args:
-        composite: who answers.
-        console: where to.
-        generation: arguments of `AnsweringModel.stream`.
+        composite: Model that answers.
+        console: Console to print on. Defaults to standard output.
+        generation: Arguments of `AnsweringModel.stream`.
     """
 
     def __init__(self, composite: AnsweringModel, console: Console | None = None, **generation: Any) -> None:
@@ -61,7 +61,7 @@ class TerminalChat:
             elif text.startswith("/image "):
                 self._show(text.removeprefix("/image ").strip())
             elif text.startswith("/") and " " not in text:
-                self.console.print(f"unknown command {text}; /help lists the commands", markup=False)
+                self.console.print(f"unknown command {text}, /help lists the commands", markup=False)
             elif text:
                 self._answer(text)
 
@@ -82,7 +82,7 @@ class TerminalChat:
                 stream.close()
         self.console.print()
         if stream is None or not stream.reply.text:
-            self.messages.pop()  # a turn without an answer would leave two user messages in a row
+            self.messages.pop()  # without an answer, two user messages would follow each other
             return
         self.last, self.pictures = stream.reply, []
         self.messages.append({"role": "assistant", "content": self.last.text, "name": self.last.expert})
@@ -90,17 +90,17 @@ class TerminalChat:
     def _show(self, name: str) -> None:
         try:
             self.pictures.append(url_part(Path(name).expanduser(), name))
-        except (ExpertokenError, ImportError, RuntimeError) as error:  # RuntimeError: a home of nobody
+        except (ExpertokenError, ImportError, RuntimeError) as error:  # RuntimeError: `~NAME` of an unknown user
             self.console.print(f"error: {error}", markup=False)
             return
-        self.console.print(f"{len(self.pictures)} with the next question", markup=False)
+        self.console.print(f"{len(self.pictures)} with the next message", markup=False)
 
     def _why(self) -> None:
         if self.last is None:
-            self.console.print("nothing was answered yet")
+            self.console.print("no answer yet")
             return
         for name in self.last.skipped:
-            self.console.print(f"{name} failed too often of late and is left alone for a while", markup=False)
+            self.console.print(f"{name} was skipped because it failed too often recently", markup=False)
         for name, reason in self.last.failures.items():
             self.console.print(f"{name} failed: {reason}", markup=False)
         if (handed := self.last.handed_over) is not None:
@@ -134,16 +134,22 @@ class TerminalChat:
         self.messages.clear()
         self.pictures.clear()
         self.last = None
-        self.console.print("the conversation is forgotten")
+        self.console.print("the conversation was cleared")
 
 
 def printable(text: str) -> str:
-    """Text without control characters, line ends and tabs aside: an answer must not steer the user's terminal."""
+    """Remove control characters from a text, except line ends and tabs.
+
+    An answer must not control the user's terminal.
+    """
     return _CONTROL.sub("", text)
 
 
 def _lines() -> Iterator[str]:
-    """Lines of input: with editing and a history at a terminal, plain ones from a pipe."""
+    """Yield lines of input.
+
+    A terminal gets line editing and a history. Lines of a pipe are read as they are.
+    """
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

@@ -1,4 +1,5 @@
-"""Experts and pools, the head that holds their tokens, the meta LLM, the decision. Imports nothing of ours.
+"""Experts, pools, the head that holds the expert tokens, the meta LLM and the decision.
 
-Nothing is re-exported here: importing from the module that defines a name keeps torch out of what does not need it.
+This package imports no other package of the project. It re-exports nothing: importing a name from the module that
+defines it keeps torch out of modules that do not need it.
 """

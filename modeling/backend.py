@@ -1,4 +1,4 @@
-"""The contract of a backend: it answers a conversation in pieces, or continues an answer that another one began."""
+"""Contract of a backend: it answers a conversation in pieces, or continues an answer that another backend began."""
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .source import Source
 
-if TYPE_CHECKING:  # a pool is read without numpy
+if TYPE_CHECKING:  # reading a pool must not import numpy
     from .chat import Message
 
 
 def stop_texts(stop: Sequence[str] | str | None) -> tuple[str, ...]:
-    """Return the stop texts of a request, which OpenAI's API takes as one text, a list or null."""
+    """Return the stop texts of a request, which OpenAI's API accepts as one text, a list or null."""
     return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
 
@@ -24,14 +24,14 @@ class Generation:
     """Options of one generation.
 
     Attributes:
-        max_new_tokens: longest answer, in tokens; None for as many as the expert's context leaves.
-        temperature: temperature of sampling; 0 is greedy. Where None, models in this process are greedy, and endpoints
-            use their own default. Models in this process are greedy below 0.001 too.
-        top_p: mass of the nucleus to sample from; None as for the temperature.
-        seed: seed of sampling; None draws a new one.
-        stop: texts before which an answer ends. A single text becomes a tuple; empty ones are dropped, because they
+        max_new_tokens: Longest answer, in tokens. None for as many as the expert's context leaves.
+        temperature: Sampling temperature. 0 is greedy, and so is any value below 0.001 for models in this process. With
+            None, models in this process are greedy, and endpoints use their own default.
+        top_p: Mass of the nucleus to sample from. None as for the temperature.
+        seed: Seed of sampling. None draws a new seed.
+        stop: Texts before which an answer ends. A single text becomes a tuple. Empty texts are dropped, because they
             would end every answer.
-        extra: further parameters for an endpoint, named as in OpenAI's API (`tools`, `logprobs`, ...). Models in this
+        extra: Further parameters for an endpoint, named as in OpenAI's API (`tools`, `logprobs`, ...). Models in this
             process answer in text and ignore them.
     """
 
@@ -47,15 +47,15 @@ class Generation:
 
     @property
     def sampled(self) -> bool:
-        """Whether models in this process sample: logits divided by a temperature near 0 overflow."""
+        """True if models in this process sample. Logits divided by a temperature near 0 overflow."""
         return (self.temperature or 0.0) >= _COLDEST
 
 
-_MOST = 2**53  # tokens, and far more than there are
+_MOST = 2**53  # tokens, far above any real count
 
 
 def as_usage(given: Any) -> tuple[int, int] | None:
-    """Return prompt and completion tokens as a backend gave them, or None where they are not two counts."""
+    """Return a backend's counts of prompt and completion tokens, or None if they are not two counts."""
     try:
         read, written = given
     except (TypeError, ValueError):
@@ -64,7 +64,7 @@ def as_usage(given: Any) -> tuple[int, int] | None:
     return (read, written) if counts else None
 
 
-_COLDEST = 1e-3  # below it the most probable token has all of the probability, except for ties
+_COLDEST = 1e-3  # below this temperature the most probable token has all of the probability, except for ties
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,15 @@ class Piece:
     """A part of an answer as it arrives.
 
     Attributes:
-        text: more of the answer; may be empty.
-        tool_calls: more of its tool calls, in the form in which OpenAI's API streams them.
-        logprobs: log-probabilities of the text's tokens, in the form of OpenAI's API.
-        finish: why the answer ended (stop, length, tool_calls, content_filter); with its last piece.
-        usage: prompt tokens and completion tokens, where the backend counts them; with one of the last pieces. What is
-            not two counts becomes None: a server that counts wrongly has answered all the same.
-        thought: more of what the model thinks before it answers, by the name under which its server sends that
-            (`reasoning_content`, `reasoning`); no part of the answer.
-        details: further counts beside the usage, by their names in OpenAI's API (`prompt_tokens_details`, ...).
+        text: Next part of the answer. It may be empty.
+        tool_calls: Next part of the answer's tool calls, in the form in which OpenAI's API streams them.
+        logprobs: Log-probabilities of the text's tokens, in the form of OpenAI's API.
+        finish: Reason why the answer ended (stop, length, tool_calls, content_filter). Set in the last piece.
+        usage: Prompt tokens and completion tokens, if the backend counts them. Set in one of the last pieces. A value
+            that is not two counts becomes None, because the answer of a server that counts wrongly is still valid.
+        thought: Next part of the model's reasoning before its answer, by the server's name for the field
+            (`reasoning_content`, `reasoning`). It is no part of the answer.
+        details: Further counts beside the usage, by their names in OpenAI's API (`prompt_tokens_details`, ...).
     """
 
     text: str = ""
@@ -97,7 +97,7 @@ class Piece:
 
     @property
     def visible(self) -> bool:
-        """Whether the user receives something of this piece."""
+        """True if the user receives a part of this piece."""
         return bool(self.text or self.tool_calls)
 
 
@@ -106,12 +106,12 @@ class Timeouts:
     """Limits on waiting, in seconds.
 
     Attributes:
-        decision: limit on deciding who answers, waiting for other decisions included; None for no limit.
-        connect: limit on opening a connection to an endpoint.
-        first: limit on the first piece of an endpoint's answer, retries included.
-        idle: limit on the time between two of its pieces that hold something.
-        retries: number of retries of a request that failed temporarily (429, 5xx, no connection), with growing pauses,
-            before the next best expert is asked.
+        decision: Limit on a decision, including its wait for other decisions. None for no limit.
+        connect: Limit on opening a connection to an endpoint.
+        first: Limit on the first piece of an endpoint's answer, retries included.
+        idle: Limit on the time between two pieces of an endpoint's answer that are not empty.
+        retries: Number of retries of a request that failed temporarily (429, 5xx, no connection), with growing pauses,
+            before the fallback to the next candidate.
     """
 
     decision: float | None = None
@@ -122,27 +122,27 @@ class Timeouts:
 
 
 REQUEST_HEADERS: ContextVar[Mapping[str, str]] = ContextVar("request_headers", default=MappingProxyType({}))
-"""Headers by which a request can be found again: they go along where an endpoint is asked on its behalf."""
+"""Headers that identify a request in logs. They are forwarded to every endpoint that serves the request."""
 
 
 class Models(Protocol):
-    """Models that one process holds, each base once (`inference.backends.models.LocalModels`)."""
+    """Models in the memory of one process, each base once (`inference.backends.models.LocalModels`)."""
 
     def lease(self, source: Source) -> AbstractContextManager[Any]:
         """Keep a model in memory within the block."""
 
     def slot(self, resident: Any, base: Source, folder: str, revision: str | None = None) -> str:
-        """Load a LoRA adapter into a model that is in memory, and return its name there."""
+        """Load a LoRA adapter into a model in memory, and return the adapter's name in that model."""
 
 
 @dataclass(frozen=True)
 class Opening:
-    """Resources with which backends are opened.
+    """Resources for opening backends.
 
     Attributes:
-        base: source of the meta LLM's base, which adapters without a `base` use; None in a process without a meta LLM.
-        models: the models of this process, or None.
-        timeouts: limits on waiting for endpoints.
+        base: Source of the meta LLM's base, which adapters without a `base` use. None in a process without a meta LLM.
+        models: Models of this process, or None.
+        timeouts: Limits on waiting for endpoints.
     """
 
     base: Source | None = None
@@ -154,18 +154,18 @@ class Backend(ABC):
     """A way to reach an expert. Failures raise `ExpertFailedError` with a reason in one line.
 
     Attributes:
-        retries: number of requests made once more; None for a backend that makes none.
+        retries: Number of retried requests. None for a backend that never retries.
     """
 
     retries: int | None = None
 
     @property
     def addresses_up(self) -> Mapping[str, bool]:
-        """Whether each of several addresses answered when it was last asked."""
+        """Map from each of several addresses to True if it answered its last check. Empty for a single address."""
         return {}
 
     async def check_addresses(self) -> None:
-        """Ask each of several addresses whether it is alive; a server does so from time to time."""
+        """Check whether each of several addresses is alive. A server repeats this periodically."""
         return
 
     @abstractmethod
@@ -175,13 +175,13 @@ class Backend(ABC):
         """Yield the answer in pieces as they arrive.
 
         Args:
-            messages: the conversation.
-            generation: options of the generation.
-            begun: beginning of the answer, by another expert; the pieces continue it.
+            messages: Messages of the conversation.
+            generation: Options of the generation.
+            begun: Beginning of the answer, by another expert. The pieces continue it.
         """
 
     def hold(self) -> AbstractContextManager[Any]:
-        """Keep in memory what the answers need, within the block."""
+        """Keep the resources of the answers in memory within the block."""
         return nullcontext()
 
     def complete(
@@ -192,19 +192,21 @@ class Backend(ABC):
         held: Any = None,
         batch_size: int = 32,
     ) -> list[Piece]:
-        """Return an answer to each conversation, in one piece each; only of kinds that say `batches`.
+        """Return an answer to each conversation, in one piece each.
+
+        Only backends of kinds with `batches` implement this.
 
         Args:
-            conversations: the conversations.
-            generation: options of the generation.
-            held: what `hold` gave, where the caller is inside such a block.
-            batch_size: conversations of one batch.
+            conversations: Conversations to answer.
+            generation: Options of the generation.
+            held: Value that `hold` yielded, if the caller is inside such a block.
+            batch_size: Number of conversations in one batch.
         """
         raise NotImplementedError
 
     def log_likelihood(self, messages: "Sequence[Message]", continuation: str) -> tuple[float, bool]:
-        """Return the log-probability of an answer that begins with `continuation`, and whether it is the greedy one.
+        """Return the log-probability of an answer that begins with `continuation`, and whether it is the greedy answer.
 
-        Only of kinds that say `scores_texts`.
+        Only backends of kinds with `scores_texts` implement this.
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Batches of sequences through a model: grouped by length, with advice where memory runs out."""
+"""Batches of sequences for a model, grouped by length, with advice in the error when memory runs out."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -8,14 +8,14 @@ from .errors import OutOfMemoryError, is_out_of_memory
 T = TypeVar("T")
 
 MAX_TOKENS = 4096
-"""Padded tokens of one batch where nobody sets another limit."""
+"""Default limit on the padded tokens of one batch."""
 
 
 def token_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Yield batches of sequences of similar length, longest first, of at most `max_tokens` padded tokens each.
 
-    Longest first, so that a batch that does not fit into memory fails at once and not after an hour. One sequence
-    longer than `max_tokens` makes a batch of its own.
+    With the longest first, a batch that does not fit into memory fails at once and not after an hour. A sequence longer
+    than `max_tokens` makes a batch of its own.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     start = 0
@@ -35,21 +35,22 @@ def run_batches(
     kept: str = "",
     on_error: Callable[[int, Exception], None] | None = None,
 ) -> Iterator[tuple[list[int], T]]:
-    """Run a model over sequences in batches of similar length; yield each batch's indices and its result.
+    """Run a model over sequences in batches of similar length, and yield each batch's indices and its result.
 
     Args:
-        lengths: tokens of each sequence.
-        run: runs the model on the sequences with these indices.
-        label: name of the work in errors.
-        max_tokens: padded tokens of one batch, generated ones included. Where it is given, a caller's option set it,
-            and the error names `--max_tokens` and `--dtype`.
-        generated: tokens that are generated behind each sequence.
-        kept: sentence for the error that says what is not lost.
-        on_error: called with an index and the error where a sequence fails. A batch of several that fails is then run
-            one by one, so that one sequence does not fail the others. Without it the first error is raised.
+        lengths: Tokens of each sequence.
+        run: Function that runs the model on the sequences with the given indices.
+        label: Name of the work in errors.
+        max_tokens: Limit on the padded tokens of one batch, including generated tokens. If set, it comes from an option
+            of the caller, and the error names `--max_tokens` and `--dtype`.
+        generated: Number of tokens that are generated behind each sequence.
+        kept: Sentence for the error about the work that is not lost.
+        on_error: Function that receives the index and the error of a sequence that fails. A failed batch of several
+            sequences is then run again one by one, so that one sequence does not fail the others. Without this function
+            the first error is raised.
 
     Raises:
-        OutOfMemoryError: memory ran out; the message names settings that need less.
+        OutOfMemoryError: Memory ran out. The message names settings that need less memory.
     """
     waiting = [*token_batches([length + generated for length in lengths], max_tokens or MAX_TOKENS)][::-1]
     while waiting:
@@ -65,7 +66,7 @@ def run_batches(
                 advice = _advice(len(batch), lengths[batch[0]] + generated, with_options=max_tokens is not None)
                 size = f"{len(batch)} x {lengths[batch[0]]}{f' + {generated}' if generated else ''}"
                 told = OutOfMemoryError(
-                    f"{label}: out of memory in a batch of {size} tokens; try {advice}{kept and f'. {kept}'}"
+                    f"{label}: out of memory in a batch of {size} tokens. Try {advice}{kept and f'. {kept}'}"
                 )
             if on_error is not None:
                 on_error(batch[0], told)

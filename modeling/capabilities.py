@@ -1,8 +1,8 @@
-"""What a request needs of whoever answers it, and which candidates can't serve it.
+"""Capabilities that a request needs, and the candidates that can't serve it.
 
-An expert's entry in the pool says what it can do: `supports` (of `CAPABILITIES`), `context_length` and
-`max_output_tokens`. An endpoint that says nothing of them may be asked for anything. A model in this process answers in
-text unless its entry says more.
+An expert's pool entry declares its capabilities: `supports` (a subset of `CAPABILITIES`), `context_length` and
+`max_output_tokens`. An endpoint without these fields may receive any request. A model in this process answers in text
+only, unless its entry declares more.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from .experts import CAPABILITIES, Expert
 
-if TYPE_CHECKING:  # a pool is read without numpy
+if TYPE_CHECKING:  # reading a pool must not import numpy
     from .backend import Generation
     from .chat import Message
 
 _PARTS = {"image_url": "images", "input_image": "images", "image": "images"}  # types of content parts
-_FORMATS = ("json_schema", "json_object")  # of `response_format`
+_FORMATS = ("json_schema", "json_object")  # values of `response_format.type`
 _VERBS = {"tools": "call tools", "images": "read images", "json_schema": "hold to a JSON schema"}
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a request needs.
+    """Requirements of a request.
 
     Attributes:
-        capabilities: of `CAPABILITIES`.
-        tokens: of the conversation, about; 0 where nobody counted them.
+        capabilities: Subset of `CAPABILITIES`.
+        tokens: Approximate tokens of the conversation. 0 if they were not counted.
     """
 
     capabilities: frozenset[str] = frozenset()
@@ -34,12 +34,12 @@ class Needs:
 
     @classmethod
     def of(cls, messages: "Sequence[Message]", generation: "Generation | None" = None, tokens: int = 0) -> "Needs":
-        """Return what a conversation needs, and how it is to be answered.
+        """Return the requirements of a conversation and of the form of its answer.
 
         Args:
-            messages: the conversation.
-            generation: options of the answer, or None where only the decision is asked for.
-            tokens: of the conversation, about.
+            messages: Messages of the conversation.
+            generation: Options of the answer, or None for a request of the decision alone.
+            tokens: Approximate tokens of the conversation.
         """
         extra = {} if generation is None else generation.extra
         found = {_PARTS[kind] for message in messages for kind in _parts(message) if kind in _PARTS}
@@ -52,7 +52,7 @@ class Needs:
 
 
 def wants_tools(extra: Mapping[str, Any]) -> bool:
-    """Return whether a request's further parameters let the model call tools."""
+    """Check whether a request's further parameters let the model call tools."""
     return bool(extra.get("tools")) and extra.get("tool_choice") != "none"
 
 
@@ -62,9 +62,9 @@ def _parts(message: "Message") -> list[Any]:
 
 
 def why_unable(expert: Expert, needs: Needs) -> str | None:
-    """Return why an expert can't serve a request, in one line without its name; None where it can, or may."""
+    """Return the reason why an expert can't serve a request, in one line without its name, or None if it may."""
     known = expert.capabilities
-    for name in CAPABILITIES:  # in their order, so that the same request gives the same reason
+    for name in CAPABILITIES:  # a fixed order, so that the same request gives the same reason
         if known is not None and name in needs.capabilities and name not in known:
             return f"can't {_VERBS[name]}"
     if expert.context_length is not None and needs.tokens >= expert.context_length:
@@ -73,6 +73,6 @@ def why_unable(expert: Expert, needs: Needs) -> str | None:
 
 
 def unable(experts: Iterable[Expert], needs: Needs) -> dict[str, str]:
-    """Return the reason by name for each expert that can't serve a request."""
+    """Return the reasons, by expert name, why experts can't serve a request."""
     reasons = ((expert.name, why_unable(expert, needs)) for expert in experts)
     return {name: reason for name, reason in reasons if reason is not None}

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 """One chat message: `role` (system, user, assistant or tool) and `content`, a text or a list of parts.
 
-A part is `{"type": "text", "text": ...}`, as OpenAI's API has it, or a picture as `pictures.picture_of` reads it; other
-types reach experts behind an endpoint as they are.
+A part is `{"type": "text", "text": ...}`, as in OpenAI's API, or a picture as `pictures.picture_of` reads it. Parts of
+other types are forwarded unchanged to experts behind an endpoint.
 """
 
 Ids = np.ndarray[Any, np.dtype[np.int32]]
@@ -38,11 +38,11 @@ class Query:
     """A conversation as the meta LLM reads it, up to the position whose state decides.
 
     Attributes:
-        ids: token ids `[T]`.
-        media: pictures, in the order of their tokens in `ids`.
-        cut: tokens of the conversation that were left out, about.
-        folded: whether roles were changed for the chat template's sake.
-        dated: whether the chat template prints a date, which is another one than today.
+        ids: Token ids `[T]`.
+        media: Pictures, in the order of their tokens in `ids`.
+        cut: Approximate number of the conversation's tokens that were cut.
+        folded: True if roles were changed to suit the chat template.
+        dated: True if the chat template prints a date that differs from today's.
     """
 
     ids: Ids
@@ -53,12 +53,12 @@ class Query:
 
     @property
     def whole(self) -> bool:
-        """Whether this is the conversation as it is, so that an answer may go on from it."""
+        """True if the query is the unchanged conversation, so that an answer may continue from its KV cache."""
         return not (self.cut or self.folded or self.dated)
 
     @classmethod
     def of(cls, ids: Sequence[int]) -> "Query":
-        """Return the query of these token ids."""
+        """Return the query with these token ids."""
         return cls(np.asarray(ids, dtype=np.int32))
 
     def __len__(self) -> int:
@@ -75,14 +75,14 @@ class Query:
 
     @property
     def key(self) -> bytes:
-        """Hash of all that the meta LLM reads, by which caches know the query."""
+        """Hash of everything the meta LLM reads, which identifies the query in caches."""
         digest = hashlib.blake2b(self.ids.tobytes(), digest_size=16)
         for part in self.media:
             digest.update(part.key)
         return digest.digest()
 
     def followed_by(self, ids: Sequence[int] | Ids) -> "Query":
-        """Return the query whose state lies behind further tokens: the beginning of an answer."""
+        """Return the query extended by further token ids, the beginning of an answer."""
         return replace(self, ids=np.concatenate([self.ids, np.asarray(ids, dtype=np.int32)]))
 
 
@@ -90,17 +90,17 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def as_messages(conversation: str | Sequence[Message]) -> list[Message]:
-    """A conversation as a list of messages; a string is one user message.
+    """Return a conversation as a list of messages. A string becomes one user message.
 
     Raises:
-        ExpertokenError: there is no message, or one has no known role or no content.
+        ExpertokenError: The conversation has no message, or a message has no known role or no content.
     """
     expected = f"expected `role` ({', '.join(ROLES)}) and `content` (text, or a list of parts with `type`)"
     if isinstance(conversation, str):
         return [{"role": "user", "content": conversation}]
     messages = list(conversation)
     if not messages:
-        raise ExpertokenError("a conversation needs at least one message")
+        raise ExpertokenError("expected at least one message in a conversation, got none")
     for index, message in enumerate(messages):
         known = isinstance(message, dict) and message.get("role") in ROLES
         if not known or not (_is_content(message.get("content")) or _calls_tools(message)):
@@ -111,7 +111,7 @@ def as_messages(conversation: str | Sequence[Message]) -> list[Message]:
 
 
 def _calls_tools(message: Message) -> bool:
-    """An assistant's message may consist of tool calls alone."""
+    """Check whether a message is the assistant's and consists of tool calls alone."""
     return message["role"] == "assistant" and message.get("content") is None and bool(message.get("tool_calls"))
 
 
@@ -129,27 +129,29 @@ _TEXTS = ("text", "refusal")
 
 
 def count_media(message: Message) -> int:
-    """Return how many parts of a message are no text."""
+    """Return the number of a message's parts that are not text."""
     content = message.get("content")
     return sum(part["type"] not in _TEXTS for part in content) if isinstance(content, list) else 0
 
 
 def text_of(message: Message, *, placeholders: bool = False) -> str:
-    """A message's text, its parts on lines of their own; tool calls as `name(arguments)`.
+    """Return a message's text, with each part on its own line and tool calls as `name(arguments)`.
 
     Args:
-        message: the message.
-        placeholders: let `[image_url]` and the like stand for parts that are no text.
+        message: Message to read.
+        placeholders: If true, parts that are not text become placeholders such as `[image_url]`.
 
     Raises:
-        ExpertokenError: a part is something else than text, or the text is no Unicode.
+        ExpertokenError: A part is not text, or the text is not valid Unicode.
     """
     content = message.get("content") or ""
     if not isinstance(content, str):
         for part in content:
             if part["type"] not in _TEXTS and not placeholders:
-                # Not the type itself, which is whatever a user wrote: reasons are logged.
-                raise ExpertokenError("a message has a part that is no text; models that run here read text only")
+                # Reasons are logged, so the type, which may be any text of a user, must not be part of this one.
+                raise ExpertokenError(
+                    "expected text in each part of a message, because models in this process read text only"
+                )
         content = "\n".join(
             str(part.get(part["type"])) if part["type"] in _TEXTS else f"[{part['type']}]" for part in content
         )
@@ -160,15 +162,17 @@ def text_of(message: Message, *, placeholders: bool = False) -> str:
     try:
         content.encode()
     except UnicodeEncodeError as error:
-        raise ExpertokenError(f"a message's text is no Unicode ({error.reason} at character {error.start})") from None
+        raise ExpertokenError(
+            f"a message's text is not valid Unicode ({error.reason} at character {error.start})"
+        ) from None
     return content
 
 
-_AS = {"developer": "system"}  # OpenAI's newer name for it, which templates don't know
+_AS = {"developer": "system"}  # chat templates don't know OpenAI's newer name
 
 
 def sight_of(tokenizer: "PreTrainedTokenizerBase") -> "Sight | None":
-    """Return what sees for the model of a tokenizer; None where it reads text only."""
+    """Return the picture processor that a tokenizer carries, or None if its model reads text only."""
     return getattr(tokenizer, "sight", None)
 
 
@@ -176,10 +180,10 @@ _CONTROL: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, list[str]]]" = 
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Return what in a text would be one of the tokenizer's added tokens, and not what is written there."""
+    """Return the texts of the tokenizer's added tokens, which a user's text must not produce."""
     size = len(tokenizer)
     known = _CONTROL.get(tokenizer)
-    if known is None or known[0] != size:  # building the list takes milliseconds where there are thousands
+    if known is None or known[0] != size:  # building the list of thousands of tokens takes milliseconds
         found = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
         _CONTROL[tokenizer] = known = (size, found)
     return known[1]
@@ -189,18 +193,21 @@ _EXPERT = "<|expert:"
 
 
 def apart(text: str, control: Sequence[str] = ()) -> str:
-    """A text for tokenizers elsewhere that know the experts' tokens: what is written as one is none any more.
+    """Break up expert tokens in a text with a space, for tokenizers of other servers that know these tokens.
 
     Args:
-        text: that somebody wrote.
-        control: further tokens that it must not contain.
+        text: Text of a user.
+        control: Further tokens that the text must not contain.
     """
     longest_first = sorted({_EXPERT, *control}, key=len, reverse=True)
     return re.sub("|".join(map(re.escape, longest_first)), lambda found: f"{found[0][:1]} {found[0][1:]}", text)
 
 
 def plain(messages: Sequence[Message], *, placeholders: bool = False) -> list[Message]:
-    """Roles and texts alone: what else a message holds a template may print, and only texts are sanitised."""
+    """Return messages with roles and texts alone.
+
+    A chat template may print any other field of a message, and only texts are sanitised.
+    """
     return [{"role": _AS.get(m["role"], m["role"]), "content": text_of(m, placeholders=placeholders)} for m in messages]
 
 
@@ -215,47 +222,48 @@ def encode_chat(
     today: datetime.date | None = None,
     pictures: "Sequence[Picture]" = (),
 ) -> list[int]:
-    """Token ids of a conversation up to the dispatch position: the end of the template's generation prompt.
+    """Return the token ids of a conversation up to the dispatch position, the end of the template's generation prompt.
 
     Text of the messages never becomes a control token of the template. Expert ids start at `vocab_size`, so no text
-    can name them; that is checked all the same.
+    can produce them. The ids are checked anyway.
 
     Args:
-        tokenizer: with a chat template.
-        conversation: the messages.
-        vocab_size: V.
-        begun: an answer that is to be continued; the ids end behind it then.
-        placeholders: see `text_of`.
-        most: tokens; None for no limit.
-        today: what the template prints where it prints the date; None for the present.
-        pictures: that marks in the texts stand for, where the model sees; see `pictures.marked`.
+        tokenizer: Tokenizer with a chat template.
+        conversation: Messages of the conversation.
+        vocab_size: V, the number of rows in the model's own head.
+        begun: Beginning of an answer to continue. The ids then end behind it.
+        placeholders: If true, parts that are not text become placeholders. See `text_of`.
+        most: Limit on the number of tokens. None for no limit.
+        today: Date for a template that prints one. None for the present date.
+        pictures: Pictures of the marks in the texts, for a model that reads pictures. See `pictures.marked`.
 
     Raises:
-        ExpertokenError: the template refuses the conversation, or it is longer than `most`.
-        ExpertFailedError: the tokenizer has no chat template, or ids that the model has no row for.
+        ExpertokenError: The template refuses the conversation, or the conversation is longer than `most`.
+        ExpertFailedError: The tokenizer has no chat template, or returns ids without a row in the model's head.
     """
     if not tokenizer.chat_template:
         raise ExpertFailedError(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an instruction-tuned model, or put a "
-            "chat_template.jinja beside its tokenizer"
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template. Use an instruction-tuned model, or add a "
+            "chat_template.jinja to its folder"
         )
     from jinja2 import TemplateError
 
-    # Named ones and not transformers' default, which looks for them in the template's text and so misses those that a
-    # template puts together from pieces (Phi-4-mini: '<|' + role + '|>').
+    # The default of transformers searches the template's text for control tokens, and so misses tokens that a template
+    # builds from pieces (Phi-4-mini: '<|' + role + '|>'). Hence the explicit list.
     tokenizer.chat_control_tokens = control_tokens(tokenizer)
     messages = plain(as_messages(conversation), placeholders=placeholders)
     dated: dict[str, Any] = (
         {} if today is None or not prints_date(tokenizer) else {"chat_template": _dated(tokenizer, today)}
     )
     characters = sum(len(message["content"]) for message in messages)
-    if most is not None and characters > most * _longest_token(tokenizer):  # seconds of work, only to be refused
+    if most is not None and characters > most * _longest_token(tokenizer):  # saves seconds of tokenising in vain
         raise ExpertokenError(
-            f"the conversation has {characters} characters, and so more than {most} tokens; at most {most} are read"
+            f"expected a conversation of at most {most} tokens, got {characters} characters, which are more than "
+            f"{most} tokens"
         )
     sight = sight_of(tokenizer)
     if sight is not None:
-        # What is written as the token of a picture is none, also where the processor looks for it in the text.
+        # A user's text that looks like a picture's token must stay text, even if the processor searches for the token.
         texts = [message | {"content": apart(message["content"], sight.tokens)} for message in messages]
         messages = sight.conversation(texts, pictures)
     try:
@@ -272,14 +280,14 @@ def encode_chat(
         raise ExpertokenError(
             f"{Path(tokenizer.name_or_path).name}: its chat template refuses this conversation ({one_line(error)})"
         ) from error
-    if begun.strip():  # blanks alone are nothing to go on from
+    if begun.strip():  # an answer of blanks alone can't be continued
         ids = [*ids, *_begun_ids(tokenizer, messages, str(tokenizer.decode(ids[-_TAIL:])), begun)]
     if most is not None and len(ids) > most:
-        raise ExpertokenError(f"the conversation has {len(ids)} tokens; at most {most} are read")
+        raise ExpertokenError(f"expected a conversation of at most {most} tokens, got {len(ids)}")
     if max(ids) >= vocab_size:
         raise ExpertFailedError(
-            f"{tokenizer.name_or_path}: the tokenizer gives id {max(ids)}, but the model has {vocab_size} rows; they "
-            "do not belong together"
+            f"{tokenizer.name_or_path}: expected token ids below the model's {vocab_size} rows, got {max(ids)}. Use "
+            "the tokenizer that belongs to the model"
         )
     return ids
 
@@ -287,13 +295,13 @@ def encode_chat(
 def read_chat(
     tokenizer: "PreTrainedTokenizerBase", conversation: str | Sequence[Message], vocab_size: int, **options: Any
 ) -> Query:
-    """Return a conversation as a model answers it, with its pictures where the model sees.
+    """Return the query of a whole conversation, with its pictures if the model reads pictures.
 
     Args:
-        tokenizer: tokenizer with a chat template.
-        conversation: the messages.
-        vocab_size: V.
-        **options: of `encode_chat`, as its errors are.
+        tokenizer: Tokenizer with a chat template.
+        conversation: Messages of the conversation.
+        vocab_size: V, the number of rows in the model's own head.
+        **options: Further options of `encode_chat`, whose errors this function raises too.
     """
     messages = as_messages(conversation)
     pictures: list[Picture] = []
@@ -304,15 +312,15 @@ def read_chat(
 
 
 _THOUGHT = ("<think>", "</think>")
-_TAIL = 16  # tokens at the end of a prompt, in which it may begin a thought
+_TAIL = 16  # tokens at the end of a prompt, which may contain the beginning of a thought
 
 
 def _without_control(text: str, control: Sequence[str]) -> Iterator[str]:
-    """Yield a text in parts that hold no control token, also none that the tokenizer does not call special."""
+    """Yield a text in parts without control tokens, including tokens that the tokenizer does not call special."""
     found = re.search("|".join(map(re.escape, sorted(control, key=len, reverse=True))), text) if control else None
     while found is not None:
         cut = found.start() + 1
-        yield text[:cut] if len(found[0]) > 1 else text[: cut - 1]  # a token of one character can't be cut: it goes
+        yield text[:cut] if len(found[0]) > 1 else text[: cut - 1]  # a one-character token can't be cut: it is dropped
         text = text[cut:]
         found = found.re.search(text)
     yield text
@@ -321,16 +329,16 @@ def _without_control(text: str, control: Sequence[str]) -> Iterator[str]:
 def _begun_ids(
     tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], prompt: str, begun: str
 ) -> Iterator[int]:
-    """Yield the ids of an answer that was begun, behind a prompt that ends with `prompt`.
+    """Yield the ids of the beginning of an answer, behind a prompt that ends with `prompt`.
 
-    Not of it as a message, of which templates strip thoughts and blanks.
+    The template is not applied to the beginning as a message, because templates strip thoughts and blanks from it.
     """
     told = _behind(prompt, begun)
     control = control_tokens(tokenizer)
     if told == begun and not any(mark in begun for mark in _THOUGHT):
         with exclusive(tokenizer):
             yield from tokenizer(_header(tokenizer, messages), add_special_tokens=False).input_ids
-    # A thought begins and ends with tokens of their own, where the tokenizer has them.
+    # Some tokenizers have single tokens for the beginning and the end of a thought.
     known: Any = tokenizer
     marks = {mark: int(known.convert_tokens_to_ids(mark)) for mark in _THOUGHT if mark in control}
     for part in re.split(f"({'|'.join(map(re.escape, marks))})", told) if marks else [told]:
@@ -345,13 +353,13 @@ _SENTINEL = "sentinel"
 
 
 def _header(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> str:
-    """Return what a template puts between its generation prompt and an answer, such as the name of a channel."""
+    """Return the text that a template puts between its generation prompt and an answer, such as a channel's name."""
     from jinja2 import TemplateError
 
     render = partial(tokenizer.apply_chat_template, tokenize=False)
     try:
         bare = str(render(list(messages), add_generation_prompt=True))
-        parts = isinstance(messages[-1]["content"], list)  # of a model that sees
+        parts = isinstance(messages[-1]["content"], list)  # for a model that reads pictures
         content = [{"type": "text", "text": _SENTINEL}] if parts else _SENTINEL
         answer: Message = {"role": "assistant", "content": content}
         whole = str(render([*messages, answer], continue_final_message=True))
@@ -362,7 +370,7 @@ def _header(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -
 
 
 def _behind(prompt: str, begun: str) -> str:
-    """Return an answer that was begun as it goes on behind a prompt, which may have begun a thought already."""
+    """Return the beginning of an answer as it must follow a prompt, which may already open a thought."""
     opening, closing = _THOUGHT
     if not prompt.rstrip().endswith(opening):
         return begun
@@ -375,22 +383,25 @@ _NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
 def _dated(tokenizer: "PreTrainedTokenizerBase", today: datetime.date) -> str:
-    """Return the chat template with a date in place of the present one. The function itself can't be given to it."""
+    """Return the chat template with a fixed date in place of the present one.
+
+    A replacement for its function `strftime_now` can't be passed to the template.
+    """
     return _NOW.sub(lambda call: repr(today.strftime(call[2])), str(tokenizer.chat_template))
 
 
 def prints_date(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Return whether the chat template prints the date."""
+    """Check whether the chat template prints the date."""
     return "strftime_now" in str(tokenizer.chat_template)
 
 
 def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str, *, offsets: bool = False) -> "BatchEncoding":
-    """Return a text's `input_ids`, without control tokens: what looks like one is text, as in `encode_chat`.
+    """Return a text's `input_ids`, without control tokens. Text that looks like a control token stays text.
 
     Args:
-        tokenizer: fast, where offsets are asked for.
-        text: what a user wrote, or part of it.
-        offsets: whether to return each token's `offset_mapping` too, in characters.
+        tokenizer: Tokenizer of the model. It must be a fast one for `offsets`.
+        text: Text of a user, or a part of it.
+        offsets: If true, each token's `offset_mapping`, in characters, is returned too.
     """
     with exclusive(tokenizer):
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=offsets)
@@ -400,7 +411,10 @@ _LONGEST: "WeakKeyDictionary[PreTrainedTokenizerBase, int]" = WeakKeyDictionary(
 
 
 def _longest_token(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Characters of the longest entry of the vocabulary: no text has fewer tokens than its length by that."""
+    """Return the length of the vocabulary's longest entry, in characters.
+
+    No text has fewer tokens than its own length divided by this length.
+    """
     if tokenizer not in _LONGEST:
         _LONGEST[tokenizer] = max(map(len, tokenizer.get_vocab()))
     return _LONGEST[tokenizer]

@@ -1,4 +1,4 @@
-"""A Ray cluster, over which work is spread (extra `ray`)."""
+"""A Ray cluster that work is distributed over (extra `ray`)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,17 +8,17 @@ from typing import Any
 from .errors import require_extra
 
 ENGINES = ("local", "ray")
-"""Where work that consists of many parts is done."""
+"""Engines that run work of many parts."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Ray cluster, and what a part of the work asks of it.
+    """A Ray cluster, and the resources for each part of the work.
 
     Attributes:
-        address: address of the cluster; None starts a local one.
-        cpus: number of CPUs for each part.
-        gpus: number of GPUs for each part that runs a model of its own; a share is possible.
+        address: Address of the cluster. None starts a local cluster.
+        cpus: Number of CPUs for each part.
+        gpus: Number of GPUs for each part that runs its own model. It may be a fraction.
     """
 
     address: str | None = None
@@ -27,10 +27,10 @@ class Cluster:
 
     @contextmanager
     def connected(self) -> Iterator[Any]:
-        """Connect within the block, and yield the `ray` module; a cluster that was started is stopped.
+        """Connect within the block, and yield the `ray` module. A cluster that this method started is stopped.
 
         Raises:
-            ImportError: the extra `ray` is not installed.
+            ImportError: The extra `ray` is not installed.
         """
         ray = require_extra("ray", "ray")
         started = not ray.is_initialized()

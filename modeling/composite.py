@@ -1,4 +1,4 @@
-"""The composite folder: expert rows, pool, manifest, tokenizer and, where LoRA was trained, a plain PEFT adapter."""
+"""The composite folder: expert rows, pool, manifest, tokenizer and, for a composite with LoRA, a plain PEFT adapter."""
 
 import json
 import logging
@@ -32,24 +32,24 @@ ADAPTER_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensor
 
 
 _PROBES = ("What is 2 + 2?", "Name a river.", "Who are you? Answer in one long sentence, please.")
-"""Prompts of the comparison; any text does, these differ in length."""
+"""Prompts of the comparison after a reload. Any texts serve, and these differ in length."""
 
 
 @dataclass
 class Manifest:
-    """What `expertoken.json` says about a composite.
+    """Content of `expertoken.json`, the manifest of a composite.
 
     Attributes:
-        base: model, revision, dtype, device and quantization of training, fingerprint, vocab_size and hidden_size of
+        base: Model, revision, dtype, device and quantization of training, fingerprint, vocab_size and hidden_size of
             the meta LLM.
-        experts: names in token order.
-        training: method, objective, labelling, regularisation and what they achieved.
-        data: path and fingerprint of the supervision.
-        decision: what a decision reads, `view` (see `view.View`) and `state` (see `state.StateSpec`), and `policy`
-            where the labels came with one.
-        calibration: what `expertoken calibrate` set: `policy` (see `modeling.policy`), and on what.
-        versions: of the libraries that wrote it.
-        format_version: of the folder.
+        experts: Names in token order.
+        training: Method, objective, labelling, regularisation and the scores that they reached.
+        data: Path and fingerprint of the supervision.
+        decision: Input of a decision, `view` (see `view.View`) and `state` (see `state.StateSpec`), and `policy` if the
+            labels came with one.
+        calibration: Result of `expertoken calibrate`: `policy` (see `modeling.policy`), and the data behind it.
+        versions: Versions of the libraries that wrote the folder.
+        format_version: Version of the folder's format.
     """
 
     base: dict[str, Any]
@@ -64,13 +64,13 @@ class Manifest:
 
 @dataclass
 class Composite:
-    """A composite as it is in memory.
+    """A composite in memory.
 
     Attributes:
-        meta: the meta LLM with its rows.
-        pool: its candidates.
-        manifest: what it was made of.
-        folder: that it was loaded from, or None.
+        meta: Meta LLM with its expert rows.
+        pool: Pool of the candidates.
+        manifest: Record of the base, the training and the data.
+        folder: Folder that the composite was loaded from, or None.
     """
 
     meta: MetaLLM
@@ -79,24 +79,24 @@ class Composite:
     folder: Path | None = None
 
     def __post_init__(self) -> None:
-        own = self.pool.self_expert  # which sees where the meta LLM does, unless its entry says otherwise
-        sees = self.meta is not None and self.meta.sight is not None  # None: only what is served is looked at
+        own = self.pool.self_expert  # self reads pictures if the meta LLM does, unless its entry declares otherwise
+        sees = self.meta is not None and self.meta.sight is not None  # meta is None if only the policy is of interest
         if sees and own is not None and own.supports is None:
             candidates = [expert for expert in self.pool.candidates if expert is not own]
             self.pool = ExpertPool([*candidates, replace(own, supports=("images",))])
 
     @property
     def chooser(self) -> Chooser:
-        """What chooses among the candidates from their logits."""
+        """Chooser among the candidates by their logits."""
         training = self.manifest.training
         return Chooser(self.pool, gives_chances(training.get("objective")), training.get("usd_per_query", {}))
 
     def chosen(self, logits: torch.Tensor, prompt_tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Return the candidate that is served for each of N queries, `[N]`: by the composite's own policy.
+        """Return the indices `[N]` of the candidates that the composite's own policy serves for N queries.
 
         Args:
-            logits: `[N, C]`.
-            prompt_tokens: tokens of each query, for its cost.
+            logits: Logits of the candidates, `[N, C]`.
+            prompt_tokens: Tokens of each query, for its cost.
         """
         chooser, policy = self.chooser, self.policy
         if policy == Policy():
@@ -111,18 +111,18 @@ class Composite:
 
     @property
     def policy(self) -> Policy:
-        """The policy that is served: what was calibrated, over what came with the labels."""
+        """Policy that is served: the calibrated policy, with the trained policy as its default."""
         return Policy.parse((self.manifest.calibration or {}).get("policy"), self.trained_policy)
 
     @property
     def trained_policy(self) -> Policy:
-        """The policy that came with the labels: what a USD was worth in them."""
+        """Policy that came with the labels: the worth of a USD in them."""
         return Policy.parse(self.manifest.decision.get("policy"))
 
 
 def describe_base(meta: MetaLLM) -> dict[str, Any]:
-    """The manifest's `base` for a meta LLM."""
-    # The commit that was loaded, where the hub told it: a branch may move on, and with it weights and chat template.
+    """Return the manifest's `base` for a meta LLM."""
+    # The loaded commit, if the hub reports one. A branch may move on, and its weights and chat template with it.
     commit = getattr(meta.plain.config, "_commit_hash", None)
     return {
         **asdict(meta.source),
@@ -137,9 +137,9 @@ def describe_base(meta: MetaLLM) -> dict[str, Any]:
 
 
 def write_rows(rows: torch.Tensor, names: list[str], path: Path) -> None:
-    """Write the candidates' rows `[C, d]`; the same rows and names always give the same bytes.
+    """Write the candidates' rows `[C, d]` so that the same rows and names always give the same bytes.
 
-    Hence one metadata entry: safetensors writes several in an order that differs from run to run.
+    There is one metadata entry, because safetensors writes several entries in an order that differs between runs.
     """
     from safetensors.torch import save
 
@@ -150,7 +150,7 @@ def read_rows(path: Path, names: list[str], width: int) -> torch.Tensor:
     """Read the candidates' rows `[C, d]`.
 
     Raises:
-        ExpertokenError: the file is missing, damaged, or not of these candidates.
+        ExpertokenError: The file is missing or damaged, or holds other candidates.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -160,30 +160,30 @@ def read_rows(path: Path, names: list[str], width: int) -> torch.Tensor:
             stored = json.loads((file.metadata() or {}).get("candidates", "[]"))
     except (FileNotFoundError, SafetensorError, OSError, ValueError) as error:
         raise ExpertokenError(
-            f"{path}: missing or damaged ({error}); restore it or train the composite again"
+            f"{path}: missing or damaged ({error}). Restore it or train the composite again"
         ) from None
     if stored != names or tuple(rows.shape) != (len(names), width):
         raise ExpertokenError(
-            f"{path}: holds rows {list(rows.shape)} of {stored}, expected {[len(names), width]} of {names}; the folder "
-            "was changed by hand"
+            f"{path}: expected rows {[len(names), width]} of {names}, got {list(rows.shape)} of {stored}. The folder "
+            "was changed by hand: restore it or train the composite again"
         )
     return rows
 
 
 def probe_logits(composite: Composite) -> torch.Tensor:
-    """Return the candidates' logits and Z on fixed prompts, `[3, C + 1]`, which a reload has to repeat."""
+    """Return the candidates' logits and Z on fixed prompts, `[3, C + 1]`, which a reload must reproduce."""
     meta = composite.meta
     return torch.cat([meta.probe([meta.encode(text)]) for text in _PROBES])
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training changed, whole: under ZeRO-3 and FSDP2 it is spread over the processes.
+    """Trained tensors, gathered whole. Under ZeRO-3 and FSDP2 they are sharded over the processes.
 
     Attributes:
-        rows: `[C, d]` float32.
+        rows: Expert rows `[C, d]`, float32.
         adapter: LoRA's weights, or None.
-        probes: logits `[3, C + 1]` that a reload has to repeat, or None.
+        probes: Logits `[3, C + 1]` that a reload must reproduce, or None.
     """
 
     rows: torch.Tensor
@@ -192,7 +192,7 @@ class Trained:
 
     @classmethod
     def of(cls, composite: "Composite", *, probe: bool = True) -> "Trained":
-        """Bring it together; every process has to call this."""
+        """Gather the trained tensors of a composite. Every process must call this."""
         meta = composite.meta
         adapter = meta.adapter_state() if meta.adapted else None
         return cls(meta.rows, adapter, probe_logits(composite) if probe else None)
@@ -202,9 +202,9 @@ def write_composite(composite: Composite, folder: Path, trained: Trained) -> Non
     """Write the files of a composite.
 
     Args:
-        composite: whose.
-        folder: that exists, where it will be or beside it: paths in its files are relative to it.
-        trained: rows and adapter.
+        composite: Composite to write.
+        folder: Existing folder, at its final place or in the same parent folder. Paths in its files are relative to it.
+        trained: Rows and adapter.
     """
     from safetensors.torch import save_file
 
@@ -230,20 +230,20 @@ def write_composite(composite: Composite, folder: Path, trained: Trained) -> Non
 
 
 def _name_base(file: Path, base: str) -> None:
-    """Let an adapter's configuration name its base as the manifest does: PEFT writes a path of this machine."""
+    """Set the base in an adapter's configuration to the manifest's name. PEFT writes a path of this machine."""
     document = json.loads(file.read_text("utf-8"))
     document["base_model_name_or_path"] = base
     file.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
 
 
 def portable(model: str, folder: Path) -> str:
-    """A local path relative to a folder, so that a tree can move; what is no path (a hub id) as it is."""
+    """Return a local path relative to a folder, so that a tree can move. A hub id is returned unchanged."""
     path = Path(model).expanduser()
     return relpath(path.resolve(), folder.resolve()) if path.exists() else model
 
 
 def _resolved(model: str, folder: Path) -> str:
-    """The inverse of `portable`."""
+    """Return the absolute path of a relative one, the inverse of `portable`. A hub id is returned unchanged."""
     path = folder / model
     return str(path.resolve()) if path.exists() else model
 
@@ -252,31 +252,34 @@ def read_manifest(path: Path) -> Manifest:
     """Read `expertoken.json`.
 
     Raises:
-        ExpertokenError: `path` holds no composite, one of another format, or what was changed by hand.
+        ExpertokenError: `path` holds no composite, a composite of another format, or a manifest that was changed by
+            hand.
     """
     file = path / MANIFEST_FILE
     try:
         document = json.loads(read_settled(file))
     except FileNotFoundError:
-        why = f"no {MANIFEST_FILE} in it" if path.exists() else "there is nothing of that name"
-        if path.parent.name and not path.exists() and not is_path(str(path)):  # as it is written, owner/name
-            why += f"; of one on the hub make a copy first: hf download {path} --local-dir FOLDER"
-        raise ExpertokenError(f"{path}: no composite folder ({why})") from None
+        why = f"no {MANIFEST_FILE} in it" if path.exists() else "it does not exist"
+        if path.parent.name and not path.exists() and not is_path(str(path)):  # looks like a hub id, owner/name
+            why += f". Download a composite from the hub first: hf download {path} --local-dir FOLDER"
+        raise ExpertokenError(f"{path}: expected a composite folder ({why})") from None
     except (OSError, ValueError) as error:
         raise ExpertokenError(f"{file}: can't be read ({error})") from None
     version = document.get("format_version") if isinstance(document, dict) else None
     if version != FORMAT_VERSION:
         raise ExpertokenError(
-            f"{file}: expected format_version {FORMAT_VERSION}, got {version!r}; use a matching release"
+            f"{file}: expected format_version {FORMAT_VERSION}, got {version!r}. Use a release that matches it"
         )
     for name in ("base", "training", "data", "decision"):
         if not isinstance(document.get(name, {}), dict):
-            raise ExpertokenError(f"{file}: {name}: expected a mapping, got {document[name]!r}; it was changed by hand")
+            raise ExpertokenError(
+                f"{file}: {name}: expected a mapping, got {document[name]!r}. The file was changed by hand: restore it"
+            )
     return Manifest(**{item.name: document[item.name] for item in fields(Manifest) if item.name in document})
 
 
 def write_calibration(path: Path, calibration: dict[str, Any] | None) -> None:
-    """Set what a composite folder says of its calibration; nothing else of it changes.
+    """Write a calibration into a composite folder's manifest. Nothing else in the folder changes.
 
     Raises:
         ExpertokenError: `path` holds no composite, or can't be written.
@@ -300,16 +303,16 @@ def load_composite(
     """Load a composite folder.
 
     Args:
-        path: the folder, or `owner/name` of one on the hub.
-        device: where the meta LLM goes; the first accelerator, or the CPU, where not given.
-        dtype: of its weights; where not given, what it was trained in, or float32 on a CPU for one trained elsewhere
-            (bfloat16 is many times slower on most).
-        revision: of a composite on the hub.
-        trust_remote_code: allow the base model's repository to run its own code. A folder can't allow that for itself.
-        beside: a meta LLM in memory on the same base, whose weights are used; None to load them.
+        path: Composite folder, or `owner/name` of a composite on the hub.
+        device: Device to load the meta LLM on. Defaults to the first accelerator, or the CPU if there is none.
+        dtype: Type of the meta LLM's weights. Defaults to the dtype of training. On a CPU the default is float32 for a
+            composite trained on another device, because bfloat16 is many times slower on most CPUs.
+        revision: Git revision of a composite on the hub.
+        trust_remote_code: If true, the base model's repository may run its own code. A folder can't grant this itself.
+        beside: Meta LLM in memory on the same base, whose weights are shared. None to load the weights.
 
     Raises:
-        ExpertokenError: a file is missing or damaged, the base model is not the one it was trained on, or it needs
+        ExpertokenError: A file is missing or damaged, the base model is not the one of the training, or it needs
             `trust_remote_code`.
     """
     path = local_folder(path, revision)
@@ -317,7 +320,7 @@ def load_composite(
     base = manifest.base
     if base.get("trust_remote_code") and not trust_remote_code:
         raise ExpertokenError(
-            f"{path}: its base model {base['model']} runs code of its own repository; say trust_remote_code=True "
+            f"{path}: the base model {base['model']} runs code of its own repository. Pass trust_remote_code=True "
             "(--trust-remote-code) if you trust it"
         )
     device = as_device(device)
@@ -329,8 +332,8 @@ def load_composite(
     model = _resolved(base["model"], path)
     if is_path(model) and not Path(model).exists():
         raise ExpertokenError(
-            f"{path}: its base model is not at {(path / model).resolve()}; put it there, or write where it is into "
-            f"{path / MANIFEST_FILE} (`base.model`)"
+            f"{path}: expected the base model at {(path / model).resolve()}, which does not exist. Move it there, or "
+            f"correct `base.model` in {path / MANIFEST_FILE}"
         )
     source = Source(model, base.get("revision"), trust_remote_code)
     if beside is not None:
@@ -345,9 +348,9 @@ def load_composite(
         manifest.data["path"] = _resolved(manifest.data["path"], path)
     if meta.vocab_size != base["vocab_size"] or not same_model(meta.plain, base["fingerprint"]):
         raise ExpertokenError(
-            f"{path}: was trained on another base model than {source.model} is now (fingerprint "
-            f"{next(iter(base['fingerprint'].values()))}, found {meta.base_fingerprint}); give it the original, or "
-            "train again"
+            f"{path}: expected the base model that it was trained on (fingerprint "
+            f"{next(iter(base['fingerprint'].values()))}), got {source.model} with fingerprint "
+            f"{meta.base_fingerprint}. Restore the original model, or train again"
         )
     if (path / ADAPTER_FILE).exists():
         meta.load_adapter(path)

@@ -1,4 +1,4 @@
-"""The decision: a distribution over pool + self, read off ONE position of the meta LLM."""
+"""The decision: a distribution over the candidates, computed at ONE position of the meta LLM."""
 
 import inspect
 from collections.abc import Mapping
@@ -13,21 +13,21 @@ from .state import last_positions, pooled
 
 
 def gives_chances(objective: str | None) -> bool:
-    """Return whether rows trained for an objective give each candidate's chance of being right, `sigmoid(logit)`."""
+    """Check whether an objective trains rows whose `sigmoid(logit)` is a candidate's chance of being right."""
     return objective == "correctness"
 
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Who answers, and why.
+    """Result of a decision: the candidate that answers, and the reason.
 
     Attributes:
-        expert: name of the candidate chosen.
-        probabilities: of every candidate by name, in pool order; they sum to 1.
-        chances: calibrated probability that each candidate's answer is right, by name. None where the composite was
-            trained for another objective than `correctness` and so has no such estimate.
-        reason: one line for people.
-        ranking: who is asked, in order: the one chosen, then who is next when it fails.
+        expert: Name of the chosen candidate.
+        probabilities: Probability of each candidate by name, in pool order. They sum to 1.
+        chances: Calibrated probability that each candidate's answer is right, by name. None for a composite that was
+            trained for another objective than `correctness`, because it has no such estimate.
+        reason: Reason in one line for people.
+        ranking: Candidates in the order of their attempts: the chosen one, then its fallbacks.
     """
 
     expert: str
@@ -44,9 +44,9 @@ class Dispatch:
         log-odds of being right, so the most probable candidate is the one with the best chance.
 
         Args:
-            names: names of the candidates.
-            logits: `[C]`.
-            chances: whether a logit is the log-odds of being right.
+            names: Names of the candidates.
+            logits: Logits of the candidates, `[C]`.
+            chances: True if a logit is the log-odds of being right.
         """
         table = dict(zip(names, logits.softmax(-1).tolist(), strict=True))
         ranking = tuple(sorted(table, key=table.__getitem__, reverse=True))
@@ -61,17 +61,18 @@ _SPATIAL: "WeakKeyDictionary[nn.Module, str | None]" = WeakKeyDictionary()
 
 
 def positions(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-    """Return positions that do not count padding: without them a left-padded GPT-2 gives other logits.
+    """Return positions that do not count padding.
 
-    Models that give pictures positions in three dimensions (M-RoPE) would count for themselves, but remember a part of
-    the result, which another thread's pass may have changed when an answer goes on.
+    Without explicit positions a left-padded GPT-2 gives different logits. Models that give pictures positions in three
+    dimensions (M-RoPE) would compute their own, but they store a part of the result on the module. Another thread's
+    pass may have changed that part before an answer continues.
 
     Args:
-        model: a causal LM, wrapped or not.
-        batch: `input_ids` and `attention_mask` `[N, T]`, and what the model sees.
+        model: Causal LM, wrapped or not.
+        batch: `input_ids` and `attention_mask` `[N, T]`, and the tensors of pictures.
 
     Returns:
-        `[N, T]`, or `[3, N, T]` for M-RoPE.
+        Positions `[N, T]`, or `[3, N, T]` for M-RoPE.
     """
     mask = batch["attention_mask"]
     plain = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -91,19 +92,20 @@ def positions(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
 def dispatch_forward(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, pooling: str = "last", **forward: Any
 ) -> tuple[torch.Tensor, Any]:
-    """One forward pass that computes logits at the dispatch positions only, or their means over all positions.
+    """Run one forward pass that computes logits at the dispatch positions only, or their means over all positions.
 
-    Not the backbone followed by the head: that would miss the soft-capping and scales that models apply in between.
+    Running the backbone and then the head would miss the soft-capping and scales that models apply in between.
 
     Args:
-        model: a causal LM whose head is an `ExpertHead`, wrapped (PEFT, DDP, DeepSpeed) or not.
-        input_ids: `[N, T]`, padded on either side.
-        attention_mask: `[N, T]`.
-        pooling: see `state.StateSpec`; a model that is not cut is read at its last token.
-        **forward: passed to the model's forward, with the pixels of pictures. There is no KV cache where none is given.
+        model: Causal LM whose head is an `ExpertHead`, wrapped (PEFT, DDP, DeepSpeed) or not.
+        input_ids: Token ids `[N, T]`, padded on either side.
+        attention_mask: Attention mask `[N, T]`.
+        pooling: Pooling of the positions. See `state.StateSpec`. A model that is not cut is read at its last token.
+        **forward: Further arguments of the model's forward, such as the pixels of pictures. Unless one is passed, there
+            is no KV cache.
 
     Returns:
-        logits `[N, V + C]`, without the vocabulary's where the model is cut, and the model's output.
+        Logits `[N, V + C]`, or `[N, C]` for a cut model, and the model's output.
     """
     read = {"input_ids": input_ids, "attention_mask": attention_mask}
     forward = {"use_cache": False} | forward
@@ -119,15 +121,17 @@ def dispatch_forward(
 
 
 def pooled_logits(logits: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Return the candidates' logits from those at all positions: a mean of products is the product of the mean.
+    """Return the candidates' logits by pooling their logits at all positions.
+
+    This is exact, because a mean of products is the product of the mean.
 
     Args:
-        logits: `[N, T, C]`; for `both` `[N, T, 2C]`, those of the rows' first halves, then of their second.
-        attention_mask: `[N, T]`.
-        pooling: see `state.StateSpec`.
+        logits: Logits `[N, T, C]`. For `both` `[N, T, 2C]`: the logits of the rows' first halves, then of the second.
+        attention_mask: Attention mask `[N, T]`.
+        pooling: Pooling of the positions. See `state.StateSpec`.
 
     Returns:
-        `[N, C]`.
+        Logits `[N, C]`.
     """
     if pooling != "both":
         return pooled(logits, attention_mask, pooling)
@@ -136,17 +140,17 @@ def pooled_logits(logits: torch.Tensor, attention_mask: torch.Tensor, pooling: s
 
 
 def candidate_logits(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Return the candidates' logits: the experts', then self's where it is a candidate.
+    """Return the candidates' logits: the experts' logits, then self's if it is a candidate.
 
-    Self has a row of its own. Deciding by Z, the log of the ordinary vocabulary's mass, was rejected: Z moves with the
-    conversation (an earlier turn raises it by one nat on SmolLM2) while the experts' rows do not, and a chance of being
-    right can't be read from it.
+    Self has its own row. Z, the log of the ordinary vocabulary's mass, was rejected as self's logit. Z moves with the
+    conversation (an earlier turn raises it by one nat on SmolLM2), while the experts' rows do not. It gives no chance
+    of being right either.
 
     Args:
-        logits: `[..., V + C]`.
-        vocab_size: V; 0 where the model is cut.
+        logits: Logits of the vocabulary and the candidates, `[..., V + C]`.
+        vocab_size: V, the size of the vocabulary in the logits. 0 for a cut model.
 
     Returns:
-        `[..., C]` float32.
+        Logits `[..., C]`, float32.
     """
     return logits[..., vocab_size:].float()

@@ -22,23 +22,25 @@ class Team:
     """The processes that share a piece of work.
 
     Attributes:
-        rank: of this one.
-        world: how many there are.
+        rank: Rank of this process.
+        world: Number of processes.
     """
 
     rank: int = 0
     world: int = 1
 
     def barrier(self) -> None:
-        """Wait for the others."""
+        """Wait for the other processes."""
         if self.world > 1:
             barrier()
 
     def agree(self, look: Callable[[], T]) -> T:
-        """Return on every process what the first one finds: in a shared folder each may see something else.
+        """Return the first process's result of `look` on every process.
+
+        In a shared folder each process may see different files.
 
         Raises:
-            ExpertokenError: on all, what it raised on the first, so that the others do not wait for it in vain.
+            ExpertokenError: The first process raised this error. All processes raise it, so that none waits in vain.
         """
         if self.world == 1:
             return look()
@@ -48,7 +50,7 @@ class Team:
                 shared = [look()]
             except ExpertokenError as error:
                 shared = [error]
-            except Exception as error:  # the others wait for a word, whatever it is
+            except Exception as error:  # the other processes wait for the broadcast, whatever the error is
                 shared = [ExpertokenError(f"the first process failed: {one_line(error)}")]
         torch.distributed.broadcast_object_list(shared, src=0)
         if isinstance(shared[0], ExpertokenError):

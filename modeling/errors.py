@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and the helpers that word them alike."""
+"""Errors that a user can fix, and helpers that give them the same form."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,52 +7,52 @@ from types import ModuleType
 
 
 class ExpertokenError(Exception):
-    """Something the user can mend. The message is one line: what was expected, what came, what to do."""
+    """An error that the user can fix. Its message is one line: the expectation, the finding and the remedy."""
 
 
 class ConfigError(ExpertokenError):
-    """A configuration with mistakes; the message lists all of them."""
+    """A configuration with mistakes. The message lists all of them."""
 
 
 class PoolError(ExpertokenError):
-    """A pool that is not well formed; the message lists every mistake."""
+    """A malformed pool. The message lists every mistake."""
 
 
 class LeakError(ExpertokenError):
-    """Test queries stand in the train side."""
+    """A leak: test queries that are in the train split too."""
 
 
 class ResultsError(ExpertokenError):
-    """Benchmark results that are not well formed; the message names file, row and field."""
+    """Malformed benchmark results. The message names file, row and field."""
 
 
 class OutOfMemoryError(ExpertokenError):
-    """Memory ran out; the message names settings that need less."""
+    """An error for exhausted memory. The message names settings that need less memory."""
 
 
 class ExpertFailedError(ExpertokenError):
-    """An expert could not answer (refused, out of memory, missing key); the next best one takes the turn."""
+    """A failure of an expert to answer (refusal, out of memory, missing key). The next candidate answers instead."""
 
 
 class RequestRefusedError(ExpertFailedError):
-    """An expert refused this very request (too long, malformed); it may be well otherwise."""
+    """An expert's refusal of one request (too long, malformed). The expert may serve other requests."""
 
 
 class NoAnswerError(ExpertokenError):
-    """Nobody could answer, or go on with an answer that broke off.
+    """A failure of all candidates to answer, or to continue an answer that broke off.
 
     Args:
-        failures: those who were asked, with the reason; or one text that says it all.
-        begun: whether a part of an answer is out.
-        refused: whether all of them refused the request itself.
+        failures: Reason of each failed candidate by its name, or one complete message.
+        begun: True if a part of the answer has already been sent.
+        refused: True if all candidates refused the request itself.
 
     Attributes:
-        public: the message without reasons, which may name paths and variables of the machine; with those that a
-            request was refused for, which are about the request.
+        public: Message without the reasons, which may name paths and variables of the machine. Reasons for a refusal of
+            the request are included, because they are about the request.
     """
 
     def __init__(self, failures: dict[str, str] | str, *, begun: bool = False, refused: bool = False) -> None:
-        what = "the answer broke off and nobody could go on with it" if begun else "no expert could answer"
+        what = "the answer broke off and no expert could continue it" if begun else "no expert could answer"
         self.refused = refused
         if isinstance(failures, str):
             self.public = failures
@@ -65,13 +65,16 @@ class NoAnswerError(ExpertokenError):
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message that says something, or its type where none does."""
+    """Return the first line of an error's message that is not blank, or the error's type if there is none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: on a CPU torch says so in the words of a RuntimeError only."""
+    """Check whether memory ran out.
+
+    On a CPU torch reports this only in the message of a RuntimeError.
+    """
     words = ("out of memory", "can't allocate memory", "DefaultCPUAllocator")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
@@ -82,7 +85,7 @@ _MOST_SHOWN = 30
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """The end of an error message: the nearest known word, or all of them."""
+    """Return the end of an error message: the nearest known word, or all known words."""
     known = {name.casefold(): name for name in known}
     close = difflib.get_close_matches(given.casefold(), known, n=1, cutoff=0.6)
     if close:
@@ -96,12 +99,12 @@ def require_extra(module: str, extra: str) -> ModuleType:
     """Import a module of an optional dependency.
 
     Raises:
-        ImportError: it is not installed; the message names the extra that brings it.
+        ImportError: The module is not installed. The message names the extra that installs it.
     """
     try:
         return import_module(module)
     except ImportError as error:
         if error.name is not None and error.name.split(".")[0] != module.split(".")[0]:
-            raise  # the library is there but broken: its own message is the true one
-        message = f"{module!r} is needed here and not installed: pip install 'expertoken[{extra}]'"
+            raise  # the library is installed but broken, and its own message names the true cause
+        message = f"{module!r} is required and not installed. Install it by: pip install 'expertoken[{extra}]'"
         raise ImportError(message) from error

@@ -1,7 +1,8 @@
-"""Experts and their kinds: the LLMs that can answer, and what is known of each kind of them.
+"""Experts, the LLMs that can answer, and descriptors of their kinds.
 
-A kind has the fields of its pool entries, the rule for its key, and how it is opened. Our kinds stand beside their
-backends in `inference/backends/`. Other packages add theirs through the entry point group `expertoken.backends`:
+A kind defines the fields of its pool entries, the rule for its key, and the function that opens it. The project's own
+kinds are beside their backends in `inference/backends/`. Other packages add kinds through the entry point group
+`expertoken.backends`:
 
     [project.entry-points."expertoken.backends"]
     mine = "my_package.my_backend:KIND"
@@ -26,13 +27,13 @@ SELF = "self"
 """Name of the meta LLM itself in distributions and reports, and of its kind in pools."""
 
 CAPABILITIES = ("tools", "images", "json_schema")
-"""What an expert may be able to do beyond answering in text: values of `supports` in a pool."""
+"""Capabilities of an expert beyond answers in text: values of `supports` in a pool."""
 
 DEFAULT_KIND = "transformers"
 """Kind of a pool entry without `backend`."""
 
 _GROUP = "expertoken.backends"
-# Named, not imported: a kind lives with its backend, on a higher floor, and a pool is read without any backend.
+# As text, not imported: a kind is defined beside its backend, on a higher floor, and reading a pool loads no backend.
 _OURS = ("expertoken.inference.backends.local_kinds", "expertoken.inference.backends.endpoint")
 
 
@@ -41,22 +42,23 @@ class Expert:
     """One LLM that can answer.
 
     Attributes:
-        name: name in reports and in the text form of its token, `<|expert:NAME|>`.
-        backend: kind of the expert, one of `kind_names()`: a model in this process, a LoRA adapter on one, an
-            endpoint, `self` (the meta LLM; at most one, without a token), or another package's.
-        model: id at the endpoint, hub id or folder; for `adapter` that of the adapter. Not for `self`.
-        description: what the expert is good at, for people; method `lora` starts its token there when it starts cold.
-        base: for `adapter`, the model below the adapter; the meta LLM's own base where absent.
-        revision: git revision of `model` on the hub.
-        base_url: address of an endpoint.
+        name: Name in reports and in the text form of the expert token, `<|expert:NAME|>`.
+        backend: Kind of the expert, one of `kind_names()`: a model in this process, a LoRA adapter on one, an
+            endpoint, `self`, or another package's kind. At most one expert is `self`, the meta LLM, without a token.
+        model: Id at the endpoint, hub id or folder. For `adapter` the id or folder of the adapter. None for `self`.
+        description: Strengths of the expert, for people. Method `lora` initialises the expert row from it when it
+            starts cold.
+        base: Model below the adapter, for `adapter` only. Defaults to the meta LLM's own base.
+        revision: Git revision of `model` on the hub.
+        base_url: Address of an endpoint.
         api_key_env: NAME of the environment variable that holds the endpoint's key.
-        cost: USD per million tokens, `{"input": ..., "output": ...}`, and maybe `cached_input` for what the endpoint
-            has cached.
-        results: name in benchmark results, where that is neither `name` nor `model`.
-        supports: of `CAPABILITIES`, what it can do; None where that is not known. See `capabilities`.
-        context_length: tokens that it reads and writes together; None where not known.
-        max_output_tokens: longest answer; None where not known.
-        options: values of the fields that only its kind knows.
+        cost: USD per million tokens, `{"input": ..., "output": ...}`, with an optional `cached_input` for tokens that
+            the endpoint has cached.
+        results: Name in benchmark results, if it is neither `name` nor `model`.
+        supports: Subset of `CAPABILITIES`, or None if unknown. See `capabilities`.
+        context_length: Limit on the tokens of prompt and answer together, or None if unknown.
+        max_output_tokens: Longest answer in tokens, or None if unknown.
+        options: Values of the fields that only the expert's kind defines.
     """
 
     name: str
@@ -76,7 +78,7 @@ class Expert:
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> "Expert":
-        """Return the expert of a pool entry, which must be free of mistakes."""
+        """Return the expert of a valid pool entry."""
         known = {item.name for item in fields(cls)} - {"options"}
         options = {key: value for key, value in entry.items() if key not in known}
         values = {key: value for key, value in entry.items() if key in known}
@@ -85,7 +87,7 @@ class Expert:
         return cls(**values, options=options)
 
     def entry(self) -> dict[str, Any]:
-        """Return the pool entry of the expert: the inverse of `from_entry`."""
+        """Return the expert's pool entry, the inverse of `from_entry`."""
         values = asdict(self)
         options = values.pop("options")
         if values["supports"] is not None:
@@ -94,9 +96,9 @@ class Expert:
 
     @property
     def capabilities(self) -> frozenset[str] | None:
-        """What the expert can do beyond answering in text; None where nobody knows.
+        """Capabilities of the expert beyond answers in text, or None if unknown.
 
-        A model in this process answers in text unless its entry says more.
+        A model in this process answers in text only, unless its entry declares more.
         """
         if self.supports is None:
             return None if self.kind.remote else frozenset()
@@ -109,37 +111,39 @@ class Expert:
 
     @property
     def is_self(self) -> bool:
-        """Whether this is the meta LLM itself."""
+        """True if this expert is self, the meta LLM."""
         return self.backend == SELF
 
     @property
     def token(self) -> str:
-        """Expert token as text: in exports and in what people read, never in what the meta LLM reads."""
+        """Expert token as text, for exports and for people. The meta LLM never reads it."""
         return f"<|expert:{self.name}|>"
 
     @property
     def key_variable(self) -> str | None:
-        """Name of the environment variable whose value is sent to the endpoint, or None."""
+        """Name of the environment variable with the key that is sent to the endpoint, or None."""
         return self.kind.key(self)
 
     def api_key(self) -> str:
-        """Return the key of the endpoint from the environment, or `none` where it needs none.
+        """Return the endpoint's key from the environment, or `none` for an endpoint without a key.
 
         Raises:
-            ExpertFailedError: the variable is not set.
+            ExpertFailedError: The variable is not set.
         """
         key = os.environ.get(self.key_variable) if self.key_variable else "none"
         if not key:
-            raise ExpertFailedError(f"the environment variable {self.key_variable} with its key is not set")
+            raise ExpertFailedError(
+                f"expected its key in the environment variable {self.key_variable}, which is not set"
+            )
         return key
 
     def price(self, read: int, written: int, cached: int = 0) -> float | None:
-        """USD for tokens read and written, or None where the pool has no price.
+        """Return the price in USD of a request, or None if the pool has no price.
 
         Args:
-            read: tokens of the prompt.
-            written: tokens of the answer.
-            cached: tokens of the prompt that the endpoint had cached.
+            read: Tokens of the prompt.
+            written: Tokens of the answer.
+            cached: Tokens of the prompt that the endpoint had cached.
         """
         if self.cost is None:
             return None
@@ -147,18 +151,18 @@ class Expert:
         return (read * self.cost["input"] - min(cached, read) * less + written * self.cost["output"]) / 1e6
 
     def find_in(self, models: Iterable[str]) -> str | None:
-        """The one of `models` that results call this expert by, or None."""
+        """Return the name in `models` that means this expert in results, or None."""
         models = set(models)
         found = next((key for key in self._keys if key in models), None)
         if found is None and self.model:
-            # `organisation/math-7b` in a pool, `math-7b` in a table: as long as just one column can be meant.
+            # `organisation/math-7b` in a pool matches `math-7b` in a table if no other column matches too.
             ends = [name for name in models if name.split("/")[-1] == self.model.split("/")[-1]]
             found = ends[0] if len(ends) == 1 else None
         return found
 
     @property
     def called(self) -> str:
-        """The names under which results are looked for, as errors say them."""
+        """Names to look for in results, in the form of error messages."""
         return " or ".join(repr(key) for key in self._keys)
 
     @property
@@ -168,11 +172,11 @@ class Expert:
 
 @dataclass(frozen=True)
 class Weights:
-    """The model that an expert needs in this process.
+    """Model that an expert needs in this process.
 
     Attributes:
-        source: the causal LM.
-        adapter: folder or hub id, and revision, of a LoRA adapter on it; None for the model itself.
+        source: Source of the causal LM.
+        adapter: Folder or hub id, and revision, of a LoRA adapter on the model. None for the model itself.
     """
 
     source: Source
@@ -201,28 +205,29 @@ def _never(entry: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class ExpertKind:
-    """Descriptor of one kind of expert. Its module must be light: a pool is read without opening any backend.
+    """Descriptor of one kind of expert. Its module must be light, because reading a pool opens no backend.
 
     Attributes:
-        name: value of `backend` in a pool.
-        open: opens the backend of an expert; raises `ExpertFailedError` where that fails.
-        fields: keys of a pool entry that this kind reads, besides those that every kind has. A key that `Expert` has no
-            attribute for is kept in `Expert.options`.
-        required: keys that must be given.
-        paths: keys whose values may be local paths; in a pool file they are relative to the file.
-        remote: whether the expert answers outside this process, so that nothing is loaded here.
-        priced: whether each request costs money, so that a missing `cost` is unknown rather than 0.
-        key: returns the NAME of the environment variable whose value is sent, or None.
-        address: returns where that value is sent, for messages.
-        weights: returns the model that has to be in memory here, given the meta LLM's base; None where there is none.
-        needs_base: returns whether the expert runs on the meta LLM's base.
-        batches: whether its backend's `complete` answers many conversations at once.
-        scores_texts: whether its backend has `log_likelihood`.
-        is_weights: whether the expert is its weights and nothing else, so that `collect` may measure them in batches by
-            itself; otherwise, as with a prompt of its own, it asks the backend.
-        check: returns the mistakes of a pool entry that only this kind can see; paths may be relative.
-        check_files: the same once paths are absolute.
-        recognises: returns whether a new expert that is named without `backend` (`expertoken expert add`) is of this
+        name: Value of `backend` in a pool.
+        open: Function that opens the backend of an expert. It raises `ExpertFailedError` on failure.
+        fields: Keys of a pool entry that this kind reads beside the common keys. A key without an attribute of `Expert`
+            is kept in `Expert.options`.
+        required: Required keys.
+        paths: Keys whose values may be local paths. In a pool file they are relative to the file.
+        remote: True if the expert answers outside this process, so that this process loads no model for it.
+        priced: True if each request costs money, so that a missing `cost` is unknown rather than 0.
+        key: Function that returns the NAME of the environment variable whose value is sent, or None.
+        address: Function that returns the address that this value is sent to, for messages.
+        weights: Function that returns the model that must be in memory in this process, from the meta LLM's base. It
+            returns None for an expert without such a model.
+        needs_base: Function that returns True if the expert runs on the meta LLM's base.
+        batches: True if its backend's `complete` answers many conversations at once.
+        scores_texts: True if its backend implements `log_likelihood`.
+        is_weights: True if the expert is its weights and nothing else, so that `collect` may measure them in batches
+            itself. Otherwise, for instance with a system prompt, `collect` calls the backend.
+        check: Function that returns the mistakes of a pool entry that only this kind can detect. Paths may be relative.
+        check_files: Function like `check`, called once paths are absolute.
+        recognises: Function that returns True if a new expert without `backend` (`expertoken expert add`) is of this
             kind.
     """
 
@@ -261,7 +266,9 @@ def _load(name: str) -> ExpertKind:
     try:
         kind = entry.load()
     except Exception as error:  # another package's import can fail with anything
-        raise ExpertokenError(f"backend {name!r}: {entry.value} can't be imported ({one_line(error)})") from error
+        raise ExpertokenError(
+            f"backend {name!r}: {entry.value} can't be imported ({one_line(error)}). Repair or remove its package"
+        ) from error
     if not isinstance(kind, ExpertKind) or kind.name != name:
         found = f"an ExpertKind named {kind.name!r}" if isinstance(kind, ExpertKind) else type(kind).__name__
         raise ExpertokenError(f"backend {name!r}: expected {entry.value} to be an ExpertKind of that name, got {found}")
@@ -269,15 +276,15 @@ def _load(name: str) -> ExpertKind:
 
 
 def kind_names() -> list[str]:
-    """Return the names of all kinds, ours first; imports no other package."""
+    """Return the names of all kinds, with the project's own first, without importing any other package."""
     return [*dict.fromkeys([*_ours(), *_others()])]
 
 
 def kind_of(name: str) -> ExpertKind:
-    """Return a kind by its name; a name of ours is never another package's.
+    """Return a kind by its name. Other packages can't override the project's own kinds.
 
     Raises:
-        ExpertokenError: there is no such kind, or its package can't be imported or names something else.
+        ExpertokenError: The kind is unknown, or its package can't be imported or names something else.
     """
     if name in _ours():
         return _ours()[name]
@@ -287,18 +294,18 @@ def kind_of(name: str) -> ExpertKind:
 
 
 def usable_kinds() -> Iterator[ExpertKind]:
-    """Yield all kinds but those whose packages can't be imported: who doesn't ask for them is not stopped by them."""
+    """Yield all kinds whose packages can be imported, so that a broken package does not affect other kinds."""
     for name in kind_names():
         try:
             kind = kind_of(name)
         except ExpertokenError as error:
-            logger.warning("passed over: %s", error)
+            logger.warning("skipped a kind of experts: %s", error)
             continue
         yield kind
 
 
 def recognised(entry: Mapping[str, Any]) -> str:
-    """Return the kind of a new expert that is named without `backend`: the first that recognises it, or the default."""
+    """Return the kind of a new expert without `backend`: the first that recognises it, or the default."""
     return next((kind.name for kind in usable_kinds() if _recognises(kind, entry)), DEFAULT_KIND)
 
 
@@ -306,5 +313,5 @@ def _recognises(kind: ExpertKind, entry: Mapping[str, Any]) -> bool:
     try:
         return kind.recognises(entry)
     except Exception as error:  # another package's code can fail with anything
-        logger.warning("passed over: backend %r can't read the entry (%s)", kind.name, one_line(error))
+        logger.warning("skipped backend %r, which can't read the entry (%s)", kind.name, one_line(error))
         return False

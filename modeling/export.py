@@ -1,12 +1,12 @@
-"""A composite as a plain checkpoint: LoRA merged, a row and a token for every expert, for any server to host.
+"""Export of a composite as a plain checkpoint for any server: LoRA merged, a row and a token for every expert.
 
-A composite compares candidates with self's row, a checkpoint compares tokens with the vocabulary's mass Z. So that
-expert k's token has the logit `Z + l_k - l_self`, Z, which is not linear in the state, is distilled into the rows: a
-ridge regression on the states of real questions, checked on others. What it can't carry, chances of being right among
-it, a gateway does without.
+A composite compares candidates with self's row, a checkpoint compares tokens with the vocabulary's mass Z. Expert k's
+token needs the logit `Z + l_k - l_self`, and Z is not linear in the state. So Z is distilled into the rows by a ridge
+regression on the states of real questions, and checked on others. A gateway lacks what the checkpoint can't carry, such
+as chances of being right.
 
-Where the rows read a lower layer, the checkpoint is the model cut there. It only decides: its own text means nothing,
-so self has a token, too, and answers behind a server of its own.
+If the rows read a lower layer, the checkpoint is the model cut there. It only decides, and its own text means nothing.
+So self has a token too, and answers behind a separate server.
 """
 
 import itertools
@@ -60,15 +60,15 @@ PROMPTS = (
     "def fib(n):\n    # complete this function",
     "Which drug interacts with grapefruit juice, and why?",
 )
-"""What an exported checkpoint is asked beside the composite where nothing else is given."""
+"""Default prompts for the comparison of an exported checkpoint with the composite."""
 
 _NEGLIGIBLE = 1e-6  # share of the vocabulary's mass
-_NEAR = 0.05  # of a probability: another choice that loses no more of it is no other decision
+_NEAR = 0.05  # loss of probability up to which another candidate counts as the same decision
 _DIFFERENT = 0.02  # share of decisions that may differ by more
-_ABOVE = 8.0  # nats of the experts' mass over the vocabulary's where self is no candidate
-_RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # of the states' mean square
-_CHECKED = 5  # every n-th prompt is left out of the distillation, to check it on
-_FEW = 50  # prompts that are too few to leave any out
+_ABOVE = 8.0  # nats by which the experts' mass exceeds the vocabulary's if self is no candidate
+_RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)  # relative to the states' mean square
+_CHECKED = 5  # every n-th prompt is held out of the distillation, for the check
+_FEW = 50  # with fewer prompts none is held out
 
 
 def export_checkpoint(
@@ -82,25 +82,24 @@ def export_checkpoint(
 ) -> dict[str, int]:
     """Write a plain Hugging Face checkpoint whose next-token distribution dispatches as the composite does.
 
-    Expert k is the token `<|expert:NAME|>`. Rows that the vocabulary has to spare are used where the model gives them
-    no probability; else the vocabulary is resized. The written folder is loaded again and its decisions compared on
-    every fifth prompt, which the rows were not distilled from, before it takes its place.
+    Expert k is the token `<|expert:NAME|>`. Spare rows of the vocabulary are used if the model gives them no
+    probability. Otherwise the vocabulary is resized. Before the written folder is renamed into place, it is loaded
+    again. Its decisions are compared on every fifth prompt, which is held out of the distillation.
 
     Args:
-        folder: of the composite.
-        out: of the checkpoint.
-        prompts: questions or conversations to distil from and to compare on: those of the training, or of the users.
-            Fewer than 50 are all used for both, with a warning.
-        device: where that runs.
-        dtype: of the weights; as `load_composite` chooses where None.
-        trust_remote_code: allow the base model's repository to run its own code.
+        folder: Folder of the composite.
+        out: Folder of the checkpoint.
+        prompts: Questions or conversations for the distillation and the comparison, taken from the training or from the
+            users. Fewer than 50 are all used for both, with a warning.
+        device: Device to run the export on. Defaults to the first accelerator, or the CPU if there is none.
+        dtype: Type of the weights. Defaults to the choice of `load_composite`.
+        trust_remote_code: If true, the base model's repository may run its own code.
 
     Returns:
-        the token ids by expert.
+        Token ids by expert.
 
     Raises:
-        ExpertokenError: the composite can't be exported, or the checkpoint came to other decisions (nothing is written
-            then).
+        ExpertokenError: The composite can't be exported, or the checkpoint's decisions differ. Then nothing is written.
     """
     out = Path(out)
     check_product(out, "checkpoint")
@@ -108,18 +107,21 @@ def export_checkpoint(
     meta, pool = composite.meta, composite.pool
     if meta.quantization:
         raise ExpertokenError(
-            f"{folder}: was trained on a base in 4 bits, and LoRA can't be merged into it without other decisions; "
-            "serve it by `expertoken serve`, or train with --method lora"
+            f"{folder}: expected an unquantized base, got one in 4 bits, into which LoRA can't be merged without "
+            "changing decisions. Serve it by `expertoken serve`, or train with --method lora"
         )
     if meta.state.pooling != "last":
         raise ExpertokenError(
-            f"{folder}: its decision reads a mean over all tokens (--state {meta.state}), and a checkpoint's next "
-            "token does not; serve it by `expertoken serve`, or train with --state head or LAYER:last"
+            f"{folder}: expected a decision that reads the last token, as a checkpoint's next token does, got a mean "
+            f"over all tokens (--state {meta.state}). Serve it by `expertoken serve`, or train with --state head or "
+            "LAYER:last"
         )
     if meta.state.layer is not None:
         pool = _without_self(pool, meta)
     if len(prompts) < _FEW:
-        logger.warning("distilled from %d prompts and checked on the same; give %d or more", len(prompts), _FEW)
+        logger.warning(
+            "the rows are distilled from %d prompts and checked on the same ones. Pass %d or more", len(prompts), _FEW
+        )
     queries = encode_all(meta, prompts, "export")
     states = cached_states(meta, queries, label="export")
     wanted = state_logits(meta.rows, states, meta.transform)
@@ -138,7 +140,7 @@ def export_checkpoint(
     places = _place(model, meta.tokenizer, [expert.token for expert in pool], rows)
     with atomic_folder(out) as aside:
         model.save_pretrained(aside)
-        for file in aside.glob("*.safetensors"):  # written for its owner alone, and served by somebody else
+        for file in aside.glob("*.safetensors"):  # written readable for its owner alone, but served by another user
             shutil.copymode(aside / "config.json", file)
         (meta.tokenizer if meta.sight is None else meta.sight.processor).save_pretrained(aside)
         pool.to_yaml(aside / POOL_FILE)
@@ -153,7 +155,7 @@ def export_checkpoint(
 
 
 def _without_self(pool: ExpertPool, meta: MetaLLM) -> ExpertPool:
-    """Return a pool in which self is an expert on the base model, like any other, under a name of its own."""
+    """Return a pool in which self is an ordinary expert on the base model, under an unused name."""
     if pool.self_expert is None:
         return pool
     given, taken = pool.self_expert, set(pool.names)
@@ -161,12 +163,12 @@ def _without_self(pool: ExpertPool, meta: MetaLLM) -> ExpertPool:
         name for name in itertools.chain(("meta",), map("meta{}".format, itertools.count(2))) if name not in taken
     )
     own = Expert(name, model=meta.source.model, description=given.description, cost=given.cost)
-    logger.info("self is the expert %s in the exported pool", name)
+    logger.info("self becomes the expert %s in the exported pool", name)
     return ExpertPool([*pool, own])
 
 
 def _vocabulary(meta: MetaLLM) -> Callable[[np.ndarray], torch.Tensor]:
-    """Return what gives the vocabulary's logits `[N, V]` at states `[N, d]`, float32 on the CPU."""
+    """Return a function from states `[N, d]` to the vocabulary's logits `[N, V]`, float32 on the CPU."""
     head = meta.head
     weight, bias = head.weight.detach().float().cpu(), None if head.bias is None else head.bias.detach().float().cpu()
     return lambda hidden: meta.transform(F.linear(torch.from_numpy(np.array(hidden)), weight, bias))
@@ -175,17 +177,17 @@ def _vocabulary(meta: MetaLLM) -> Callable[[np.ndarray], torch.Tensor]:
 def _distilled(
     meta: MetaLLM, pool: ExpertPool, states: States, wanted: torch.Tensor, fitted: np.ndarray
 ) -> torch.Tensor:
-    """Return rows `[K, d]` for the vocabulary, whose logits are `Z + l_k - l_self` as nearly as a row can say it.
+    """Return rows `[K, d]` for the vocabulary whose logits approximate `Z + l_k - l_self` as well as rows can.
 
     Args:
-        meta: the meta LLM.
-        pool: the candidates.
-        states: states of the prompts.
-        wanted: the candidates' logits on them, `[N, C]`.
-        fitted: `[N]` mask of the prompts to learn from.
+        meta: Meta LLM.
+        pool: Pool of the candidates.
+        states: States of the prompts.
+        wanted: Logits of the candidates on the prompts, `[N, C]`.
+        fitted: Mask `[N]` of the prompts to fit on.
 
     Raises:
-        ExpertokenError: the model caps its logits below what the experts' tokens would need.
+        ExpertokenError: The model caps its logits below the values that the expert tokens need.
     """
     hidden, mass = (torch.from_numpy(np.array(array)).double() for array in (states.hidden, states.log_mass))
     wanted = wanted.double()
@@ -195,10 +197,11 @@ def _distilled(
     products = meta.transform.inverse(targets)
     if not products.isfinite().all():
         raise ExpertokenError(
-            f"{meta.source.model} caps its logits at {meta.transform.softcap:g}, and its own tokens reach "
-            f"{mass.max():.1f}: no expert's token could be more probable; serve it by `expertoken serve`"
+            f"{meta.source.model} caps its logits at {meta.transform.softcap:g}, but its own tokens reach "
+            f"{mass.max():.1f}, so that no expert token could be more probable. Serve it by `expertoken serve`"
         )
-    # Differences among the experts are the rows' own, exactly where nothing is capped: only the common part is fitted.
+    # The rows already hold the differences among the experts, exactly if nothing is capped. Only the common part is
+    # fitted.
     base = meta.rows[: len(pool)].double()
     left = products - hidden @ base.T
     inside = torch.from_numpy(np.flatnonzero(fitted))
@@ -222,7 +225,7 @@ def _ridge(hidden: torch.Tensor, targets: torch.Tensor, strength: float) -> torc
 
 
 def _write_gateway(folder: Path, name: str, ids: dict[str, int], control: list[str]) -> None:
-    """A gateway's file to begin with: where the servers are is the operator's to say."""
+    """Write an example of a gateway's file, in which the operator fills in the addresses of the servers."""
     meta = {
         "model": name,
         "base_url": "http://127.0.0.1:8000/v1",
@@ -240,10 +243,10 @@ def _write_gateway(folder: Path, name: str, ids: dict[str, int], control: list[s
 
 
 def _fill(meta: MetaLLM, logits: torch.Tensor, count: int) -> None:
-    """Where the next `count` rows behind the tokenizer's are part of the mass of self, name all that are left.
+    """Name all spare rows in the tokenizer if the next `count` of them are part of self's mass.
 
-    A row that an expert takes is lost to self; a model that gives such rows some probability (one that was never
-    trained, for instance) would decide otherwise without it. So the experts' come behind them then.
+    A row that an expert takes is lost to self. Some models give spare rows a probability (an untrained model, for
+    instance), and would decide differently without it. Naming the spare rows puts the experts' rows behind them.
     """
     first, size = len(meta.tokenizer), meta.vocab_size
     spare = logits[:, :size].float().softmax(-1)[:, first : first + count].sum(-1).max()
@@ -253,7 +256,7 @@ def _fill(meta: MetaLLM, logits: torch.Tensor, count: int) -> None:
 
 
 def _merged(meta: MetaLLM) -> "PreTrainedModel":
-    """The meta LLM's model with LoRA in its weights and its own head. `meta` is of no use after it."""
+    """Return the meta LLM's model with LoRA merged and its own head. `meta` is unusable afterwards."""
     model: Any = meta.model
     if meta.adapted:
         model = model.merge_and_unload()
@@ -268,12 +271,14 @@ def _merged(meta: MetaLLM) -> "PreTrainedModel":
 def _place(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", tokens: list[str], rows: torch.Tensor
 ) -> list[int]:
-    """Put tokens into the tokenizer and rows into the head; gives their ids."""
+    """Add tokens to the tokenizer and rows to the head, and return the ids."""
     size = output_head(model).weight.shape[0]
     known = set(tokenizer.get_vocab())
     taken = [token for token in tokens if token in known]
     if taken:
-        raise ExpertokenError(f"the tokenizer knows {', '.join(taken)} already; rename the expert")
+        raise ExpertokenError(
+            f"expected new expert tokens, but the tokenizer has {', '.join(taken)}. Rename the expert"
+        )
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
     found: Any = tokenizer.convert_tokens_to_ids(tokens)
     places: list[int] = found
@@ -283,7 +288,7 @@ def _place(
     inputs: Any = model.get_input_embeddings()
     where = torch.tensor(places, device=head.weight.device)
     if inputs.weight is not head.weight:
-        # Never read by a composite; a server whose user types such a token reads something harmless.
+        # A composite never reads these embeddings. The mean is harmless on a server whose user types such a token.
         others = torch.ones(len(inputs.weight), dtype=torch.bool, device=inputs.weight.device)
         others[where] = False
         inputs.weight[where] = inputs.weight[others].float().mean(0).to(inputs.weight.dtype)
@@ -300,10 +305,10 @@ def _compare(
     expected: torch.Tensor,
     meta: MetaLLM,
 ) -> float:
-    """Load what was written as anybody would, ask it, and return the share of equal decisions.
+    """Load the written checkpoint like any other, run it on the prompts, and return the share of equal decisions.
 
     Raises:
-        ExpertokenError: too many decisions are others.
+        ExpertokenError: Too many decisions differ.
     """
     source = Source(str(folder), trust_remote_code=meta.source.trust_remote_code)
     dtype = output_head(meta.plain).weight.dtype
@@ -319,7 +324,7 @@ def _compare(
         found = logits[0, places].float().cpu()
         if len(wanted) > len(places):  # self's probability is that of the ordinary vocabulary
             found = torch.cat([found, logits[0, ordinary].float().logsumexp(-1, keepdim=True).cpu()])
-        # Without self nobody but an expert is to be generated.
+        # Without self the next token must be an expert token.
         silent = len(wanted) == len(places) and bool(logits[0, ordinary].float().max().cpu() > found.max())
         if silent or float(wanted.max() - wanted[found.argmax()]) > _NEAR:
             different.append(prompt)
@@ -328,23 +333,24 @@ def _compare(
         prompt = different[0] if isinstance(different[0], str) else text_of(different[0][-1], placeholders=True)
         name = prompt if len(prompt) < 60 else prompt[:60] + "..."
         raise ExpertokenError(
-            f"the exported checkpoint decides otherwise on {share:.1%} of {len(prompts)} prompts, on {name!r} for "
-            f"instance; at most {_DIFFERENT:.0%} are accepted, and nothing was written. Give more --prompts, or serve "
-            "the composite by `expertoken serve`"
+            f"the exported checkpoint decides differently on {share:.1%} of {len(prompts)} prompts (for instance "
+            f"{name!r}), and at most {_DIFFERENT:.0%} are accepted, so nothing is written. Pass more --prompts, or "
+            "serve the composite by `expertoken serve`"
         )
     return 1 - share
 
 
 def find_converter() -> str:
-    """Where llama.cpp's converter is.
+    """Return the path of llama.cpp's converter.
 
     Raises:
-        ExpertokenError: it is not installed.
+        ExpertokenError: The converter is not installed.
     """
     converter = shutil.which(CONVERTER)
     if converter is None:
         raise ExpertokenError(
-            f"{CONVERTER} of llama.cpp is not on the PATH; get llama.cpp, install its requirements, and add its folder"
+            f"{CONVERTER} of llama.cpp is not on the PATH. Download llama.cpp, install its requirements, and add its "
+            "folder to the PATH"
         )
     return converter
 
@@ -353,7 +359,7 @@ def convert_to_gguf(folder: Path | str, out: Path | str) -> None:
     """Convert an exported checkpoint with llama.cpp's converter.
 
     Raises:
-        ExpertokenError: the converter is not installed, or fails.
+        ExpertokenError: The converter is not installed, or fails.
     """
     command = [sys.executable, find_converter(), str(folder), "--outfile", str(out), "--outtype", "auto"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - the user's own tool

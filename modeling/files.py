@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent: written aside, flushed to disk, renamed into place."""
+"""Files and folders that are complete or absent: written to a temporary path, flushed to disk, renamed into place."""
 
 import errno
 import os
@@ -12,10 +12,10 @@ from .errors import ExpertokenError, one_line
 from .source import is_path
 
 PRODUCTS = {"composite": "expertoken.json", "supervision": "supervision.json"}
-"""The folders that people name, to the file that tells them."""
+"""Kinds of folders that users name, with the file that identifies each."""
 
-_TRIES = 100  # to exchange a folder, while others read it
-_LOOKS = 5  # for a file, while others exchange its folder
+_TRIES = 100  # attempts to exchange a folder while other processes read it
+_LOOKS = 5  # attempts to read a file while other processes exchange its folder
 
 _OURS = {
     *PRODUCTS.values(),
@@ -33,37 +33,37 @@ _OURS = {
     "tokenizer_config.json",
     "vocab.json",
 }
-"""What a new version of such a folder replaces or drops; any other file in it is somebody else's and stays."""
+"""Files that a new version of such a folder replaces or drops. Any other file in it belongs to the user and stays."""
 
 
 def check_product(path: Path | str, product: str) -> None:
-    """Refuse to write one product over another, or where a folder can't be replaced.
+    """Check that a product can be written to a folder and overwrites no product of another kind.
 
     Raises:
-        ExpertokenError: `path` is a file or a mount point, or holds the other product.
+        ExpertokenError: `path` is a file or a mount point, or holds a product of another kind.
     """
     path = Path(path)
     _check_no_mount(path)
     if path.exists() and not path.is_dir():
-        raise ExpertokenError(f"{path}: is a file; expected a folder to write the {product} to")
+        raise ExpertokenError(f"{path}: expected a folder to write the {product} to, got a file. Choose another path")
     for other, marker in PRODUCTS.items():
         if other != product and (path / marker).exists():
-            raise ExpertokenError(f"{path}: holds a {other}; choose another folder for the {product}")
+            raise ExpertokenError(f"{path}: holds a {other}. Choose another folder for the {product}")
 
 
 def _check_no_mount(path: Path) -> None:
-    if path.resolve().is_mount():  # a link to another disk is none
+    if path.resolve().is_mount():  # a link to another disk is no mount point
         raise ExpertokenError(
-            f"{path}: is a mount point, which can't be replaced in one step; choose a folder in it, such as "
-            f"{path / 'new'}"
+            f"{path}: expected a folder that can be replaced in one step, got a mount point. Choose a folder in it, "
+            f"such as {path / 'new'}"
         )
 
 
 def local_folder(path: Path | str, revision: str | None = None) -> Path:
-    """The folder of a composite: itself, or where the hub's copy of `owner/name` is kept.
+    """Return the local folder of a composite: the path itself, or the local copy of `owner/name` on the hub.
 
     Raises:
-        ExpertokenError: there is no such folder, and no such repository either.
+        ExpertokenError: The folder does not exist, and the hub gives no such repository.
     """
     folder = Path(path)
     name = str(path)
@@ -73,14 +73,15 @@ def local_folder(path: Path | str, revision: str | None = None) -> Path:
 
     try:
         return Path(snapshot_download(name, revision=revision))
-    except Exception as error:  # of HTTP, of the cache, of offline mode: the hub's client has many
+    except Exception as error:  # the hub's client has many errors: of HTTP, of the cache, of offline mode
         raise ExpertokenError(
-            f"{name}: no such folder, and as a repository of the hub it can't be had ({one_line(error)})"
+            f"{name}: expected a folder or a repository on the hub. The folder does not exist, and the download failed "
+            f"({one_line(error)})"
         ) from error
 
 
 def cache_folder(kind: str) -> Path:
-    """The folder for one kind of cache, under `$EXPERTOKEN_CACHE` or the user's cache directory."""
+    """Return the folder for one kind of cache, under `$EXPERTOKEN_CACHE` or the user's cache directory."""
     root = os.environ.get("EXPERTOKEN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "expertoken"
     return Path(root).expanduser() / kind
 
@@ -94,7 +95,7 @@ def _sync(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder to disk with everything in it: what a power cut must not take."""
+    """Flush a folder and everything in it to disk, so that a power cut loses nothing."""
     for entry in [*folder.rglob("*"), folder]:
         _sync(entry)
 
@@ -105,10 +106,10 @@ def _aside(path: Path, word: str) -> Path:
 
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[Path]:
-    """Yield a path to write; on success it takes the place of `path`, on failure `path` is as it was.
+    """Yield a temporary path to write. On success it replaces `path`, on failure `path` is unchanged.
 
     Raises:
-        ExpertokenError: the file could not be written (no space, no permission).
+        ExpertokenError: The file could not be written (no space, no permission).
     """
     path = Path(path)
     aside = _aside(path, f"{os.getpid()}.tmp")
@@ -118,22 +119,24 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
         _sync(aside)
         aside.replace(path)
     except OSError as error:
-        raise ExpertokenError(f"{path}: could not be written ({error.strerror or error}); it is as it was") from error
+        raise ExpertokenError(
+            f"{path}: could not be written ({error.strerror or error}). Nothing was changed"
+        ) from error
     finally:
         aside.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """Yield an empty folder to fill; on success it takes the place of `path`, on failure `path` is as it was.
+    """Yield an empty folder to fill. On success it replaces `path`, on failure `path` is unchanged.
 
-    Our own files of the old folder are gone then; its subfolders (checkpoints, logs, reports) and what somebody else
-    put there move over to the new one. POSIX has no portable exchange of two folders, so the old one is renamed aside
-    first; `recover_folder` finishes or undoes what a crash between the renames left. Of a symbolic link the folder that
-    it leads to is replaced.
+    The replaced folder's files of the project are deleted. Its subfolders (checkpoints, logs, reports) and other files
+    move to the new folder. POSIX has no portable exchange of two folders, so the old folder is renamed first. After a
+    crash between the renames, `recover_folder` finishes or undoes the exchange. For a symbolic link, its target folder
+    is replaced.
 
     Raises:
-        ExpertokenError: the folder could not be written (no space, no permission), or is a mount point.
+        ExpertokenError: The folder could not be written (no space, no permission), or is a mount point.
     """
     path = Path(path).resolve()
     _check_no_mount(path)
@@ -149,41 +152,46 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         _sync(path.parent)
     except OSError as error:
         recover_folder(path)
-        raise ExpertokenError(f"{path}: could not be written ({error.strerror or error}); it is as it was") from error
+        raise ExpertokenError(
+            f"{path}: could not be written ({error.strerror or error}). Nothing was changed"
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def _exchange(aside: Path, path: Path, old: Path) -> None:
-    """Put a folder in the place of another, which goes aside."""
+    """Rename a folder to the path of another, which is renamed to `old`."""
     for _ in range(_TRIES):
         if path.exists():
             path.rename(old)
         try:
             aside.rename(path)
             return
-        except OSError:  # somebody who reads has put the old one back meanwhile, see `restore_folder`
+        except OSError:  # a reading process has restored the old folder meanwhile, see `restore_folder`
             if not path.exists():
                 raise
-    raise OSError(errno.EBUSY, "others read it all the time")
+    raise OSError(errno.EBUSY, "other processes read it all the time")
 
 
 def restore_folder(path: Path | str) -> None:
-    """Put an old folder back whose exchange was cut short: for those who read, and may not know of a writer at work.
+    """Restore an old folder after an interrupted exchange.
 
-    Files of the old one that belong into the new one are moved by who writes next.
+    Reading processes call this, because they may not know of an active writer. The next writer moves files of the old
+    folder that belong into the new one.
     """
     path = Path(path).resolve()
     if not path.exists():
-        with suppress(OSError):  # there is none, it may not be moved, or somebody else was faster
+        with suppress(OSError):  # no old folder exists, it may not be moved, or another process was faster
             _aside(path, "old").rename(path)
 
 
 def read_settled(file: Path) -> str:
-    """Return the text of a file of such a folder; while that is exchanged there is none of its name for a moment.
+    """Return the text of a file in a replaceable folder, with retries.
+
+    During an exchange the folder does not exist for a moment.
 
     Raises:
-        OSError: there is none for good, or it can't be read.
+        OSError: The file does not exist after all retries, or can't be read.
     """
     for _ in range(_LOOKS):
         restore_folder(file.parent)
@@ -194,7 +202,7 @@ def read_settled(file: Path) -> str:
 
 
 def recover_folder(path: Path | str) -> None:
-    """Finish or undo an exchange that a crash cut short (see `atomic_folder`): for those who write."""
+    """Finish or undo an exchange that a crash interrupted. Writing processes call this (see `atomic_folder`)."""
     path = Path(path).resolve()
     old = _aside(path, "old")
     if not old.exists():
@@ -202,7 +210,7 @@ def recover_folder(path: Path | str) -> None:
     if not path.exists():
         old.rename(path)
         return
-    # A checkpoint's weights go with it: in a new one that is split otherwise the old ones would be loaded.
+    # A checkpoint's old weights are dropped too. In a new checkpoint that is split differently they would be loaded.
     replaced = set(_OURS)
     if any(path.glob("model*.safetensors")):
         replaced |= {entry.name for entry in old.glob("model*.safetensors*")}

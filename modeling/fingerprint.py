@@ -1,4 +1,4 @@
-"""Fingerprints and descriptions by which results and caches know the model and libraries that made them."""
+"""Fingerprints and descriptions of the model and the libraries behind a result or a cache."""
 
 import hashlib
 import json
@@ -14,25 +14,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-_SAMPLES = 4096  # values of a parameter, at least one of each row of a matrix
-_STRIDE = 7919  # a prime: the columns of a matrix come in turn, whatever its width
+_SAMPLES = 4096  # sampled values of a parameter, at least one of each row of a matrix
+_STRIDE = 7919  # a prime, so that the sample covers all columns of a matrix in turn, whatever its width
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _NO_CONFIG = ("transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "quantization_config",
               "bos_token_id", "eos_token_id", "pad_token_id", "name_or_path", "auto_map",
               "attn_implementation")  # fmt: skip
-"""Entries of a configuration that change no state."""
+"""Entries of a configuration that change no hidden state."""
 
 
 def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """Return a hash that tells models apart by content: configuration, and every parameter's name, shape and values.
+    """Return a hash of a model's content: its configuration, and every parameter's name, shape and values.
 
-    Of large parameters a sample counts, at least one value of each row. Of the configuration what differs from its
-    class's defaults counts: another `rope_theta`, norm epsilon or activation is another model with the same weights.
-    Rows of candidates don't count: they are what changes while the model stays.
+    Large parameters contribute a sample, with at least one value of each row. The configuration contributes its
+    differences from its class's defaults, because another `rope_theta`, norm epsilon or activation makes another model
+    with the same weights. Expert rows are excluded, because training changes them while the model stays the same.
 
     Args:
-        model: the model.
-        dtype: type that values are rounded to first; as they are where None.
+        model: Model to hash.
+        dtype: Type to round values to first. None to keep their own type.
     """
     digest = hashlib.sha256()
     config = getattr(model, "config", None)
@@ -53,7 +53,7 @@ def fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
 
 
 def _sample(values: torch.Tensor) -> torch.Tensor:
-    """Return some of a parameter's values, `[S]`: every row of a matrix is among them."""
+    """Return a sample `[S]` of a parameter's values, with at least one value of every row of a matrix."""
     flat = values.flatten()
     if flat.numel() <= _SAMPLES:
         return flat
@@ -66,24 +66,25 @@ def _sample(values: torch.Tensor) -> torch.Tensor:
 
 
 def fingerprints(model: "PreTrainedModel") -> dict[str, str]:
-    """Return the fingerprints by which a model is known again when it is loaded in another type of weights.
+    """Return the fingerprints that identify a model, also when it is loaded in a narrower type of weights.
 
-    One for its own type and one for each narrower one: what was rounded can't be compared with what was not.
+    There is one for its own type and one for each narrower type, because rounded values can't be compared with exact
+    ones.
     """
     names = list(_DTYPES)
     own = describe_dtype(model)
     kept = names[names.index(own) :] if own in names else [own]
-    if own == "float16":  # bfloat16 is not narrower: it rounds twice what it would have rounded once
+    if own == "float16":  # bfloat16 is not narrower: float16 weights would be rounded twice instead of once
         kept = [own]
     return {name: fingerprint(model, _DTYPES.get(name)) for name in kept}
 
 
 def same_model(model: "PreTrainedModel", known: dict[str, str]) -> bool:
-    """Return whether a model is the one that fingerprints are of, whatever type its weights are in now.
+    """Check whether a model has the given fingerprints, whatever type its weights have now.
 
     Args:
-        model: the model.
-        known: what `fingerprints` gave then.
+        model: Model to check.
+        known: Earlier result of `fingerprints`.
     """
     own = describe_dtype(model)
     name = own if own in known else next(iter(known))

@@ -1,4 +1,4 @@
-"""What models of lm-evaluation-harness share here: they read conversations, not prompts. Needs the extra `collect`."""
+"""Base of the project's models for lm-evaluation-harness, which read conversations (extra `collect`)."""
 
 import json
 from collections.abc import Mapping
@@ -9,15 +9,15 @@ from lm_eval.api.model import LM
 
 from .chat import Message
 
-_CHAT = "expertoken chat: "  # before messages as JSON: what the harness hands back as a context
+_CHAT = "expertoken chat: "  # prefix of messages as JSON, in contexts that the harness returns
 
 
 class ChatLM(LM):
-    """A model of the harness that gets each conversation as messages.
+    """A model of the harness that receives each conversation as messages.
 
     Args:
-        name: name under which the harness caches prompts.
-        max_gen_toks: longest answer in tokens, where a task sets none.
+        name: Name under which the harness caches prompts.
+        max_gen_toks: Default length of the longest answer in tokens, for tasks that set none.
     """
 
     def __init__(self, name: str, max_gen_toks: int = 256) -> None:
@@ -34,32 +34,32 @@ class ChatLM(LM):
         return self._name.replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """Return no template: each expert has its own."""
+        """Return an empty template, because each expert has its own."""
         return ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return the messages as one text, which `messages_of` reads again."""
+        """Return the messages as one text, which `messages_of` parses."""
         return _CHAT + json.dumps(chat_history)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Refuse, where a model does not give them: an answer in text has no log-likelihoods.
+        """Refuse log-likelihoods, which an answer in text does not have. A model that has them overrides this.
 
         Raises:
-            NotImplementedError: always.
+            NotImplementedError: Always.
         """
-        raise NotImplementedError("no log-likelihoods of texts")
+        raise NotImplementedError("this model answers in text and gives no log-likelihoods")
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Refuse: perplexity belongs to one model's tokenizer.
+        """Refuse perplexity, which depends on the tokenizer of one model.
 
         Raises:
-            NotImplementedError: always.
+            NotImplementedError: Always.
         """
-        raise NotImplementedError("no perplexity of texts")
+        raise NotImplementedError("this model answers in text and gives no perplexity")
 
 
 def messages_of(context: str) -> list[Message]:
-    """Return the conversation of a context: messages as `ChatLM.apply_chat_template` wrote them, or one prompt."""
+    """Return the conversation in a context: messages that `ChatLM.apply_chat_template` wrote, or one prompt."""
     if context.startswith(_CHAT):
         return json.loads(context.removeprefix(_CHAT))
     return [{"role": "user", "content": context}]

@@ -1,4 +1,4 @@
-"""The output head with a row per candidate beside the vocabulary's."""
+"""The output head with one row per candidate beside the vocabulary's rows."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,28 +14,30 @@ if TYPE_CHECKING:
 
 
 class ExpertHead(nn.Linear):
-    """The model's own output head plus one row per candidate: the experts, then self where it is one.
+    """The model's own output head with one more row per candidate: the experts, then self if it is a candidate.
 
-    It takes over the head's `weight` and `bias` Parameters (the same objects, so that tied models stay tied) and
-    appends the candidates' logits behind the vocabulary's V. Because it sits where the head sat, whatever the model's
-    forward does to logits afterwards (soft-capping, scaling) is done to the candidates' as well. Rejected: resizing the
-    vocabulary, which changes the tokenizer and makes experts reachable by text, and PEFT's trainable tokens, which copy
-    the vocabulary matrix at each forward and fail silently on untied models.
+    It shares the head's `weight` and `bias` Parameters (the same objects, so that tied models stay tied). It appends
+    the candidates' logits behind the vocabulary's V. It replaces the head, so the model's forward applies its
+    soft-capping and scaling to the candidates' logits too.
+
+    Two alternatives were rejected. Resizing the vocabulary changes the tokenizer and makes experts reachable by text.
+    PEFT's trainable tokens copy the vocabulary matrix at each forward and fail silently on untied models.
 
     Args:
-        head: the model's output head.
-        num_candidates: C, the number of rows to append; they start at zero.
-        vocabulary: whether to compute the vocabulary's logits. Behind a lower layer they mean nothing.
-        parts: P, the states that a row reads side by side; see `state.StateSpec`.
+        head: Output head of the model.
+        num_candidates: C, the number of rows to append. They start at zero.
+        vocabulary: If true, the vocabulary's logits are computed. Behind a lower layer they mean nothing.
+        parts: P, the number of states side by side that a row reads. See `state.StateSpec`.
 
     Attributes:
-        expert_rows: `[C, P d]`, float32 whatever the model's dtype: they are what is trained, and they are kilobytes.
+        expert_rows: Rows `[C, P d]`, float32 whatever the model's dtype. They are trained, and take kilobytes only.
 
-    Shapes: hidden states `[..., d]` to logits `[..., V + P C]`: for P = 2 those of the rows' first halves come first.
+    Shapes: hidden states `[..., d]` to logits `[..., V + P C]`. For P = 2 the logits of the rows' first halves come
+    first.
     """
 
     def __init__(self, head: nn.Linear, num_candidates: int, *, vocabulary: bool = True, parts: int = 1) -> None:
-        nn.Module.__init__(self)  # not Linear's: that would allocate a second vocabulary matrix
+        nn.Module.__init__(self)  # Linear's would allocate a second vocabulary matrix
         self.out_features, self.in_features = full_shape(head.weight)
         self.weight = head.weight
         self.bias = head.bias
@@ -44,10 +46,10 @@ class ExpertHead(nn.Linear):
         self.expert_rows = nn.Parameter(rows)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return logits of the vocabulary, then of the candidates."""
-        # Rows and their logits stay float32: bfloat16 has steps of 0.25 where Z lies, and near candidates would tie.
-        # That widens the vocabulary's logits too, which is one row per query where a dispatch is decided or trained.
-        # Without autocast, which would narrow them again under `--bf16`.
+        """Return the logits of the vocabulary, then of the candidates."""
+        # Rows and their logits stay float32: at the size of Z bfloat16 has steps of 0.25, and near candidates would
+        # tie. This widens the vocabulary's logits too, which are one row per query in a decision or in training.
+        # Autocast is off, because it would narrow them again under `--bf16`.
         with torch.autocast(hidden.device.type, enabled=False):
             rows = self.expert_rows.float()
             rows = rows if self.parts == 1 else torch.cat(rows.chunk(self.parts, dim=1))
@@ -59,7 +61,7 @@ class ExpertHead(nn.Linear):
 
 
 def output_head(model: "PreTrainedModel") -> nn.Linear:
-    """Return the output head of a causal LM, typed: transformers promises a module only."""
+    """Return the output head of a causal LM with its type, because transformers annotates a module only."""
     head: Any = model.get_output_embeddings()
     return head
 
@@ -67,16 +69,16 @@ def output_head(model: "PreTrainedModel") -> nn.Linear:
 def install_head(
     model: "PreTrainedModel", num_candidates: int, *, vocabulary: bool = True, parts: int = 1
 ) -> ExpertHead:
-    """Put an `ExpertHead` where the model's output head is, and return it. Arguments as `ExpertHead`.
+    """Replace the model's output head by an `ExpertHead`, and return it. Arguments as for `ExpertHead`.
 
     Raises:
-        ExpertokenError: the model's head is not an `nn.Linear` (a quantized head, or no language model).
+        ExpertokenError: The model's head is not an `nn.Linear` (a quantized head, or no language model).
     """
     head = output_head(model)
     if not isinstance(head, nn.Linear) or len(full_shape(head.weight)) != 2:
         kind = type(head).__name__
         raise ExpertokenError(
-            f"{type(model).__name__}: expected an nn.Linear output head, got {kind}; use a causal LM whose head is not "
+            f"{type(model).__name__}: expected an nn.Linear output head, got {kind}. Use a causal LM whose head is not "
             "quantized"
         )
     expert_head = ExpertHead(head, num_candidates, vocabulary=vocabulary, parts=parts)

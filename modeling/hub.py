@@ -1,4 +1,4 @@
-"""Composites pushed to the Hugging Face hub as they are; `files.local_folder` finds them there by their id."""
+"""Upload of composites to the Hugging Face hub. `files.local_folder` downloads them by their id."""
 
 import tempfile
 from dataclasses import replace
@@ -11,19 +11,20 @@ from .saving import save_composite
 
 
 def push(composite: Composite, repo: str, *, private: bool = True, message: str = "A composite of experts") -> str:
-    """Write a composite and upload it. The token is the hub client's own (`hf auth login`, or `HF_TOKEN`).
+    """Write a composite and upload it, with the hub client's own token (`hf auth login`, or `HF_TOKEN`).
 
     Args:
-        composite: what to push.
-        repo: `owner/name`.
-        private: whether only its owner sees it; of a repository that is there nothing changes.
-        message: of the commit.
+        composite: Composite to upload.
+        repo: Repository, as `owner/name`.
+        private: If true, a new repository is visible to its owner only. An existing repository keeps its visibility.
+        message: Message of the commit.
 
     Returns:
-        the address of the commit.
+        Address of the commit.
 
     Raises:
-        ExpertokenError: its base or an expert is a folder of this machine, which nobody else has, or the hub refuses.
+        ExpertokenError: The base or an expert is a folder of this machine, which other machines lack, or the hub
+            refuses the upload.
     """
     from huggingface_hub import HfApi
 
@@ -34,12 +35,14 @@ def push(composite: Composite, repo: str, *, private: bool = True, message: str 
     for what, model in models:
         if Path(model).expanduser().exists():
             raise ExpertokenError(
-                f"{what} is a folder of this machine ({model}); push that first and name it by its id"
+                f"expected hub ids in the composite, but {what} is a folder of this machine ({model}). Push that "
+                "folder first and name it by its id"
             )
     api = HfApi()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "composite"
-        data = {key: value for key, value in composite.manifest.data.items() if key != "path"}  # of this machine
+        # A path of this machine means nothing elsewhere.
+        data = {key: value for key, value in composite.manifest.data.items() if key != "path"}
         public = replace(composite, manifest=replace(composite.manifest, data=data))
         save_composite(public, folder, verify=False)
         if composite.folder is not None:
@@ -48,4 +51,4 @@ def push(composite: Composite, repo: str, *, private: bool = True, message: str 
             api.create_repo(repo, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message))
         except Exception as error:
-            raise ExpertokenError(f"{repo}: the hub refuses ({one_line(error)})") from error
+            raise ExpertokenError(f"{repo}: the hub refuses the upload ({one_line(error)})") from error

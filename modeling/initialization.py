@@ -1,4 +1,4 @@
-"""Initialization of expert rows."""
+"""Initialisation of expert rows."""
 
 from typing import TYPE_CHECKING
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 def initial_row(model: "PreTrainedModel", description_ids: list[int]) -> torch.Tensor:
-    """Return the first value of an expert's row: the mean head row of its description's tokens, or of the vocabulary.
+    """Return the initial value of an expert row: the mean head row of the description's tokens, or of the vocabulary.
 
     Args:
-        model: the meta LLM.
-        description_ids: token ids of the description; may be empty.
+        model: Model of the meta LLM.
+        description_ids: Token ids of the description. They may be empty.
 
     Returns:
-        `[d]`, float32.
+        Row `[d]`, float32.
     """
     weight = output_head(model).weight
     with gathered([weight]):

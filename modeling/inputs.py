@@ -1,4 +1,4 @@
-"""What a model reads: queries as a batch of tensors."""
+"""The input of a model: queries as a batch of tensors."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 def padded(
     queries: "Sequence[Query]", sight: "Sight | None", device: torch.device | str, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Return a left-padded batch: `input_ids` and `attention_mask`, `[N, T]` each, and what a model sees beside them.
+    """Return a left-padded batch: `input_ids` and `attention_mask`, `[N, T]` each, and the tensors of pictures.
 
-    Left, so that all dispatch positions fall into one column and one row of logits per query is computed.
+    With padding on the left all dispatch positions share one column, and one row of logits per query is computed.
 
     Args:
         queries: N queries.
-        sight: what sees for the model, or None.
-        device: device of the batch.
-        dtype: type of the pixels.
+        sight: Picture processor of the model, or None.
+        device: Device of the batch.
+        dtype: Type of the pixels.
     """
     longest = max(map(len, queries))
-    # Which id pads does not matter: it is masked. 0 exists in every vocabulary, a pad token does not.
+    # The padding id is masked, so any id serves. Every vocabulary has id 0, but not every one has a pad token.
     ids = np.zeros((len(queries), longest), dtype=np.int64)
     mask = np.zeros_like(ids)
     for row, query in enumerate(queries):

@@ -1,4 +1,4 @@
-"""Loading models: devices, types of weights, quantization, and what goes wrong."""
+"""Loading of models: devices, types of weights, quantization, and errors."""
 
 import copy
 import threading
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 def default_device() -> torch.device:
-    """Return the first accelerator, or the CPU."""
+    """Return the first accelerator, or the CPU if there is none."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator or torch.device("cpu")
 
 
 def as_device(device: torch.device | str | None) -> torch.device:
-    """Return a device by its name, or the default one.
+    """Return a device by its name, or the default device for None.
 
     Raises:
-        ExpertokenError: there is no such device on this machine.
+        ExpertokenError: This machine has no such device.
     """
     if device is None:
         return default_device()
@@ -35,27 +35,28 @@ def as_device(device: torch.device | str | None) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ExpertokenError(
-            f"device {str(device)!r} can't be used here ({one_line(error)}); without it {default_device()} is taken"
+            f"device {str(device)!r} can't be used on this machine ({one_line(error)}). Omit it to use "
+            f"{default_device()}"
         ) from error
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
-    """Return a type of weights by its name; `auto` stays.
+    """Return a type of weights by its name. `auto` is returned unchanged.
 
     Raises:
-        ExpertokenError: there is no such type.
+        ExpertokenError: No type has this name.
     """
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
     found = getattr(torch, dtype, None)
     if not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ExpertokenError(f"dtype {dtype!r}: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+        raise ExpertokenError(f"dtype: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {dtype!r}")
     return found
 
 
 LOADING = threading.RLock()
-"""Held while transformers or PEFT load weights: they change classes of torch meanwhile, for all threads, and two at a
-time leave weights without data."""
+"""Lock for loading weights with transformers or PEFT. They patch classes of torch meanwhile, for all threads, and two
+loads at a time leave weights without data."""
 
 
 def load_causal_lm(
@@ -68,19 +69,19 @@ def load_causal_lm(
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a causal LM and its tokenizer from a hub id, a local folder or a GGUF file, in evaluation mode.
 
-    A model that sees is loaded with its processor, which the tokenizer knows; see `chat.sight_of`.
+    A model that reads pictures is loaded with its processor, which the tokenizer carries. See `chat.sight_of`.
 
     Args:
-        source: the model.
-        device: where to; the first accelerator, or the CPU, where not given.
-        dtype: of the weights. Where not given: float32 on a CPU (bfloat16 is many times slower there), else the dtype
-            the model was saved in.
-        quantization: of the linear layers by bitsandbytes: `nf4` (4 bits, double quantisation) or `int8`; the head
-            stays as it is.
-        attention: implementation; transformers' choice where not given.
+        source: Source of the model.
+        device: Device to load the model on. Defaults to the first accelerator, or the CPU if there is none.
+        dtype: Type of the weights. Defaults to float32 on a CPU (bfloat16 is many times slower there), and to the dtype
+            of the saved model elsewhere.
+        quantization: Quantization of the linear layers by bitsandbytes: `nf4` (4 bits, double quantization) or `int8`.
+            The head is never quantized.
+        attention: Implementation of attention. Defaults to transformers' choice.
 
     Raises:
-        ExpertokenError: the model can't be loaded; the message says why.
+        ExpertokenError: The model can't be loaded. The message names the reason.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -90,7 +91,9 @@ def load_causal_lm(
     if path.suffix == ".gguf":
         path = converted(path)
     elif not path.exists() and is_path(source.model):
-        raise ExpertokenError(f"{source.model}: no such folder; expected a hub id, a model folder or a GGUF file")
+        raise ExpertokenError(
+            f"{source.model}: expected a hub id, a model folder or a GGUF file, got a path that does not exist"
+        )
     where = str(path) if path.exists() else source.model
     options: dict[str, Any] = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
     loading: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
@@ -108,7 +111,7 @@ def load_causal_lm(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError) as error:
         if is_out_of_memory(error):
             raise ExpertokenError(
-                f"{source.model}: does not fit into the memory of {device}; try --dtype bfloat16, 4 bits (method "
+                f"{source.model}: does not fit into the memory of {device}. Try --dtype bfloat16, 4 bits (method "
                 "qlora) or a smaller model"
             ) from error
         raise ExpertokenError(f"{source.model}: can't be loaded as a causal LM ({one_line(error)})") from error
@@ -116,15 +119,16 @@ def load_causal_lm(
         if type(error).__name__ != "SafetensorError":
             raise
         raise ExpertokenError(
-            f"{source.model}: a weights file is damaged ({one_line(error)}); fetch it again"
+            f"{source.model}: a weights file is damaged ({one_line(error)}). Download it again"
         ) from error
     return model.eval(), tokenizer
 
 
 def _loads_directly(device: torch.device) -> bool:
-    """Return whether weights can go to a device as they are read: eight processes are eight copies in memory otherwise.
+    """Check whether weights can be read straight to a device.
 
-    DeepSpeed, where it splits weights while they are loaded, brings them there itself.
+    Otherwise eight processes hold eight copies in main memory. When DeepSpeed splits weights while loading, it moves
+    them to the device itself.
     """
     from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -135,8 +139,8 @@ def _quantized(name: str, device: torch.device, dtype: torch.dtype | str) -> Any
     """Return the configuration of a quantization.
 
     Raises:
-        ExpertokenError: it is not known here.
-        ImportError: bitsandbytes is not installed.
+        ExpertokenError: The quantization is unknown.
+        ImportError: Bitsandbytes is not installed.
     """
     from transformers import BitsAndBytesConfig
 
@@ -152,10 +156,10 @@ def _quantized(name: str, device: torch.device, dtype: torch.dtype | str) -> Any
 
 
 def _unpacked(model: nn.Module) -> nn.Module:
-    """Keep bitsandbytes from repacking weights on CPUs with AVX-512 at their first use.
+    """Prevent bitsandbytes from repacking weights on CPUs with AVX-512 at their first use.
 
-    It does so in place, in evaluation mode only, for bfloat16 whatever dtype was asked for: the fingerprint, the
-    decision and the training step after it would depend on the processor.
+    It repacks in place, in evaluation mode only, for bfloat16 whatever the requested dtype. The fingerprint, the
+    decision and the next training step would then depend on the processor.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -175,18 +179,18 @@ def load_tokenizer(folder: Path, *, seeing: bool = False, trust_remote_code: boo
     """Load the chat tokenizer of a folder.
 
     Args:
-        folder: the folder.
-        seeing: whether it is of a model that sees, so that a processor lies beside it.
-        trust_remote_code: allow the folder to run its own code.
+        folder: Folder of the tokenizer.
+        seeing: True for a model that reads pictures, whose folder holds a processor too.
+        trust_remote_code: If true, the folder may run its own code.
 
     Raises:
-        ExpertokenError: there is none, or it is damaged.
+        ExpertokenError: The folder has no tokenizer, or a damaged one.
     """
     try:
         return _tokenizer(folder, seeing=seeing, trust_remote_code=trust_remote_code)
     except ExpertokenError:
         raise
-    except Exception as error:  # a damaged tokenizer.json is a bare Exception of the Rust library
+    except Exception as error:  # for a damaged tokenizer.json the Rust library raises a bare Exception
         raise ExpertokenError(f"{folder}: its tokenizer can't be loaded ({one_line(error)})") from error
 
 
@@ -197,12 +201,12 @@ def end_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> s
 
 
 def share_weights(model: "PreTrainedModel") -> "PreTrainedModel":
-    """Return a second model over the same tensors, which can get its own head or adapters for a megabyte."""
+    """Return a second model over the same tensors, whose own head or adapters cost a megabyte."""
     shared: list[Any] = [*model.parameters(), *model.buffers()]
     shared += [tensor.quant_state for tensor in shared if getattr(tensor, "quant_state", None) is not None]
     return copy.deepcopy(model, memo={id(thing): thing for thing in shared})
 
 
 def context_length(model: "PreTrainedModel") -> int:
-    """Return the longest context of a model in tokens, prompt and answer together; 2**31 where it names none."""
+    """Return the longest context of a model in tokens, prompt and answer together, or 2**31 if it names none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31

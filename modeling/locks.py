@@ -14,8 +14,8 @@ _TURNS_LOCK = threading.Lock()
 def exclusive(tokenizer: "PreTrainedTokenizerBase") -> "threading.Lock":
     """Return the lock under which a tokenizer encodes.
 
-    How it reads control tokens is a setting of the tokenizer, and so is padding. Between setting it and encoding,
-    another thread may set it otherwise: then a chat template's control tokens are read as text.
+    The handling of control tokens is a setting of the tokenizer, and so is padding. Without the lock another thread may
+    change the setting before the text is encoded. A chat template's control tokens would then be read as text.
     """
     with _TURNS_LOCK:
         return _TURNS.setdefault(tokenizer, threading.Lock())

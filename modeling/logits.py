@@ -1,4 +1,4 @@
-"""What a model's forward does to logits behind its head: scaling and soft-capping."""
+"""Scaling and soft-capping that a model's forward applies to logits behind its head."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,9 +8,9 @@ import torch
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """`logit = cap * tanh(scale * (w·h) / cap)`, or `scale * (w·h)` without a cap.
+    """The transform `logit = cap * tanh(scale * (w·h) / cap)`, or `scale * (w·h)` without a cap.
 
-    A fit on cached states has to apply it to the rows' products itself; a forward through the model does so already.
+    A fit on cached states must apply it to the rows' products itself. A forward through the model already does.
 
     Attributes:
         scale: Cohere's `logit_scale`, or the inverse of Granite's `logits_scaling`.
@@ -22,7 +22,7 @@ class LogitTransform:
 
     @classmethod
     def of(cls, config: Any) -> "LogitTransform":
-        """Read the transform off a model's configuration."""
+        """Read the transform from a model's configuration."""
         config = config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0
         return cls(
@@ -31,12 +31,12 @@ class LogitTransform:
         )
 
     def inverse(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the products `w·h` that give these logits, of any shape; not finite at the cap and beyond it."""
+        """Return the products `w·h` behind logits of any shape. They are not finite at the cap and beyond it."""
         if self.softcap is not None:
             logits = torch.atanh(logits / self.softcap) * self.softcap
         return logits / self.scale
 
     def __call__(self, products: torch.Tensor) -> torch.Tensor:
-        """Logits from the head's plain products `w·h`, of any shape."""
+        """Return logits from the head's plain products `w·h`, of any shape."""
         logits = products * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap

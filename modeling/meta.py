@@ -32,23 +32,23 @@ class MetaLLM:
     """A causal LM whose head holds one row per candidate.
 
     Args:
-        model: the causal LM (its head is replaced by an `ExpertHead`).
-        tokenizer: with a chat template.
-        source: where the model came from, as composites record it.
-        num_candidates: C, the experts and self where it is a candidate.
-        quantization: of the model, or None.
-        state: which state decides.
-        base_fingerprint: of the model, where that is known already.
+        model: Causal LM, whose head is replaced by an `ExpertHead`.
+        tokenizer: Tokenizer with a chat template.
+        source: Origin of the model, as composites record it.
+        num_candidates: C, the number of experts, plus self if it is a candidate.
+        quantization: Quantization of the model, or None.
+        state: State that the rows read.
+        base_fingerprint: Fingerprint of the model, if it is already known.
 
     Attributes:
-        vocab_size: V, the rows of the original head.
-        model: what decides: the model with the expert rows on its head, cut above the layer that they read.
-        plain: the same weights with the original head and without LoRA, for experts on the same base.
-        base_fingerprint: fingerprint of the model before anything was trained.
-        transform: what is done to logits behind the head.
-        state: which state decides.
-        view: what of a conversation the decision reads.
-        positions: longest context of the model in tokens, prompt and answer together.
+        vocab_size: V, the number of rows of the original head.
+        model: Model that decides: with the expert rows on its head, cut above the layer that they read.
+        plain: Model over the same weights with the original head and without LoRA, for experts on the same base.
+        base_fingerprint: Fingerprint of the model before any training.
+        transform: Transform of logits behind the head.
+        state: State that the rows read.
+        view: Part of a conversation that the decision reads.
+        positions: Longest context of the model in tokens, prompt and answer together.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class MetaLLM:
         self.read_at(state, num_candidates)
 
     def read_at(self, state: StateSpec, num_candidates: int) -> None:
-        """Let another state decide. The rows are zeros again, and an adapter is gone.
+        """Switch to another state for decisions. This resets the rows to zeros and drops an adapter.
 
         Args:
-            state: which.
-            num_candidates: C.
+            state: State that the rows read from now on.
+            num_candidates: C, the number of candidates.
 
         Raises:
-            ExpertokenError: the model has no such layer, or no list of layers.
+            ExpertokenError: The model has no such layer, or no list of layers.
         """
         self.state = state
         self.model: PreTrainedModel = share_weights(self.plain)
@@ -90,21 +90,21 @@ class MetaLLM:
         install_head(self.model, num_candidates, vocabulary=state.layer is None, parts=state.parts)
         if state.layer is not None and not is_split(self.model):
             self._check_cut(state.layer)
-            # Not in there: rows that were made in inference mode could not be trained.
+            # Rows made in the inference mode of `_check_cut` could not be trained, so new ones are made here.
             self.rows = torch.zeros(num_candidates, self.row_width)
 
     @torch.inference_mode()
     def _check_cut(self, layer: int) -> None:
-        """See on two tokens that the cut model gives plain products of the states that the whole one has there.
+        """Check on two tokens that the cut model gives plain products of the whole model's states at its last layer.
 
         Raises:
-            ExpertokenError: it does not, or can't run.
+            ExpertokenError: The cut model gives other logits or states, or can't run.
         """
         batch = {
             key: torch.ones((1, 2), dtype=torch.long, device=self.device) for key in ("input_ids", "attention_mask")
         }
         rows = torch.randn(self.head.expert_rows.shape, generator=torch.Generator().manual_seed(0))
-        why = "its logits or its states are others than those of the whole model"
+        why = "the logits or states of the cut model differ from those of the whole model"
         try:
             self.rows = rows
             with self._head_input() as read:
@@ -117,11 +117,11 @@ class MetaLLM:
             sound = all(
                 torch.allclose(one.float(), two.to(one.device).float(), rtol=2e-2, atol=1e-3) for one, two in pairs
             )
-        except Exception as error:  # architectures refuse a part of themselves each in its own way
+        except Exception as error:  # each architecture has its own errors when a part of it runs alone
             sound, why = False, one_line(error)
         if not sound:
             raise ExpertokenError(
-                f"{type(self.plain).__name__}: can't be read at layer {layer} ({why}); pass --state {HEAD}"
+                f"{type(self.plain).__name__}: can't be read at layer {layer} ({why}). Pass --state {HEAD}"
             )
 
     @classmethod
@@ -136,7 +136,7 @@ class MetaLLM:
         attention: str | None = None,
         state: StateSpec = StateSpec(),  # noqa: B008 - frozen
     ) -> "MetaLLM":
-        """Load a causal LM and give it `num_candidates` rows (zeros). Arguments and errors as `load_causal_lm`."""
+        """Load a causal LM and add `num_candidates` zero rows. Arguments and errors as for `load_causal_lm`."""
         source = Source(source) if isinstance(source, str) else source
         model, tokenizer = load_causal_lm(
             source, device=device, dtype=dtype, quantization=quantization, attention=attention
@@ -144,11 +144,11 @@ class MetaLLM:
         return cls(model, tokenizer, source, num_candidates, quantization, state)
 
     def beside(self, num_candidates: int, state: StateSpec) -> "MetaLLM":
-        """Return another meta LLM over the same weights, with rows (zeros) of its own.
+        """Return another meta LLM over the same weights, with its own zero rows.
 
         Args:
-            num_candidates: C.
-            state: which state decides.
+            num_candidates: C, the number of candidates.
+            state: State that the rows read.
         """
         return MetaLLM(
             self.plain,
@@ -167,33 +167,33 @@ class MetaLLM:
 
     @property
     def first_candidate(self) -> int:
-        """Column of the first candidate among the logits: behind the vocabulary's V, where those are computed."""
+        """Column of the first candidate in the logits: V, or 0 if the vocabulary's logits are not computed."""
         return self.vocab_size if self.head.vocabulary else 0
 
     @property
     def row_width(self) -> int:
-        """Width of a row: d, or 2d where it reads two states."""
+        """Width of a row: d, or 2d for rows that read two states."""
         return self.state.parts * self.head.in_features
 
     @property
     def adapted(self) -> bool:
-        """Whether LoRA is on the backbone, so that `model` is another model than `plain`."""
+        """True if the backbone has a LoRA adapter, so that `model` and `plain` differ."""
         return hasattr(self.model, "peft_config")
 
     @property
     def head(self) -> ExpertHead:
-        """The head with the expert rows."""
+        """Head with the expert rows."""
         head: Any = self.model.get_output_embeddings()
         return head
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return self.head.weight.device
 
     @property
     def rows(self) -> torch.Tensor:
-        """A copy of the candidates' rows, `[C, P d]` float32 on the CPU; P is 2 where they read two states."""
+        """Copy of the candidates' rows, `[C, P d]` float32 on the CPU. P is 2 for rows that read two states, else 1."""
         return whole(self.head.expert_rows).float()
 
     @rows.setter
@@ -202,54 +202,56 @@ class MetaLLM:
         self.head.expert_rows = parameter
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
-        """LoRA's weights as PEFT names them in a file, whole, on the CPU (collective where weights are split)."""
+        """Return LoRA's weights with PEFT's names in files, whole, on the CPU (collective if weights are split)."""
         from peft import get_peft_model_state_dict
 
         named = {name: whole(p) for name, p in self.model.named_parameters() if "lora_" in name}
-        # No embeddings: they stay as they are, and PEFT asks the hub about them at every checkpoint.
+        # Embeddings are not trained, and to save them PEFT would send a request to the hub at every checkpoint.
         return get_peft_model_state_dict(self.model, state_dict=named, save_embedding_layers=False)
 
     def set_adapter_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Put weights as `adapter_state` gives them into the adapter, in place (collective likewise).
+        """Copy weights as `adapter_state` returns them into the adapter, in place (collective if weights are split).
 
         Raises:
-            ExpertokenError: they are another adapter's.
+            ExpertokenError: The weights belong to another adapter.
         """
         named = {n.replace(".default.", "."): p for n, p in self.model.named_parameters() if "lora_" in n}
         differing = set(named) ^ set(state) or {k for k in named if full_shape(named[k]) != state[k].shape}
         if differing:
-            raise ExpertokenError(f"the adapter's weights are of another model or rank (at {min(differing)})")
+            raise ExpertokenError(
+                f"expected LoRA weights of this model and rank, got others (first difference: {min(differing)})"
+            )
         for name, parameter in named.items():
             overwrite(parameter, state[name])
 
     def initial_row(self, description: str) -> torch.Tensor:
-        """Return the first value of an expert's row, `[P d]`; see `initialization.initial_row`."""
+        """Return the initial value of an expert row, `[P d]`. See `initialization.initial_row`."""
         row = initial_row(self.plain, encode_text(self.tokenizer, description).input_ids)
         return row.repeat(self.state.parts)
 
     def encode(self, conversation: str | Sequence[Message]) -> Query:
-        """Return a conversation as a query that ends at the dispatch position; see `view.View.read`."""
+        """Return a conversation as a query that ends at the dispatch position. See `view.View.read`."""
         return self.view.read(self.tokenizer, conversation, self.vocab_size, self.positions - 1)
 
     def pad(self, queries: Sequence[Query], device: torch.device | str | None = None) -> dict[str, Any]:
-        """Return a left-padded batch on the model's device, or another; see `inputs.padded`."""
+        """Return a left-padded batch on the model's device, or on another. See `inputs.padded`."""
         return padded(queries, self.sight, device or self.device, self.plain.dtype)
 
     @property
     def sight(self) -> Sight | None:
-        """What sees for the model; None where it reads text only."""
+        """Picture processor of the model, or None for a model that reads text only."""
         return sight_of(self.tokenizer)
 
     @torch.inference_mode()
     def states(self, queries: Sequence[Query]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what a decision depends on besides the rows, float32 on the CPU.
+        """Return the states that a decision depends on besides the rows, float32 on the CPU.
 
         Returns:
-            the state h `[N, d]` and Z `[N]`. Where the model is cut, the last token's state beside the mean, `[N, 2d]`,
-            and zeros: it has no Z.
+            State h `[N, d]` and Z `[N]`. For a cut model the last token's state beside the mean, `[N, 2d]`, and zeros,
+            because it has no Z.
 
         Raises:
-            ExpertokenError: the model does something to its logits that `LogitTransform` does not know.
+            ExpertokenError: The model changes its logits in a way that `LogitTransform` does not cover.
         """
         batch = self.pad(queries)
         if self.state.layer is not None:
@@ -259,7 +261,7 @@ class MetaLLM:
             return both.cpu(), torch.zeros(len(both))
         with self._head_input() as read:
             logits, _ = dispatch_forward(self.model, **batch)
-        # The batch is padded on the left, so the head sees one position per row: `[N, 1, d]`.
+        # The batch is padded on the left, so the head reads one position per row: `[N, 1, d]`.
         hidden = read[0][:, 0]
         vocabulary = logits[:, : self.vocab_size].float()
         self._check_transform(hidden, vocabulary)
@@ -267,7 +269,7 @@ class MetaLLM:
 
     @contextmanager
     def _head_input(self) -> Iterator[list[torch.Tensor]]:
-        """Give a list that gets what the head reads in each pass."""
+        """Yield a list that collects the head's input in each pass."""
         read: list[torch.Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
         try:
@@ -280,7 +282,7 @@ class MetaLLM:
         """Return the states behind several layers of the plain model in one pass, by layer.
 
         Returns:
-            for each layer `[N, 2d]` float32 on the CPU: the last token's beside the mean.
+            States of each layer, `[N, 2d]` float32 on the CPU: the last token's state beside the mean.
         """
         return self._behind(self.pad(queries), layers)
 
@@ -298,7 +300,7 @@ class MetaLLM:
 
     @cached_property
     def reader(self) -> LayerReader:
-        """Reads layers of the plain model while it runs."""
+        """Reader of the plain model's layers while it runs."""
         return LayerReader(self.plain)
 
     def _check_transform(self, hidden: torch.Tensor, vocabulary: torch.Tensor) -> None:
@@ -306,24 +308,24 @@ class MetaLLM:
         bias = 0 if self.head.bias is None else self.head.bias[sample].float()
         expected = self.transform(hidden.float() @ self.head.weight[sample].float().T + bias)
         tolerance = 1e-3 if hidden.dtype == torch.float32 else 5e-2
-        finite = vocabulary[:, sample].isfinite().all(1)  # the caller reports the others
+        finite = vocabulary[:, sample].isfinite().all(1)  # the caller reports rows that are not finite
         if not torch.allclose(expected[finite], vocabulary[finite, sample], rtol=tolerance, atol=tolerance * 10):
             raise ExpertokenError(
-                f"{self.source.model}: its forward changes logits in a way that is not known here (neither a scale nor "
-                "a soft cap); train with `--method lora`, which runs the forward itself"
+                f"{self.source.model}: expected logits changed by a scale or a soft cap at most, but its forward "
+                "changes them differently. Train with `--method lora`, which runs the forward itself"
             )
 
     @torch.inference_mode()
     def candidate_logits(self, queries: Sequence[Query]) -> torch.Tensor:
-        """Return logits of the candidates, `[N, C]` float32 on the CPU."""
+        """Return the candidates' logits, `[N, C]` float32 on the CPU."""
         logits, _ = dispatch_forward(self.model, **self.pad(queries), pooling=self.state.pooling)
         return candidate_logits(logits, self.first_candidate).cpu()
 
     @torch.inference_mode()
     def probe(self, queries: Sequence[Query]) -> torch.Tensor:
-        """Return the candidates' logits and Z, `[N, C + 1]` float32 on the CPU: Z changes with the base.
+        """Return the candidates' logits and Z, `[N, C + 1]` float32 on the CPU.
 
-        Without Z where the model is cut.
+        Z changes with the base. For a cut model the logits alone are returned, `[N, C]`.
         """
         if self.state.layer is not None:
             return self.candidate_logits(queries)
@@ -332,17 +334,17 @@ class MetaLLM:
         return torch.cat([candidate_logits(logits, self.vocab_size), mass], -1).cpu()
 
     def load_adapter(self, folder: Path) -> None:
-        """Put a PEFT LoRA adapter on the backbone (the head is left alone).
+        """Load a PEFT LoRA adapter into the backbone. The head is not changed.
 
         Raises:
-            ExpertokenError: the adapter does not fit the model.
+            ExpertokenError: The adapter does not fit the model.
         """
         from peft import PeftModel
 
         try:
             adapted: Any = PeftModel.from_pretrained(self.model, folder).eval()
             self.model = adapted
-        except Exception as error:  # PEFT raises ValueError, RuntimeError, KeyError, SafetensorError, ... alike
+        except Exception as error:  # PEFT raises ValueError, RuntimeError, KeyError, SafetensorError and others
             raise ExpertokenError(
-                f"{folder}: the adapter does not fit {self.source.model} ({one_line(error)})"
+                f"{folder}: expected an adapter that fits {self.source.model} ({one_line(error)})"
             ) from error

@@ -1,7 +1,7 @@
-"""Pictures of conversations: checked before they are decoded, and known by what they show.
+"""Pictures of conversations, checked before they are decoded and identified by their pixels.
 
-A picture comes as the bytes of a file, from a `data:` URL or a supervision. No address is fetched, and no user's text
-names a file.
+A picture comes as the bytes of a file, from a `data:` URL or a supervision. No address is fetched, and no text of a
+user can name a file.
 """
 
 import base64
@@ -20,13 +20,13 @@ from urllib.parse import urlsplit
 from .errors import ExpertokenError, one_line, require_extra
 
 FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"}
-"""Formats that are read, with the suffix of their files; a picture of vectors can hold anything, and is none."""
+"""Accepted formats, with the suffix of their files. Vector graphics are excluded, because they can hold anything."""
 
 MOST_BYTES = 32 * 2**20
 MOST_PIXELS = 64 * 10**6
 LONGEST_SIDE = 16_384
 MOST_PICTURES = 32
-"""Pictures of one conversation."""
+"""Limit on the pictures of one conversation."""
 
 _DATA = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.ASCII)
 
@@ -36,9 +36,9 @@ class Picture:
     """A picture of a conversation.
 
     Attributes:
-        source: the file, or its bytes.
-        key: hash of what it shows, by which caches know it: the same picture in another format is the same.
-        pixels: how many; 0 where nobody looked.
+        source: File of the picture, or the file's bytes.
+        key: Hash of the pixels, which identifies the picture in caches. Another lossless format gives the same key.
+        pixels: Number of pixels, or 0 if unknown.
     """
 
     source: Path | bytes
@@ -47,88 +47,88 @@ class Picture:
 
     @classmethod
     def of(cls, source: Path | bytes, name: str = "picture") -> "Picture":
-        """Return a picture that is checked and can be decoded. Errors as in `decoded`.
+        """Return a picture after checking that it can be decoded. Errors as in `decoded`.
 
         Args:
-            source: the file, or its bytes.
-            name: what it is called in errors.
+            source: File of the picture, or the file's bytes.
+            name: Name of the picture in errors.
         """
         picture = decoded(source, name)
         return cls(source, digest(picture), picture.width * picture.height)
 
     def decoded(self) -> Any:
-        """Return the picture as Pillow's, RGB. Errors as in the function of that name."""
+        """Return the picture as an RGB image of Pillow. Errors as in the function `decoded`."""
         return decoded(self.source, "picture")
 
     @property
     def url(self) -> str:
-        """The picture as a `data:` URL, as endpoints take it."""
+        """Picture as a `data:` URL, the form that endpoints accept."""
         data = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
         return f"data:{_media_type(data)};base64,{base64.b64encode(data).decode()}"
 
 
 def file_below(root: Path, name: str, place: str) -> Path:
-    """Return the file of a name below a folder.
+    """Return the picture file with a relative name below a folder.
 
     Args:
-        root: the folder.
-        name: name, as somebody wrote it.
-        place: where, for errors.
+        root: Folder of the pictures.
+        name: Relative path of the file, from untrusted data.
+        place: Place of the name, for errors.
 
     Raises:
-        ExpertokenError: there is none, or a path or a link leads elsewhere.
+        ExpertokenError: The file does not exist, or its path or a link leads out of the folder.
     """
     try:
         found = (root / name).resolve(strict=True)
     except (OSError, ValueError):
         raise ExpertokenError(
-            f"{place}: no picture {name!r} below {root}; --images names the folder of the paths"
+            f"{place}: no picture {name!r} below {root}. Pass the folder of the paths as --images"
         ) from None
     if not found.is_relative_to(root.resolve()):
-        raise ExpertokenError(f"{place}: the picture {name!r} lies outside of {root}; nothing outside of it is read")
+        raise ExpertokenError(f"{place}: expected a picture below {root}, got {name!r}, which leads out of it")
     return found
 
 
 def digest(picture: Any) -> bytes:
-    """Return the hash of a decoded picture, 16 bytes."""
+    """Return the hash of a decoded picture's size and pixels, 16 bytes."""
     found = hashlib.sha256(f"{picture.width}x{picture.height}".encode())
     found.update(picture.tobytes())
     return found.digest()[:16]
 
 
 def format_of(source: Path | bytes) -> str:
-    """Return a picture's format, one of `FORMATS`, whatever its file is called."""
+    """Return a picture's format, one of `FORMATS`, from its content and not from its file name."""
     with _opened(source) as picture:
         return str(picture.format)
 
 
 def decoded(source: Path | bytes, name: str) -> Any:
-    """Decode a picture, whole, as Pillow's RGB. Its sides are looked at before.
+    """Decode a whole picture as an RGB image of Pillow, after a check of its size and sides.
 
     Args:
-        source: the file, or its bytes.
-        name: what it is called in errors.
+        source: File of the picture, or the file's bytes.
+        name: Name of the picture in errors.
 
     Raises:
-        ExpertokenError: it is no picture that is read here; the message says why.
-        ImportError: the extra `vision` is not installed.
+        ExpertokenError: The picture is not accepted. The message names the reason.
+        ImportError: The extra `vision` is not installed.
     """
     ops: Any = require_extra("PIL.ImageOps", "vision")
     picture = _check_header(source, name)
     try:
-        return ops.exif_transpose(picture).convert("RGB")  # as whoever took it holds it
-    except Exception as error:  # of all the decoders
+        return ops.exif_transpose(picture).convert("RGB")  # upright, as the camera recorded it
+    except Exception as error:  # each decoder has its own errors
         raise _no_picture(name, error) from None
 
 
 def _check_header(source: Path | bytes, name: str) -> Any:
-    """Return a picture that is not decoded yet, once its bytes, format and sides are some that are read here."""
+    """Return a picture that is not decoded yet, after a check of its bytes, format and sides."""
     try:
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         if size > MOST_BYTES:
-            raise ExpertokenError(f"{name}: {size:,} bytes; pictures of up to {MOST_BYTES:,} are read")
+            raise ExpertokenError(f"{name}: expected a picture of up to {MOST_BYTES:,} bytes, got {size:,}")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own limit is told below
+            warnings.simplefilter("ignore")  # the limit below replaces Pillow's warning
             picture = _opened(source)
     except ExpertokenError:
         raise
@@ -137,13 +137,13 @@ def _check_header(source: Path | bytes, name: str) -> Any:
     width, height = picture.size
     if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
         raise ExpertokenError(
-            f"{name}: {width} x {height} pixels; up to {MOST_PIXELS:,} pixels and sides of {LONGEST_SIDE:,} are read"
+            f"{name}: expected up to {MOST_PIXELS:,} pixels and sides of up to {LONGEST_SIDE:,}, got {width} x {height}"
         )
     return picture
 
 
 def _no_picture(name: str, error: Exception) -> ExpertokenError:
-    return ExpertokenError(f"{name}: no picture of {', '.join(FORMATS)} ({one_line(error)})")
+    return ExpertokenError(f"{name}: expected a picture in one of the formats {', '.join(FORMATS)} ({one_line(error)})")
 
 
 def _opened(source: Path | bytes) -> Any:
@@ -158,29 +158,29 @@ def _media_type(data: bytes) -> str:
 
 
 def url_part(source: Path | bytes, name: str) -> dict[str, Any]:
-    """Return a picture as a part of a message that any expert can be given. Errors as in `decoded`.
+    """Return a picture as a part of a message for any expert. Errors as in `decoded`.
 
     Args:
-        source: the file, or its bytes.
-        name: what it is called in errors.
+        source: File of the picture, or the file's bytes.
+        name: Name of the picture in errors.
     """
     return {"type": IMAGE, "image_url": {"url": Picture.of(source, name).url}}
 
 
 IMAGE = "image_url"
-"""Type of a part of a message that is a picture, as OpenAI's API has it."""
+"""Type of a message part that is a picture, as in OpenAI's API."""
 
 
 def part_of(picture: Picture) -> dict[str, Any]:
-    """Return a picture as a part of a message; only Python makes one, a user's JSON can't."""
+    """Return a picture as a message part that only Python can create. A user's JSON can't."""
     return {"type": IMAGE, "image": picture}
 
 
 def as_urls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages whose pictures are `data:` URLs, as endpoints take them.
+    """Return messages whose pictures are `data:` URLs, the form that endpoints accept.
 
     Args:
-        messages: the conversation.
+        messages: Messages of the conversation.
     """
 
     def part_as_url(part: dict[str, Any]) -> dict[str, Any]:
@@ -194,14 +194,14 @@ def as_urls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def picture_of(part: dict[str, Any], place: str) -> Picture | None:
-    """Return the picture of a part of a message; None where it is none, or only an address of one.
+    """Return the picture in a message part, or None for another part or a mere address of a picture.
 
     Args:
-        part: a part of a message's content.
-        place: what the picture is called in errors.
+        part: Part of a message's content.
+        place: Name of the picture in errors.
 
     Raises:
-        ExpertokenError: it is no picture that is read here.
+        ExpertokenError: The picture is not accepted.
     """
     if part.get("type") != IMAGE:
         return None
@@ -218,15 +218,15 @@ def _url_of(part: dict[str, Any]) -> str:
 
 
 def _bytes_of(url: str, place: str) -> bytes | None:
-    """Return what a `data:` URL holds; None of another URL.
+    """Return the content of a `data:` URL, or None for another URL.
 
     Raises:
-        ExpertokenError: it is no base64, or too long.
+        ExpertokenError: The content is not base64, or too long.
     """
     if not (found := _DATA.match(url)):
         return None
     if len(url) > MOST_BYTES * 4 // 3 + 100:
-        raise ExpertokenError(f"{place}: pictures of up to {MOST_BYTES:,} bytes are read")
+        raise ExpertokenError(f"{place}: expected a picture of up to {MOST_BYTES:,} bytes, got more")
     try:
         return base64.b64decode(url[found.end() :], validate=True)
     except (binascii.Error, ValueError):
@@ -234,31 +234,33 @@ def _bytes_of(url: str, place: str) -> bytes | None:
 
 
 def check_pictures(messages: Sequence[dict[str, Any]], hosts: Sequence[str] = ()) -> None:
-    """See that a conversation's pictures are some that experts may be given: pictures, and no addresses.
+    """Check that a conversation's pictures may be sent to experts: they are pictures, and no addresses.
 
-    Whoever fetches an address asks in its own name what a user chose. Formats and sides are looked at, where Pillow is
-    installed; nothing is decoded whole.
+    A server that fetches an address sends a request of the user's choice in its own name. If Pillow is installed,
+    formats and sides are checked. No picture is decoded whole.
 
     Args:
-        messages: the conversation.
-        hosts: hosts whose addresses are passed on, never fetched here.
+        messages: Messages of the conversation.
+        hosts: Hosts whose addresses are forwarded. They are never fetched in this process.
 
     Raises:
-        ExpertokenError: a picture is an address of another host, or none that is read here, or there are too many.
+        ExpertokenError: A picture is an address of another host, a picture is not accepted, or there are too many.
     """
     count = pixels = 0
     for index, message in enumerate(messages):
         content = message.get("content")
         for part in content if isinstance(content, list) else ():
             if part.get("type") not in _PASSED:
-                # Other types name addresses as well, and engines fetch them.
+                # Parts of other types hold addresses too, and engines fetch them.
                 raise ExpertokenError(f"messages[{index}]: expected parts of the types {', '.join(_PASSED)}")
             if part["type"] != IMAGE or isinstance(part.get("image"), Picture):
                 continue
             count += 1
             place = f"messages[{index}]: picture {count}"
             if further := set(part) - _PICTURE_KEYS:
-                raise ExpertokenError(f"{place}: {min(further)[:40]!r} is no field of a picture; expected image_url")
+                raise ExpertokenError(
+                    f"{place}: expected a picture with image_url, got the field {min(further)[:40]!r}"
+                )
             if count > MOST_PICTURES:
                 raise ExpertokenError(f"messages[{index}]: expected up to {MOST_PICTURES} pictures in a conversation")
             url = _url_of(part)
@@ -270,19 +272,19 @@ def check_pictures(messages: Sequence[dict[str, Any]], hosts: Sequence[str] = ()
             if _host_of(url) not in hosts:
                 raise ExpertokenError(
                     f"{place}: expected the picture itself as a URL that begins with data:image/...;base64, (addresses "
-                    "are neither fetched nor passed on, but for hosts that the operator names: --image-host)"
+                    "are neither fetched nor forwarded, except to hosts that the operator names by --image-host)"
                 )
 
 
 _PASSED = ("text", IMAGE, "input_audio", "file", "refusal", "thinking", "redacted_thinking")
-"""Types of parts that hold what they mean, as OpenAI's API and those of others have them."""
+"""Types of parts that hold their content and no address, in OpenAI's API and other APIs."""
 
 _PICTURE_KEYS = {"type", "image_url", "detail", "cache_control"}
 _PLAIN_ADDRESS = re.compile(r"https?://[^\s\\@]+")
 
 
 def _host_of(url: str) -> str | None:
-    """Return the host of a web address; None of anything that two readers might understand differently."""
+    """Return the host of a web address, or None for any address that two parsers might read differently."""
     if not _PLAIN_ADDRESS.fullmatch(url) or not url.isascii():
         return None
     try:
@@ -293,28 +295,28 @@ def _host_of(url: str) -> str | None:
 
 def _check_total(pixels: int, place: str) -> None:
     if pixels > MOST_PIXELS:
-        raise ExpertokenError(f"{place}: the conversation's pictures have more than {MOST_PIXELS:,} pixels together")
+        raise ExpertokenError(f"{place}: expected up to {MOST_PIXELS:,} pixels in a conversation's pictures, got more")
 
 
-_FIRST, _LAST = 0xF0000, 0xFFFFD  # characters for private use, of which Unicode says nothing
+_FIRST, _LAST = 0xF0000, 0xFFFFD  # characters for private use, without a meaning in Unicode
 _MARKS = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]")
 _MARKED = re.compile(f"\n?([{chr(_FIRST)}-{chr(_LAST)}])\n?")
 
 MARK = _MARKS.pattern
-"""Pattern of a character that stands for a picture; see `marked`."""
+"""Pattern of a mark, a character that represents a picture. See `marked`."""
 
 
 def marked(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Picture]]:
-    """Return messages in which a character stands for each picture, and the pictures in their order.
+    """Return messages with one character as the mark of each picture, and the pictures in their order.
 
-    So that a text can be cut, joined and folded without regard to them. A user's own characters of that kind become
+    Marks allow to cut, join and fold a text without regard to its pictures. A user's own characters of this kind become
     replacement characters.
 
     Args:
-        messages: the conversation.
+        messages: Messages of the conversation.
 
     Raises:
-        ExpertokenError: a picture is none that is read here, or there are too many.
+        ExpertokenError: A picture is not accepted, or there are too many.
     """
     pictures: list[Picture] = []
     found = []
@@ -344,12 +346,12 @@ def _unmarked(text: str) -> str:
 
 
 def marks_in(text: str) -> list[str]:
-    """Return the characters of a marked text that stand for pictures."""
+    """Return the marks of pictures in a text."""
     return _MARKS.findall(text)
 
 
 def without_marks(text: str) -> str:
-    """Return a marked text as one reads it who does not see: a placeholder for each picture."""
+    """Return a marked text for models that read text only, with a placeholder for each picture."""
     return _MARKS.sub(f"[{IMAGE}]", text)
 
 
@@ -357,10 +359,10 @@ def parts_of(text: str, pictures: Sequence[Picture]) -> list[str | Picture]:
     """Return a marked text as its texts and pictures in turn.
 
     Args:
-        text: of one message.
-        pictures: as `marked` gave them.
+        text: Text of one message.
+        pictures: Pictures as `marked` returned them.
     """
-    if not pictures:  # of a model that reads text only, characters of that kind are the user's
+    if not pictures:  # for a model that reads text only, such characters belong to the user's text
         return [text] if text else []
     found: list[str | Picture] = []
     for number, part in enumerate(_MARKED.split(text)):

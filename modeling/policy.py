@@ -1,4 +1,4 @@
-"""Who is asked, from the decision's logits: what an operator or a single request may set beside the trained rows."""
+"""Policies, by which an operator or a request adjusts the choice of a candidate from the decision's logits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -16,22 +16,22 @@ from .utility import expected_usd, priced, utility
 
 @dataclass(frozen=True)
 class Policy:
-    """How a candidate is chosen from the trained distribution.
+    """Rules that choose a candidate from the trained distribution.
 
-    Candidates that are not allowed are left out first. Without costs the candidate with the greatest logit is chosen;
-    with `cost_weight` or `tolerance`, which need a composite trained for the objective `correctness`, chances of being
-    right are weighed against costs. Where no candidate reaches `threshold`, `default` answers.
+    Candidates that are not allowed are excluded first. Without costs the candidate with the greatest logit is chosen.
+    With `cost_weight` or `tolerance` chances of being right are weighed against costs, which needs a composite trained
+    for the objective `correctness`. If no candidate reaches `threshold`, `default` answers.
 
     Attributes:
-        threshold: least probability of the most probable candidate that may answer; None for none.
-        default: name of the candidate that answers below the threshold. Default: self where it is a candidate.
-        cost_weight: score that a USD is worth: the greatest `chance - cost_weight * expected USD` is chosen.
-        tolerance: chance that may be given up: the cheapest candidate within it of the best chance is chosen. Takes
-            the place of `cost_weight`; None for none.
-        sticky: logits added to the candidate that gave the chat's last answer.
-        allow: names of the candidates that may answer; all where None.
-        deny: names of those that may not.
-        fallbacks: how many more are asked when the one chosen fails; all where None.
+        threshold: Least probability at which the most probable candidate may answer, or None.
+        default: Name of the candidate that answers below the threshold. Defaults to self if it is a candidate.
+        cost_weight: Score that a USD is worth. The greatest `chance - cost_weight * expected USD` is chosen.
+        tolerance: Chance that may be given up. The cheapest candidate within it of the best chance is chosen. It
+            replaces `cost_weight`. None for no tolerance.
+        sticky: Logits added to the candidate that gave the conversation's last answer.
+        allow: Names of the candidates that may answer, or None for all.
+        deny: Names of the candidates that may not answer.
+        fallbacks: Number of fallbacks if the chosen candidate fails, or None for all other candidates.
     """
 
     threshold: float | None = None
@@ -45,14 +45,14 @@ class Policy:
 
     @classmethod
     def parse(cls, document: Any, base: "Policy | None" = None) -> "Policy":
-        """Read a policy from JSON: of a composite's manifest, or of a request.
+        """Read a policy from the JSON of a composite's manifest or of a request.
 
         Args:
-            document: a mapping; keys as the attributes are called.
-            base: what holds where the document says nothing.
+            document: Mapping with the names of the attributes as keys.
+            base: Policy with the values of keys that the document lacks.
 
         Raises:
-            ExpertokenError: a key is unknown or a value of another kind.
+            ExpertokenError: A key is unknown, or a value has the wrong type or range.
         """
         base = base or cls()
         if document is None:
@@ -72,30 +72,30 @@ class Policy:
         return replace(base, **given)
 
     def within(self, base: "Policy") -> "Policy":
-        """Return this policy with nobody allowed who is not under another one.
+        """Return this policy restricted to the candidates that another policy allows.
 
         Args:
-            base: of the operator, which a request can narrow and not widen.
+            base: Policy of the operator, which a request can narrow and not widen.
         """
         asked = base.allow if self.allow is None else self.allow
         allow = asked if base.allow is None or asked is None else tuple(name for name in asked if name in base.allow)
         return replace(self, allow=allow, deny=tuple(dict.fromkeys((*base.deny, *self.deny))))
 
     def document(self) -> dict[str, Any]:
-        """What differs from a policy that says nothing, as JSON."""
+        """Return the differences from the default policy, as JSON."""
         plain = asdict(Policy())
         return {key: value for key, value in asdict(self).items() if value != plain[key]}
 
     def fallback(self, pool: ExpertPool) -> str | None:
-        """Return who answers below the threshold: the default that was named, else self where it is a candidate."""
+        """Return the name of the candidate that answers below the threshold: `default`, else self if a candidate."""
         return self.default or pool.self_name
 
     def candidates(self, pool: ExpertPool) -> list[str]:
-        """Return the names of those who may answer, in pool order.
+        """Return the names of the candidates that may answer, in pool order.
 
         Raises:
-            ExpertokenError: the policy does not fit the pool: a name is no candidate's, nobody is left, the threshold
-                has no default.
+            ExpertokenError: The policy does not fit the pool: a name is no candidate's, no candidate remains, or the
+                threshold has no default.
         """
         named = {"allow": self.allow or (), "deny": self.deny, "default": (self.default,) if self.default else ()}
         for key, given in named.items():
@@ -103,22 +103,24 @@ class Policy:
                 if name not in pool.names:
                     raise ExpertokenError(f"policy.{key}: no candidate {name!r}, {did_you_mean(name, pool.names)}")
         if self.threshold is not None and self.fallback(pool) is None:
-            raise ExpertokenError("policy.threshold needs policy.default here: self is no candidate of this composite")
+            raise ExpertokenError(
+                "policy.threshold: expected policy.default with it, because self is no candidate of this composite"
+            )
         names = [n for n in pool.names if (self.allow is None or n in self.allow) and n not in self.deny]
         if not names:
-            raise ExpertokenError("policy: nobody is left who may answer; look at allow and deny")
+            raise ExpertokenError("policy: allow and deny exclude all candidates. Allow at least one")
         return names
 
 
 @dataclass(frozen=True)
 class Chooser:
-    """Chooses among the candidates of a composite by a policy: evaluation, calibration and serving use the same one.
+    """Choice among a composite's candidates by a policy, shared by evaluation, calibration and serving.
 
     Attributes:
-        pool: the candidates.
-        chances: whether a logit is the log-odds of being right (objective `correctness`).
-        usd_per_query: mean cost of each candidate's answers in the results that were learnt from, where known; used
-            for candidates without a price in the pool.
+        pool: Pool of the candidates.
+        chances: True if a logit is the log-odds of being right (objective `correctness`).
+        usd_per_query: Mean USD of an answer in the training results, by candidate, if known. It is used for candidates
+            without a price in the pool.
     """
 
     pool: ExpertPool
@@ -126,35 +128,38 @@ class Chooser:
     usd_per_query: Mapping[str, float] = field(default_factory=dict)
 
     def candidates(self, policy: Policy, unable: Mapping[str, str] | None = None) -> list[str]:
-        """Return the names of those who may answer a request under a policy, in pool order.
+        """Return the names of the candidates that may answer a request under a policy, in pool order.
 
         Args:
-            policy: what is to be weighed.
-            unable: candidates that can't serve the request, with the reason; see `capabilities`.
+            policy: Policy to apply.
+            unable: Candidates that can't serve the request, with the reason. See `capabilities`.
 
         Raises:
-            ExpertokenError: the policy does not fit the pool, weighs costs where decisions are not chances or no cost
-                is known, or allows only candidates that can't serve the request.
+            ExpertokenError: The policy does not fit the pool, weighs costs without chances or without any known cost,
+                or allows only candidates that can't serve the request.
         """
         permitted = policy.candidates(self.pool)
         names = [name for name in permitted if name not in (unable or {})]
         if not names:
             reasons = "; ".join(f"{name} {(unable or {})[name]}" for name in permitted)
-            raise ExpertokenError(f"nobody here can serve this request: {reasons}")
+            raise ExpertokenError(f"no expert can serve this request: {reasons}")
         weighed = "cost_weight" if policy.cost_weight else "tolerance" if policy.tolerance is not None else None
         if weighed:
             if not self.chances:
                 raise ExpertokenError(
-                    f"policy.{weighed}: expected a composite trained with `--objective correctness`, which "
-                    "gives chances of being right; this one gives none. Train one, or use threshold, allow and deny"
+                    f"policy.{weighed}: expected a composite trained with `--objective correctness`, which gives "
+                    "chances of being right, got one without them. Train such a composite, or use threshold, allow "
+                    "and deny"
                 )
             usd = expected_usd(self.pool.candidates, 1, self.usd_per_query)
             if np.isnan(usd).any() and not (usd > 0).any():
-                raise ExpertokenError(f"policy.{weighed}: no candidate's cost is known; write `cost` into the pool")
+                raise ExpertokenError(
+                    f"policy.{weighed}: no candidate's cost is known. Add `cost` to the pool's entries"
+                )
         return names
 
     def usd(self, prompt_tokens: int, cached: Mapping[str, int] | None = None) -> np.ndarray:
-        """Return the expected cost of each candidate on a request, `[C]` USD; see `utility.priced` for unknown ones."""
+        """Return each candidate's expected cost of a request, `[C]` USD. See `utility.priced` for unknown costs."""
         return priced(expected_usd(self.pool.candidates, prompt_tokens, self.usd_per_query, cached))
 
     def choose(
@@ -167,21 +172,21 @@ class Chooser:
         cached: int = 0,
         unable: Mapping[str, str] | None = None,
     ) -> Dispatch:
-        """Decide.
+        """Choose the candidate that answers.
 
         Args:
-            policy: what is to be weighed.
-            logits: `[C]`, of the candidates in pool order.
-            prompt_tokens: tokens of the request, for its cost.
-            last: name of the candidate that gave the chat's last answer.
-            cached: tokens of the request that this candidate has cached: what a switch to another one would cost.
-            unable: candidates that can't serve the request, with the reason; nobody of them is asked.
+            policy: Policy to apply.
+            logits: Logits of the candidates in pool order, `[C]`.
+            prompt_tokens: Tokens of the request, for its cost.
+            last: Name of the candidate that gave the conversation's last answer.
+            cached: Tokens of the request in the cache of `last`, which a switch to another candidate loses.
+            unable: Candidates that can't serve the request, with the reason. They are excluded.
 
         Returns:
-            the decision, with the trained probabilities and chances as they are.
+            Dispatch with the trained probabilities and chances, which the policy does not change.
 
         Raises:
-            ExpertokenError: the policy does not fit; see `candidates`.
+            ExpertokenError: The policy does not fit. See `candidates`.
         """
         names = self.pool.names
         plain = Dispatch.from_logits(names, logits, chances=self.chances)
@@ -197,14 +202,17 @@ class Chooser:
         if policy.threshold is not None and shares[best] < policy.threshold:
             default = policy.fallback(self.pool)
             if default in allowed:
-                reason = f"{best} has {shares[best]:.2f}, less than {policy.threshold:g}: {default} answers"
+                reason = f"{best} has {shares[best]:.2f}, less than {policy.threshold:g}, so {default} answers"
                 ranking = [default, *(name for name in ranking if name != default)]
         if policy.fallbacks is not None:
             ranking = ranking[: 1 + policy.fallbacks]
         return replace(plain, expert=ranking[0], reason=reason, ranking=tuple(ranking))
 
     def shares(self, policy: Policy, logits: torch.Tensor, *, last: str | None = None) -> dict[str, float]:
-        """Return the probabilities among those who may answer, which the threshold looks at; 0 for the others."""
+        """Return the probabilities among the candidates that may answer, and 0 for the others.
+
+        The threshold applies to these probabilities.
+        """
         return self._shares(self.candidates(policy), self._changed(policy, logits, last))
 
     def _shares(self, allowed: Sequence[str], logits: torch.Tensor) -> dict[str, float]:
@@ -226,7 +234,7 @@ class Chooser:
         prompt_tokens: int,
         cached: Mapping[str, int],
     ) -> list[str]:
-        """Return those who may answer, the first choice first."""
+        """Return the candidates that may answer, with the best first."""
         place = {name: index for index, name in enumerate(self.pool.names)}
         if not policy.cost_weight and policy.tolerance is None:
             return sorted(allowed, key=lambda name: float(logits[place[name]]), reverse=True)
@@ -258,17 +266,17 @@ class Chooser:
         told = "; ".join(part for part in parts if part)
         table = plain.chances or plain.probabilities
         value = f"{'a chance' if plain.chances else 'a probability'} of {table[first]:.2f}"
-        return f"{first}, with {value}, is chosen since {told}; {plain.expert} would have been chosen without"
+        return f"{first}, with {value}, is chosen because {told}. Otherwise {plain.expert} would have been chosen"
 
 
 def last_answerer(messages: Sequence[dict[str, Any]], pool: ExpertPool) -> str | None:
-    """Who gave the last answer of a chat, where its message says so (`name`)."""
+    """Return the candidate that gave a conversation's last answer, or None unless the message's `name` records it."""
     named = [message.get("name") for message in messages if message.get("role") == "assistant"]
     return named[-1] if named and named[-1] in pool.names else None
 
 
-_QUOTED = 100  # characters of what somebody else wrote
-_LARGEST = 1e30  # far above any cost or logit; more would overflow where it is multiplied
+_QUOTED = 100  # characters of a request's text that an error quotes
+_LARGEST = 1e30  # far above any cost or logit, and small enough for products not to overflow
 
 
 def _is_number(value: Any) -> bool:

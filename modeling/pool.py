@@ -1,4 +1,4 @@
-"""Pools of experts: YAML files, and every mistake in them at once."""
+"""Pools of experts, read from YAML files with a report of every mistake at once."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,19 +18,19 @@ RESERVED = (
     "composite", "random", "oracle", "names", "words", "kNN", "guarded-kNN", "linear", "MLP", "ensemble", "ranking",
     "clusters", "factors", "untrained", "text-only", "encoder",
 )  # fmt: skip
-"""Names that reports use themselves."""
+"""Names that reports reserve for their own rows."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _COMMON = (
     "name", "backend", "description", "revision", "cost", "results", "supports", "context_length", "max_output_tokens",
 )  # fmt: skip
-"""Keys of every kind."""
+"""Keys that every kind has."""
 _SECRETS = ("api_key", "key", "token")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 
 def _mistakes(entry: Any, place: str) -> list[str]:
-    """Return everything that is wrong with one entry of `experts:`."""
+    """Return all mistakes in one entry of `experts:`."""
     if not isinstance(entry, dict):
         return [f"{place}: expected a mapping with at least `name`, got {type(entry).__name__}"]
     name, backend = entry.get("name"), entry.get("backend", DEFAULT_KIND)
@@ -39,9 +39,9 @@ def _mistakes(entry: Any, place: str) -> list[str]:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         found.append(f"{place}.name: expected letters, digits, '.', '_' or '-', got {name!r}")
     if name in RESERVED:
-        found.append(f"{place}.name: {name!r} is a line of its own in reports; choose another")
+        found.append(f"{place}.name: {name!r} is reserved for a row of reports (choose another name)")
     if name == SELF and backend != SELF:
-        found.append(f"{place}.name: {SELF!r} is the meta LLM itself; give it `backend: self` or another name")
+        found.append(f"{place}.name: {SELF!r} is the meta LLM itself (set `backend: self` or choose another name)")
     if kind is None:
         found.append(f"{place}.backend: unknown backend {backend!r}, {did_you_mean(str(backend), kind_names())}")
     else:
@@ -52,11 +52,11 @@ def _mistakes(entry: Any, place: str) -> list[str]:
 
 
 def _field_mistakes(key: str, value: Any, kind: ExpertKind | None, place: str) -> list[str]:
-    """Return what is wrong with one key of an entry, whatever the others are."""
+    """Return the mistakes in one key of an entry, independent of its other keys."""
     if secret := _secret(key, value):
         return [
-            f"{place}.{secret}: a key itself is refused; put it into an environment variable and give the variable's "
-            "name as `api_key_env`"
+            f"{place}.{secret}: a key itself is refused (put it into an environment variable and give the variable's "
+            "name as `api_key_env`)"
         ]
     attributes = [item.name for item in fields(Expert) if item.name != "options"]
     own = kind.fields if kind else ()
@@ -77,7 +77,7 @@ def _field_mistakes(key: str, value: Any, kind: ExpertKind | None, place: str) -
 
 
 def _secret(key: str, value: Any) -> str | None:
-    """Return where in an entry a secret would stand, or None."""
+    """Return the key under which an entry would hold a secret, or None."""
     if key in _SECRETS:
         return key
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -86,7 +86,7 @@ def _secret(key: str, value: Any) -> str | None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON gives a value back as it was: options are hashed and recorded as JSON."""
+    """Check whether a value survives JSON unchanged, because options are hashed and recorded as JSON."""
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
     if isinstance(value, list):
@@ -95,7 +95,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _address_mistakes(key: str, value: Any, place: str) -> list[str]:
-    """Return what is wrong with an address or the name of its key, never with the value: it may hold a secret."""
+    """Return the mistake in an address or in the name of its key, without the value, which may be a secret."""
     if key == "api_key_env":
         expected = "the NAME of an environment variable, such as MATH_API_KEY"
         fine = isinstance(value, str) and (not value or _VARIABLE.fullmatch(value))
@@ -106,7 +106,7 @@ def _address_mistakes(key: str, value: Any, place: str) -> list[str]:
 
 
 def _owner_mistakes(key: str, value: str, kind: ExpertKind | None, place: str) -> list[str]:
-    """Return whether a key is another kind's."""
+    """Return the mistake of a key that belongs to another kind, or an empty list."""
     if not value or kind is None or key in (*_COMMON, *kind.fields):
         return []
     owners = " or ".join(repr(other.name) for other in usable_kinds() if key in other.fields)
@@ -114,11 +114,11 @@ def _owner_mistakes(key: str, value: str, kind: ExpertKind | None, place: str) -
 
 
 def _checked(kind: ExpertKind, name: str, entry: Mapping[str, Any], place: str) -> list[str]:
-    """Return what a kind's own check finds; one that fails is a mistake, too."""
+    """Return the mistakes that a kind's own check finds. A check that raises counts as a mistake too."""
     try:
         return [*getattr(kind, name)(entry, place)]
     except Exception as error:  # another package's code can fail with anything
-        return [f"{place}: backend {kind.name!r} can't check it ({type(error).__name__}: {one_line(error)})"]
+        return [f"{place}: backend {kind.name!r} can't check the entry ({type(error).__name__}: {one_line(error)})"]
 
 
 def _capability_mistakes(key: str, value: Any, place: str) -> list[str]:
@@ -138,21 +138,22 @@ def _cost_mistakes(cost: Any, place: str) -> list[str]:
     if ok and all(isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < 1e6 for v in cost.values()):
         return []
     return [
-        f"{place}.cost: expected {{input: USD, output: USD}} per million tokens (and maybe cached_input), got {cost!r}"
+        f"{place}.cost: expected {{input: USD, output: USD}} per million tokens (optional: cached_input), got {cost!r}"
     ]
 
 
 class ExpertPool:
-    """The ordered set of experts of one composite; expert k has the token id `V + k`.
+    """The ordered set of experts of one composite, in which expert k has the token id `V + k`.
 
-    An entry with `backend: self` makes the meta LLM a candidate of its own ("no expert"). It has no
-    token, but a row of its own that decides.
+    An entry with `backend: self` makes the meta LLM itself a candidate ("no expert"). It has no token, but its own row
+    in the decision.
 
     Args:
-        experts: experts in order, at most one of them with backend `self`.
+        experts: Experts in order, at most one of them with backend `self`.
 
     Raises:
-        PoolError: with every mistake: of an entry, a name that appears twice, no expert, more than one self.
+        PoolError: The pool has mistakes, all of which are named: in an entry, a name that appears twice, no expert,
+            more than one self.
     """
 
     def __init__(self, experts: Iterable[Expert]) -> None:
@@ -185,17 +186,17 @@ class ExpertPool:
 
     @property
     def self_name(self) -> str | None:
-        """How self is called, or None where it is no candidate."""
+        """Name of self, or None if it is no candidate."""
         return self.self_expert.name if self.self_expert else None
 
     @property
     def has_self(self) -> bool:
-        """Whether the meta LLM is a candidate."""
+        """True if the meta LLM is a candidate."""
         return self.self_expert is not None
 
     @property
     def candidates(self) -> list[Expert]:
-        """The experts in token order, then self where it is a candidate: the order of every distribution."""
+        """Experts in token order, then self if it is a candidate. Every distribution has this order."""
         return [*self.experts, *([self.self_expert] if self.self_expert else [])]
 
     @property
@@ -210,10 +211,10 @@ class ExpertPool:
         raise PoolError(f"no expert {name!r} in the pool, {did_you_mean(name, self.names)}")
 
     def index(self, name: str) -> int:
-        """Which row of the head stands for `name`.
+        """Return the index of an expert in token order.
 
         Raises:
-            PoolError: there is no such expert, or it is self, which has no row.
+            PoolError: The pool has no such expert, or it is self, which has no token.
         """
         expert = self[name]
         if expert.is_self:
@@ -221,18 +222,18 @@ class ExpertPool:
         return self.experts.index(expert)
 
     def with_expert(self, expert: Expert) -> "ExpertPool":
-        """A pool with one more expert, its token after the others."""
+        """Return a pool with one more expert, whose token comes last."""
         return ExpertPool([*self.candidates, expert])
 
     def without(self, name: str) -> "ExpertPool":
-        """A pool without one expert; those behind it move one token id down."""
+        """Return a pool without one expert. The token ids of the experts behind it decrease by one."""
         self.index(name)
         return ExpertPool([expert for expert in self.candidates if expert.name != name])
 
     def missing(self) -> list[str]:
-        """Return a sentence for each local model that is not on this machine; another machine may have it."""
+        """Return a sentence for each local model that is missing on this machine. Another machine may have it."""
         return [
-            f"expert {expert.name!r}: there is nothing at {path} on this machine"
+            f"expert {expert.name!r}: {path} does not exist on this machine"
             for expert in self.experts
             for path in (expert.entry().get(key) for key in expert.kind.paths)
             if path and is_path(path) and not Path(path).exists()
@@ -240,15 +241,16 @@ class ExpertPool:
 
     @classmethod
     def parse(cls, document: Any, source: str = "pool", folder: Path | None = None) -> "ExpertPool":
-        """Build a pool from what a YAML file holds.
+        """Build a pool from the content of a YAML file.
 
         Args:
-            document: a mapping with the key `experts`.
-            source: how errors call it.
-            folder: where relative paths of models start.
+            document: Mapping with the key `experts`.
+            source: Name of the document in errors.
+            folder: Folder that relative paths of models start from.
 
         Raises:
-            PoolError: with every mistake of the entries; if none, of their files; if none, of the pool as a whole.
+            PoolError: The entries have mistakes, all of which are named. If the entries have none, their files are
+                checked, and then the pool as a whole.
         """
         if not isinstance(document, dict) or not isinstance(document.get("experts"), list):
             raise PoolError(f"{source}: expected a mapping with a list `experts:`")
@@ -274,29 +276,31 @@ class ExpertPool:
 
     @classmethod
     def from_yaml(cls, path: Path | str) -> "ExpertPool":
-        """Read a pool file; paths of local models in it are relative to the file.
+        """Read a pool file. Paths of local models in it are relative to the file.
 
         Raises:
-            PoolError: the file is missing, is no YAML, or has mistakes (see `parse`).
+            PoolError: The file is missing, is not YAML, or has mistakes (see `parse`).
         """
         path = Path(path)
         try:
             document = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise PoolError(f"{path}: {error.strerror}; expected a pool file (YAML with `experts:`)") from None
+            raise PoolError(f"{path}: expected a pool file (YAML with `experts:`). {error.strerror}") from None
         except UnicodeDecodeError as error:
-            raise PoolError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+            raise PoolError(
+                f"{path}: expected UTF-8, which byte {error.start} is not. Save the file as UTF-8"
+            ) from None
         except yaml.YAMLError as error:
-            # Where and what, but not the line itself, which PyYAML would quote: it may hold a key.
+            # PyYAML's own message quotes the line, which may hold a key.
             mark = getattr(error, "problem_mark", None)
             where = f"line {mark.line + 1}" if mark else "the file"
             raise PoolError(
-                f"{path}: {where} is not YAML ({getattr(error, 'problem', None) or 'unreadable'})"
+                f"{path}: expected YAML, which {where} is not ({getattr(error, 'problem', None) or 'unreadable'})"
             ) from None
         return cls.parse(document, str(path), path.parent.absolute())
 
     def to_yaml(self, path: Path | str) -> None:
-        """Write the pool; local paths become relative to the file's folder, so that a tree can move."""
+        """Write the pool. Local paths become relative to the file's folder, so that a tree can move."""
         folder = Path(path).parent.resolve()
         entries = []
         for expert in self.candidates:
@@ -314,7 +318,7 @@ def _backend(entry: Mapping[str, Any]) -> str:
 
 
 def _absolute(entry: Mapping[str, Any], folder: Path | None) -> dict[str, str]:
-    """Return the local paths of one entry that exist under `folder`, made absolute; hub ids stay as they are."""
+    """Return the local paths in one entry that exist under `folder`, made absolute. Hub ids are not returned."""
     if folder is None:
         return {}
     found = {key: folder / entry[key] for key in kind_of(_backend(entry)).paths if entry.get(key)}

@@ -1,8 +1,8 @@
-"""What coding agents write around a user's request: it is not the user's, and a decision does not read it.
+"""Removal of notes that coding agents write around a user's request, because a decision must not read them.
 
 Agents send notes to their model inside the user's turns: reminders, a description of the environment, output of
 commands. A decision trained on questions would read pages of such notes for a line of request. Only tags that agents
-write are known here; a `<context>` of a question may be part of it, and stays.
+write are removed. A `<context>` may be part of a question, and stays.
 """
 
 import re
@@ -21,20 +21,20 @@ _NOTES = (
     "additional_data", "open_and_recently_viewed_files", "system_notification",  # Cursor
 )  # fmt: skip
 _REQUESTS = ("user_query", "userRequest", "user-request")
-"""Tags around the request itself; what stands outside of them is the agent's."""
+"""Tags around the request itself. Text outside of them is the agent's."""
 
 _OPENING = re.compile(rf"<({'|'.join(map(re.escape, (*_NOTES, *_REQUESTS)))})(?:\s[^<>]*)?>")
-_TASKS = ("task", "feedback", "answer", "user_message")  # Cline's, words that a question may be marked up with, too
+_TASKS = ("task", "feedback", "answer", "user_message")  # tags of Cline, which may also occur in a question
 _INSTRUCTIONS = ("# AGENTS.md instructions", "</INSTRUCTIONS>")
 
 
 def without_reminders(text: str) -> str:
-    """Return what a user wrote, without what an agent wrote around it; empty where the agent wrote all of it.
+    """Return a user's own text without an agent's notes around it, or an empty text if all of it is notes.
 
     Args:
-        text: of one message of the role user.
+        text: Text of one message of the role user.
     """
-    if "</" not in text:  # as nearly all texts
+    if "</" not in text:  # the fast path for nearly all texts
         return text
     rest, requests = _without_tags(_without_instructions(text))
     if requests:
@@ -49,9 +49,9 @@ def without_reminders(text: str) -> str:
 
 
 def _without_tags(text: str) -> tuple[str, list[str]]:
-    """Return a text without notes, and the requests in it that are marked as such.
+    """Return a text without notes, and the requests in it that have tags of their own.
 
-    By hand and not by one expression, which goes over the rest of the text for each opening that nothing closes.
+    A single regular expression would scan the rest of the text for each opening tag without a closing one.
     """
     kept, requests, place = [], [], 0
     last = {tag: text.rfind(f"</{tag}>") for tag in (*_NOTES, *_REQUESTS)}
@@ -68,17 +68,17 @@ def _without_tags(text: str) -> tuple[str, list[str]]:
 
 
 def _without_instructions(text: str) -> str:
-    """Return a text without the instructions of a file that Codex puts before a request."""
+    """Return a text without the instructions file that Codex puts before a request."""
     opening, closing = _INSTRUCTIONS
     start, end = text.find(opening), text.find(closing)
     return text if start < 0 or end < start else text[:start] + text[end + len(closing) :]
 
 
 def unnoted(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
-    """Return a conversation without what an agent wrote into the user's turns, and how many characters that was.
+    """Return a conversation without an agent's notes in the user's turns, and the number of their characters.
 
     Args:
-        messages: roles and texts.
+        messages: Messages with roles and texts.
     """
     found, notes = [], 0
     for message in messages:
@@ -90,7 +90,7 @@ def unnoted(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
 
 
 def _is_picture(message: dict[str, Any]) -> bool:
-    """Return whether a message is media alone: what a tool showed comes so behind its result."""
+    """Check whether a message consists of media alone, the form in which a tool's pictures follow its result."""
     content = message.get("content")
     return isinstance(content, list) and not any(
         part.get("type") == "text" for part in content if isinstance(part, dict)
@@ -98,10 +98,10 @@ def _is_picture(message: dict[str, Any]) -> bool:
 
 
 def is_open_call(messages: Sequence[dict[str, Any]]) -> bool:
-    """Return whether the assistant's last tool calls are open: nothing but their results has followed.
+    """Check whether the assistant's last tool calls are open, with nothing but their results behind them.
 
     Args:
-        messages: the conversation.
+        messages: Messages of the conversation.
     """
     for message in reversed(messages):
         role = message.get("role")

@@ -1,4 +1,4 @@
-"""Saving a composite folder: written aside, verified in a fresh process, renamed into place."""
+"""Saving of a composite folder: written to a temporary path, verified in a fresh process, renamed into place."""
 
 import logging
 import shutil
@@ -23,13 +23,13 @@ def save_composite(
     """Write a composite folder, completely or not at all.
 
     Args:
-        composite: what to write.
-        path: the folder; one that is there is replaced.
-        verify: load it in a fresh process and compare logits before it takes the place of the old one.
-        trained: what training changed, where several processes had to bring it together before one of them saves.
+        composite: Composite to write.
+        path: Folder to write. An existing composite is replaced.
+        verify: If true, a fresh process loads the new folder and compares logits before the old folder is replaced.
+        trained: Trained tensors, if several processes gathered them before one of them saves.
 
     Raises:
-        ExpertokenError: it could not be written, or the fresh process came to other logits.
+        ExpertokenError: The folder could not be written, or the fresh process computed different logits.
     """
     path = Path(path)
     check_product(path, "composite")
@@ -37,21 +37,21 @@ def save_composite(
     with atomic_folder(path) as folder:
         write_composite(composite, folder, trained)
         if verify and (why := _no_room(composite.meta)):
-            logger.warning("%s is not checked in a fresh process: %s", path, why)
+            logger.warning("%s is saved without a check in a fresh process: %s", path, why)
         elif verify:
-            assert trained.probes is not None, "probes are taken where a composite is to be verified"
+            assert trained.probes is not None, "expected probes for the verification"
             try:
                 verify_reload(composite, folder, trained.probes)
             except ExpertokenError as error:
-                # Training may have taken days: what it made is kept aside, under a name that nobody takes for good.
+                # Training may have taken days, so its result is kept, under a name that does not suggest a sound one.
                 rejected = path.with_name(f"{path.name}.unverified")
                 shutil.rmtree(rejected, ignore_errors=True)
                 shutil.copytree(folder, rejected)
-                raise ExpertokenError(f"{error}; what was written is kept in {rejected}") from error
+                raise ExpertokenError(f"{error} (the rejected folder is kept in {rejected})") from error
 
 
 def _no_room(meta: MetaLLM) -> str | None:
-    """Why a second copy of the meta LLM can't be loaded beside this one, or None."""
+    """Return the reason why a second copy of the meta LLM can't be loaded beside this one, or None."""
     parameters = list(meta.plain.parameters())
     needed = 1.2 * sum(full_shape(p).numel() * p.element_size() for p in parameters) / 2**30
     if meta.device.type == "cuda":
@@ -61,4 +61,4 @@ def _no_room(meta: MetaLLM) -> str | None:
         free = free_memory() / 2**30
     if free >= needed:
         return None
-    return f"a second copy of its base needs {needed:.1f} GiB, {free:.1f} GiB are free on {meta.device}"
+    return f"a second copy of its base needs {needed:.1f} GiB, but {free:.1f} GiB are free on {meta.device}"

@@ -1,6 +1,6 @@
-"""Weights that a launcher has split over processes (DeepSpeed ZeRO-3, FSDP2), seen or written whole.
+"""Access to whole weights that a launcher has split over processes (DeepSpeed ZeRO-3, FSDP2).
 
-Everything here but `full_shape` is collective: every process has to call it, in the same order.
+All functions except `full_shape` and the checks are collective: every process must call them, in the same order.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 
 def full_shape(tensor: torch.Tensor) -> torch.Size:
-    """The shape of the whole; ZeRO-3 leaves an empty tensor where the weights were."""
+    """Return the shape of the whole tensor. ZeRO-3 leaves an empty tensor in its place."""
     return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def is_split(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has split the weights, so that a forward pass needs its engine and every process."""
+    """Check whether ZeRO-3 has split the weights, so that a forward pass needs its engine and every process."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 @contextmanager
 def gathered(tensors: Iterable[torch.Tensor], *, write: bool = False) -> Iterator[None]:
-    """Have ZeRO-3's tensors whole inside the block.
+    """Gather tensors that ZeRO-3 has split, within the block.
 
     Args:
-        tensors: parameters; those that are not split are as they are.
-        write: whether the block changes them; what the first process makes of them is what all get.
+        tensors: Parameters. Unsplit ones are not changed.
+        write: If true, the block changes the tensors, and all processes receive the first process's values.
     """
     split = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
     if not split:
@@ -45,7 +45,7 @@ def gathered(tensors: Iterable[torch.Tensor], *, write: bool = False) -> Iterato
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of the whole on the CPU."""
+    """Return a copy of the whole tensor on the CPU."""
     if _is_distributed(tensor):
         detached: Any = tensor.detach()
         return detached.full_tensor().cpu().clone()
@@ -58,18 +58,18 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_distributed(tensor: torch.Tensor) -> "TypeGuard[DTensor]":
-    """Return whether FSDP2 has split a tensor."""
+    """Check whether FSDP2 has split a tensor."""
     return hasattr(tensor, "full_tensor")
 
 
 def _has_master(tensor: torch.Tensor) -> bool:
-    """Whether DeepSpeed trains a float32 master of a bfloat16 or float16 tensor: that is the exact one."""
+    """Check whether DeepSpeed trains a float32 master of a bfloat16 or float16 tensor. The master is exact."""
     return tensor.dtype != torch.float32 and (hasattr(tensor, "_z3_optimizer") or hasattr(tensor, "_hp_mapping"))
 
 
 @torch.no_grad()
 def overwrite(tensor: torch.Tensor, values: torch.Tensor) -> None:
-    """Put values into a tensor in place, so that an optimizer keeps its parameter."""
+    """Copy values into a tensor in place, so that an optimizer keeps its parameter."""
     if _has_master(tensor):
         from deepspeed.utils import safe_set_full_fp32_param
 

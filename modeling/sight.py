@@ -1,4 +1,4 @@
-"""How a model that sees reads conversations: its processor turns pictures into tokens and pixels."""
+"""Processors of models that read pictures, which turn the pictures of conversations into tokens and pixels."""
 
 import hashlib
 import json
@@ -18,21 +18,21 @@ from .pictures import Picture, parts_of
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-_REFUSED = {"idefics3": "its processor takes the tokens of its own pictures for a user's"}
-"""Families by model type that can't be read safely, and why."""
+_REFUSED = {"idefics3": "its processor mistakes the tokens of its own pictures for a user's text"}
+"""Families by model type that can't be used safely, and the reason."""
 
 
 def sees(config: "PretrainedConfig") -> bool:
-    """Return whether a model of this configuration reads pictures.
+    """Check whether a model with this configuration reads pictures.
 
     Raises:
-        ExpertokenError: it does, but is of a family that can't be read safely.
+        ExpertokenError: The model reads pictures, but its family can't be used safely.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     kind = config.model_type
     if kind in _REFUSED:
-        raise ExpertokenError(f"models of the family {kind} are not read here: {_REFUSED[kind]}")
+        raise ExpertokenError(f"models of the family {kind} are not supported: {_REFUSED[kind]}. Use another model")
     return kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and hasattr(config, "vision_config")
 
 
@@ -42,19 +42,19 @@ _MEDIA_TOKENS = (
     "image_token", "video_token", "audio_token", "boi_token", "eoi_token", "fake_image_token", "global_image_token",
     "start_image_token", "end_image_token", "context_image_token", "vision_start_token", "vision_end_token",
 )  # fmt: skip
-"""What processors and tokenizers call the tokens of what is no text."""
+"""Attributes of processors and tokenizers that hold the tokens of pictures and other media."""
 
 
 class Sight:
-    """The processor of a model that sees.
+    """The picture processor of a model that reads pictures.
 
     Args:
-        processor: with a tokenizer and a processor of images.
+        processor: Processor of transformers, with a tokenizer and an image processor.
 
     Attributes:
-        processor: the same.
-        name: tells processors apart that give other pixels for the same picture.
-        tokens: what stands for pictures in a text that a processor reads.
+        processor: Processor of transformers, with a tokenizer and an image processor.
+        name: Name that differs between processors that give different pixels for the same picture.
+        tokens: Tokens that represent pictures in the text that a processor reads.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -71,46 +71,46 @@ class Sight:
         """Load the processor of a model.
 
         Args:
-            where: hub id or folder.
-            **options: of `from_pretrained`.
+            where: Hub id or folder of the model.
+            **options: Further options of `from_pretrained`.
 
         Raises:
-            ExpertokenError: there is none, or it needs a package that is not installed.
-            ImportError: the extra `vision` is not installed.
+            ExpertokenError: The model has no processor, or the processor needs a package that is not installed.
+            ImportError: The extra `vision` is not installed.
         """
         require_extra("PIL.Image", "vision")
         from transformers import AutoProcessor
 
         try:
-            # By Pillow, whether torchvision is installed or not: the two give other pixels. `backend="pil"`, its newer
-            # name, fails where there is a processor of videos, too.
+            # Pillow is used even if torchvision is installed, because the two give different pixels. The newer option
+            # `backend="pil"` fails for models that have a processor of videos too.
             pillow = {"use_fast": False} if find_spec("torchvision") else {}
             processor = AutoProcessor.from_pretrained(where, **pillow, **options)
         except ImportError as error:
             raise ExpertokenError(
-                f"{where}: its processor needs more than is installed here ({one_line(error)}); install "
+                f"{where}: its processor needs a package that is not installed ({one_line(error)}). Install "
                 "expertoken[vision,torchvision]"
             ) from error
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ExpertokenError(f"{where}: its processor can't be loaded ({one_line(error)})") from error
         if getattr(processor, "image_processor", None) is None:
-            raise ExpertokenError(f"{where}: expected a processor of images, found {type(processor).__name__}")
+            raise ExpertokenError(f"{where}: expected a processor of images, got {type(processor).__name__}")
         return cls(processor)
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The processor's tokenizer, which knows what sees for it."""
+        """Tokenizer of the processor, which carries this object as its attribute `sight`."""
         tokenizer: Any = self.processor.tokenizer
         tokenizer.chat_template = tokenizer.chat_template or self.processor.chat_template
         tokenizer.sight = self
         return tokenizer
 
     def conversation(self, messages: Sequence[_Message], pictures: Sequence[Picture]) -> list[_Message]:
-        """Return messages as the processor's template takes them: in parts, with pictures where their marks stand.
+        """Return messages in the form of the processor's template: in parts, with pictures in place of their marks.
 
         Args:
-            messages: roles and marked texts; see `pictures.marked`.
-            pictures: that the marks stand for.
+            messages: Messages with roles and marked texts. See `pictures.marked`.
+            pictures: Pictures of the marks.
         """
         return [
             {"role": message["role"], "content": [_part(part) for part in parts_of(message["content"], pictures)]}
@@ -118,19 +118,19 @@ class Sight:
         ]
 
     def ids(self, conversation: Sequence[_Message], **options: Any) -> list[int]:
-        """Return the token ids of a conversation up to its generation prompt, as many for each picture as it takes.
+        """Return the token ids of a conversation up to its generation prompt, including all tokens of each picture.
 
         Args:
-            conversation: as `conversation` returns it.
-            **options: of the chat template.
+            conversation: Messages as the method `conversation` returns them.
+            **options: Further options of the chat template.
 
         Raises:
-            ExpertokenError: the template or the processor refuses it.
+            ExpertokenError: The template or the processor refuses the conversation.
         """
         return self._processed([conversation], **options)["input_ids"][0].tolist()
 
     def tokens_of(self, picture: Picture) -> int:
-        """Return how many tokens a picture takes, about."""
+        """Return the approximate number of a picture's tokens."""
         if (known := self._lengths.get(picture.key)) is not None:
             return known
         if len(self._lengths) > _REMEMBERED:
@@ -140,17 +140,17 @@ class Sight:
 
     @cached_property
     def _frame(self) -> int:
-        """Tokens of a conversation that shows nothing, and says next to nothing."""
+        """Number of tokens of a conversation without pictures and with a minimal text."""
         return len(self.ids(_showing([])))
 
     def inputs(self, media: Sequence[Sequence[Picture]], ids: np.ndarray) -> dict[str, Any]:
-        """Return what the model reads of a batch besides its token ids: pixels, and which tokens are of pictures.
+        """Return the model's inputs of a batch besides its token ids: pixels, and the types of tokens.
 
-        Of the whole batch at once: families differ in whether pixels have a dimension for it.
+        The whole batch is processed at once, because pixels have a batch dimension in some families only.
 
         Args:
-            media: the pictures of each of N queries.
-            ids: their padded token ids `[N, T]`.
+            media: Pictures of each of N queries.
+            ids: Padded token ids of the queries, `[N, T]`.
         """
         found = self._processed(list(map(_showing, media)))
         shape = found["input_ids"].shape
@@ -163,10 +163,10 @@ class Sight:
     def _processed(self, conversations: Sequence[Sequence[_Message]], **options: Any) -> Any:
         from jinja2 import TemplateError
 
-        # A copy with the pictures themselves: never a text of a user, which processors would open or fetch.
+        # Only decoded pictures are passed on. Processors would open or fetch a user's text in their place.
         shown = [[message | {"content": list(map(_shown, message["content"]))} for message in c] for c in conversations]
         tokenizer: Any = self.processor.tokenizer
-        if tokenizer.pad_token_id is None:  # padding is not read here, but processors pad
+        if tokenizer.pad_token_id is None:  # processors pad, though the padding is never read
             tokenizer.pad_token = tokenizer.eos_token
         try:
             with exclusive(tokenizer):
@@ -179,14 +179,14 @@ class Sight:
                     processor_kwargs={"padding": True, "return_tensors": "pt"},
                     **options,
                 )
-            return found.convert_to_tensors("pt")  # SmolVLM's gives arrays all the same
+            return found.convert_to_tensors("pt")  # SmolVLM's processor ignores return_tensors and returns arrays
         except (TypeError, KeyError, AttributeError, ValueError, IndexError, ZeroDivisionError, TemplateError) as error:
             raise ExpertokenError(
                 f"{type(self.processor).__name__} refuses this conversation or a picture of it ({one_line(error)})"
             ) from error
 
 
-_REMEMBERED = 10_000  # pictures whose lengths are known
+_REMEMBERED = 10_000  # limit on the pictures whose lengths are cached
 
 
 def _part(part: str | Picture) -> _Message:
@@ -194,7 +194,7 @@ def _part(part: str | Picture) -> _Message:
 
 
 def _showing(pictures: Sequence[Any]) -> list[_Message]:
-    """Return a conversation that shows pictures, and says next to nothing."""
+    """Return a conversation with pictures and a minimal text."""
     parts = [{"type": "image", "image": picture} for picture in pictures]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]}]
 

@@ -1,4 +1,4 @@
-"""Where a model comes from, and the forms in which it can be loaded. Imports no torch."""
+"""Origins of models, and the forms in which they can be loaded. This module does not import torch."""
 
 import re
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ class Source:
     """Origin of a model.
 
     Attributes:
-        model: hub id, folder or GGUF file.
-        revision: git revision on the hub.
-        trust_remote_code: whether the repository may run its own code.
+        model: Hub id, folder or GGUF file.
+        revision: Git revision on the hub.
+        trust_remote_code: If true, the repository may run its own code.
     """
 
     model: str
@@ -37,16 +37,16 @@ class Source:
 
 
 def is_address(value: object) -> bool:
-    """Return whether a value is a web address without what may be a secret: a user's name, a password, a query."""
+    """Check whether a value is a web address without possible secrets: a user's name, a password, a query."""
     web = isinstance(value, str) and value.startswith(("http://", "https://"))
     return web and not {"@", "?"} & set(str(value))
 
 
 def is_path(model: str) -> bool:
-    """Return whether the name of a model or composite can only be a path: a hub id is `owner/name`."""
+    """Check whether the name of a model or composite can only be a path. A hub id is `owner/name`."""
     return _PATH.match(model) is not None
 
 
 def same_model(one: str, other: str) -> bool:
-    """Return whether two names (hub ids, or paths in any spelling) mean one model."""
+    """Check whether two names (hub ids, or paths in any spelling) mean the same model."""
     return Source(one).resolved() == Source(other).resolved()

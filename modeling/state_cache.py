@@ -1,7 +1,7 @@
-"""The cache of states on disk: a folder per model, of blocks: the arrays of queries that were new together.
+"""The cache of states on disk: one folder per model, with a block of arrays for each set of new queries.
 
-A block is written aside and renamed, rows are marked as done behind their values, and whatever is no whole block (of an
-older version, damaged, of another job that is writing it) is passed over.
+A block is written to a temporary path and renamed. Rows are marked as done after their values are written. A folder
+that is no whole block is skipped: a block of an older version, a damaged one, or one that another job is writing.
 """
 
 import hashlib
@@ -25,19 +25,19 @@ from .files import atomic_folder, cache_folder
 
 logger = logging.getLogger(__name__)
 
-_BLOCK = 4096  # bytes, no larger than any file system's
-_MARK_SECONDS = 5.0  # so much work at most is done twice after a SIGKILL
-_IN_MEMORY = 2**30  # bytes of gathered states that are kept in memory; larger ones go to a temporary file
+_BLOCK = 4096  # bytes, at most the block size of any file system
+_MARK_SECONDS = 5.0  # at most this much work is repeated after a SIGKILL
+_IN_MEMORY = 2**30  # bytes of gathered states that are kept in memory. Larger arrays go to a temporary file
 _PART = 65536  # rows copied at a time
 _NOT_WHOLE = (OSError, ValueError, EOFError)
 _HIDDEN, _MASS, _HASHES, _DONE = "hidden.npy", "log_mass.npy", "hashes.npy", "done.npy"
 
 
 class Block:
-    """A block as it was when it was read. Its states stay on disk; the rest is small.
+    """A block with its marks at the time of reading. Its states stay on disk, and the rest is small.
 
     Raises:
-        ValueError: it is not whole.
+        ValueError: The block is not whole.
     """
 
     def __init__(self, folder: Path, width: int) -> None:
@@ -50,7 +50,7 @@ class Block:
 
     @property
     def hidden(self) -> np.ndarray:
-        """The states `[N, d]`, mapped anew: a mapping kept for each of many blocks would use up the descriptors."""
+        """States `[N, d]`, mapped at each access, because mappings kept for many blocks would exhaust descriptors."""
         return np.load(self.folder / _HIDDEN, mmap_mode="r")
 
     @property
@@ -60,9 +60,10 @@ class Block:
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[Sequence[int], np.ndarray, np.ndarray], None]]:
-        """Write rows; they are marked as done every few seconds and at the end, also where that is an interruption.
+        """Yield a function that writes rows, and mark them as done every few seconds and at the end.
 
-        Values first, then the marks: after a power loss no mark may stand over values that were lost.
+        Rows are marked after an interruption too. Values are flushed before the marks, so that a power loss can't leave
+        a mark without its values.
         """
         hidden, mass, done = (np.load(self.folder / name, mmap_mode="r+") for name in (_HIDDEN, _MASS, _DONE))
         rows: list[int] = []
@@ -93,18 +94,18 @@ Place = tuple[Block, int]
 
 
 class StateCache:
-    """The states of one model.
+    """Cached states of one model.
 
     Args:
-        key: tells models apart.
-        width: d.
+        key: Key that identifies the model.
+        width: Width of a state, d.
     """
 
     def __init__(self, key: str, width: int) -> None:
         self.root, self.width = cache_folder("states") / key, width
 
     def places(self) -> tuple[dict[bytes, Place], dict[bytes, Place]]:
-        """Return where finished states are, and where an interrupted pass left room for others, by query."""
+        """Return the places of finished states, and the places that an interrupted pass left empty, by query."""
         found: dict[bytes, Place] = {}
         room: dict[bytes, Place] = {}
         for folder in sorted(self.root.glob("*")) if self.root.exists() else ():
@@ -123,17 +124,17 @@ class StateCache:
         """Return a new block with room for the states of these queries.
 
         Raises:
-            OSError: the cache can't be written.
+            OSError: The cache can't be written.
         """
         folder = self.root / hashlib.sha256(b"".join(keys)).hexdigest()[:16]
         self.root.mkdir(parents=True, exist_ok=True)
         with FileLock(self.root / ".lock"):  # two runs that begin together fill one block
             try:
                 return Block(folder, self.width)
-            except _NOT_WHOLE:  # nor there yet, most often
+            except _NOT_WHOLE:  # most often the block does not exist yet
                 try:
                     _create(folder, keys, self.width)
-                except ExpertokenError as error:  # a full disk, for one
+                except ExpertokenError as error:  # for example a full disk
                     raise OSError(str(error)) from error
         return Block(folder, self.width)
 
@@ -149,15 +150,17 @@ def _create(folder: Path, keys: Sequence[bytes], width: int) -> None:
 
 
 def _allocate(stream: IO[bytes], size: int) -> None:
-    """Give a sparse file its blocks: on a full disk it would kill the process (SIGBUS) amid the forward pass.
+    """Allocate all blocks of a file.
+
+    On a full disk a sparse file would kill the process (SIGBUS) amid the forward pass.
 
     Raises:
-        OSError: the disk is full.
+        OSError: The disk is full.
     """
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(stream.fileno(), 0, size)
         return
-    # macOS has no such call. A block is allocated when something is written into it: its own first byte.
+    # macOS has no such call. A write allocates a block, so each block's first byte is rewritten.
     stream.truncate(size)
     for start in range(0, size, _BLOCK):
         stream.seek(start)
@@ -168,7 +171,7 @@ def _allocate(stream: IO[bytes], size: int) -> None:
 
 
 def gather(places: Sequence[Place]) -> tuple[np.ndarray, np.ndarray]:
-    """Return states `[N, d]` and Z `[N]` at places: a block's own array where it has just that order, else a copy."""
+    """Return states `[N, d]` and Z `[N]` at places: a block's own arrays if the order is the same, else copies."""
     blocks = {id(block): block for block, _ in places}
     rows = np.array([row for _, row in places])
     if len(blocks) == 1:
@@ -190,38 +193,41 @@ def room_for(count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Return empty arrays for `count` states and their Z, in memory or in a temporary file.
 
     Raises:
-        ExpertokenError: the disk of temporary files is full.
+        ExpertokenError: The disk of temporary files is full.
     """
     if count * width * 4 <= _IN_MEMORY:
         hidden = np.empty((count, width), dtype=np.float32)
     else:
-        with tempfile.TemporaryFile() as file:  # stays open through the mapping, gone with it
+        with tempfile.TemporaryFile() as file:  # the mapping keeps it open, and it is deleted with the mapping
             try:
                 _allocate(file, count * width * 4)
             except OSError as error:
                 raise ExpertokenError(
                     f"{tempfile.gettempdir()}: no room for {count * width * 4 / 2**30:.1f} GiB of states "
-                    f"({error.strerror}); free some, or let $TMPDIR name another folder"
+                    f"({error.strerror}). Free some space, or set $TMPDIR to another folder"
                 ) from error
             hidden = np.memmap(file, dtype=np.float32, mode="r+", shape=(count, width))
     return hidden, np.empty(count, dtype=np.float32)
 
 
 def tensor_of(array: np.ndarray) -> torch.Tensor:
-    """Return a tensor over an array's own memory, so that a pass over mapped states copies nothing; do not write."""
+    """Return a tensor over an array's own memory, so that a pass over mapped states copies nothing.
+
+    The caller must not write to the tensor.
+    """
     array = np.ascontiguousarray(array)
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 @dataclass(frozen=True)
 class CachedModel:
-    """What the cache holds of one model.
+    """Summary of one model's states in the cache.
 
     Attributes:
-        folder: its folder.
-        queries: number of finished states.
-        size: bytes.
-        used: seconds since the epoch of the last write.
+        folder: Folder of the model's states.
+        queries: Number of finished states.
+        size: Size in bytes.
+        used: Time of the last write, in seconds since the epoch.
     """
 
     folder: Path
@@ -231,7 +237,7 @@ class CachedModel:
 
 
 def cached_models() -> list[CachedModel]:
-    """Return what the cache holds, the longest unused first."""
+    """Return a summary of each model in the cache, with the longest unused first."""
     found = []
     root = cache_folder("states")
     for folder in sorted(entry for entry in root.glob("*") if entry.is_dir()) if root.exists() else ():
@@ -248,7 +254,7 @@ def cached_models() -> list[CachedModel]:
 
 
 def prune(older_than: float) -> list[CachedModel]:
-    """Remove the states of models that nothing was written of for so many seconds; return what was removed."""
+    """Remove the states of models without a write for `older_than` seconds, and return their summaries."""
     gone = [model for model in cached_models() if time.time() - model.used >= older_than]
     for model in gone:
         shutil.rmtree(model.folder)

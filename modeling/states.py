@@ -1,10 +1,10 @@
 """Cached states: the hidden state h and the log-mass Z at each query's dispatch position.
 
-With a frozen meta LLM they do not depend on the expert rows, so one forward pass over the data is the whole price of
-training, evaluating, calibrating, and adding an expert later.
+With a frozen meta LLM they do not depend on the expert rows. So training, evaluation, calibration and adding an expert
+later cost one forward pass over the data.
 
-Queries are known by `Query.key`, so data, template and tokenizer all count, and a set that grows by some queries costs
-only those. `state_cache` keeps them on disk.
+`Query.key` identifies a query, so data, template and tokenizer all count. A data set that grows costs only its new
+queries. `state_cache` keeps the states on disk.
 """
 
 import logging
@@ -32,7 +32,7 @@ from .state_cache import Block, Place, StateCache, gather, room_for, tensor_of
 logger = logging.getLogger(__name__)
 
 CHUNK = 16384
-"""States of one step over cached ones: 16384 x 4096 float32 are 256 MiB."""
+"""Number of cached states in one step: 16384 x 4096 float32 values take 256 MiB."""
 
 _FORMAT = 2
 
@@ -44,10 +44,10 @@ class States:
     """States of N queries.
 
     Attributes:
-        hidden: h, `[N, P d]` float32 (P as in `state.StateSpec`), memory-mapped where it can be.
-        log_mass: Z, `[N]` float32; zeros where the model is cut.
-        computed: how many of the N were computed just now (the others came from the cache).
-        seconds: that took.
+        hidden: States h, `[N, P d]` float32 (P as in `state.StateSpec`), memory-mapped if possible.
+        log_mass: Log-masses Z, `[N]` float32. Zeros for a cut model.
+        computed: Number of newly computed states. The others come from the cache.
+        seconds: Seconds of this computation.
     """
 
     hidden: np.ndarray
@@ -65,16 +65,16 @@ def encode_all(
     """Return the query of each conversation.
 
     Args:
-        meta: the meta LLM.
-        conversations: the conversations.
-        label: name of the work in the progress bar.
-        quiet: whether to show no progress bar.
+        meta: Meta LLM.
+        conversations: Conversations to encode.
+        label: Name of the work in the progress bar.
+        quiet: If true, no progress bar is shown.
     """
     bar = tqdm(conversations, desc=f"{label}, encoding", unit="query", leave=False, delay=2, disable=quiet)
     queries = [meta.encode(conversation) for conversation in bar]
     if cut := sum(query.cut > 0 for query in queries):
         logger.warning(
-            "%s: %d of %d conversations are longer than the decision reads and were cut", label, cut, len(bar)
+            "%s: %d of %d conversations exceed the length that a decision reads, so they are cut", label, cut, len(bar)
         )
     return queries
 
@@ -86,7 +86,7 @@ def states_of(
     max_tokens: int | None = None,
     label: str = "states",
 ) -> States:
-    """Return the states at the dispatch positions of `conversations`; see `cached_states`."""
+    """Return the states at the dispatch positions of `conversations`. See `cached_states`."""
     return cached_states(meta, encode_all(meta, conversations, label), max_tokens=max_tokens, label=label)
 
 
@@ -98,21 +98,21 @@ def cached_states(
     team: Team = ALONE,
     label: str = "states",
 ) -> States:
-    """Return the states that decide `queries` (see `state.StateSpec`), from the cache as far as it has them.
+    """Return the states that decide `queries` (see `state.StateSpec`), from the cache or from a forward pass.
 
-    Rows are marked as done behind their values, so an interrupted pass goes on where it stopped. With several
-    processes each computes every n-th batch into a block of its own, in a folder that all of them see: one file
-    mapped by two machines would lose rows.
+    Rows are marked as done after their values are written, so an interrupted pass resumes at its last mark. Of several
+    processes each computes every n-th batch into its own block, in a folder that all of them share. One file mapped by
+    two machines would lose rows.
 
     Args:
-        meta: the meta LLM.
+        meta: Meta LLM.
         queries: N queries.
-        max_tokens: padded tokens of one batch, where an option sets them; see `batching.run_batches`.
-        team: processes that share the work.
-        label: name of the work in the progress bar and in errors.
+        max_tokens: Limit on the padded tokens of one batch, if an option sets it. See `batching.run_batches`.
+        team: Processes that share the work.
+        label: Name of the work in the progress bar and in errors.
 
     Raises:
-        ExpertokenError: the meta LLM gives no finite logits for a query, memory ran out, or the cache is not shared.
+        ExpertokenError: The meta LLM gives no finite logits for a query, memory ran out, or the cache is not shared.
     """
     found = _cached(meta, queries, max_tokens, team, label)
     if meta.state.layer is None:
@@ -121,7 +121,7 @@ def cached_states(
 
 
 def _cache_of(meta: MetaLLM, layer: int | None) -> StateCache:
-    """Return the cache of the states behind a layer, both poolings side by side, or of the head's own."""
+    """Return the cache of the states behind a layer, with both poolings side by side, or of the head's states."""
     dtype, width = describe_dtype(meta.model), meta.head.in_features
     if meta.sight is not None:
         dtype += f"-{meta.sight.name}"
@@ -136,15 +136,15 @@ def _cached(meta: MetaLLM, queries: Sequence[Query], max_tokens: int | None, tea
     cache = _cache_of(meta, meta.state.layer)
     place, room = cache.places()
     if team.world > 1:
-        room = {}  # rows of one block share pages: two machines that fill it would lose each other's
+        room = {}  # rows of a block share pages, so two machines that fill one block would lose each other's rows
     first = {key: index for index, key in reversed(list(enumerate(hashes))) if key not in place}
     missing = team.agree(lambda: sorted(first.values()))
     started = time.perf_counter()
     if missing and is_split(meta.model):
         raise ExpertokenError(
-            f"{label}: {len(missing)} queries are not in the cache, and a model that ZeRO-3 has split can't compute "
-            "them here; run method tokens on the same data before (its states are kept in $EXPERTOKEN_CACHE), load "
-            "whole (zero3_init_flag: false), or start cold with --warm_start false"
+            f"{label}: expected all states in the cache, but {len(missing)} are missing, and a model that ZeRO-3 has "
+            "split can't compute them. Run method tokens on the same data first (its states are kept in "
+            "$EXPERTOKEN_CACHE), load the model whole (zero3_init_flag: false), or start cold with --warm_start false"
         )
     if missing:
         batches = list(token_batches([len(queries[index]) for index in missing], max_tokens or MAX_TOKENS))
@@ -157,18 +157,20 @@ def _cached(meta: MetaLLM, queries: Sequence[Query], max_tokens: int | None, tea
         except OSError as error:
             if team.world > 1:
                 raise ExpertokenError(f"{cache.root}: can't be written ({one_line(error)})") from error
-            logger.warning("%s can't be written (%s): states are computed and not kept", cache.root, one_line(error))
+            logger.warning(
+                "%s can't be written (%s), so the states are computed but not cached", cache.root, one_line(error)
+            )
             return _uncached(cache, hashes, place, [(index, queries[index]) for index in mine], compute, started)
         team.barrier()
-    if any(key not in place for key in hashes):  # also where another job, or another process, was quicker
+    if any(key not in place for key in hashes):  # another job or another process may have computed them
         place, _ = cache.places()
         if any(key not in place for key in hashes):
             raise ExpertokenError(
-                f"{cache.root}: states that other processes computed are not there; all machines have to see one "
-                "$EXPERTOKEN_CACHE"
+                f"{cache.root}: expected the states that other processes computed, but some are missing. Set "
+                "$EXPERTOKEN_CACHE to a folder that all machines share"
             )
     seconds = time.perf_counter() - started if missing else 0.0
-    logger.info("%s: %d of %d queries computed, the others were cached", label, len(missing), len(hashes))
+    logger.info("%s: computed states of %d of %d queries, the others are cached", label, len(missing), len(hashes))
     hidden, log_mass = gather([place[key] for key in hashes])
     return States(hidden, log_mass, len(missing), seconds)
 
@@ -177,14 +179,14 @@ _Write = Callable[[Sequence[int], np.ndarray, np.ndarray], None]
 
 
 def _into(write: _Write, rows: Sequence[int]) -> _Write:
-    """Return what writes the k-th query's states to the k-th of some rows."""
+    """Return a function that writes the k-th query's states to the k-th of the given rows."""
     return lambda batch, states, masses: write([rows[place] for place in batch], states, masses)
 
 
 def _parts(
     cache: StateCache, room: dict[bytes, Place], hashes: Sequence[bytes], mine: Sequence[int]
 ) -> Iterator[tuple[Block, list[int], list[int]]]:
-    """Yield blocks with the rows to fill and the queries for them; first what an interrupted pass left open."""
+    """Yield blocks with the rows to fill and their queries. Rows that an interrupted pass left empty come first."""
     opened: dict[int, tuple[Block, list[int], list[int]]] = {}
     new = []
     for index in mine:
@@ -208,7 +210,7 @@ def _uncached(
     compute: Callable[[list[Query], _Write], None],
     started: float,
 ) -> States:
-    """Return states of which some can't be kept."""
+    """Return the states of all queries, computing the missing ones without caching them."""
     new, masses = room_for(len(missing), cache.width)
 
     def write(rows: Sequence[int], states: np.ndarray, found: np.ndarray) -> None:
@@ -243,7 +245,7 @@ def _compute(
 
 
 def _check_finite(meta: MetaLLM, queries: Sequence[Query], values: torch.Tensor, label: str) -> None:
-    """Raise ExpertokenError where a query's row of values `[N, K]` is not finite."""
+    """Raise ExpertokenError if a query's row of values `[N, K]` is not finite."""
     finite = torch.isfinite(values).all(1)
     if not finite.all():
         text = meta.tokenizer.decode(queries[int((~finite).nonzero()[0, 0])].ids)[-80:]
@@ -253,7 +255,7 @@ def _check_finite(meta: MetaLLM, queries: Sequence[Query], values: torch.Tensor,
 def _with_bar(
     batches: Iterable[tuple[Sequence[int], T]], lengths: Sequence[int], label: str, *, quiet: bool = False
 ) -> Iterator[tuple[Sequence[int], T]]:
-    """Yield batches, with a progress bar that counts their tokens."""
+    """Yield batches while a progress bar counts their tokens."""
     with tqdm(total=sum(lengths), unit="tok", unit_scale=True, desc=label, disable=quiet) as bar:
         for batch, found in batches:
             yield batch, found
@@ -263,14 +265,14 @@ def _with_bar(
 def cache_layers(
     meta: MetaLLM, queries: Sequence[Query], layers: Sequence[int], *, max_tokens: int | None, label: str
 ) -> None:
-    """Compute the states behind several layers in one pass, so that the cache has them all.
+    """Compute the states behind several layers in one pass into the cache.
 
     Args:
-        meta: the meta LLM, without an adapter.
+        meta: Meta LLM without an adapter.
         queries: N queries.
-        layers: the layers.
-        max_tokens: as in `cached_states`.
-        label: name of the work.
+        layers: Numbers of the layers.
+        max_tokens: Limit on the padded tokens of one batch. See `cached_states`.
+        label: Name of the work.
     """
     hashes = [query.key for query in queries]
     first = {key: index for index, key in reversed(list(enumerate(hashes)))}
@@ -284,7 +286,7 @@ def cache_layers(
     lengths = [len(queries[index]) for index in new]
     try:
         with ExitStack() as stack:
-            # Where each query's states go, by layer: what an interrupted pass left open is filled first.
+            # Target of each query's states, by layer. Rows that an interrupted pass left empty are filled first.
             targets: dict[int, dict[int, tuple[_Write, int]]] = {layer: {} for layer in layers}
             for layer, (cache, _, room) in known.items():
                 for block, rows, indices in _parts(cache, room, hashes, missing[layer]):
@@ -305,7 +307,7 @@ def cache_layers(
                             write, place = targets[layer][new[row]]
                             write([place], state[None], np.zeros(1, dtype=np.float32))
     except OSError as error:
-        logger.warning("the cache can't be written (%s): states are computed layer by layer", one_line(error))
+        logger.warning("the cache can't be written (%s), so states are computed layer by layer", one_line(error))
 
 
 @torch.no_grad()

@@ -1,13 +1,13 @@
-"""Stop texts: an answer ends before the first of them, whoever gives it and however its pieces fall."""
+"""Stop texts, which end an answer before their first occurrence, whatever the backend and the split into pieces."""
 
 from collections.abc import Sequence
 
 
 class StopTexts:
-    """Cuts an answer that comes in pieces.
+    """Truncation of an answer that arrives in pieces.
 
     Args:
-        stops: texts that end it.
+        stops: Texts that end the answer.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -16,7 +16,7 @@ class StopTexts:
         self.reached = False
 
     def feed(self, text: str) -> str:
-        """More of the answer; what may be the beginning of a stop text is held back."""
+        """Add the next piece, and return the text to send. A possible beginning of a stop text is held back."""
         if not self._stops:
             return text
         self._held += text
@@ -39,10 +39,10 @@ class StopTexts:
 
     @property
     def holds(self) -> bool:
-        """Whether something is held back."""
+        """True if text is held back."""
         return bool(self._held)
 
     def rest(self) -> str:
-        """What was held back, at the end."""
+        """Return the text held back, at the end of the answer."""
         told, self._held = self._held, ""
         return told

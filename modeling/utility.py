@@ -1,6 +1,6 @@
-"""What a choice is worth: the chance that its answer is right, less what it costs.
+"""Utility of a candidate: the chance that its answer is right, minus its weighted cost.
 
-One formula for labels, reports, calibration and serving, so that a point of a report's curve is the behaviour that is
+Labels, reports, calibration and serving share one formula, so that a point of a report's curve is the behaviour that is
 served.
 """
 
@@ -11,16 +11,16 @@ import numpy as np
 from .experts import Expert
 
 OUTPUT_TOKENS = 300
-"""Length of an answer, in tokens, where costs are weighed before anything is answered."""
+"""Expected length of an answer, in tokens, for the costs in a decision."""
 
 
 def utility(quality: np.ndarray, usd: np.ndarray | None, cost_weight: float) -> np.ndarray:
     """Return `quality - cost_weight * usd` (RouterBench, arXiv 2403.12031, section 3), without any clamp.
 
     Args:
-        quality: `[..., C]` scores or chances of being right.
-        usd: `[..., C]` cost of each candidate's answer, without gaps; None where `cost_weight` is 0.
-        cost_weight: lambda, score per USD.
+        quality: Scores or chances of being right, `[..., C]`.
+        usd: Cost of each candidate's answer, `[..., C]`, without gaps. It may be None if `cost_weight` is 0.
+        cost_weight: Weight of the cost (lambda), score per USD.
     """
     if usd is None or cost_weight == 0:
         return quality
@@ -28,9 +28,9 @@ def utility(quality: np.ndarray, usd: np.ndarray | None, cost_weight: float) -> 
 
 
 def priced(usd: np.ndarray) -> np.ndarray:
-    """Return costs `[..., C]` in which a candidate of unknown cost is as dear as the dearest known one.
+    """Return costs `[..., C]` in which a candidate of unknown cost costs as much as the most expensive known one.
 
-    As free it would win for not saying what it costs; an error would let one candidate stop all the others.
+    A cost of 0 would reward a missing price. An error would let one candidate block all the others.
     """
     known = np.where(np.isnan(usd), -np.inf, usd).max(-1, keepdims=True)
     return np.where(np.isnan(usd), np.where(np.isinf(known), 0.0, known), usd)
@@ -42,16 +42,16 @@ def expected_usd(
     measured: Mapping[str, float],
     cached: Mapping[str, int] | None = None,
 ) -> np.ndarray:
-    """Return what each candidate is expected to cost on a request, `[C]` USD, NaN where nothing is known.
+    """Return each candidate's expected cost of a request, `[C]` USD, with NaN for unknown costs.
 
-    The pool's price comes first, then the mean cost in the results that the composite was trained on. A model that runs
-    here without a price is free.
+    The pool's price comes first, then the mean cost in the results that the composite was trained on. A model in this
+    process without a price is free.
 
     Args:
-        experts: the candidates.
-        prompt_tokens: tokens of the request.
-        measured: mean USD of an answer by candidate, from results.
-        cached: tokens of the request that a candidate has cached, by name.
+        experts: Candidates in pool order.
+        prompt_tokens: Tokens of the request.
+        measured: Mean USD of an answer by candidate, from results.
+        cached: Tokens of the request that a candidate has cached, by name.
     """
     found = []
     for expert in experts:

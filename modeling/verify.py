@@ -1,4 +1,4 @@
-"""Verification of a saved composite: a fresh process loads it and must come to the same logits.
+"""Verification of a saved composite: a fresh process loads it and must compute the same logits.
 
 That process runs `python -m expertoken.modeling.verify FOLDER DEVICE DTYPE TRUST` and prints the candidates' logits on
 the probe prompts as JSON.
@@ -19,7 +19,7 @@ from .fingerprint import describe_dtype
 
 logger = logging.getLogger(__name__)
 
-_SECONDS = 1500  # that the process may take; less than other processes wait at a barrier
+_SECONDS = 1500  # limit for the process, below the timeout of other processes at a barrier
 _LAUNCHER_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -29,19 +29,19 @@ _LAUNCHER_VARIABLES = (
     "ACCELERATE_",
     "TORCHELASTIC_",
 )
-"""Set by launchers; the fresh process works alone and must not wait for the others."""
+"""Prefixes of variables that launchers set. The fresh process works alone and must not wait for the others."""
 
 
 def verify_reload(composite: Composite, folder: Path, expected: torch.Tensor) -> None:
-    """Load `folder` in a fresh process and compare its logits with those of `composite`.
+    """Load `folder` in a fresh process and compare its logits with the expected ones.
 
     Args:
-        composite: that was written.
-        folder: where to.
-        expected: its `probe_logits`.
+        composite: Composite that was written.
+        folder: Folder of the written composite.
+        expected: Result of `probe_logits` for the composite.
 
     Raises:
-        ExpertokenError: the process failed, or came to other logits.
+        ExpertokenError: The process failed, or computed different logits.
     """
     environment = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHER_VARIABLES)}
     meta = composite.meta
@@ -59,19 +59,19 @@ def verify_reload(composite: Composite, folder: Path, expected: torch.Tensor) ->
             timeout=_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        logger.warning("%s is not checked: a fresh process did not load it within %d s", folder, _SECONDS)
+        logger.warning("%s is saved without a check: a fresh process did not load it within %d s", folder, _SECONDS)
         return
     if child.returncode:
         last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ExpertokenError(f"{folder}: a fresh process can't load what was saved ({last}); nothing was replaced")
+        raise ExpertokenError(f"{folder}: a fresh process can't load the saved folder ({last}). Nothing was replaced")
     found = torch.tensor(json.loads(child.stdout.splitlines()[-1]))
-    # Same device and dtype: the two differ by the order of sums at most. A step of bfloat16 at Z's size is 0.25.
+    # With the same device and dtype the two differ by the order of sums at most. At Z's size a bfloat16 step is 0.25.
     tolerance = 1e-3 if meta.head.weight.dtype == torch.float32 else 0.5
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4, atol=tolerance):
         worst = "another shape" if found.shape != expected.shape else f"{(found - expected).abs().max():.3g}"
         raise ExpertokenError(
-            f"{folder}: a fresh process comes to other logits than the trained model (difference {worst}); nothing was "
-            "replaced"
+            f"{folder}: expected the trained model's logits in a fresh process, got others (difference {worst}). "
+            "Nothing was replaced"
         )
 
 

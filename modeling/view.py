@@ -1,9 +1,9 @@
-"""The decision view: what of a conversation the decision reads.
+"""The decision view: the part of a conversation that a decision reads.
 
-The newest request of the user is read whole, without what an agent wrote around it (`reminders`). Of what surrounds it
-(system prompt, earlier turns, tool results) as much is read as a budget allows, the newest first. So a conversation is
-never too long to be decided, though an expert may be the only one that can read all of it. Training, evaluation and
-serving read the same view.
+The user's newest request is read whole, without an agent's notes around it (`reminders`). The surrounding text (system
+prompt, earlier turns, tool results) is read as far as a budget allows, with the newest first. So a conversation is
+never too long for a decision, even if only one expert can read all of it. Training, evaluation and serving read the
+same view.
 """
 
 import datetime
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CUT = "\n[...]\n"
-"""Stands where a text was cut."""
+"""Mark at the place where a text was cut."""
 
 _MARGIN = 8  # tokens of a message besides its text: role and control tokens
 _PLACEHOLDERS = re.compile(rf"((\[\w+\]|{MARK})\n?)+")
 _LEAST = 16  # tokens of a text below which nothing of it is kept
-_CHARACTERS = 4  # of a token, about, where a text that is left out is not counted
+_CHARACTERS = 4  # approximate characters of a token, for omitted text whose tokens are not counted
 
 
 @dataclass(frozen=True)
 class View:
-    """How much a decision reads.
+    """Limits on the text that a decision reads.
 
     Attributes:
-        context_tokens: tokens of what surrounds the newest request.
-        date: what a chat template prints that prints the date (ISO). With the present one, a composite would read other
-            prompts each day than those it was trained on.
+        context_tokens: Limit on the tokens around the newest request.
+        date: Date (ISO) for chat templates that print one. With the present date a composite would read other prompts
+            each day than in its training.
     """
 
     context_tokens: int = 1024
@@ -47,7 +47,7 @@ class View:
         try:
             datetime.date.fromisoformat(self.date)
         except (TypeError, ValueError):
-            raise ExpertokenError(f"view: date {self.date!r}: expected one such as 2026-01-01") from None
+            raise ExpertokenError(f"view.date: expected a date such as 2026-01-01, got {self.date!r}") from None
 
     def read(
         self,
@@ -56,17 +56,17 @@ class View:
         vocab_size: int,
         most: int,
     ) -> Query:
-        """Return a conversation as the meta LLM reads it; `Query.cut` counts the tokens left out, about.
+        """Return a conversation as the meta LLM reads it. `Query.cut` is the approximate number of omitted tokens.
 
         Args:
-            tokenizer: tokenizer with a chat template.
-            conversation: the messages.
-            vocab_size: V.
-            most: tokens that the meta LLM reads.
+            tokenizer: Tokenizer with a chat template.
+            conversation: Messages of the conversation.
+            vocab_size: V, the number of rows in the model's own head.
+            most: Limit on the tokens that the meta LLM reads.
 
         Raises:
-            ExpertokenError: the conversation is no conversation, or the template refuses even the request alone.
-            ExpertFailedError: the tokenizer has no chat template, or ids that the model has no row for.
+            ExpertokenError: The conversation is malformed, or the template refuses even the request alone.
+            ExpertFailedError: The tokenizer has no chat template, or returns ids without a row in the model's head.
         """
         messages, sight = as_messages(conversation), sight_of(tokenizer)
         pictures: list[Picture] = []
@@ -74,18 +74,17 @@ class View:
             messages, pictures = marked(messages)
         messages, notes = unnoted(plain(messages, placeholders=True))
         asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
-        # What a tool showed comes as the user's media behind its result, and is no request.
+        # A tool's pictures follow its result as media in a message of the user. They are no request.
         tool_media = [
             i
             for i in asked
             if i and messages[i - 1]["role"] == "tool" and _PLACEHOLDERS.fullmatch(messages[i]["content"])
         ]
         newest = max([i for i in asked if i not in tool_media] or asked, default=len(messages) - 1)
-        # What the template writes around a conversation, some of it once and some of it around every message.
         room = most - _frame(tokenizer, vocab_size)
         refused: ExpertokenError | None = None
         today, dated = datetime.date.fromisoformat(self.date), prints_date(tokenizer)
-        for shrunken in (room, room // 2, room // 4):  # a text may take more tokens in its place than by itself
+        for shrunken in (room, room // 2, room // 4):  # a text may take more tokens in the conversation than alone
             reading = _Reading(tokenizer, messages, newest, notes, pictures)
             reading.keep(newest, shrunken, always=True)
             reading.surround(min(self.context_tokens, shrunken - reading.tokens))
@@ -101,21 +100,21 @@ class View:
                     shown = (part for message in kept for part in parts_of(message["content"], pictures))
                     media = tuple(part for part in shown if isinstance(part, Picture))
                     return replace(Query.of(ids), media=media, cut=cut, folded=folding, dated=dated)
-        raise refused or ExpertokenError(f"the conversation's newest request does not fit into {most} tokens")
+        raise refused or ExpertokenError(f"expected a newest request of at most {most} tokens, got a longer one")
 
 
 _FRAMES: "WeakKeyDictionary[PreTrainedTokenizerBase, int]" = WeakKeyDictionary()
 
 
 def _frame(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> int:
-    """Return the tokens of a conversation that says next to nothing."""
+    """Return the number of a minimal conversation's tokens, which the template writes around any conversation."""
     if tokenizer not in _FRAMES:
         _FRAMES[tokenizer] = len(encode_chat(tokenizer, [{"role": "user", "content": "?"}], vocab_size)) - 1
     return _FRAMES[tokenizer]
 
 
 class _Reading:
-    """What is kept of a conversation, message by message."""
+    """The kept part of a conversation, message by message."""
 
     def __init__(
         self,
@@ -132,12 +131,12 @@ class _Reading:
         self.cut = notes and max(1, notes // _CHARACTERS)
 
     def keep(self, index: int, room: int, *, always: bool = False) -> int:
-        """Keep as much of a message as there is room for, and return the tokens that it takes.
+        """Keep as much of a message as fits into `room` tokens, and return its number of tokens.
 
-        Its pictures all stay, or a placeholder for each.
+        The message keeps all of its pictures, or a placeholder for each.
         """
         text = self._messages[index]["content"]
-        margin = 0 if always else _MARGIN  # the request's is in the frame
+        margin = 0 if always else _MARGIN  # the frame already contains the request's margin
         taken = self._taken(text)
         if taken and room - margin - taken < _LEAST:
             text, taken, self.cut = without_marks(text), 0, self.cut + taken
@@ -153,21 +152,21 @@ class _Reading:
         return count + taken + margin
 
     def _taken(self, text: str) -> int:
-        """Return the tokens that a text's pictures take."""
+        """Return the number of tokens of a text's pictures."""
         sight = sight_of(self._tokenizer)
         if not self._pictures or sight is None:
             return 0
         return sum(sight.tokens_of(part) for part in parts_of(text, self._pictures) if isinstance(part, Picture))
 
     def surround(self, room: int) -> None:
-        """Keep what fits of the other messages: those behind the newest request, then those before, newest first."""
+        """Keep as much as fits of the messages behind the newest request, then of those before it, newest first."""
         for index in [*range(len(self._messages) - 1, self._newest, -1), *range(self._newest - 1, -1, -1)]:
             room -= self.keep(index, room)
 
     def _cut(self, text: str, room: int) -> tuple[str, int, int]:
-        """Return the text with its middle left out where it is longer than `room` tokens, its tokens, and those cut."""
+        """Return a text without its middle if it exceeds `room` tokens, its number of tokens, and the number cut."""
         half = max(1, (room - len(CUT)) // 2)
-        # A text of megabytes is not tokenised for two ends of it: 16 characters a token are enough for most.
+        # Only the two ends of a text of megabytes are tokenised: 16 characters per token are enough for most texts.
         ends = text if len(text) <= 32 * room else text[: 16 * room] + text[-16 * room :]
         count = self._count(ends)
         if ends is text and count <= room:
@@ -186,9 +185,9 @@ class _Reading:
         return len(encode_text(self._tokenizer, text).input_ids)
 
     def readings(self) -> Iterator[tuple[list[Message], int, bool]]:
-        """Yield what is tried in turn, the tokens cut, and whether roles were folded.
+        """Yield the readings to try in turn: messages, the number of tokens cut, and whether roles were folded.
 
-        The messages as they are, with roles that any template takes, and the request alone.
+        They are the unchanged messages, the messages with roles that any template accepts, and the request alone.
         """
         kept = [self._messages[index] | {"content": self._texts[index]} for index in sorted(self._texts)]
         yield kept, self.cut, False
@@ -201,7 +200,7 @@ def folded(messages: Sequence[Message]) -> list[Message]:
     """Return a conversation of user and assistant in turn, which starts and ends with the user.
 
     Templates refuse what their model was not trained for: a system prompt, tool results, two messages of one role in a
-    row. All that is no answer of the assistant's becomes part of the user's next message.
+    row. Everything except the assistant's answers becomes part of the user's next message.
     """
     found: list[Message] = []
     for message in messages:

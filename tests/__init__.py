@@ -1,1 +1,1 @@
-"""Tests mirror the folders; `tiny.py` makes their models."""
+"""Tests, in folders that mirror the package's. `tiny.py` makes their models."""

@@ -2,9 +2,9 @@ import os
 import shutil
 import sys
 
-# Before any library is imported: nothing here may reach a hub, and bars only clutter a test log.
+# Set before any library is imported: no test may reach a hub, and progress bars clutter the log.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1")
-# Where tests run beside each other, each has its share of the processors.
+# Parallel workers share the processors.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
 
@@ -34,31 +34,31 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """Every test has a cache of its own."""
+    """Give every test its own cache."""
     monkeypatch.setenv("EXPERTOKEN_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
 def checked_at_once(monkeypatch):
-    """A saved composite is checked by a Python that starts at once."""
+    """Verify saved composites with a Python that starts without import time (`fresh`)."""
     monkeypatch.setattr(sys, "executable", fresh.python())
 
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory):
-    """A tiny tied Llama with a ChatML tokenizer, on disk."""
+    """Return the folder of a tiny tied Llama with a ChatML tokenizer."""
     return tiny_folder(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture
 def meta(base_folder):
-    """The tiny base as a meta LLM with rows (zeros) of two experts and self."""
+    """Load the tiny base as a meta LLM with rows of zeros for two experts and self."""
     return MetaLLM.from_pretrained(Source(str(base_folder)), 3, device="cpu")
 
 
 @pytest.fixture(scope="session")
 def trained_once(tmp_path_factory, base_folder):
-    """A folder with a supervision and a composite, trained once: it takes seconds, and many tests want one."""
+    """Train a composite once, because it takes seconds and many tests use it. Its folder holds a supervision too."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EXPERTOKEN_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -70,7 +70,7 @@ def trained_once(tmp_path_factory, base_folder):
 
 @pytest.fixture
 def composite_folder(tmp_path, trained_once):
-    """A trained composite of the test's own, beside its supervision."""
+    """Copy the trained composite and its supervision for one test."""
     shutil.copytree(trained_once, tmp_path, dirs_exist_ok=True)
     return tmp_path / "composite"
 

@@ -1,9 +1,11 @@
-"""A Python for tests that starts at once: each process is forked from one that has imported the libraries already.
+"""A Python for tests without import time: each process is forked from one that has imported the libraries.
 
-Python's own processes take 5 to 10 seconds of a processor each for their imports. `python()` is run like Python (`-m
-MODULE`, a script), and is a process with its own output, signals and end; the work is done by a fork of a server. What
-is started there as `sys.executable` is such a Python too. The entry point itself, what imports cost, and what the
-environment does to them are seen by tests that start Python and `expertoken` themselves.
+An ordinary Python process takes 5 to 10 seconds of processor time for its imports. The program `python()` is used like
+Python (`-m MODULE`, a script) and is a process with its own output, signals and exit status. A fork of a server does
+the work. In the fork `sys.executable` is this program too.
+
+Tests of the entry point, of import time, and of environment variables at import start Python and `expertoken`
+themselves.
 """
 
 import atexit
@@ -22,7 +24,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-# Its own end is the fork's: the same status, or the same signal. When it is killed, the server kills the fork.
+# The client exits with the fork's status or signal. When the client is killed, the server kills the fork.
 _CLIENT = """#!{python} -ISE
 import json, os, signal, socket, sys
 server = socket.socket(socket.AF_UNIX)
@@ -44,7 +46,7 @@ os._exit(status)
 
 @cache
 def python() -> str:
-    """Path of the program; the server behind it ends with this process."""
+    """Start the server and return the path of the client program. The server ends with this process."""
     folder = Path(tempfile.mkdtemp(prefix="fresh"))
     address, program = str(folder / "socket"), folder / "python"
     program.write_text(_CLIENT.format(python=sys.executable, address=address))
@@ -53,7 +55,7 @@ def python() -> str:
     server = subprocess.Popen(given, stdout=subprocess.PIPE, text=True)
     atexit.register(server.kill)
     assert server.stdout is not None
-    assert "listening\n" in iter(server.stdout.readline, "")  # libraries say things before
+    assert "listening\n" in iter(server.stdout.readline, "")  # libraries may print lines before it
     return str(program)
 
 
@@ -68,7 +70,7 @@ def command(*arguments) -> list[str]:
 
 
 def _serve(address: str) -> None:
-    """Fork for each connection, and tell it how that ended."""
+    """Fork for each connection and send the fork's exit status to it."""
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(address)
     listening.listen(64)
@@ -77,7 +79,7 @@ def _serve(address: str) -> None:
     sys.stdout.write("listening\n")
     sys.stdout.flush()
     while True:
-        done = set()  # a fork may end in the moment in which whoever asked for it goes
+        done = set()  # a fork may end at the same moment as its client
         for key, _ in waiting.select():
             if key.fileobj is listening:
                 connection, _ = listening.accept()
@@ -96,7 +98,7 @@ def _serve(address: str) -> None:
             done.add(pid)
             waiting.unregister(ended)
             waiting.unregister(connection)
-            if key.fileobj is connection:  # whoever asked is gone
+            if key.fileobj is connection:  # the client has exited
                 os.kill(pid, signal.SIGKILL)
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             with suppress(OSError):
@@ -106,9 +108,9 @@ def _serve(address: str) -> None:
 
 
 def _forked(connection: socket.socket) -> int | None:
-    """Read what is asked, fork, and return the fork's process; the fork itself never comes back.
+    """Read a request, fork, and return the fork's process id, or None if the client left during its request.
 
-    None where whoever asked went before all was said.
+    In the fork this function does not return.
     """
     length, files, *_ = socket.recv_fds(connection, 8, 3)
     left, parts = int.from_bytes(length, "big"), []
@@ -133,11 +135,11 @@ def _forked(connection: socket.socket) -> int | None:
 
 
 def _live(argv: list[str], folder: str, environment: dict[str, str]) -> int:
-    """Run a module, a script or a text as Python would, and return the exit status."""
+    """Run a module, a script or code as Python would, and return the exit status."""
     import torch
 
     sys.executable, *rest = argv
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the server may ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server's parent may ignore SIGINT
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -1,4 +1,4 @@
-"""What a fresh process finds imported (`tests/fresh.py`): libraries, and nothing of ours."""
+"""Imports of a fresh process (`tests/fresh.py`): libraries, and no module of ours."""
 
 import accelerate  # noqa: F401
 import datasets  # noqa: F401

@@ -1,4 +1,4 @@
-"""Tiny models that see, of each family, with their processors: made in the process, random, two layers."""
+"""Tiny vision-language models of each family, with processors, made in the process: random, with two layers."""
 
 import copy
 import io
@@ -164,7 +164,7 @@ def seeing_model(family: str, seed: int = 0) -> t.PreTrainedModel:
     torch.manual_seed(seed)
     model = t.AutoModelForImageTextToText.from_config(config).float().eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():  # a fresh Gemma 3 has a projector of zeros
+        for name, parameter in model.named_parameters():  # the projector of a new Gemma 3 is zero
             if parameter.dim() > 1:
                 parameter.normal_(std=0.3)
             elif parameter.dim() == 1 and "norm" not in name:
@@ -173,14 +173,14 @@ def seeing_model(family: str, seed: int = 0) -> t.PreTrainedModel:
 
 
 def seeing_folder(folder: Path, family: str) -> Path:
-    """Write a tiny model that sees, with its processor."""
+    """Write a tiny vision-language model with its processor."""
     seeing_model(family).save_pretrained(folder)
     globals()[f"_{family}"]()[1].save_pretrained(folder)
     return folder
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 30), kind: str = "PNG") -> bytes:
-    """A picture of noise, as the bytes of a file."""
+    """Draw a picture of noise and return the bytes of its file."""
     from PIL import Image
 
     pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""The folder `deploy`: what its files say is what the command takes and what the cluster's schemas allow."""
+"""The folder `deploy`: its files match the command's options and the cluster's schemas."""
 
 import shutil
 import subprocess
@@ -16,7 +16,7 @@ DEPLOY = Path(__file__).parents[1] / "deploy"
 
 
 def serve(arguments: list[str]) -> dict:
-    """What `expertoken` understands of a container's arguments."""
+    """Parse a container's arguments with the command and return its parameters."""
     name, *rest = arguments
     command = typer.main.get_command(app).commands[name]
     with command.make_context(name, list(rest)) as context:

@@ -1,4 +1,4 @@
-"""What only a GPU shows; skipped without one."""
+"""Tests that need a GPU. They are skipped without one."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="on one GPU n
 
 @several
 def test_fsdp2_through_accelerate_comes_to_what_ddp_comes_to(tmp_path, base_folder, supervision):
-    """On a CPU accelerate trains with plain data parallelism instead, and does not say so."""
+    """On a CPU accelerate silently trains with plain data parallelism instead."""
     processes = ("--num_processes", str(torch.cuda.device_count()), "--per_device_train_batch_size", "4")
     one = launch("ddp", tmp_path / "ddp", base_folder, supervision, "lora", *SGD, *processes)
     assert_same(one, launch("fsdp2", tmp_path / "fsdp2", base_folder, supervision, "lora", *SGD, *processes), rtol=1e-3)

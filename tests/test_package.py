@@ -42,7 +42,7 @@ def test_the_version_is_that_of_the_changelog():
 
 def test_the_wheel_holds_the_package_only(tmp_path):
     pytest.importorskip("build")
-    # From a copy: a build folder left in the checkout would put deleted modules into the next wheel.
+    # The wheel is built from a copy, because an old build folder in the checkout would add deleted modules to it.
     leave = shutil.ignore_patterns(".*", "build", "dist", "demo", "runs", "*.egg-info", "__pycache__", "adapters")
     source = shutil.copytree(ROOT, tmp_path / "source", ignore=leave)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
@@ -78,7 +78,7 @@ def test_dependencies_point_down_the_floors(folder):
 
 
 def imports_of(file):
-    """Modules of the package that a module imports, for types too."""
+    """Yield the package's modules that a module imports, for types too."""
     package = file.relative_to(ROOT).parts[:-1]
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -106,7 +106,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_modules_of_higher_floors_are_named_in_one_place_only():
-    """As text, which the test above does not see: where kinds of experts are registered."""
+    """They are named as text, which the test above cannot detect, where kinds of experts are registered."""
     higher = {folder: [other for other, floor in FLOORS.items() if floor > FLOORS[folder]] for folder in FLOORS}
     named = [
         file.relative_to(ROOT).as_posix()
@@ -132,7 +132,7 @@ def modules():
 
 
 def test_a_name_of_a_module_stands_once():
-    """But for the command's verbs, which are named after what they run."""
+    """The command's verbs are an exception, because they have the names of the modules that they run."""
     names = Counter(file.name for file in modules())
     assert [name for name, count in names.items() if count > 1] == []
 
@@ -149,7 +149,7 @@ def test_a_name_of_a_public_class_stands_once():
 
 
 def code_of(file):
-    """A module without its docstrings, which may give examples."""
+    """Return a module's code without docstrings, because they may contain examples."""
     tree = ast.parse(file.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
@@ -161,7 +161,9 @@ def code_of(file):
 
 def test_one_module_spells_the_kind_of_endpoints():
     files = [file for folder in (*FOLDERS[:5], "cli") for file in (ROOT / folder).rglob("*.py")]
-    codes = {file: re.sub(r"from openai\.types\S* import", "", code_of(file)) for file in files}  # the library's types
+    codes = {
+        file: re.sub(r"from openai\.types\S* import", "", code_of(file)) for file in files
+    }  # imports of the library's types are allowed
     spelt = [file.relative_to(ROOT).as_posix() for file, code in codes.items() if re.search(r"\bopenai\b", code)]
     assert spelt == ["inference/backends/endpoint.py"]
 

@@ -1,4 +1,4 @@
-"""The example in which pictures alone decide, on the real SmolLM2."""
+"""The example of decisions from pictures alone, on the real SmolLM2."""
 
 import asyncio
 import base64

@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_python_of_the_readme_runs(tmp_path, base_folder, results, pool, monkeypatch, capsys):
-    """In a folder with a composite at the place that `make demo` leaves one."""
+    """The code runs in a folder with a composite at the path that `make demo` writes."""
     from transformers import TrainingArguments
 
     build_supervision(results, pool).save(tmp_path / "demo" / "supervision")
@@ -34,7 +34,7 @@ def test_the_python_of_the_readme_runs(tmp_path, base_folder, results, pool, mon
 
 
 def test_the_python_of_the_manual_goes_from_a_table_to_a_plugged_in_expert(tmp_path, base_folder, monkeypatch, capsys):
-    """In at most 20 lines, by names of the root alone; with models that are here."""
+    """The manual's code has at most 20 lines and imports from the root only. It runs on tiny local models."""
     [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
     assert set(re.findall(r"^(?:from|import) (\S+)", code, re.MULTILINE)) == {"expertoken"}
@@ -71,7 +71,7 @@ def test_the_table_and_the_pool_of_the_readme_fit_together(tmp_path):
 
 
 def test_the_two_commands_of_the_training_manual_train_a_composite(tmp_path, base_folder, monkeypatch, capsys):
-    """Word for word, on the README's table and pool, made long enough to have sides; with a meta LLM that is here."""
+    """The commands run unchanged on the README's pool and a longer copy of its table, with a tiny meta LLM."""
     [commands] = re.findall(
         r"two commands:\n\n```bash\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL
     )

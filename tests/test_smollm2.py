@@ -1,4 +1,4 @@
-"""On the real small LLM: what random two-layer models can't show."""
+"""Tests on the real small LLM, for properties that random two-layer models lack."""
 
 import random
 
@@ -94,7 +94,7 @@ def test_self_answers_from_the_decisions_cache_as_the_plain_model_does(composite
 
 @pytest.mark.parametrize("skill", SKILLS)
 def test_every_shipped_expert_can_do_its_skill(composite, skill):
-    """Far above the bare model on held-out tasks (`examples/skills/README.md` has the measured scores)."""
+    """It is far above the meta LLM alone on held-out tasks (`examples/skills/README.md` has the measured scores)."""
     asked = [task for task, _ in zip(tasks(skill, "held_out"), range(16), strict=False)]
     chats = [[{"role": "user", "content": task.prompt}] for task in asked]
     answers = [answer.text for answer in composite.backend(skill).complete(chats, Generation(48))]

@@ -1,4 +1,4 @@
-"""Tiny models and a tokenizer made in the process: hermetic, random, two layers."""
+"""Tiny models and a tokenizer, made in the process: hermetic, random, with two layers."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -132,7 +132,7 @@ def tiny_model(architecture: str = "llama-tied", seed: int = 0) -> t.PreTrainedM
     torch.manual_seed(seed)
     model = t.AutoModelForCausalLM.from_config(_config(architecture)).float().eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # the default start is so small that soft caps and norms do nothing
+        for parameter in model.parameters():  # the default weights are so small that soft caps and norms have no effect
             if parameter.dim() > 1:
                 parameter.normal_(std=0.3)
             elif parameter.dim() == 1:
@@ -147,7 +147,7 @@ def tiny_folder(path: Path, architecture: str = "llama-tied", template: str = "c
 
 
 def tiny_pool(base: Path) -> ExpertPool:
-    """Two experts and self; the experts are the base itself, so that they can really answer."""
+    """Return a pool of two experts and self. The experts are the base itself, so that they can answer."""
     return ExpertPool(
         [
             Expert("math", model=str(base), description="Compute plus"),
@@ -158,7 +158,7 @@ def tiny_pool(base: Path) -> ExpertPool:
 
 
 def tiny_results() -> BenchmarkResults:
-    """120 queries of three benchmarks, each with a model that is right there and nowhere else."""
+    """Return results of 120 queries in three benchmarks. Each benchmark has one model, which is right only there."""
     rows, scores = [], []
     for index in range(120):
         kind = index % 3

@@ -1,7 +1,7 @@
-"""torchvision where it lies apart: beside a torch for CPUs alone the one of PyPI can't be imported as it is.
+"""torchvision from a separate folder, made importable beside a CPU build of torch.
 
-It lacks operators there that nothing here needs, and without them all of transformers would fail to import. Imports
-neither of them before it is asked to.
+PyPI's torchvision lacks operators beside such a build. The tests do not need them, but without them all of transformers
+fails to import. This module imports neither library before `usable_torchvision` is called.
 """
 
 import os
@@ -13,7 +13,7 @@ _DEFINED: Any = None
 
 
 def usable_torchvision() -> bool:
-    """Make torchvision usable, of `$EXPERTOKEN_TORCHVISION` where that is set, and return whether it is."""
+    """Make torchvision importable, from `$EXPERTOKEN_TORCHVISION` if that is set. Return whether it is found."""
     global _DEFINED
     apart = os.environ.get("EXPERTOKEN_TORCHVISION")
     if apart and apart not in sys.path:

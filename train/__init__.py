@@ -1,1 +1,1 @@
-"""Training expert tokens: arguments, cached features, methods, plug-in. Imports `modeling` and `data_prep`."""
+"""Training of expert tokens: arguments, cached features, methods, plug-in. Imports `modeling` and `data_prep`."""

@@ -1,9 +1,9 @@
-"""Training arguments, each documented once, here: `--help`, YAML files and the manual are made from these fields.
+"""Training arguments. Each is documented here only: `--help`, YAML files and the manual are made from these fields.
 
-Imports no torch, so that `--help` answers at once.
+The module imports no torch, so that `--help` answers at once.
 """
 
-# ruff: noqa: RUF009 - `_option` makes a dataclass field, which is what belongs there
+# ruff: noqa: RUF009 - `_option` returns a dataclass field, the right default here
 
 import math
 from collections.abc import Iterable
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 METHODS = ("tokens", "lora", "qlora")
 L2 = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-"""L2 strengths to try where none are given."""
+"""L2 strengths to try by default."""
 
 _LEAST = {"max_tokens": 1, "context_tokens": 0, "anywhere": 0, "anywhere_tokens": 1, "lora_r": 1, "lora_alpha": 1}
 
 
 def _option(default: T, text: str, choices: Iterable[str] | None = None) -> T:
-    """Return a dataclass field with its help and, for the parser, its choices. Typed as the value it will hold."""
+    """Return a dataclass field with its help and the parser's choices. Its type is that of the value it will hold."""
     metadata: dict[str, Any] = {"help": text} | ({} if choices is None else {"choices": list(choices)})
     made: Any = (
         field(default_factory=lambda: list(default), metadata=metadata)
@@ -35,7 +35,7 @@ def _option(default: T, text: str, choices: Iterable[str] | None = None) -> T:
 
 
 def is_of(value: Any, hint: Any) -> bool:
-    """Return whether a value is of an annotated type; a whole number is a float, too."""
+    """Check whether a value is of an annotated type. A whole number is also a float."""
     inner = get_args(hint)
     if get_origin(hint) is list:
         return isinstance(value, list) and all(is_of(item, inner[0]) for item in value)
@@ -51,83 +51,87 @@ def type_name(hint: Any) -> str:
 
 @dataclass
 class ExpertokenArguments:
-    """What expertoken adds to `transformers.TrainingArguments`.
+    """Training arguments of expertoken, in addition to `transformers.TrainingArguments`.
 
     Raises:
-        ValueError: with every value that is of another type or too small.
+        ValueError: Values are of another type or too small. The message names all of them.
     """
 
-    meta: str = field(metadata={"help": "The meta LLM: hub id, local folder or GGUF file."})
+    meta: str = field(metadata={"help": "Meta LLM: hub id, local folder or GGUF file."})
     data: str = field(metadata={"help": "Supervision folder, made by `expertoken prepare`."})
-    out: str | None = _option(None, "Composite folder to write; needed.")
+    out: str | None = _option(None, "Composite folder to write. Required.")
     method: str = _option(
         "tokens",
-        "tokens: only the expert rows are trained, on states computed once. lora: LoRA on the backbone and the rows. "
-        "qlora: the same on a backbone in 4 bits (NF4, double quantization; the head stays as it is).",
+        "Training method. tokens: the expert rows alone, on states computed once. lora: LoRA on the backbone and the "
+        "rows. qlora: the same on a backbone in 4 bits (NF4, double quantization). Its head is not quantized.",
         METHODS,
     )
     objective: str | None = _option(
         None,
-        "cross_entropy: to the label's distribution, one-hot or soft. correctness: each candidate's chance of being "
-        "right. expected_score: the score of a choice drawn from the dispatch distribution. contrastive: the best "
-        "candidates of a query against its worst (RouterDC). Default: what the labels were made for.",
+        "Training objective. cross_entropy: cross-entropy to the label's distribution, one-hot or soft. correctness: "
+        "each candidate's chance of being right. expected_score: the score of a candidate drawn from the dispatch "
+        "distribution. contrastive: the best candidates of a query against its worst (RouterDC). Defaults to the "
+        "objective that the labels were made for.",
         OBJECTIVES,
     )
     revision: str | None = _option(None, "Git revision of a hub model.")
     dtype: str | None = _option(
         None,
-        "Type of the meta LLM's weights; auto is the saved type. Default: float32 on a CPU, else auto.",
+        "Type of the meta LLM's weights. auto: the saved type. Defaults to float32 on a CPU, else to auto.",
         DTYPES,
     )
     quantization: str | None = _option(
         None,
-        "tokens: load the meta LLM in 4 bits (nf4) or 8 (int8), where it does not fit otherwise. qlora is nf4 always.",
+        "Quantization of the meta LLM for method tokens, if it does not fit otherwise: 4 bits (nf4) or 8 (int8). "
+        "Method qlora always uses nf4.",
         QUANTIZATIONS,
     )
     attn_implementation: str | None = _option(
-        None, "Implementation of attention. Default: what transformers chooses for the model.", ATTENTION
+        None, "Implementation of attention. Defaults to the one that transformers chooses for the model.", ATTENTION
     )
-    trust_remote_code: bool = _option(False, "Allow the meta LLM's repository to run its own code here.")
-    max_tokens: int = _option(MAX_TOKENS, "tokens: padded tokens of one batch of the forward pass.")
+    trust_remote_code: bool = _option(False, "Allow the meta LLM's repository to run its own code on this machine.")
+    max_tokens: int = _option(MAX_TOKENS, "Padded tokens in one batch of the forward pass. For method tokens.")
     context_tokens: int = _option(
         1024,
-        "Tokens that a decision reads of what surrounds the newest request: system prompt, earlier turns, tool "
-        "results, the newest first. The request is read whole.",
+        "Tokens that a decision reads from the context of the newest request: system prompt, earlier turns and tool "
+        "results, the newest first. The request itself is always read whole.",
     )
     state: str = _option(
         "head",
-        "State that the expert rows read. head: that of the model's head at the last token. LAYER:POOLING: the state "
-        "behind a lower layer, at the last token (16:last), its mean over all tokens (8:mean), or both; the layers "
-        "above are computed only where the meta LLM itself answers. auto: five folds choose, the cheaper one where two "
-        "tie.",
+        "State that the expert rows read. head: the input of the model's head at the last token. LAYER:POOLING: the "
+        "state behind a lower layer, at the last token (16:last), as the mean over all tokens (8:mean), or both "
+        "(8:both). The layers above are computed only if the meta LLM itself answers. auto: the best state by five "
+        "folds, the cheapest of those that tie.",
     )
     l2: list[float] = _option(
         list(L2),
-        "tokens: L2 strengths to try; five folds choose the one with the least loss on the queries left out.",
+        "L2 strengths to try for the expert rows. Five folds choose the one with the least loss on held-out queries.",
     )
     anywhere: int = _option(
         0,
-        "Positions inside the meta LLM's own answer to each query that are learnt too, so that the rows know when to "
-        "hand over in mid-answer and when to hold back. 0: only the start. Needs self in the pool.",
+        "Positions to learn inside the meta LLM's own answer to each query, so that the rows learn when to hand over "
+        "in mid-answer and when to hold back. 0: the start alone. Needs self in the pool.",
     )
-    anywhere_tokens: int = _option(64, "anywhere: length of those answers, in tokens.")
+    anywhere_tokens: int = _option(64, "Length in tokens of the answers that --anywhere reads.")
     warm_start: bool = _option(
-        True, "lora, qlora: start from the rows that method tokens finds, not from the descriptions."
+        True, "Start lora and qlora from the rows that method tokens finds, instead of from the descriptions."
     )
-    lora_r: int = _option(8, "lora, qlora: rank.")
-    lora_alpha: int = _option(16, "lora, qlora: scale is lora_alpha / lora_r.")
-    lora_dropout: float = _option(0.05, "lora, qlora: dropout on the adapters' input.")
-    lora_target_modules: list[str] = _option(["all-linear"], "lora, qlora: names of the layers to adapt.")
+    lora_r: int = _option(8, "Rank of the LoRA adapters. For lora and qlora.")
+    lora_alpha: int = _option(
+        16, "Numerator of the LoRA adapters' scale, which is lora_alpha / lora_r. For lora and qlora."
+    )
+    lora_dropout: float = _option(0.05, "Dropout on the LoRA adapters' input. For lora and qlora.")
+    lora_target_modules: list[str] = _option(["all-linear"], "Names of the layers to adapt. For lora and qlora.")
     rows_learning_rate: float | None = _option(
-        None, "lora, qlora: learning rate of the expert rows. Default: learning_rate."
+        None, "Learning rate of the expert rows. For lora and qlora. Defaults to learning_rate."
     )
     resume: str = _option(
         "auto",
-        "lora, qlora: auto continues the last complete checkpoint of the same run in --out; never starts anew; or "
-        "the path of a checkpoint.",
+        "Checkpoint to resume lora or qlora from: auto, never or a path. auto continues the last complete checkpoint "
+        "of the same run in --out. never starts a new run.",
     )
     verify: bool = _option(
-        True, "Load the saved composite in a fresh process and compare logits, where a second copy has room."
+        True, "Load the saved composite in a fresh process and compare logits, if a second copy fits in memory."
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of method `lora`: each is a composite folder beside what the Trainer resumes from."""
+"""Checkpoints of method `lora`: composite folders that also hold the files the Trainer resumes from."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from ..modeling.sharding import overwrite
 logger = logging.getLogger(__name__)
 
 START = "checkpoint-start"
-"""Folder of the weights that training began with. It has no number, so a run does not resume from it."""
+"""Folder of the weights at the start of training. It has no number, so a run does not resume from it."""
 
 _RUN_FILE = Path("runs") / "run.json"
 _FINISHED = Path("runs") / "finished.json"
@@ -25,13 +25,13 @@ _NAMED = 5  # differences that an error names
 
 
 def write_checkpoint(folder: Path, composite: Composite, trained: Trained, step: int) -> None:
-    """Write a composite of what is trained so far.
+    """Write a composite with the present weights.
 
     Args:
-        folder: folder of the checkpoint.
-        composite: what is trained.
-        trained: its weights, brought together from all processes.
-        step: step of the training.
+        folder: Folder of the checkpoint.
+        composite: Composite in training.
+        trained: Its weights, gathered from all processes.
+        step: Training step.
     """
     folder.mkdir(parents=True, exist_ok=True)
     manifest = replace(composite.manifest, training=composite.manifest.training | {"steps": step})
@@ -42,7 +42,7 @@ def read_checkpoint(folder: Path, composite: Composite) -> None:
     """Put a checkpoint's adapter and rows into a composite, in place.
 
     Raises:
-        ExpertokenError: its files are missing, damaged, or of another model.
+        ExpertokenError: Files of the checkpoint are missing, damaged, or of another model.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -52,14 +52,14 @@ def read_checkpoint(folder: Path, composite: Composite) -> None:
         meta.set_adapter_state(load_file(file))
     except (OSError, SafetensorError, ExpertokenError) as error:
         raise ExpertokenError(
-            f"{file}: missing, damaged or of another model ({one_line(error)}); remove {folder.name}, and the run goes "
-            "on from the checkpoint before it"
+            f"{file}: missing, damaged or of another model ({one_line(error)}). Remove {folder.name} to resume from "
+            "the checkpoint before it"
         ) from error
     overwrite(meta.head.expert_rows, read_rows(folder / ROWS_FILE, composite.pool.names, meta.row_width))
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """The Trainer's checkpoints; a folder that somebody named checkpoint-good is nobody's to delete."""
+    """Return the Trainer's numbered checkpoints. A user's folder such as checkpoint-good must not be deleted."""
     return [entry for entry in folder.glob("checkpoint-*") if entry.name.removeprefix("checkpoint-").isdigit()]
 
 
@@ -69,7 +69,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole: `trainer_state.json`, written last, can be read, and so can the weights."""
+    """Return the newest complete checkpoint: its `trainer_state.json`, written last, and its weights can be read."""
     from safetensors import SafetensorError, safe_open
 
     for entry in sorted(_numbered(folder), key=_step, reverse=True):
@@ -79,18 +79,18 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
                 with safe_open(entry / name, "pt"):
                     pass
         except (OSError, ValueError, SafetensorError) as error:
-            logger.warning("%s is passed over: %s", entry, one_line(error))
+            logger.warning("%s is incomplete and is skipped: %s", entry, one_line(error))
             continue
         return entry
     return None
 
 
 def find_checkpoint(resume: str, output_dir: Path, run: dict[str, Any]) -> Path | None:
-    """Which checkpoint to go on from, as `--resume` says; `run` identifies this run.
+    """Find the checkpoint to resume from by the value of `--resume`, or None. `run` identifies this run.
 
     Raises:
-        ExpertokenError: with `auto`, the checkpoints in `output_dir` belong to another run; with a path, it holds no
-            whole checkpoint, or `output_dir` holds later ones of another run.
+        ExpertokenError: With `auto`, the checkpoints in `output_dir` belong to another run. With a path, the path holds
+            no complete checkpoint, or `output_dir` holds later ones of another run.
     """
     record = output_dir / _RUN_FILE
     if resume == "auto":
@@ -100,41 +100,43 @@ def find_checkpoint(resume: str, output_dir: Path, run: dict[str, Any]) -> Path 
         if other:
             told = ", ".join(f"{key} {known.get(key)!r} then, {run.get(key)!r} now" for key in other[:_NAMED])
             raise ExpertokenError(
-                f"{output_dir}: holds checkpoints of a run with other arguments or data ({told}); choose another "
-                "--out, or say --resume never to start anew there"
+                f"{output_dir}: holds checkpoints of a run with other arguments or data ({told}). Choose another "
+                "--out, or pass --resume never to start anew there"
             )
     elif resume == "never":
         checkpoint = None
     else:
         checkpoint = Path(resume)
         if not (checkpoint / "trainer_state.json").exists():
-            raise ExpertokenError(f"--resume {resume}: no complete checkpoint there; expected auto, never or its path")
+            raise ExpertokenError(
+                f"--resume {resume}: expected auto, never or the path of a complete checkpoint, found none there"
+            )
         later = [entry.name for entry in _numbered(output_dir) if _step(entry) > _step(checkpoint)]
         if later and record.exists() and json.loads(record.read_text()) != run:
-            # They would be taken for this run's when it is resumed again.
+            # The next resume of this run would mistake them for its own.
             raise ExpertokenError(
-                f"{output_dir}: holds later checkpoints of a run with other arguments ({', '.join(sorted(later))}); "
-                "choose another --out, or remove them"
+                f"{output_dir}: holds later checkpoints of a run with other arguments ({', '.join(sorted(later))}). "
+                "Choose another --out, or remove them"
             )
     return checkpoint
 
 
 def record_finished(output_dir: Path, state: TrainerState) -> None:
-    """Note that the run came to its end: its last checkpoint may be removed by then, since another one is the best."""
+    """Record that the run is finished. Its last checkpoint may be removed by then, since another one is the best."""
     try:
         with atomic_file(output_dir / _FINISHED) as aside:
             state.save_to_json(str(aside))
-    except ExpertokenError as error:  # the same command will train again: no reason to lose what is trained now
+    except ExpertokenError as error:  # the same command trains again: no reason to lose the weights of this run
         logger.warning("%s", error)
 
 
 def finished_run(resume: str, output_dir: Path, run: dict[str, Any]) -> Path | None:
-    """Return the file of the Trainer's state where this very run has come to its end and its best checkpoint is there.
+    """Return the file of the Trainer's state if this same run is finished and its best checkpoint exists, else None.
 
     Args:
-        resume: `--resume`; only by `auto` it is this very run.
-        output_dir: folder of the run.
-        run: identifies the run.
+        resume: Value of `--resume`. Only `auto` refers to the same run.
+        output_dir: Folder of the run.
+        run: Settings that identify the run.
     """
     file, record = output_dir / _FINISHED, output_dir / _RUN_FILE
     try:
@@ -148,18 +150,18 @@ def finished_run(resume: str, output_dir: Path, run: dict[str, Any]) -> Path | N
 
 
 def best_checkpoint(state: TrainerState, checkpoint: Path) -> Path:
-    """The best checkpoint of a finished run, in the folder that its last one is in now."""
+    """Return the best checkpoint of a finished run, searched first in the present folder of its last checkpoint."""
     recorded = Path(state.best_model_checkpoint or checkpoint)
     best = next((folder for folder in (checkpoint.parent / recorded.name, recorded) if folder.exists()), None)
     if best is None:
-        logger.warning("the best checkpoint, %s, is not there any more; the last one is taken", recorded.name)
+        logger.warning("the best checkpoint, %s, does not exist any more, so the last one is used", recorded.name)
     return best or checkpoint
 
 
 def record_run(resume: str, output_dir: Path, run: dict[str, Any]) -> None:
-    """Note which run the checkpoints belong to; with `--resume never` those of an earlier run go.
+    """Record the run that the checkpoints belong to. With `--resume never` delete the checkpoints of an earlier run.
 
-    Otherwise an interrupted new run would be continued from the old one's checkpoint, which has the higher number.
+    Otherwise an interrupted new run would resume from the old run's checkpoint, which has the higher number.
     """
     if resume == "never":
         for entry in _numbered(output_dir):

@@ -1,4 +1,4 @@
-"""Command line over YAML over defaults, resolved in one function."""
+"""Resolution of training arguments: the command line overrides YAML, and YAML overrides defaults."""
 
 import argparse
 import itertools
@@ -27,21 +27,21 @@ _USAGE = (
     "       accelerate launch -m expertoken.train ..."
 )
 _EPILOG = (
-    "RECIPE is a YAML file or the name of a shipped one ({recipes}). Command line beats YAML beats default. Every "
-    "argument of transformers.TrainingArguments is accepted too (--learning_rate, --report_to tensorboard, ...); "
-    "--help-all lists them. `expertoken train ... --accelerate_config NAME` launches itself under accelerate with a "
-    "file or a shipped configuration ({configs}); {beside} may stand beside it. --deepspeed takes a file or the name "
-    "of a shipped one ({deepspeed}), for torchrun and DeepSpeed's own launcher."
+    "RECIPE is a YAML file or the name of a shipped one ({recipes}). The command line overrides YAML, and YAML "
+    "overrides defaults. Every argument of transformers.TrainingArguments is accepted too (--learning_rate, "
+    "--report_to tensorboard, ...). --help-all lists them. `expertoken train ... --accelerate_config NAME` launches "
+    "the command under accelerate with a file or a shipped configuration ({configs}). With it, {beside} are accepted. "
+    "--deepspeed takes a file or the name of a shipped one ({deepspeed}), for torchrun and DeepSpeed's own launcher."
 )
 
 _OURS = dict.fromkeys(
     ("eval_strategy", "eval_steps", "metric_for_best_model", "greater_is_better", "load_best_model_at_end"),
-    "not to be set: method lora evaluates each checkpoint and keeps the best by score (save_steps says how often)",
+    "not to be set: method lora evaluates each checkpoint and keeps the best by score (save_steps sets the interval)",
 ) | {"output_dir": "spelt --out, as in the other commands"}
 
 
 _DEFAULTS: dict[str, Any] = {
-    # Shares of all steps: of the Trainer's own 500 a run of 62 steps would see nothing.
+    # Shares of all steps: with the Trainer's default of 500 a run of 62 steps would log and save nothing.
     "logging_steps": 0.02,
     "save_steps": 0.1,
     "include_num_input_tokens_seen": True,  # for tokens per second in the log
@@ -49,7 +49,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def make_parser(*, everything: bool) -> "HfArgumentParser":
-    """The argument parser; without `everything` it knows our own arguments only and needs no torch."""
+    """Return the argument parser. Without `everything` it knows our own arguments only and needs no torch."""
     kinds: list[Any] = [ExpertokenArguments]
     if everything:
         require_extra("accelerate", "train")
@@ -72,14 +72,14 @@ def make_parser(*, everything: bool) -> "HfArgumentParser":
     )
     for action in parser._actions:
         if action.dest == "output_dir":
-            action.help = argparse.SUPPRESS  # it is `--out` here
+            action.help = argparse.SUPPRESS  # expertoken's option is `--out`
         if any(flag.startswith("--no_") for flag in action.option_strings):
-            action.help = f"The opposite of --{action.dest}."
+            action.help = f"Opposite of --{action.dest}."
     return parser
 
 
 def _argument_parser() -> type["HfArgumentParser"]:
-    """Load transformers' parser from its file: importing the package takes over a second, and help needs none of it."""
+    """Load transformers' parser from its file, since importing the package takes over a second and help needs none."""
     package = find_spec("transformers")
     assert package is not None
     assert package.origin is not None
@@ -87,25 +87,25 @@ def _argument_parser() -> type["HfArgumentParser"]:
 
 
 def _deepspeed() -> dict[str, Path]:
-    """The shipped DeepSpeed configurations by name."""
+    """Return the shipped DeepSpeed configurations by name."""
     return {file.stem: file for file in sorted(DEEPSPEED.glob("*.json"))}
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """A recipe's keys and values, by path or by the name of a shipped one.
+    """Return a recipe's keys and values, by its path or by the name of a shipped one.
 
     Raises:
-        ConfigError: there is no such file, or it is no YAML mapping.
+        ConfigError: The file does not exist or is not a YAML mapping.
     """
-    return read(name, RECIPES, f"{name}: no such recipe; expected a YAML file or a shipped one")[1]
+    return read(name, RECIPES, f"{name}: expected a YAML file or the name of a shipped recipe, found neither")[1]
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[ExpertokenArguments, "TrainingArguments"]:
     """Resolve a recipe and command-line overrides.
 
     Raises:
-        ConfigError: with every unknown key, missing argument and unknown value of our own options at once.
-        SystemExit: help was asked for, or a value is not of its option's type.
+        ConfigError: Keys or values are unknown, or arguments are missing. The message names all of them.
+        SystemExit: Help was requested, or a value is not of its option's type.
     """
     argv = list(argv)
     if "--help" in argv or "-h" in argv or "--help-all" in argv:
@@ -141,7 +141,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ExpertokenArguments, "Training
     parser.set_defaults(**_DEFAULTS | defaults)
     try:
         argv = _with_deepspeed_file(_cpu_by_default(argv, recipe), recipe)
-        argv += ["--output_dir", str(_values(argv).get("out", recipe.get("out")))]  # the Trainer's name for it
+        argv += ["--output_dir", str(_values(argv).get("out", recipe.get("out")))]  # the Trainer's name for `--out`
         ours, theirs = parser.parse_args_into_dataclasses(argv)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training arguments: {one_line(error)}") from None
@@ -151,17 +151,17 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ExpertokenArguments, "Training
 def make_arguments(
     meta: str, data: str, out: str, options: dict[str, Any]
 ) -> tuple[ExpertokenArguments, "TrainingArguments"]:
-    """Return the arguments of a run that Python code asks for.
+    """Return the arguments of a run that Python code starts.
 
     Args:
-        meta: the meta LLM.
-        data: supervision folder.
-        out: composite folder to write.
-        options: fields of `ExpertokenArguments` and of `transformers.TrainingArguments`.
+        meta: Meta LLM: hub id, local folder or GGUF file.
+        data: Supervision folder.
+        out: Composite folder to write.
+        options: Fields of `ExpertokenArguments` and of `transformers.TrainingArguments`.
 
     Raises:
-        ConfigError: with every unknown key and every value that an option can't have.
-        ImportError: the extra `train` is not installed.
+        ConfigError: Keys are unknown or values are invalid. The message names all of them.
+        ImportError: The extra `train` is not installed.
     """
     require_extra("accelerate", "train")
     import torch
@@ -188,7 +188,7 @@ def make_arguments(
 
 
 def _typed(value: Any, action: argparse.Action) -> Any:
-    """A YAML value as argparse would read it: YAML takes `1e-4` for text, argparse converts text but not lists."""
+    """Convert a YAML value as argparse would: YAML reads `1e-4` as text, and argparse converts text but not lists."""
     convert: Any = action.type
     if action.nargs in ("+", "*"):
         return [convert(item) if convert else item for item in (value if isinstance(value, list) else [value])]
@@ -201,14 +201,14 @@ def _check_deepspeed(name: Any) -> None:
 
 
 def _with_deepspeed_file(argv: list[str], recipe: dict[str, Any]) -> list[str]:
-    """The command line with the name of a shipped DeepSpeed configuration, there or in the recipe, made its file."""
+    """Replace the name of a shipped DeepSpeed configuration, in the command line or the recipe, by its file."""
     name = _values(argv).get("deepspeed", recipe.get("deepspeed"))
     file = _deepspeed().get(name) if isinstance(name, str) else None
-    return argv if file is None else [*argv, "--deepspeed", str(file)]  # of two values the last one counts
+    return argv if file is None else [*argv, "--deepspeed", str(file)]  # argparse uses the last of two values
 
 
 def _values(argv: Sequence[str]) -> dict[str, str]:
-    """What the command line says, by name: `--key value` and `--key=value`."""
+    """Parse `--key value` and `--key=value` of a command line into values by name."""
     values = {}
     for item, following in itertools.pairwise([*argv, ""]):
         if item.startswith("--"):
@@ -218,7 +218,7 @@ def _values(argv: Sequence[str]) -> dict[str, str]:
 
 
 def _choices(values: dict[str, Any], actions: dict[str, argparse.Action]) -> list[str]:
-    """Return what is wrong with the values of our own options that have choices."""
+    """Return an error message for each of our own options whose value is not among its choices."""
     allowed = {item.name: actions[item.name].choices for item in fields(ExpertokenArguments)}
     return [
         f"{key}: unknown value {values[key]!r}, {did_you_mean(str(values[key]), known)}"
@@ -228,7 +228,7 @@ def _choices(values: dict[str, Any], actions: dict[str, argparse.Action]) -> lis
 
 
 def _cpu_by_default(argv: Sequence[str], recipe: dict[str, Any]) -> list[str]:
-    """Say `--use_cpu` where there is no accelerator: without it several CPU processes would each train alone."""
+    """Append `--use_cpu` without an accelerator, since several CPU processes would otherwise each train alone."""
     import torch
 
     if torch.accelerator.is_available() or "use_cpu" in recipe or "use_cpu" in _values(argv):

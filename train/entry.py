@@ -1,4 +1,4 @@
-"""Entry point of `python -m expertoken.train` and `expertoken train`: help without torch, errors in one line."""
+"""Entry point of `python -m expertoken.train` and `expertoken train`. Help needs no torch. Errors are one line."""
 
 import logging
 import os
@@ -11,12 +11,12 @@ from .config import parse_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, train, and leave with an exit status."""
+    """Parse arguments, train, and exit with a status."""
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("expertoken").setLevel(level)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional kernel aloud, at every start
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a missing optional kernel at every start
     try:
         options, arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         from .processes import leave
@@ -26,5 +26,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ExpertokenError, ImportError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; what was computed is kept: run the same command again to go on")
+        sys.exit("Interrupted. Finished work is kept: run the same command again to resume.")
     leave()

@@ -1,4 +1,4 @@
-"""`--accelerate_config NAME`: the same command again, under `accelerate launch` with a shipped configuration."""
+"""Launch of `--accelerate_config NAME`: the same command under `accelerate launch` with a shipped configuration."""
 
 import os
 import subprocess
@@ -14,28 +14,28 @@ _FLAG = "--accelerate_config"
 _LAUNCHER = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "gpu_ids")
 _SWITCHES = ("zero3_init_flag",)
 BESIDE = [f"--{name}" for name in (*_LAUNCHER, *_SWITCHES)]
-"""What of `accelerate launch` may stand beside `--accelerate_config`; everything else is the configuration's."""
+"""Options of `accelerate launch` accepted with `--accelerate_config`. All others come from the configuration."""
 
 
 def shipped() -> list[str]:
-    """Names of the configurations that come with expertoken."""
+    """Return the names of the configurations shipped with expertoken."""
     return names(CONFIGS)
 
 
 def read_config(name: str) -> tuple[Path, dict]:
-    """A configuration by the name of a shipped one, or by its path.
+    """Return a configuration's path and its content, by its path or by the name of a shipped one.
 
     Raises:
-        ExpertokenError: there is none, or it is no YAML mapping.
+        ExpertokenError: The file does not exist or is not a YAML mapping.
     """
     return read(name, CONFIGS, f"{_FLAG} {name}: expected a file or a shipped configuration")
 
 
 def launch_arguments(argv: Sequence[str]) -> list[str] | None:
-    """Return the arguments of `accelerate launch` that `argv` asks for, or None where it names no configuration.
+    """Return the arguments of `accelerate launch` for `argv`, or None if `argv` names no configuration.
 
     Raises:
-        ExpertokenError: there is no such configuration.
+        ExpertokenError: The configuration does not exist, or a name has no value.
     """
     values, rest = _take(argv, (_FLAG.lstrip("-"), *_LAUNCHER, *_SWITCHES))
     if (name := values.pop("accelerate_config", None)) is None:
@@ -46,10 +46,12 @@ def launch_arguments(argv: Sequence[str]) -> list[str] | None:
 
 
 def environment(argv: Sequence[str]) -> dict[str, str]:
-    """Return what has to stand in the environment: what a configuration can't say of a machine without an accelerator.
+    """Return the environment variables that a launch needs on a machine without an accelerator.
+
+    A configuration file can't hold these settings.
 
     Raises:
-        ExpertokenError: the configuration needs an accelerator, and there is none.
+        ExpertokenError: The configuration does not fit the number of processes, or needs a missing accelerator.
     """
     values, _ = _take(argv, (_FLAG.lstrip("-"), *_LAUNCHER))
     name = values["accelerate_config"]
@@ -57,17 +59,17 @@ def environment(argv: Sequence[str]) -> dict[str, str]:
     kind = config.get("distributed_type")
     given = values.get("num_processes")
     if given is not None and not given.isdigit():
-        raise ExpertokenError(f"--num_processes {given}: expected a whole number")
+        raise ExpertokenError(f"--num_processes: expected a whole number, got {given}")
     processes = int(given or config.get("num_processes") or 1)
     if kind == "NO" and processes > 1:
-        raise ExpertokenError(f"{_FLAG} {name}: it is for one process, and would start one; for {processes} take ddp")
+        raise ExpertokenError(f"{_FLAG} {name}: expected one process, got {processes}. For several processes use ddp")
     import torch
 
     added = {}
     if not torch.accelerator.is_available():
         if kind == "FSDP":
-            # accelerate would go on with plain data parallelism and not say so.
-            raise ExpertokenError(f"{_FLAG} {name}: FSDP needs accelerators; on a CPU take ddp or zero3")
+            # accelerate would silently fall back to plain data parallelism.
+            raise ExpertokenError(f"{_FLAG} {name}: FSDP needs accelerators, found none. On a CPU use ddp or zero3")
         if kind != "DEEPSPEED":  # for DeepSpeed the same variable switches DeepSpeed off
             added["ACCELERATE_USE_CPU"] = "true"
         here = processes // int(values.get("num_machines") or config.get("num_machines") or 1)
@@ -78,13 +80,13 @@ def environment(argv: Sequence[str]) -> dict[str, str]:
 
 
 def relaunch(argv: Sequence[str]) -> None:
-    """Launch the same command as `accelerate launch` does, wait for its end, and leave; return where it asks for none.
+    """Launch the same command as `accelerate launch` does, wait for its end, and exit. Return if none is requested.
 
-    In this process: one more would import torch once more, which takes seconds.
+    The launcher runs in this process: another one would import torch again, which takes seconds.
 
     Raises:
-        ExpertokenError: an argument is wrong, or a process of several failed.
-        SystemExit: training ended; with its exit status.
+        ExpertokenError: An argument is wrong, or one of several processes failed.
+        SystemExit: Training ended. Its exit status is passed on.
     """
     arguments = launch_arguments(argv)
     if arguments is None:
@@ -96,19 +98,19 @@ def relaunch(argv: Sequence[str]) -> None:
 
     try:
         launch_command(launch_command_parser().parse_args(arguments))
-    except subprocess.CalledProcessError as error:  # it said why
+    except subprocess.CalledProcessError as error:  # the process has printed its error
         sys.exit(error.returncode if error.returncode > 0 else 1)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise ExpertokenError(f"process {rank} ended with {failure.exitcode}; what it said stands above") from None
+        raise ExpertokenError(f"process {rank} exited with {failure.exitcode}. Its error is printed above") from None
     sys.exit(0)
 
 
 def _take(argv: Sequence[str], wanted: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Take `--name value` and `--name=value` out of a command line: the values by name, and the rest.
+    """Split a command line into the values of wanted options, `--name value` or `--name=value`, and the rest.
 
     Raises:
-        ExpertokenError: a name has no value.
+        ExpertokenError: An option has no value.
     """
     values, rest = {}, []
     items = iter(argv)
@@ -119,6 +121,6 @@ def _take(argv: Sequence[str], wanted: Sequence[str]) -> tuple[dict[str, str], l
             continue
         following = value if equals else next(items, None)
         if following is None:
-            raise ExpertokenError(f"{item}: expected a value behind it")
+            raise ExpertokenError(f"{item}: expected a value after it")
         values[key.removeprefix("--")] = following
     return values, rest

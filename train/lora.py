@@ -1,7 +1,7 @@
 """Methods `lora` and `qlora`: LoRA on the backbone together with the expert rows, through `transformers.Trainer`.
 
-Loss and logits exist at the dispatch position only; the rows keep no weight decay (AdamW would shrink rows that get no
-gradient), and a checkpoint holds the plain PEFT adapter with the rows beside it.
+Loss and logits exist at the dispatch position only. The rows have no weight decay (AdamW would shrink rows without a
+gradient). A checkpoint holds the plain PEFT adapter and the rows.
 """
 
 import logging
@@ -59,13 +59,13 @@ _NAMED = 5  # queries that an error names
 class DispatchTrainer(Trainer):
     """A `Trainer` for expert tokens.
 
-    Every checkpoint is a composite folder, beside what the Trainer resumes from.
+    Every checkpoint is a composite folder that also holds the files the Trainer resumes from.
 
     Args:
-        composite: its model already wrapped by PEFT.
-        objective: a key of `OBJECTIVES`.
-        rows_learning_rate: of the rows; the adapters' where None.
-        **options: of `Trainer`.
+        composite: Composite with a model already wrapped by PEFT.
+        objective: Key of `OBJECTIVES`.
+        rows_learning_rate: Learning rate of the rows. Defaults to the adapters' rate.
+        **options: Options of `Trainer`.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class DispatchTrainer(Trainer):
         self.objective: Objective = OBJECTIVES[objective]
         self.rows_learning_rate = rows_learning_rate
         self._logged = (time.perf_counter(), 0)
-        self._order = _Order()  # before the Trainer, which may ask for its sampler at once
+        self._order = _Order()  # before the Trainer, whose constructor may already request the sampler
         super().__init__(model=self.meta.model, data_collator=self._collate, **options)
         self.add_callback(self._order)
         self.label_names = list(_FIELDS)
@@ -87,7 +87,7 @@ class DispatchTrainer(Trainer):
         return sampler
 
     def _collate(self, examples: Sequence[dict]) -> dict[str, torch.Tensor]:
-        # On the CPU: data loader workers must not touch the accelerator, and the Trainer moves batches itself.
+        # On the CPU: data loader workers must not use the accelerator, and the Trainer moves batches itself.
         batch = self.meta.pad([example["query"] for example in examples], "cpu")
         batch |= {key: torch.tensor(np.array([e[key] for e in examples]), dtype=torch.float32) for key in _FIELDS}
         return batch | {"row": torch.tensor([e["row"] for e in examples])}
@@ -95,13 +95,13 @@ class DispatchTrainer(Trainer):
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *_: Any, **__: Any
     ) -> Any:
-        """The objective at the dispatch positions; with `return_outputs` also the candidates' logits `[N, C]`."""
+        """Return the objective at the dispatch positions, and the logits `[N, C]` too if `return_outputs` is set."""
         pooling = self.meta.state.pooling
         read = {key: value for key, value in inputs.items() if key not in (*_FIELDS, "row")}
         logits, _output = dispatch_forward(model, **read, pooling=pooling)
         candidates = candidate_logits(logits, self.meta.first_candidate)
         total, _mass = self.objective(candidates, inputs["target"], inputs["scores"], inputs["weight"])
-        # Divided by the number of queries and not by this batch's mass (weights have mean 1 over the train side): so
+        # Divided by the number of queries, not by the mass of this batch (weights have mean 1 over the train split). So
         # the mean over processes and accumulated batches is the gradient of the large batch.
         loss = total / len(candidates)
         if not torch.isfinite(loss):
@@ -117,19 +117,19 @@ class DispatchTrainer(Trainer):
         queries = ", ".join(repr(dataset.query(int(row))) for row in named[:_NAMED])
         weights = "the weights are no longer finite" if at_fault.all() else "the others of the batch are finite"
         raise FloatingPointError(
-            f"loss is {loss.item()} at step {self.state.global_step}, with queries {queries} ({weights}); lower the "
-            "learning rate, say --max_grad_norm, or take those queries out. The last checkpoint is from before"
+            f"loss is {loss.item()} at step {self.state.global_step}, with queries {queries} ({weights}). Lower the "
+            "learning rate, set --max_grad_norm, or remove these queries (the last checkpoint is from before)"
         )
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict, *_: Any, **__: Any) -> tuple:
-        """Loss, candidates' logits and scores of an evaluation batch."""
+        """Return loss, candidates' logits, and scores with benchmarks of an evaluation batch."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         return loss.detach(), outputs["logits"], torch.cat([inputs["scores"], inputs["benchmark"][:, None]], 1)
 
     def create_optimizer(self, *_: Any, **__: Any) -> torch.optim.Optimizer:
-        """The configured optimizer over two groups: adapters, and rows without weight decay."""
+        """Create the configured optimizer over two groups: adapters, and rows without weight decay."""
         if self.optimizer is None:
             rows: list[torch.nn.Parameter] = []
             adapters: list[torch.nn.Parameter] = []
@@ -147,24 +147,24 @@ class DispatchTrainer(Trainer):
         return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a composite of the present weights. The Trainer's own method would gather all of it under ZeRO-3."""
+        """Write a composite of the present weights. The Trainer's method would gather the whole model under ZeRO-3."""
         trained = Trained.of(self.composite, probe=False)  # on every process
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             write_checkpoint(folder, self.composite, trained, self.state.global_step)
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
-        """Evaluate; the time of that is none of the training's."""
+        """Evaluate, and exclude the time from the training's speed."""
         found = super().evaluate(*arguments, **options)
         self.begin_measuring()
         return found
 
     def begin_measuring(self) -> None:
-        """Measure the speed from now on."""
+        """Start the measurement of the speed."""
         self._logged = (time.perf_counter(), self.state.num_input_tokens_seen)
 
     def log(self, logs: dict[str, float], *arguments: Any) -> None:
-        """Log, with the speed since the last time."""
+        """Log, with the speed since the last log."""
         if "loss" in logs:
             since, before = self._logged
             self.begin_measuring()
@@ -174,7 +174,10 @@ class DispatchTrainer(Trainer):
         super().log(logs, *arguments)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """The last of a checkpoint before `trainer_state.json`, which says that it is whole: so all is on disk here."""
+        """Save the random states, and sync the checkpoint to disk.
+
+        This is the last step before `trainer_state.json`, which marks the checkpoint as complete.
+        """
         super()._save_rng_state(output_dir)
         barrier()  # the other processes' states too
         if self.args.should_save:
@@ -190,28 +193,28 @@ class DispatchTrainer(Trainer):
         self._restore(best)
 
     def _restore(self, folder: Path) -> None:
-        """Put a checkpoint's adapter and rows into the model, in place, so that the optimizer keeps its parameters."""
+        """Load a checkpoint's adapter and rows into the model, in place, so that the optimizer keeps its parameters."""
         read_checkpoint(folder, self.composite)
 
 
 class _Order(TrainerCallback):
-    """Makes the order of an epoch's batches depend on the seed and the epoch alone.
+    """Callback that makes the order of an epoch's batches depend on the seed and the epoch alone.
 
-    The Trainer's sampler for batches of like length draws from the process's own random state. A resumed run has
-    another one at that moment, and processes may differ: they would go through the queries in other orders.
+    The Trainer's sampler for batches of similar length draws from the process's random state. This state differs in a
+    resumed run and may differ between processes, which would then go through the queries in different orders.
     """
 
     def __init__(self) -> None:
         self.generator = torch.Generator()
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Seed the generator for this epoch; a run resumed within it seeds it alike."""
+        """Seed the generator for this epoch. A run resumed within the epoch uses the same seed."""
         seed = args.seed if args.data_seed is None else args.data_seed
         self.generator.manual_seed(seed + int(state.epoch or 0))
 
 
 class _StartCounts(TrainerCallback):
-    """Makes the weights that training begins with a candidate for the best checkpoint.
+    """Callback that makes the weights at the start of training compete for the best checkpoint.
 
     So a composite trained with LoRA is never worse on validation than the rows it started from.
     """
@@ -220,10 +223,10 @@ class _StartCounts(TrainerCallback):
         self.trainer: DispatchTrainer | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Evaluate and keep the start, unless a checkpoint is being resumed."""
+        """Evaluate and save the weights at the start, unless a checkpoint is resumed."""
         start = Path(str(args.output_dir)) / START
         if state.global_step and state.best_global_step == 0 and start.exists():
-            state.best_model_checkpoint = str(start)  # the Trainer looks for it by its step, and in the old place
+            state.best_model_checkpoint = str(start)  # the Trainer searches by step, in the old folder
         if self.trainer is None:
             return
         if state.global_step:
@@ -237,15 +240,15 @@ class _StartCounts(TrainerCallback):
 
 
 class Examples(torch.utils.data.Dataset):
-    """A side of a supervision as examples.
+    """A split of a supervision as examples.
 
     Args:
-        supervision: the supervision.
-        name: name of the side.
-        queries: its queries.
-        arrays: its targets, scores and weights; see `Supervision.arrays`.
-        positions: positions at which they are decided; their starts where None.
-        learn: leave out queries of weight 0, which teach nothing, and scale the other weights to mean 1.
+        supervision: Supervision with the split.
+        name: Name of the split.
+        queries: Queries of the split.
+        arrays: Targets, scores and weights of the split. See `Supervision.arrays`.
+        positions: Positions of the decisions. Defaults to the starts of the queries.
+        learn: If true, leave out queries of weight 0, which have no loss, and scale the other weights to mean 1.
     """
 
     def __init__(
@@ -261,7 +264,7 @@ class Examples(torch.utils.data.Dataset):
         positions = positions or Positions.starts(len(queries))
         self._side, self._queries, self._positions = supervision.side(name), queries, positions
         columns = dict(zip(("target", "scores", "weight"), arrays, strict=True))
-        # A number per benchmark travels with each query: the Trainer may evaluate in an order of its own.
+        # Each query carries the number of its benchmark, since the Trainer may evaluate in another order.
         columns["benchmark"] = np.unique(supervision.benchmarks(name), return_inverse=True)[1]
         self._weights = columns.pop("weight")[positions.query] * positions.share
         self._kept = np.arange(len(self._weights))
@@ -281,12 +284,12 @@ class Examples(torch.utils.data.Dataset):
         return {"query": query, "input_ids": query.ids, "row": row, "weight": self._weights[place], **columns}
 
     def query(self, row: int) -> str:
-        """Return the id of a query, for errors."""
+        """Return the id of a query, for error messages."""
         return self._side[row]["id"]
 
 
 def wrap_with_lora(meta: MetaLLM, options: ExpertokenArguments) -> None:
-    """Put fresh LoRA adapters on the meta LLM's backbone; the rows stay trainable.
+    """Add new LoRA adapters to the meta LLM's backbone. The rows stay trainable.
 
     Raises:
         ExpertokenError: `lora_target_modules` does not fit the model.
@@ -311,14 +314,14 @@ def wrap_with_lora(meta: MetaLLM, options: ExpertokenArguments) -> None:
 
 
 def _beside_texts(meta: MetaLLM) -> str | None:
-    """Return a pattern of the modules that no text passes, such as a vision tower; None where there are none.
+    """Return a pattern of the modules that text does not pass, such as a vision tower, or None without such modules.
 
-    Their adapters would have no gradients, and DDP refuses such parameters.
+    Adapters on these modules would have no gradients, and DDP refuses such parameters.
     """
     model: Any = meta.model
     try:
         stack = layer_stack(model)[0]
-    except ExpertokenError:  # nothing is known of its parts
+    except ExpertokenError:  # the model's structure is unknown
         return None
     text = next(name for name, module in model.named_modules() if module is stack)
     heads = {id(module) for module in meta.head.modules()}
@@ -328,7 +331,7 @@ def _beside_texts(meta: MetaLLM) -> str | None:
 
 
 def _out_of_memory(trainer: DispatchTrainer) -> str:
-    """What to change, nearest first."""
+    """Return the error message for a lack of memory, with the smallest change first."""
     arguments, size = trainer.args, trainer.args.per_device_train_batch_size
     advice = []
     if size > 1:
@@ -343,8 +346,8 @@ def _out_of_memory(trainer: DispatchTrainer) -> str:
         advice.append("--bf16 true")
     advice = [*advice, "with another --out --accelerate_config zero3 or --method qlora"]
     return (
-        f"out of memory at step {trainer.state.global_step}, {size} queries a batch; try {', or '.join(advice)}. "
-        "Checkpoints before it are whole, and with the same --out the run goes on from there"
+        f"out of memory at step {trainer.state.global_step} with {size} queries per batch. Try {', or '.join(advice)} "
+        "(with the same --out the run resumes from the last complete checkpoint)"
     )
 
 
@@ -358,16 +361,16 @@ def train_lora(
     arguments: TrainingArguments,
     run: dict[str, Any],
 ) -> dict[str, Any]:
-    """Train; the meta LLM ends with the best checkpoint's adapter and rows.
+    """Train. At the end the meta LLM has the best checkpoint's adapter and rows.
 
     Returns:
-        what the manifest records: steps, best score, seconds.
+        Entries for the manifest: steps, best score, seconds.
 
     Raises:
         ExpertokenError: `save_strategy` does not fit, memory ran out, or a checkpoint can't be written or read.
     """
     meta, output = composite.meta, Path(str(arguments.output_dir))
-    set_seed(arguments.seed)  # the Trainer does so too, but after the adapters have drawn their start
+    set_seed(arguments.seed)  # the Trainer does so too, but after the adapters are initialised
     wrap_with_lora(meta, options)
 
     def score(prediction: EvalPrediction) -> dict[str, float]:
@@ -378,11 +381,11 @@ def train_lora(
     arguments.load_best_model_at_end = True
     arguments.metric_for_best_model = "score"
     arguments.greater_is_better = True
-    # The best of the checkpoints is kept, so every checkpoint is evaluated, and nothing else is.
+    # The best of the checkpoints is kept, so exactly the checkpoints are evaluated.
     if arguments.save_strategy not in ("steps", "epoch"):
         given = getattr(arguments.save_strategy, "value", arguments.save_strategy)
         raise ExpertokenError(
-            f"--save_strategy {given}: method lora evaluates each checkpoint; expected steps or epoch"
+            f"--save_strategy: expected steps or epoch, got {given}. Method lora evaluates each checkpoint"
         )
     arguments.eval_strategy = IntervalStrategy(arguments.save_strategy)
     arguments.eval_steps = arguments.save_steps
@@ -400,7 +403,7 @@ def train_lora(
     start.trainer = trainer
     trainer.add_callback(start)
     team = Team(arguments.process_index, arguments.world_size)
-    # The first process looks for all: on other machines the folder may be seen later, or not at all.
+    # The first process searches for all: on other machines the folder may appear later, or not at all.
     checkpoint = team.agree(lambda: find_checkpoint(options.resume, output, run))
     finished = team.agree(lambda: finished_run(options.resume, output, run))
     if finished:
@@ -410,32 +413,32 @@ def train_lora(
         record_run(options.resume, output, run)
     barrier()
     if checkpoint:
-        logger.info("continuing %s", checkpoint)
+        logger.info("resuming from %s", checkpoint)
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else None
-    # By `auto` it is this very run; from a checkpoint that was named, somebody may want to go further.
+    # With `auto` this is the same run. From a checkpoint passed as a path the user may want to train further.
     if checkpoint and state and options.resume == "auto" and state.global_step >= state.max_steps:
-        # Killed behind its last step. The Trainer would make one more before it notices that it is through.
+        # The run was killed after its last step. The Trainer would take one more step before it stops.
         return _as_finished(trainer, state, checkpoint)
     try:
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except (OSError, RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise ExpertokenError(_out_of_memory(trainer)) from error
-        # torch reports a file that it could not finish as a RuntimeError of its archive writer.
+        # torch reports an incomplete file as a RuntimeError of its archive writer.
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_ARCHIVE):
             raise
         raise ExpertokenError(
-            f"{arguments.output_dir}: a checkpoint could not be written or read ({one_line(error)}); checkpoints "
-            "before it are whole, the same command goes on from there"
+            f"{arguments.output_dir}: a checkpoint could not be written or read ({one_line(error)}). Checkpoints "
+            "before it are complete: run the same command to resume"
         ) from error
     if arguments.process_index == 0:
         record_finished(output, trainer.state)
-    # accelerate put an autocast around the model's forward for --bf16; a decision is made without.
+    # accelerate wrapped the model's forward in autocast for --bf16. A decision is computed without it.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     meta.model.eval()
     if trainer.state.best_global_step == 0 and options.warm_start:
         logger.warning(
-            "no checkpoint is better on validation than the rows that training began with: the adapter changes "
+            "no checkpoint is better on validation than the rows at the start of training. The adapter changes "
             "nothing, and method tokens gives the same decisions without it"
         )
     return {
@@ -446,7 +449,7 @@ def train_lora(
 
 
 def _as_finished(trainer: DispatchTrainer, state: TrainerState, last: Path) -> dict[str, Any]:
-    """Return what the manifest records of a run that has come to its end before; its best weights are restored."""
+    """Restore the best weights of a run that was already finished, and return the entries for its manifest."""
     trainer.state = state
     trainer._restore(best_checkpoint(state, last))
     trainer.meta.model.eval()

@@ -1,4 +1,4 @@
-"""Plugging an expert into a trained composite, and taking one out. The other rows stay bit for bit as they are."""
+"""Plug-in of an expert into a trained composite, and its removal. The other rows keep the same bits."""
 
 import logging
 from collections.abc import Sequence
@@ -34,16 +34,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Change:
-    """What adding or removing an expert changed.
+    """Effect of adding or removing an expert.
 
     Attributes:
-        changed: queries of the side that are dispatched to someone else now.
-        queries: queries of the side.
-        before: the composite's score before, mean over benchmarks.
-        after: and after.
-        split: which side these are about.
-        unmeasured: queries of the side in whose benchmark only the expert in question was measured; whoever else
-            answers them counts as wrong.
+        changed: Number of queries of the split that are dispatched to another candidate than before.
+        queries: Number of queries of the split.
+        before: Score of the composite before the change, mean over benchmarks.
+        after: Score of the composite after the change, mean over benchmarks.
+        split: Name of the split that was compared.
+        unmeasured: Number of queries of the split in whose benchmark only the added or removed expert was measured.
+            Any other candidate that answers them counts as wrong.
     """
 
     changed: int
@@ -55,11 +55,11 @@ class Change:
 
     def __str__(self) -> str:
         text = (
-            f"routes changed: {self.changed} of {self.queries} ({self.split} side); "
+            f"routes changed: {self.changed} of {self.queries} ({self.split} split), "
             f"score {self.before:.4f} before, {self.after:.4f} after"
         )
         if self.unmeasured:
-            text += f" (on {self.unmeasured} of them nobody else was measured: all others count as wrong there)"
+            text += f" (on {self.unmeasured} of them no other candidate was measured: all others count as wrong there)"
         return text
 
 
@@ -76,19 +76,19 @@ def add_expert(
     """Fit a row for a new expert on its results and save the composite with it.
 
     Queries that the composite was trained on are recognised by their text, and their cached states are used again.
-    Other queries join the train, validation and test sides.
+    Other queries join the train, validation and test splits.
 
     Args:
-        folder: of the composite.
-        expert: the new one.
-        results: that have scores of it; of other candidates too, where they were measured on new queries.
-        data: the composite's supervision or its folder, where that was moved.
-        l2: strengths to try.
-        verify: check the saved folder in a fresh process.
-        trust_remote_code: allow the base model's repository to run its own code.
+        folder: Composite folder.
+        expert: New expert.
+        results: Results with scores of the expert. Scores of other candidates on new queries are used too.
+        data: Supervision of the composite, or its folder, if that was moved.
+        l2: L2 strengths to try.
+        verify: If true, check the saved folder in a fresh process.
+        trust_remote_code: If true, allow the base model's repository to run its own code.
 
     Raises:
-        ExpertokenError: there are no results of the expert, its name is taken, or the supervision is gone.
+        ExpertokenError: The expert has no results, its name is taken, or the supervision is missing.
     """
     folder = Path(folder)
     agree([expert])
@@ -106,14 +106,14 @@ def _add(
     verify: bool,
     trust_remote_code: bool,
 ) -> Change:
-    read_manifest(folder)  # what can't be is told before a model is loaded
+    read_manifest(folder)  # errors of the folder and the name are raised before a model is loaded
     ExpertPool.from_yaml(folder / POOL_FILE).with_expert(expert)
     composite = load_composite(folder, trust_remote_code=trust_remote_code)
     old_pool, new_pool = composite.pool, composite.pool.with_expert(expert)
     extended = extend_supervision(supervision_of(composite.manifest, folder, data), old_pool, expert, results)
     objective = composite.manifest.training.get("objective", "cross_entropy")
     if composite.manifest.training.get("dispatch") == "anywhere":
-        logger.warning("the new row is learnt at the starts alone; the composite's others also inside answers")
+        logger.warning("the new row is learnt at the starts alone, the other rows were also learnt inside answers")
     old_rows, place = composite.meta.rows, new_pool.index(expert.name)
     fit = _fit_newcomer(composite.meta, extended, place, objective, l2)
     if edge := fit.edge():
@@ -136,13 +136,13 @@ def remove_expert(
     verify: bool = True,
     trust_remote_code: bool = False,
 ) -> Change | None:
-    """Take an expert out and save the composite. Arguments as in `add_expert`.
+    """Remove an expert and save the composite. The arguments are as in `add_expert`.
 
     Returns:
-        what changed, or None where the supervision is gone and it can't be told.
+        The effect of the removal, or None if the supervision is missing.
 
     Raises:
-        PoolError: there is no such expert, it is self, or it is the last one.
+        PoolError: The expert does not exist, is self, or is the last one.
     """
     folder = Path(folder)
     with exclusive(folder, ALONE):
@@ -160,7 +160,7 @@ def _remove(
     kept = composite.manifest.calibration
     named = (kept or {}).get("policy", {})
     if name in (named.get("default"), *named.get("allow", ()), *named.get("deny", ())):
-        logger.warning("the calibration names %s and is dropped; `expertoken calibrate` makes a new one", name)
+        logger.warning("the calibration names %s and is dropped. Run `expertoken calibrate` for a new one", name)
         kept = None
     after = replace(composite, pool=pool, manifest=replace(composite.manifest, calibration=kept))
     change = None
@@ -179,7 +179,7 @@ def _remove(
 
 
 def _fit_newcomer(meta: MetaLLM, supervision: Supervision, place: int, objective: str, l2: Sequence[float]) -> Fit:
-    """Fit the row of the candidate at `place`, the others' as they are; see `fit_newcomer`."""
+    """Fit the row of the candidate at `place` with the other rows fixed. See `fit_newcomer`."""
     sides = [side for side in ("train", "validation") if len(supervision.data[side])]
     parts = [_problem(meta, supervision, side, utilities=not gives_chances(objective)) for side in sides]
     problem = parts[0] + parts[1] if len(parts) > 1 else parts[0]
@@ -191,7 +191,7 @@ def _fit_newcomer(meta: MetaLLM, supervision: Supervision, place: int, objective
     measured = supervision.measured()[name]
     if measured < FEW:
         logger.warning(
-            "%s was measured on %d queries to learn from, fewer than %d: its row is little more than the others' mean",
+            "%s was measured on %d queries to learn from, fewer than %d. Its row is little more than the others' mean",
             name, measured, FEW,
         )  # fmt: skip
     return fit
@@ -206,22 +206,22 @@ def fit_newcomer(
     l2: Sequence[float],
     transform: LogitTransform,
 ) -> Fit:
-    """Fit one candidate's row beside those that there are.
+    """Fit one new candidate's row with the existing rows fixed.
 
-    It learns from its own results alone: beside 100,000 old queries, 300 new ones would be a rounding error of the mean
-    loss. In benchmarks in which it has none it counts as wrong, and all of those queries together weigh as much as its
-    own at most (under `correctness` a tenth, see `prior.thinned`).
+    The row learns from the candidate's own results alone: beside 100,000 old queries, 300 new ones would be a rounding
+    error of the mean loss. In benchmarks without results the candidate counts as wrong. All queries of these benchmarks
+    together weigh at most as much as its own (under `correctness` a tenth, see `prior.thinned`).
 
     Args:
-        problem: of all candidates, the newcomer among them; `absent` is set.
-        place: the newcomer's column.
-        rows: of the others, `[C - 1, width]`.
-        objective: the others' objective.
-        l2: strengths of the penalty to choose from.
-        transform: of the meta LLM's logits.
+        problem: Problem of all candidates, the new one included. Its `absent` must be set.
+        place: Column of the new candidate.
+        rows: Rows of the other candidates, `[C - 1, width]`.
+        objective: Objective that the other rows were trained with.
+        l2: L2 strengths to try.
+        transform: Cap and scale of the meta LLM's logits.
 
     Raises:
-        ExpertokenError: the newcomer has no result to learn from.
+        ExpertokenError: The new candidate has no result to learn from.
     """
     assert problem.absent is not None
     absent = problem.absent[:, place]
@@ -235,17 +235,17 @@ def fit_newcomer(
     own, elsewhere = np.flatnonzero(counts & ~absent), np.flatnonzero(counts & absent)
     if not len(own):
         raise ExpertokenError(
-            "expected results to learn from, found none on the train and validation sides; give more results, or "
-            "others than those of the test side"
+            "expected results to learn from, found none on the train and validation splits. Add results on queries "
+            "outside the test split"
         )
-    # As many as its own are enough of the others, evenly drawn.
+    # Queries of other benchmarks are thinned evenly to about the number of its own, at least 1,000: more add only cost.
     step = max(1, len(elsewhere) // max(len(own), 1000))
     elsewhere = elsewhere[::step]
     weights = problem.weights.copy()
     weights[elsewhere] *= min(1.0, weights[own].sum() / max(weights[elsewhere].sum(), 1e-9))
     problem = replace(problem, weights=weights).take(np.concatenate([own, elsewhere]))
     options: dict[str, Any] = {"objective": objective, "l2": l2, "transform": transform}
-    if binary:  # each row is a problem of its own
+    if binary:  # each row is an independent problem
         return fit_rows(problem.columns([place]), prior=prior.columns([place]), company=rows, **options)
     rows = torch.cat([rows[:place], torch.zeros_like(rows[:1]), rows[place:]])
     return fit_rows(problem, prior=prior, fixed=Fixed(rows, [place]), **options)
@@ -261,7 +261,7 @@ def _problem(meta: MetaLLM, supervision: Supervision, side: str, *, utilities: b
 def _compare(
     supervision: Supervision, before: tuple[torch.Tensor, Composite], after: tuple[torch.Tensor, Composite]
 ) -> Change:
-    """Compare what two sets of rows decide, as served, on the test side or on validation where there is none."""
+    """Compare the decisions of two sets of rows, as served, on the test split, or on validation without one."""
     split, meta = "test" if len(supervision.data["test"]) else "validation", before[1].meta
     queries = supervision.queries(split, meta)
     states, kinds = cached_states(meta, queries, label=f"{split} states"), supervision.benchmarks(split)
@@ -271,9 +271,9 @@ def _compare(
         columns = np.array(supervision.columns_of(composite.pool.names))
         picks.append(columns[composite.chosen(state_logits(rows, states, meta.transform), lengths)])
     scores, absent = supervision.scores(split), supervision.absent(split)
-    measured = np.where(absent, 0, scores)  # as evaluation counts: scores, not utilities
+    measured = np.where(absent, 0, scores)  # evaluation counts scores, not utilities
     old, new = (mean_score(pick, measured, kinds) for pick in picks)
-    # Names of both pools that are in both: the expert that comes or goes is in one.
+    # Candidates of both pools: the added or removed expert is in one only.
     names = after[1].pool.names
     stay = supervision.columns_of([name for name in before[1].pool.names if name in names])
     unmeasured = int(absent[:, stay].all(1).sum())

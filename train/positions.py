@@ -1,8 +1,8 @@
 """Positions inside the meta LLM's own answers, so that a composite can dispatch anywhere and not only at the start.
 
-A query's label holds at them too: where an expert should answer, the meta LLM hands over in the middle of its own
-answer; where it should answer itself, it holds back to the end. Answers are the meta LLM's own, greedy, and kept in the
-cache.
+A query's label holds at these positions too. If an expert should answer, the meta LLM learns to hand over in the middle
+of its own answer. If self should answer, it learns to hold back to the end. Answers are the meta LLM's own, greedy, and
+kept in the cache.
 """
 
 import hashlib
@@ -24,18 +24,18 @@ from ..modeling.loading import end_ids
 from ..modeling.meta import MetaLLM
 from ..modeling.sharding import is_split
 
-_BLOCK = 256  # queries of one file of answers: what an interruption costs at most
+_BLOCK = 256  # queries of one file of answers: the most that an interruption loses
 _SEED = 0
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Positions at which the queries of a side are decided: their starts, and positions inside answers.
+    """Positions of the decisions on the queries of a split: their starts, and positions inside answers.
 
     Attributes:
-        query: index of each position's query, `[M]`; the starts first, in order.
-        prefixes: ids of the answer before each position, M arrays; empty at a start.
-        share: share of the query's weight, `[M]`; 1 at a start, and 1 for all positions inside one answer together.
+        query: Index of each position's query, `[M]`. The starts come first, in order.
+        prefixes: Token ids of the answer before each position, M arrays. Empty at a start.
+        share: Share of the query's weight, `[M]`: 1 at a start, and 1 for all positions inside one answer together.
     """
 
     query: np.ndarray
@@ -65,7 +65,7 @@ class Positions:
         )
 
     def queries(self, side: Sequence[Query]) -> list[Query]:
-        """Return the query of each position, from the side's own."""
+        """Return the query of each position, made from the queries of the split."""
         return [
             side[query].followed_by(prefix) if len(prefix) else side[query]
             for query, prefix in zip(self.query, self.prefixes, strict=True)
@@ -80,17 +80,17 @@ def own_answers(
     max_tokens: int = MAX_TOKENS,
     team: Team = ALONE,
 ) -> list[np.ndarray]:
-    """Return what the meta LLM answers by itself, greedily, without end tokens.
+    """Return the meta LLM's own greedy answers, without end tokens.
 
     Args:
-        meta: the meta LLM; its plain model answers.
+        meta: Meta LLM. Its plain model answers.
         queries: N queries.
-        length: longest answer, in tokens.
-        max_tokens: padded tokens of one batch, answers included.
-        team: processes that share the work.
+        length: Maximum length of an answer, in tokens.
+        max_tokens: Padded tokens of one batch, answers included.
+        team: Processes that share the work.
 
     Raises:
-        ExpertokenError: answers are missing and the model, split by ZeRO-3, can't give them.
+        ExpertokenError: Answers are missing, and the model is split by ZeRO-3 and can't generate them.
     """
     key = f"{meta.base_fingerprint}-{describe_dtype(meta.plain)}-{length}"
     folder = cache_folder("answers") / key
@@ -99,8 +99,8 @@ def own_answers(
     missing = team.agree(lambda: [place for place, file in enumerate(files) if not file.exists()])
     if missing and is_split(meta.plain):
         raise ExpertokenError(
-            "own answers: a model that ZeRO-3 has split can't give them before training; run method tokens with "
-            "--anywhere on the same data before (they are kept in $EXPERTOKEN_CACHE), or load whole"
+            "own answers: a model split by ZeRO-3 can't generate them before training. Run method tokens with "
+            "--anywhere on the same data first (answers are kept in $EXPERTOKEN_CACHE), or load the model whole"
         )
     mine = missing[team.rank :: team.world]
     for place in tqdm(mine, desc="own answers", unit="block", delay=2, disable=team.rank > 0):
@@ -141,7 +141,7 @@ def _generate(meta: MetaLLM, block: Sequence[Query], length: int, max_tokens: in
         label="own answers",
         max_tokens=max_tokens,
         generated=length,
-        kept="Whole blocks of answers are kept",
+        kept="Complete blocks of answers are kept",
     )
     for batch, produced in batches:
         for row, ids in zip(batch, produced, strict=True):

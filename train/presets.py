@@ -1,4 +1,4 @@
-"""Configurations that ship as data, by name or by path."""
+"""Configurations shipped as data, by name or by path."""
 
 from pathlib import Path
 from typing import Any
@@ -9,20 +9,20 @@ from ..modeling.errors import ConfigError, did_you_mean
 
 
 def names(folder: Path) -> list[str]:
-    """What ships in a folder."""
+    """Return the names of the configurations in a folder."""
     return sorted(file.stem for file in folder.glob("*.yaml"))
 
 
 def read(name: str, folder: Path, missing: str) -> tuple[Path, dict[str, Any]]:
-    """The file and its keys and values, by the name of a shipped one or by a path.
+    """Return a configuration's file and its keys and values.
 
     Args:
-        name: of either.
-        folder: of the shipped ones.
-        missing: what is said, before the nearest name, where there is no such file.
+        name: Name of a shipped configuration, or path of a YAML file.
+        folder: Folder of the shipped configurations.
+        missing: Error message for a missing file. The nearest name is appended to it.
 
     Raises:
-        ConfigError: there is none, or it is no YAML mapping.
+        ConfigError: The file does not exist or is not a YAML mapping.
     """
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else folder / f"{name}.yaml"
     if not path.exists():

@@ -1,6 +1,6 @@
-"""What is believed of a candidate before its results are read: pseudo-observations at its mean in each benchmark.
+"""Prior of method `tokens`: pseudo-observations of each candidate at its mean in each benchmark.
 
-Without them a candidate with results of one kind (right once, and never wrong) has no finite optimum, and its bias
+Without the prior a candidate with results of one kind (right once, never wrong) has no finite optimum, and its bias
 takes every query.
 """
 
@@ -9,31 +9,31 @@ import numpy as np
 from .row_optimizer import Problem
 
 COUNT = 10.0
-"""Pseudo-observations per benchmark, where it has many queries."""
+"""Pseudo-observations per benchmark with many queries."""
 
 SHARE = 0.05
-"""Most pseudo-observations per query of the benchmark. The skills demo's kinds have 20 questions each: ten would be
-half of what is known, and the folds took them for a reason to regularise less."""
+"""Maximum of pseudo-observations per query of the benchmark. The skills demo's kinds have 20 questions each: ten
+pseudo-observations would be half as many as the results, and the folds then chose a weaker penalty."""
 
 FEW = 20
-"""Results below which a candidate's row is little more than its prior: callers warn."""
+"""Number of results below which a candidate's row is little more than its prior. Callers warn."""
 
-_MOST = 20_000  # queries that carry the prior; its mass does not depend on how many they are
+_MOST = 20_000  # queries that carry the prior, whose mass does not depend on their number
 
 
-_ELSEWHERE = 0.1  # queries of other benchmarks that say "no candidate here", per query of its own
+_ELSEWHERE = 0.1  # queries of other benchmarks that count the candidate as wrong, per query of its own
 
 
 def thinned(scores: np.ndarray, absent: np.ndarray) -> np.ndarray:
-    """Return which absent cells the objective `correctness` does not count, `[N, C]` bool.
+    """Return the mask of absent cells that the objective `correctness` does not count, `[N, C]` bool.
 
-    That a candidate has no score in a benchmark counts as wrong there, so that an expert of one subject does not take
-    all the others. Thousands of such queries would drown what its own results say of a question's difficulty: on
-    synthetic data an AUC of 0.88 fell to 0.85 where they weighed as much as its own, and stayed with a tenth.
+    A candidate without a score in a benchmark counts as wrong there, so that an expert of one subject does not take all
+    others. Thousands of such queries would drown the signal of its own results about a question's difficulty. On
+    synthetic data an AUC of 0.88 fell to 0.85 if they weighed as much as its own, and did not change with a tenth.
 
     Args:
         scores: `[N, C]`, 0 where absent.
-        absent: `[N, C]` bool; see `labels.absent`.
+        absent: `[N, C]` bool. See `labels.absent`.
     """
     left_out = absent.copy()
     for column in np.flatnonzero(absent.any(0)):
@@ -45,24 +45,25 @@ def thinned(scores: np.ndarray, absent: np.ndarray) -> np.ndarray:
 
 
 def prior_of(problem: Problem) -> Problem:
-    """Return the prior as a problem of its own, to be fitted together with `problem`.
+    """Return the prior as a separate problem to fit together with `problem`.
 
-    In each benchmark candidate k's mean is `m_k = (sum of its scores + COUNT * m) / (n_k + COUNT)`, m being the mean of
-    all candidates there: the posterior mean of a rate with a prior of COUNT observations (Gelman et al., Bayesian Data
-    Analysis, 2.4). The benchmark's queries carry `m_k` less its standard error as scores, with a mass of COUNT per
-    candidate, less where they are few. Targets are the candidates' shares of the labels, drawn towards 0: a share has
-    to be earned, and one drawn towards the others' mean would let a candidate of one result win wherever the others
-    are not sure.
+    In each benchmark candidate k's mean is `m_k = (sum of its scores + COUNT * m) / (n_k + COUNT)`, where m is the mean
+    of all candidates there. This is the posterior mean of a rate with a prior of COUNT observations (Gelman et al.,
+    Bayesian Data Analysis, 2.4).
+
+    The benchmark's queries carry `m_k` minus its standard error as scores, with a mass of COUNT per candidate, less if
+    they are few. Targets are the candidates' shares of the labels, drawn towards 0. Drawn towards the others' mean
+    instead, they would let a candidate with one result win wherever the others are not sure.
 
     Args:
-        problem: what is fitted, its weights those of the fit.
+        problem: Problem to fit, with the weights of the fit.
     """
     names = np.asarray(problem.benchmarks)
     known = ~np.isnan(problem.scores) & (problem.weights[:, None] > 0)
     if problem.absent is not None:
         known &= ~problem.absent
     kinds, codes = np.unique(names, return_inverse=True)
-    # Without those of weight 0, or the queries that a fold leaves out would be told what their benchmark's labels are.
+    # Queries of weight 0 are excluded, or the labels of a fold's held-out queries would leak into the prior.
     parts = [np.flatnonzero((codes == code) & (problem.weights > 0)) for code in range(len(kinds))]
     parts = [part for part in parts if len(part)]
     each = max(1, _MOST // max(1, len(parts)))
@@ -73,9 +74,10 @@ def prior_of(problem: Problem) -> Problem:
         if not count.any():
             continue
         rates = _rates(problem.scores[inside], known[inside], count)
-        # Less a standard error: beside a pool that is right in 80 %, one lucky answer is no better chance than that.
+        # Minus a standard error: one lucky answer must not give a better chance than a pool that is right in 80 %.
         rates = np.clip(rates - np.sqrt(rates * (1 - rates) / (count + COUNT)), 0, 1)
-        # Who has no usable result in the benchmark is as bad as the worst; who is none there has cells of its own.
+        # A candidate without a usable result in the benchmark counts as the worst. An absent one counts as wrong by its
+        # own cells, so the prior leaves it out.
         none = problem.absent[inside].all(0) if problem.absent is not None else np.zeros(len(rates), dtype=bool)
         rates = np.where(count > 0, rates, rates[count > 0].min())
         rates = np.where(none, np.nan, rates)

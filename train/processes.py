@@ -1,4 +1,4 @@
-"""Several training processes: whether they know of each other, how they load, waiting, leaving."""
+"""Several training processes: checks of the launch, loading, the lock of a folder, and exit."""
 
 import os
 import sys
@@ -20,48 +20,49 @@ _ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_hf")
 
 
 def check_world(world_size: int) -> None:
-    """Refuse a launch whose processes do not know of each other.
+    """Refuse a launch whose processes do not form one group.
 
-    On CPU some launchers start two processes that each believe to be alone and write the same files, without an error.
-    (`accelerate launch --cpu --num_processes 2` can't be told from one process: it starts just one.)
+    On CPU some launchers start two processes that each run as the only one. They write the same files without an error.
+    The command `accelerate launch --cpu --num_processes 2` can't be detected: it starts just one process.
 
     Raises:
-        ExpertokenError: launcher and library disagree.
+        ExpertokenError: Launcher and library disagree on the number of processes.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != world_size:
         raise ExpertokenError(
-            f"{launched} processes were launched but {world_size} work together; on CPU launch with "
+            f"expected {launched} processes in one group, as launched, found {world_size}. On CPU launch with "
             "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N ...`"
         )
 
 
 def check_offload(arguments: "TrainingArguments") -> None:
-    """Refuse another optimizer than AdamW where DeepSpeed keeps its states on the CPU.
+    """Refuse an optimizer other than AdamW if DeepSpeed keeps its states on the CPU.
 
-    accelerate puts DeepSpeed's Adam in the place of any optimizer then, without a word: `--optim sgd` at its learning
-    rate wrecks the rows.
+    accelerate then silently replaces any optimizer by DeepSpeed's Adam. With the learning rate of `--optim sgd` this
+    ruins the rows.
 
     Raises:
-        ExpertokenError: such an optimizer was asked for.
+        ExpertokenError: The optimizer is not AdamW and its states are on the CPU.
     """
     plugin = arguments.deepspeed_plugin
     offloaded = plugin and plugin.deepspeed_config.get("zero_optimization", {}).get("offload_optimizer", {})
     optimizer = str(getattr(arguments.optim, "value", arguments.optim))
     if offloaded and offloaded.get("device", "none") != "none" and optimizer not in _ADAM:
         raise ExpertokenError(
-            f"--optim {optimizer}: with optimizer states on the CPU DeepSpeed's own Adam runs, whatever is "
-            "asked for; take adamw_torch, or a configuration without offload"
+            f"--optim {optimizer}: with optimizer states on the CPU DeepSpeed replaces any optimizer by its own "
+            "Adam. Use adamw_torch, or a configuration without offload"
         )
 
 
 @contextmanager
 def loading(arguments: "TrainingArguments") -> Iterator[None]:
-    """Load a model inside the block as the launch configuration says: under ZeRO-3 split at once, or whole first.
+    """Load a model inside the block as the launch configuration requires: under ZeRO-3 split at once, or whole first.
 
     Transformers splits weights while it loads them whenever ZeRO-3 is on. Then only the engine can run the model, and
-    states for a start of the tokens can't be computed; so that is done where `zero3_init_flag` asks for it. (Of a
-    DeepSpeed file given as `--deepspeed` accelerate takes it for granted; there the launcher's variable has to say so.)
+    states for a warm start of the rows can't be computed. So weights are split at once only if `zero3_init_flag` is
+    set. (For a DeepSpeed file passed as `--deepspeed` accelerate always assumes the flag. There the launcher's
+    environment variable decides.)
     """
     plugin = arguments.deepspeed_plugin
     if plugin is None or plugin.zero_stage != 3:
@@ -73,7 +74,7 @@ def loading(arguments: "TrainingArguments") -> Iterator[None]:
     import deepspeed
     from transformers.integrations import deepspeed as integration
 
-    if not deepspeed.comm.is_initialized():  # without it every process counts itself alone while it loads
+    if not deepspeed.comm.is_initialized():  # otherwise every process loads as if it were the only one
         backend = torch.distributed.get_backend() if torch.distributed.is_initialized() else None
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
     if at_once:
@@ -84,20 +85,21 @@ def loading(arguments: "TrainingArguments") -> Iterator[None]:
     try:
         yield
     finally:
-        plugin.dschf = integration.HfDeepSpeedConfig(config)  # registers itself; transformers keeps a weak reference
+        plugin.dschf = integration.HfDeepSpeedConfig(config)  # registers itself, as a weak reference in transformers
 
 
 @contextmanager
 def exclusive(folder: Path, team: Team) -> Iterator[None]:
-    """Keep every other run out of a folder. The system ends the hold with the process, however that ends.
+    """Lock a folder against all other runs. The system releases the lock at the end of the process, however it ends.
 
-    Two runs come together more easily than one thinks: whoever kills a launcher with SIGKILL leaves its processes at
-    work, and what they write mixes with what the restarted run writes.
+    Two runs in one folder are likely. After a SIGKILL of the launcher its processes keep running, and their files mix
+    with the files of the restarted run.
 
     Raises:
-        ExpertokenError: another run is at work there.
+        ExpertokenError: Another run writes to the folder, or the lock can't be written.
     """
-    # Beside the folder, which all see who could write there, and not in it: it is replaced as a whole in the end.
+    # The lock is beside the folder, where every process that could write the folder sees it. It is not inside, because
+    # the folder is replaced as a whole in the end.
     file = folder.absolute().with_name(f".{folder.name}.lock")
     lock = FileLock(file, timeout=0)
 
@@ -107,8 +109,8 @@ def exclusive(folder: Path, team: Team) -> Iterator[None]:
             lock.acquire()
         except Timeout:
             raise ExpertokenError(
-                f"{folder}: another run writes there, maybe a process that has outlived its launcher; end it or wait "
-                "for it, or choose another folder"
+                f"{folder}: another run writes there, maybe a process that outlived its launcher. End it, wait for "
+                "its end, or choose another folder"
             ) from None
         except OSError as error:
             raise ExpertokenError(f"{file}: can't be written ({error.strerror or error})") from None
@@ -121,11 +123,11 @@ def exclusive(folder: Path, team: Team) -> Iterator[None]:
 
 
 def leave() -> None:
-    """Leave at once where several gloo processes worked together.
+    """Exit at once if several gloo processes worked together.
 
-    At interpreter shutdown a gloo thread now and then aborts the process (`terminate called without an active
+    At interpreter shutdown a gloo thread sometimes aborts the process (`terminate called without an active
     exception`) after everything is on disk, and the launcher reports a failure. A barrier and
-    `destroy_process_group()` do not cure it. On one process, and with other backends, the ordinary exit is used.
+    `destroy_process_group()` do not prevent it. On one process, and with other backends, the ordinary exit is used.
     """
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":

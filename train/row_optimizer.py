@@ -1,6 +1,6 @@
-"""The optimizer of method `tokens`: L-BFGS over the expert rows, on cached states, streamed in chunks.
+"""Optimizer of method `tokens`: L-BFGS over the expert rows, on cached states, streamed in chunks.
 
-Memory stays bounded however many states there are.
+Memory stays bounded for any number of states.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,10 @@ from ..modeling.state_cache import tensor_of
 from ..modeling.states import CHUNK, States
 from .objectives import OBJECTIVES, Objective
 
-_SHAPE = 20_000  # states, at least, that the shape of all is estimated from
-_LEAST_SHARE = 0.05  # of the queries, that a candidate's penalty is reckoned by: few results must not run wild
-_PRECISION = (
-    1e-7  # of the loss: a sum in float32 tells no smaller step apart, and a line search would look for it in vain
-)
-_CURVATURE = 0.1  # of a logistic loss at chances of 0.1 to 0.9 it is 0.09 to 0.25; steps vary little from 0.03 to 0.25
+_SHAPE = 20_000  # least number of states to estimate the shape of all states from
+_LEAST_SHARE = 0.05  # least share of the queries that scales a candidate's penalty: few results must not run wild
+_PRECISION = 1e-7  # of the loss: a sum in float32 resolves no smaller step, and a line search would fail to find one
+_CURVATURE = 0.1  # a logistic loss at chances of 0.1 to 0.9 has 0.09 to 0.25: from 0.03 to 0.25 steps vary little
 
 
 @dataclass(frozen=True)
@@ -29,14 +27,16 @@ class Problem:
     """States with their supervision.
 
     Attributes:
-        states: states of N queries.
+        states: States of N queries.
         targets: `[N, C]`, candidates in pool order, self last.
         scores: `[N, C]`, NaN where unknown.
-        weights: `[N]`.
-        benchmarks: N names; the validation score is the mean over benchmarks.
-        groups: `[N]` ids; queries of one id fall into one fold. None: each query is its own.
-        absent: `[N, C]` mask of candidates that are none in the query's benchmark and count as wrong; None for none.
-        left_out: `[N, C]` mask of those of them that the loss does not count; None for none. See `prior.thinned`.
+        weights: `[N]` weights of the queries.
+        benchmarks: N names. The validation score is the mean over benchmarks.
+        groups: `[N]` ids. Queries of one id are in one fold. None: each query is a group.
+        absent: `[N, C]` mask of candidates that have no score in the query's benchmark and count as wrong. None: no
+            cell is absent.
+        left_out: `[N, C]` mask of absent cells that the loss does not count, see `prior.thinned`. None: no cell is left
+            out.
     """
 
     states: States
@@ -49,12 +49,12 @@ class Problem:
     left_out: np.ndarray | None = None
 
     def learnt_in(self, part: slice) -> np.ndarray:
-        """Return the scores of a part as the loss counts them, NaN where they are unknown or left out."""
+        """Return the scores of a part that the loss counts, NaN where they are unknown or left out."""
         scores = self.scores[part]
         return scores if self.left_out is None else np.where(self.left_out[part], np.float32(np.nan), scores)
 
     def take(self, rows: np.ndarray) -> "Problem":
-        """Return the problem of some of the queries."""
+        """Return the problem of the queries at these rows."""
         return Problem(
             States(self.states.hidden[rows], self.states.log_mass[rows]),
             self.targets[rows],
@@ -65,7 +65,7 @@ class Problem:
         )
 
     def __add__(self, other: "Problem") -> "Problem":
-        """Return the problem of the queries of both; what one of them has not is not kept."""
+        """Return the problem of the queries of both. A field that is None in one of them is None in the sum."""
 
         def joined(name: str) -> np.ndarray | None:
             parts = [getattr(self, name), getattr(other, name)]
@@ -84,18 +84,18 @@ class Problem:
         )
 
     def columns(self, chosen: Sequence[int]) -> "Problem":
-        """Return the problem of some of the candidates."""
+        """Return the problem of the candidates in these columns."""
         names = ("targets", "scores", "absent", "left_out")
         return replace(self, **{n: a[:, chosen] for n in names if (a := getattr(self, n)) is not None})
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """Rows that stay as they are while others are fitted.
+    """Rows that do not change while others are fitted.
 
     Attributes:
-        rows: `[C, d]` of all candidates; what stands at `free` does not count.
-        free: columns of the candidates whose rows are fitted.
+        rows: `[C, d]` rows of all candidates. The rows at `free` are ignored.
+        free: Columns of the candidates whose rows are fitted.
     """
 
     rows: torch.Tensor
@@ -103,20 +103,19 @@ class Fixed:
 
 
 class RowSpace:
-    """The coordinates in which rows are regularised: `w_k = u_k / scale + b_k * c`.
+    """Coordinates in which rows are regularised: `w_k = u_k / scale + b_k * c`.
 
-    `scale`, the states' root mean square times the model's logit scale, makes one L2 strength mean the same for every
-    model. `c` is the direction with `c·h` nearest to 1 over the
-    data (least squares), so `b_k` is as good as a bias and, like one, is not regularised: without it L2 would pull
-    every expert towards a chance of 1/2.
+    The scale is the states' root mean square times the model's logit scale. It makes one L2 strength mean the same for
+    every model. The direction `c` has `c·h` nearest to 1 over the data (least squares). So `b_k` is as good as a bias
+    and, like a bias, is not regularised. Without it L2 would pull every expert towards a chance of 1/2.
 
-    The solver sees neither `u` nor `b` but what `whitened` makes of them. States of an LLM are far from round (a few
-    directions hold most of their power), and in plain coordinates L-BFGS takes ten times the steps (docs/results.md).
+    The solver works in the coordinates of `whitened` instead of `u` and `b`. States of an LLM are far from round: a few
+    directions hold most of their power. In plain coordinates L-BFGS takes ten times the steps (docs/results.md).
     """
 
     def __init__(self, hidden: np.ndarray, transform: LogitTransform) -> None:
-        # Of a million states every fiftieth says as much about their shape, at a fiftieth of what would cost more than
-        # the fit itself.
+        # Every fiftieth of a million states gives the same shape at a fiftieth of the cost. On all states the estimate
+        # would cost more than the fit itself.
         hidden = hidden[:: max(1, len(hidden) // _SHAPE)]
         width = hidden.shape[1]
         second = np.zeros((width, width))
@@ -129,7 +128,7 @@ class RowSpace:
         self.scale = float(np.sqrt(power / len(hidden))) * transform.scale
         bias = np.linalg.solve(second + 1e-6 * power * np.eye(width), first)
         self.bias = torch.from_numpy(bias / transform.scale)
-        # What coordinates multiply: `coordinates @ basis` are rows, and `moment` is the mean square of `basis h`.
+        # `coordinates @ basis` are rows, and `moment` is the mean square of `basis h`.
         self.basis = torch.cat([torch.eye(width, dtype=torch.float64) / self.scale, self.bias[None]])
         self.moment = self.basis @ torch.from_numpy(second / len(hidden)) @ self.basis.T * transform.scale**2
 
@@ -138,27 +137,28 @@ class RowSpace:
         return coordinates @ self.basis
 
     def regularised(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the part `u` of rows `[K, d]` that L2 falls on, `[K, d]` float64: what is left without the bias."""
+        """Return the part `u` of rows `[K, d]` that L2 penalises, `[K, d]` float64: the rows without their bias."""
         rows = rows.double()
         share = (rows @ self.bias) / self.bias.square().sum()
         return (rows - share[:, None] * self.bias) * self.scale
 
     def whitened(self, penalty: float, curvature: float) -> torch.Tensor:
-        """A basis of the coordinates, `[d + 1, d + 1]`, in which the loss is about as steep in every direction.
+        """Return a basis of the coordinates, `[d + 1, d + 1]`, in which the loss is about as steep in every direction.
 
-        The Hessian of one row is near `curvature * moment + penalty * I` (the identity without the bias), the sum
-        `A = L L'`; in `v = coordinates @ L` it is near the identity, and `coordinates = v @ inverse(L)`.
+        The Hessian of one row is near `A = curvature * moment + penalty * I`, where `I` is the identity without the
+        bias. With `A = L L'` the Hessian in `v = coordinates @ L` is near the identity, and
+        `coordinates = v @ inverse(L)`.
         """
         hessian = curvature * self.moment
         hessian.diagonal()[:-1] += penalty
-        # The bias is as good as a direction of the states, so without this a weak penalty leaves the sum singular.
+        # The bias is nearly a direction of the states, so without this a weak penalty leaves the sum singular.
         hessian.diagonal().add_(1e-9 * hessian.trace() / len(hessian))
         lower = torch.linalg.cholesky(hessian)
         return torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False)
 
 
 class RowLoss:
-    """The mean objective over problems as a function of the rows, chunk by chunk, with gradients."""
+    """Mean objective over problems as a function of the rows, chunk by chunk, with gradients."""
 
     def __init__(
         self,
@@ -170,9 +170,9 @@ class RowLoss:
         self.problems, self.objective, self.transform, self.fixed = problems, objective, transform, fixed
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the mean loss; its backward pass reaches `rows` once, however many chunks there were."""
+        """Return the mean loss. Its backward pass reaches `rows` once, for any number of chunks."""
         total, mass, gradient = self.sums(rows)
-        mass = mass or 1.0  # a side may have no weight at all; its loss is 0 then
+        mass = mass or 1.0  # the loss of a split without any weight is 0
         # A linear function of `rows` with the value and the gradient of the sum: one graph instead of one per chunk.
         linear = ((rows - rows.detach()) * (gradient.double() / mass)).sum()
         return linear + total / mass
@@ -209,23 +209,24 @@ class RowLoss:
 class RowOptimizer:
     """L-BFGS over candidates' rows, in coordinates in which the loss is about as steep in every direction.
 
-    The penalty is `sum_k s_k |u_k - m|^2`. `s_k` is the share of the queries on which candidate k was measured: its
-    loss has that share too, so a strength means the same for who was measured on all queries and on a tenth. Where all
-    rows are fitted `m` is 0. A row that joins others is drawn towards their mean (mean-regularised multi-task learning,
-    Evgeniou and Pontil 2004): what is hard is hard for all, and a newcomer with few results follows the others instead
-    of having the same chance everywhere, with which it would win where they are bad.
+    The penalty is `sum_k s_k |u_k - m|^2`. `s_k` is the share of the queries on which candidate k was measured. Its
+    loss has that share too, so a strength means the same for a candidate measured on all queries or on a tenth.
+
+    If all rows are fitted, `m` is 0. A row that joins others is drawn towards their mean (mean-regularised multi-task
+    learning, Evgeniou and Pontil 2004). Hard queries are hard for all candidates, and a new candidate with few results
+    follows the others. With the same chance on every query it would win where the others are bad.
 
     Args:
-        train: what is fitted; its states shape the coordinates.
-        objective: a key of `OBJECTIVES`.
-        transform: what the model does to logits.
-        fixed: rows that stay as they are, or None.
-        company: `[F, d]` rows of others, whose mean is `m`; those that stay as they are where None.
-        max_iterations: iterations of one fit.
+        train: Problem to fit. Its states shape the coordinates.
+        objective: Key of `OBJECTIVES`.
+        transform: Cap and scale that the model applies to logits.
+        fixed: Rows that are not fitted, or None.
+        company: `[F, d]` rows of other candidates, whose mean is `m`. Defaults to the fixed rows.
+        max_iterations: Iterations of one fit.
 
     Attributes:
-        space: coordinates of the rows.
-        shape: of the coordinates, `[K, d + 1]`.
+        space: Coordinates of the rows.
+        shape: Shape of the coordinates, `[K, d + 1]`.
     """
 
     def __init__(
@@ -263,19 +264,19 @@ class RowOptimizer:
         """Minimise the mean objective over problems plus the L2 penalty.
 
         Args:
-            problems: what is fitted.
-            l2: strength of the penalty.
-            begin: coordinates to start from.
+            problems: Problems to fit together.
+            l2: Strength of the penalty.
+            begin: Coordinates to start from.
 
         Returns:
-            the coordinates found, the loss there, and the number of iterations.
+            The coordinates of the minimum, the loss there, and the number of iterations.
         """
         require_extra("scipy", "train")
         from scipy.optimize import minimize
 
         evaluate = RowLoss(problems, self._objective, self._transform, self._fixed)
-        # By the number of candidates, as each has its share of the loss only: a strength means the same for a pool of 7
-        # and of 1,000, and in the objective `correctness` every row is the solution of a problem of its own.
+        # Divided by the number of candidates, since each has only its share of the loss: a strength means the same for
+        # pools of 7 and of 1,000, and under `correctness` every row solves an independent problem.
         penalty = l2 / 2 / self._candidates
         basis = self.space.whitened(2 * penalty, _CURVATURE / self._candidates)
 

@@ -46,27 +46,31 @@ logger = logging.getLogger(__name__)
 
 
 def check_run(options: ExpertokenArguments, arguments: "TrainingArguments", supervision: Supervision) -> None:
-    """Refuse a run that can't end well, before a model is loaded.
+    """Refuse a run that can't succeed, before a model is loaded.
 
     Raises:
-        ExpertokenError: the supervision lacks a side, the folder is taken, or options contradict each other.
+        ExpertokenError: The supervision lacks a split, the folder holds something else, or options contradict each
+            other.
     """
     for side in ("train", "validation"):
         supervision.side(side)
     if options.out not in (None, arguments.output_dir):
-        raise ExpertokenError(f"out {options.out!r} and the Trainer's output_dir {arguments.output_dir!r} differ")
+        raise ExpertokenError(
+            f"expected one output folder, got out {options.out!r} and the Trainer's output_dir "
+            f"{arguments.output_dir!r}. They differ"
+        )
     check_product(str(arguments.output_dir), "composite")
     if options.state != AUTO:
         StateSpec.parse(options.state)
     if options.anywhere and options.state != HEAD:
         raise ExpertokenError(
-            f"--state {options.state}: positions inside an answer (--anywhere) are decided where its tokens are "
-            f"written; expected {HEAD}"
+            f"--state {options.state}: positions inside an answer (--anywhere) are decided while its tokens are "
+            f"generated, so expected {HEAD}"
         )
     if options.anywhere and not supervision.pool.has_self:
         raise ExpertokenError(
-            "--anywhere: positions inside the meta LLM's own answer need `self` in the pool; without it there is no "
-            "such answer"
+            "--anywhere: positions inside the meta LLM's own answer need `self` in the pool. Add it, or train without "
+            "--anywhere"
         )
     if options.quantization and (options.method, options.quantization) not in (
         ("tokens", "nf4"),
@@ -74,25 +78,25 @@ def check_run(options: ExpertokenArguments, arguments: "TrainingArguments", supe
         ("qlora", "nf4"),
     ):
         raise ExpertokenError(
-            f"--quantization {options.quantization}: not with method {options.method}; expected method tokens, or "
+            f"--quantization {options.quantization}: not supported by method {options.method}. Use method tokens, or "
             "qlora, which is nf4"
         )
     check_offload(arguments)
     if options.method == "qlora" and getattr(arguments.deepspeed_plugin, "zero_stage", 0) == 3:
-        raise ExpertokenError("method qlora: ZeRO-3 can't split 4-bit weights; launch it with ddp or zero2")
+        raise ExpertokenError("method qlora: ZeRO-3 can't split 4-bit weights. Launch it with ddp or zero2")
     if arguments.n_gpu > 1:
-        # The Trainer would wrap the model in DataParallel, which splits what `logits_to_keep` must not split.
+        # The Trainer would wrap the model in DataParallel, which wrongly splits `logits_to_keep`.
         raise ExpertokenError(
-            f"one process sees {arguments.n_gpu} GPUs; start it with `accelerate launch -m expertoken.train ...`, or "
-            "show it one with CUDA_VISIBLE_DEVICES=0"
+            f"expected one GPU per process, found {arguments.n_gpu}. Launch with `accelerate launch -m "
+            "expertoken.train ...`, or set CUDA_VISIBLE_DEVICES=0"
         )
 
 
 def cheapest_of_the_best(losses: np.ndarray) -> int:
-    """Return the first of several candidates whose loss ties with the least.
+    """Return the index of the first of S states whose loss ties with the least.
 
     Args:
-        losses: `[S, F]` of the candidates in F folds, the cheapest candidate first.
+        losses: `[S, F]` losses of the states in F folds, the cheapest state first.
     """
     best = int(losses.mean(1).argmin())
     above = losses - losses[best]
@@ -101,13 +105,13 @@ def cheapest_of_the_best(losses: np.ndarray) -> int:
 
 
 def load_meta(options: ExpertokenArguments, arguments: "TrainingArguments", pool: ExpertPool) -> MetaLLM:
-    """Load the meta LLM with a row for each candidate, which starts at the candidate's description.
+    """Load the meta LLM with a row for each candidate, initialised from the candidate's description.
 
     Raises:
-        ExpertokenError: the model can't be loaded.
+        ExpertokenError: The model can't be loaded.
     """
     source = Source(options.meta, options.revision, options.trust_remote_code)
-    # Under ZeRO-3 DeepSpeed brings each process its share; the whole is on a GPU only where it computes states.
+    # Under ZeRO-3 DeepSpeed gives each process its share. The whole model is on a GPU only to compute states.
     computes = options.warm_start or options.state == AUTO
     split_later = getattr(arguments.deepspeed_plugin, "zero_stage", 0) == 3 and not computes
     with loading(arguments):
@@ -126,7 +130,7 @@ def load_meta(options: ExpertokenArguments, arguments: "TrainingArguments", pool
 
 
 def initial_rows(meta: MetaLLM, pool: ExpertPool) -> torch.Tensor:
-    """Return the rows that training begins with, from the candidates' descriptions, `[C, P d]`."""
+    """Return the rows at the start of training, made from the candidates' descriptions, `[C, P d]`."""
     return torch.stack([meta.initial_row(candidate.description) for candidate in pool.candidates])
 
 
@@ -137,10 +141,10 @@ def describe(
     meta: MetaLLM,
     objective: str,
 ) -> Manifest:
-    """Return the manifest of the composite that a run is going to write."""
+    """Return the manifest of the composite that a run writes."""
     info = supervision.info
     weight = info.labelling.get("cost_weight", 0.0)
-    # Chances know nothing of costs: those are weighed where a candidate is chosen, as the labels weighed them.
+    # Chances do not contain costs. The policy weighs costs in the decision, with the weight that the labels used.
     return Manifest(
         base=describe_base(meta),
         experts=[expert.name for expert in supervision.pool],
@@ -158,11 +162,11 @@ def describe(
 
 
 class Run:
-    """One training run: what its steps share.
+    """One training run: the state shared by its steps.
 
     Args:
-        options: our arguments.
-        arguments: arguments of the Trainer.
+        options: Arguments of expertoken.
+        arguments: Arguments of the Trainer.
     """
 
     def __init__(self, options: ExpertokenArguments, arguments: "TrainingArguments") -> None:
@@ -184,13 +188,16 @@ class Run:
         self._queries: dict[str, list[Query]] = {}
 
     def queries(self, name: str) -> list[Query]:
-        """Return the queries of a side; each is encoded once per run."""
+        """Return the queries of a split. Each split is encoded once per run."""
         if name not in self._queries:
             self._queries[name] = self.supervision.queries(name, self.meta, quiet=self.team.rank > 0)
         return self._queries[name]
 
     def positions(self, name: str) -> Positions:
-        """Return the positions at which a side is decided; validation only at its starts, where a choice is made."""
+        """Return the positions of the decisions on a split. For validation these are the starts alone.
+
+        The checkpoint is chosen by the decisions at the starts.
+        """
         queries = self.queries(name)
         if not self.options.anywhere or name == "validation":
             return Positions.starts(len(queries))
@@ -199,12 +206,14 @@ class Run:
         return Positions.inside(answers, self.options.anywhere)
 
     def choose_state(self, *sides: str) -> list[dict[str, Any]]:
-        """With `--state auto` let the state decide that folds of these sides choose; return what each came to.
+        """Choose the state by folds of these splits if `--state auto` is set, and return the result of each state.
 
-        Where a state's loss on the queries left out is within one standard error (over the folds, paired) of the least,
-        the two tie, and the one that needs fewer layers is taken. Where all queries have subjects, folds of whole
-        subjects count beside the others: a state that carries over to new subjects is worth more than one that knows
-        the old ones, but experts of one subject each are told apart by the old ones alone.
+        States tie if their losses on held-out queries are within one standard error of the least (over the folds,
+        paired). Of tied states the one with the fewest layers is chosen.
+
+        If all queries have subjects, folds of whole subjects count in addition to the ordinary folds. A state that
+        carries over to new subjects is worth more than one that fits the known ones. But experts of one subject each
+        can be distinguished on known subjects only.
         """
         if self.options.state != AUTO:
             return []
@@ -219,20 +228,20 @@ class Run:
         found: list[dict[str, Any]] = []
         losses = []
         for spec in specs:
-            # The head's own state is what lies behind the last layer at the last token: no pass of its own for it.
+            # The head's own state is the state behind the last layer at the last token, so it needs no extra pass.
             self.meta.read_at(spec if spec.layer else StateSpec(self.meta.layers), len(self.pool.names))
             problem = self._problem(sides)
             problems = [problem]
             if by_subject:
                 problems.append(replace(problem, groups=np.concatenate(subjects)))
-            # Every second strength: what is compared are states, and the final fit tries all.
+            # Every second strength is enough to compare states. The final fit tries all.
             transform = self.meta.transform if spec.layer else LogitTransform.of(self.meta.plain.config)
             options: dict[str, Any] = {"l2": sorted(self.options.l2)[::2], "transform": transform}
             fits = [self._fit(one, **options) for one in problems]
             if any(not len(fit.fold_losses) for fit in fits):
                 raise ExpertokenError(
-                    f"--state {AUTO}: expected at least {FOLDS} queries to choose by, found {len(problem.weights)}; "
-                    "pass a state, as 8:mean"
+                    f"--state {AUTO}: expected at least {FOLDS} queries to choose by, found {len(problem.weights)}. "
+                    "Pass a state, such as 8:mean"
                 )
             entry = {"state": str(spec), **fits[0].chosen}
             if len(fits) > 1:
@@ -245,20 +254,20 @@ class Run:
         if self.team.rank == 0:
             least = min(found, key=lambda entry: entry["validation_loss"])
             logger.info(
-                "state: %s of %d (loss %.4f on the queries left out; the least, of %s, is %.4f)",
+                "state: %s chosen of %d (loss %.4f on held-out queries, the least, of %s, is %.4f)",
                 specs[choice], len(specs), found[choice]["validation_loss"], least["state"], least["validation_loss"],
             )  # fmt: skip
         return found
 
     def fit_tokens(self, *sides: str) -> Fit:
-        """Compute the states of sides of the supervision, then fit the rows on all of them."""
+        """Compute the states of splits of the supervision, then fit the rows on all of them."""
         fit = self._fit(self._problem(sides), l2=self.options.l2, transform=self.meta.transform)
         if (edge := fit.edge()) and self.team.rank == 0:
             logger.warning("%s", edge)
         return fit
 
     def _fit(self, problem: Problem, **options: Any) -> Fit:
-        """Fit rows in the first process, on all cores, and let the others have them: they wait with nothing to do."""
+        """Fit rows in the first process, on all cores, and send them to the others, which are idle until then."""
         alone = self.team.world > 1
         return self.team.agree(lambda: fit_rows(problem, objective=self.objective, all_cores=alone, **options))
 
@@ -279,9 +288,9 @@ class Run:
         return Problem(states, *joined)
 
     def run_tokens(self) -> dict[str, Any]:
-        """Method `tokens`."""
+        """Run method `tokens` and return the entries for the manifest."""
         started = time.perf_counter()
-        # The validation side is as good to learn from as any: the strength is chosen by folds of both.
+        # The fit also uses the validation split, since the strength is chosen by folds of both.
         states = self.choose_state("train", "validation")
         fit = self.fit_tokens("train", "validation")
         self.meta.rows = fit.rows
@@ -291,12 +300,12 @@ class Run:
         return told | ({"states": states} if states else {})
 
     def run_lora(self) -> dict[str, Any]:
-        """Methods `lora` and `qlora`."""
+        """Run method `lora` or `qlora` and return the entries for the manifest."""
         from .lora import train_lora
 
         states = self.choose_state("train")
         if self.options.warm_start:
-            # Not on validation, which is to choose among the checkpoints.
+            # Not on validation, which chooses among the checkpoints.
             self.meta.rows = self.fit_tokens("train").rows
         outcome = train_lora(
             self.composite,
@@ -317,17 +326,17 @@ class Run:
         return Examples(self.supervision, name, self.queries(name), (targets, scores, weights), positions, learn=learn)
 
     def _learnt(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return targets, scores (utilities where the objective learns them), weights and cells left out of a side."""
+        """Return a split's targets, scores (or utilities, if the objective learns them), weights and left-out cells."""
         targets, scores, weights = self.supervision.arrays(name, utilities=not self.chances)
         absent = self.supervision.absent(name)
         return targets, scores, weights, thinned(scores, absent) if self.chances else np.zeros_like(absent)
 
     def _identity(self) -> dict[str, Any]:
-        """Return what a checkpoint depends on: data and base by content and not by path, batches as a whole."""
+        """Return the settings that a checkpoint depends on: data and base by content, not by path, and batch totals."""
         ignored = ("resume", "verify", "max_tokens", "meta", "data", "out", "attn_implementation")
         run = {key: value for key, value in asdict(self.options).items() if key not in ignored}
         run["objective"] = self.objective
-        run["state"] = str(self.meta.state)  # what `auto` came to, which a checkpoint's rows and layers are of
+        run["state"] = str(self.meta.state)  # the state chosen, since a checkpoint's rows and layers belong to it
         for key in ("learning_rate", "num_train_epochs", "max_steps", "seed", "optim", "lr_scheduler_type",
                     "warmup_steps", "weight_decay", "max_grad_norm", "train_sampling_strategy", "bf16", "fp16",
                     "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_kwargs", "data_seed"):  # fmt: skip
@@ -335,26 +344,26 @@ class Run:
             run[key] = getattr(value, "value", value)
         a = self.arguments
         run["batch"] = a.per_device_train_batch_size * a.gradient_accumulation_steps * a.world_size
-        # DeepSpeed keeps its optimizer's states in files of its own, split as the stage says.
+        # DeepSpeed keeps its optimizer's states in separate files, split according to the stage.
         stage = getattr(a.deepspeed_plugin, "zero_stage", "")
         run["distributed"] = f"{a.distributed_state.distributed_type.value}{stage}"
-        run["processes"] = a.world_size  # grouping batches by length gives other batches for other numbers of processes
+        run["processes"] = a.world_size  # batches grouped by length depend on it
         run["data_fingerprint"] = self.supervision.info.fingerprint
         run["base_fingerprint"] = self.meta.base_fingerprint
-        return json.loads(json.dumps(run))  # as it will be read: a tuple comes back as a list
+        return json.loads(json.dumps(run))  # equal to the value read back: a tuple comes back as a list
 
     def _log_path(self, fit: Fit) -> None:
-        """The regularisation path where `--report_to` wants it, a step for each strength."""
+        """Log the regularisation path to the trackers of `--report_to`, one step for each strength."""
         wanted = [name for name in self.arguments.report_to or () if name != "none"]
         if not wanted or self.arguments.process_index > 0:
             return
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        # accelerate's trackers: the Trainer's callbacks belong to a training loop, and here there is none.
+        # accelerate's trackers, since the Trainer's callbacks need a training loop.
         for name in wanted:
             if name not in LOGGER_TYPE_TO_CLASS:
                 known = did_you_mean(name, LOGGER_TYPE_TO_CLASS)
-                logger.warning("--report_to %s: not known to method tokens, %s", name, known)
+                logger.warning("--report_to %s: not known to method tokens and skipped, %s", name, known)
                 continue
             kind = LOGGER_TYPE_TO_CLASS[name]
             place = {"logging_dir": self.arguments.output_dir} if kind.requires_logging_directory else {}
@@ -366,10 +375,10 @@ class Run:
             tracker.finish()
 
     def save(self, outcome: dict[str, Any]) -> None:
-        """Write the composite folder: every process brings its part, the main one writes."""
+        """Write the composite folder. Every process contributes its part, and the main process writes."""
         verify = self.options.verify
         if not outcome.pop("engine", True) and is_split(self.meta.model):
-            logger.warning("not checked in a fresh process: nothing trains any more that could run split weights")
+            logger.warning("not checked in a fresh process: split weights can't be run after the end of training")
             verify = False
         self.composite.manifest.training |= outcome
         trained = Trained.of(self.composite, probe=verify)
@@ -381,7 +390,7 @@ def train(options: ExpertokenArguments, arguments: "TrainingArguments") -> Path:
     """Run one training and return its composite folder.
 
     Raises:
-        ExpertokenError: the run can't end well, the model can't be loaded, or memory ran out.
+        ExpertokenError: The run can't succeed, the model can't be loaded, or memory ran out.
     """
     check_world(arguments.world_size)
     output = Path(str(arguments.output_dir))
@@ -405,20 +414,20 @@ def train_composite(
     """Train expert tokens and write a composite folder.
 
     Args:
-        meta: the meta LLM: hub id, local folder or GGUF file.
-        data: a supervision, which is kept inside the composite's folder, or the folder of one.
-        out: composite folder to write.
-        **options: fields of `ExpertokenArguments` (`method`, `objective`, `l2`, ...) and of
-            `transformers.TrainingArguments` (`learning_rate`, `num_train_epochs`, ...). Defaults are those of the
-            command line, except that nothing is reported to trackers.
+        meta: Meta LLM: hub id, local folder or GGUF file.
+        data: Supervision or its folder. A supervision in memory is saved inside the composite folder.
+        out: Composite folder to write.
+        **options: Fields of `ExpertokenArguments` (`method`, `objective`, `l2`, ...) and of
+            `transformers.TrainingArguments` (`learning_rate`, `num_train_epochs`, ...). Defaults are the same as on
+            the command line, except that nothing is reported to trackers.
 
     Returns:
-        the composite's folder.
+        The composite folder.
 
     Raises:
-        ConfigError: an option is unknown, or has a value that it can't have.
-        ExpertokenError: the run can't end well, the model can't be loaded, or memory ran out.
-        ImportError: the extra `train` is not installed.
+        ConfigError: An option is unknown or has an invalid value.
+        ExpertokenError: The run can't succeed, the model can't be loaded, or memory ran out.
+        ImportError: The extra `train` is not installed.
     """
     if not isinstance(data, Supervision | Path | str):
         raise ConfigError(f"data: expected a supervision or the folder of one, got {type(data).__name__}")
@@ -442,7 +451,7 @@ def _summary(run: Run, outcome: dict[str, Any], output: Path) -> None:
     }
     best = max(singles, key=singles.__getitem__)
     logger.info(
-        "composite of %d experts%s written to %s: method %s, %d train queries, %.1f s; validation score %.4f "
+        "composite of %d experts%s written to %s: method %s, %d train queries, %.1f s, validation score %.4f "
         "(best single, %s: %.4f)",
         len(run.pool),
         " + self" if run.pool.has_self else "",

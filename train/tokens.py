@@ -23,24 +23,23 @@ from .row_optimizer import Fixed, Problem, RowLoss, RowOptimizer
 logger = logging.getLogger(__name__)
 
 FOLDS = 5
-_SMALL = 2**27  # multiplications of one pass over the data, below which one thread does it in milliseconds
+_SMALL = 2**27  # multiplications in one pass over the data: one thread does fewer of them in milliseconds
 _SEED = 0
 
 
 @dataclass
 class Fit:
-    """Rows and how they were chosen.
+    """Fitted rows with the result of cross-validation.
 
     Attributes:
         rows: `[K, d]` float32.
-        l2: the strength chosen.
-        path: for each strength its loss and its score on queries that the fold's rows were not fitted on. Empty where
-            there was nothing to choose by.
-        at_edge: whether the strength chosen is the strongest or the weakest of several.
-        fold_losses: `[F]`, the loss on each fold's left-out queries at the strength chosen; empty where there were no
-            folds.
-        loss: of the final fit, with its penalty.
-        iterations: of the final fit.
+        l2: Strength chosen.
+        path: Loss and score of each strength on held-out queries, which the fold's rows were not fitted on. Empty
+            without folds.
+        at_edge: True if the strength chosen is the strongest or the weakest of several.
+        fold_losses: `[F]`, loss on each fold's held-out queries at the strength chosen. Empty without folds.
+        loss: Loss of the final fit, with its penalty.
+        iterations: Iterations of the final fit.
     """
 
     rows: torch.Tensor
@@ -52,31 +51,31 @@ class Fit:
     iterations: int = 0
 
     def edge(self) -> str | None:
-        """Return a warning where the strength chosen is at the edge of the grid."""
+        """Return a warning if the strength chosen is at the edge of the grid, else None."""
         if not self.at_edge:
             return None
         strengths = [entry["l2"] for entry in self.path]
         which, other = ("strongest", "stronger") if self.l2 == max(strengths) else ("weakest", "weaker")
-        return f"--l2: {self.l2:g}, the {which} strength tried, has the least loss; try {other} ones as well"
+        return f"--l2: {self.l2:g}, the {which} strength tried, has the least loss. Try {other} ones as well"
 
     @property
     def chosen(self) -> dict[str, float]:
-        """The entry of `path` for the strength chosen."""
+        """Entry of `path` for the strength chosen."""
         return next((entry for entry in self.path if entry["l2"] == self.l2), {})
 
 
 def _on_one_thread_where_small(fit: Callable[..., Fit]) -> Callable[..., Fit]:
-    """Run a fit of a small problem on one thread, and of a large one on all cores where it is told to.
+    """Run a fit of a small problem on one thread, and of a large one on all cores if `all_cores` is set.
 
-    Where others use the cores too, threads wait for each other far longer than they compute: 500 states of a 135M model
-    beside a busy job took 23 s with two threads, 0.2 s with one.
+    If other processes use the cores too, threads wait for each other far longer than they compute. A fit on 500 states
+    of a 135M model beside a busy job took 23 s with two threads and 0.2 s with one.
     """
 
     @wraps(fit)
     def run(problem: Problem, *arguments: Any, all_cores: bool = False, **options: Any) -> Fit:
         threadpoolctl = require_extra("threadpoolctl", "train")
         small = problem.states.hidden.size * problem.targets.shape[1] < _SMALL
-        threads = 1 if small else _cores() if all_cores else None  # launchers leave a process one of them
+        threads = 1 if small else _cores() if all_cores else None  # launchers limit a process to one core
         with threadpoolctl.threadpool_limits(threads) if threads else nullcontext():
             return fit(problem, *arguments, **options)
 
@@ -84,7 +83,7 @@ def _on_one_thread_where_small(fit: Callable[..., Fit]) -> Callable[..., Fit]:
 
 
 def _cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     known = getattr(os, "sched_getaffinity", None)  # not on macOS
     return len(known(0)) if known else os.cpu_count() or 1
 
@@ -104,21 +103,21 @@ def fit_rows(
 ) -> Fit:
     """Fit rows on cached states with the L2 strength that cross-validation chooses.
 
-    Strengths are compared by the objective's loss on the queries left out, not by the score of the choices: a score
-    moves in steps of one query, and under `correctness` the greatest chance may be the right choice though all chances
+    Strengths are compared by the objective's loss on held-out queries, not by the score of the decisions. A score moves
+    in steps of one query. Under `correctness` the candidate with the greatest chance may be right though all chances
     are wrong. The final fit is on all queries.
 
     Args:
-        problem: what is fitted.
-        objective: a key of `OBJECTIVES`.
-        l2: strengths; solved from the strongest, each starting from the one before.
-        transform: what the model does to logits.
-        fixed: rows that stay as they are, or None.
+        problem: Problem to fit.
+        objective: Key of `OBJECTIVES`.
+        l2: Strengths to try. They are solved from the strongest, each starting from the solution before it.
+        transform: Cap and scale that the model applies to logits.
+        fixed: Rows that are not fitted, or None.
         company: `[F, d]` rows outside the problem that new rows are drawn towards, or None.
-        prior: fitted together with the problem; see `prior.prior_of`, which makes it where None.
-        folds: parts that are left out in turn. With 0, or fewer queries than that, the first of `l2` is used.
-        max_iterations: iterations of L-BFGS, per strength.
-        all_cores: whether a large problem may take all cores, whatever share of them this process was given.
+        prior: Prior to fit together with the problem. Defaults to `prior.prior_of`.
+        folds: Number of parts to hold out in turn. With 0, or with fewer queries than folds, the first of `l2` is used.
+        max_iterations: Iterations of L-BFGS per strength.
+        all_cores: If true, a large problem may use all cores, not only this process's share of them.
     """
     solver = _Solver(problem, objective, transform, fixed, company, prior, max_iterations)
     parts = _folds(problem, folds)
@@ -134,7 +133,7 @@ def fit_rows(
 
 
 class _Solver:
-    """Solves one problem for several strengths and several weightings of its queries."""
+    """Solver of one problem for several strengths and several weightings of its queries."""
 
     def __init__(
         self,
@@ -150,7 +149,7 @@ class _Solver:
         self._prior = prior
         options: dict[str, Any] = {"fixed": fixed, "company": company, "max_iterations": max_iterations}
         self._optimizer = RowOptimizer(problem, objective, transform, **options)
-        # Its gradient vanishes far from a solution, so every strength starts at the convex problem's.
+        # The gradient of expected_score vanishes far from a solution, so every strength starts at the convex solution.
         convex = objective == "expected_score"
         self._begin = RowOptimizer(problem, "cross_entropy", transform, **options) if convex else None
 
@@ -159,7 +158,7 @@ class _Solver:
         return self._optimizer.rows(coordinates)
 
     def path(self, weights: np.ndarray, strengths: Sequence[float]) -> list[tuple[np.ndarray, float, int]]:
-        """Return coordinates, loss and iterations for each strength, with other weights of the queries."""
+        """Return coordinates, loss and iterations for each strength, with these weights of the queries."""
         weighted = replace(self.problem, weights=weights)
         problems = [weighted, prior_of(weighted) if self._prior is None else self._prior]
         begin = np.zeros(self._optimizer.shape)
@@ -170,7 +169,7 @@ class _Solver:
             solved = self._optimizer.solve(problems, strength, begin)
             logger.debug("l2 %g: loss %g after %d iterations", strength, *solved[1:])
             if self._begin is None:
-                begin = solved[0]  # the next, weaker strength is solved sooner from here
+                begin = solved[0]  # a start near its solution saves the next, weaker strength iterations
             found.append(solved)
         return found
 
@@ -182,7 +181,7 @@ class _Solver:
 
 
 def _folds(problem: Problem, count: int) -> list[np.ndarray] | None:
-    """Return the rows of each fold, or None where there are too few queries."""
+    """Return the rows of each fold, or None if there are too few queries."""
     groups = np.arange(len(problem.weights)) if problem.groups is None else problem.groups
     ids, codes = np.unique(groups, return_inverse=True)
     if count < 2 or len(ids) < count:
@@ -194,7 +193,7 @@ def _folds(problem: Problem, count: int) -> list[np.ndarray] | None:
 def _cross_validated(
     solver: _Solver, strengths: Sequence[float], folds: list[np.ndarray]
 ) -> tuple[list[dict[str, float]], np.ndarray]:
-    """Return loss and score of each strength on the queries that were left out, and the loss in each fold `[S, F]`."""
+    """Return loss and score of each strength on held-out queries, and the loss in each fold `[S, F]`."""
     problem = solver.problem
     sums = np.zeros((len(strengths), len(folds), 2))
     chosen = np.zeros((len(strengths), len(problem.weights)), dtype=int)
@@ -221,7 +220,7 @@ def _cross_validated(
 def mean_score(chosen: np.ndarray, scores: np.ndarray, benchmarks: Sequence[str] | np.ndarray) -> float:
     """Return the mean over benchmarks of the mean score (or utility) of the chosen candidates.
 
-    An unknown score counts as the candidate's mean in the benchmark; see `labels.fill_unknown`.
+    An unknown score counts as the candidate's mean in the benchmark. See `labels.fill_unknown`.
     """
     names = np.asarray(benchmarks, dtype=str)
     got = fill_unknown(scores, names)[np.arange(len(chosen)), chosen]

@@ -1,8 +1,8 @@
-"""Readers of public result formats: one small module each, found by name or by looking at the file.
+"""Readers of public result formats: one small module each, selected by name or by the content of a file.
 
-A reader is a module (or any object) with `read(path, *, option=default) -> BenchmarkResults` and, to be found by
-`--format auto`, `recognises(file, head) -> bool`, which sees one file and its first characters. Readers of other
-packages join through the entry point group `expertoken.readers`:
+A reader is a module (or any object) with `read(path, *, option=default) -> BenchmarkResults`. For `--format auto` it
+also has `recognises(file, head) -> bool`, which gets one file and its first characters. Other packages add readers
+through the entry point group `expertoken.readers`:
 
     [project.entry-points."expertoken.readers"]
     mine = "my_package.my_reader"
@@ -31,16 +31,16 @@ READERS = {
     "datasets": "hf_datasets",
     "table": "table",
 }
-"""Format name to module, in the order in which they are asked: `table` takes what no other reader knows."""
+"""Module by format name, in the order of recognition: `table` takes files that no other reader recognises."""
 
 
 def formats() -> list[str]:
-    """Return the names of all formats, those of other packages first; imports no reader."""
+    """Return the names of all formats, formats of other packages first, without importing a reader."""
     return [*dict.fromkeys([entry.name for entry in entry_points(group=_GROUP)] + list(READERS))]
 
 
 @lru_cache
 def readers() -> dict[str, Any]:
-    """Return all readers by format; those of other packages are asked first."""
+    """Return all readers by format, readers of other packages first."""
     ours = {name: import_module(f"{__name__}.{module}") for name, module in READERS.items()}
     return {entry.name: entry.load() for entry in entry_points(group=_GROUP)} | ours

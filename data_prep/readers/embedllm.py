@@ -13,14 +13,14 @@ from .text import files_of, results_of, side_of, suffix_of
 
 
 def recognises(file: Path, head: str) -> bool:
-    """A CSV with the columns prompt_id and model_id."""
+    """Recognise a CSV with the columns prompt_id and model_id."""
     return suffix_of(file) in SEPARATED and {"prompt_id", "model_id"} <= set(header_of(head))
 
 
 def read(path: Path) -> BenchmarkResults:
-    """Read one file or a folder of them; a file called `train`, `val` or `test` (or ending so) names the split.
+    """Read one file or a folder of files. A file name that is or ends in `train`, `val` or `test` names the split.
 
-    The authors' files repeat some (model, prompt) pairs: their mean counts.
+    The authors' files repeat some (model, prompt) pairs. Their mean is the score.
     """
     return BenchmarkResults.merge([_read_file(file) for file in files_of(path, *SEPARATED)])
 
@@ -29,13 +29,13 @@ def _read_file(file: Path) -> BenchmarkResults:
     frame = load_table(file, texts=("prompt_id", "model_id", "model_name", "prompt"))
     for column in ("prompt_id", "model_id", "label", "prompt"):
         if column not in frame:
-            raise ResultsError(f"{file}: no column {column!r}; expected prompt_id, model_id, label and prompt")
+            raise ResultsError(f"{file}: no column {column!r}. Expected prompt_id, model_id, label and prompt.")
         if frame[column].isna().any() and column != "label":
             row = frame.index[int(frame[column].isna().to_numpy().argmax())]
-            raise ResultsError(f"{file}: row {row}, column {column!r}: empty; every record needs it")
+            raise ResultsError(f"{file}: row {row}, column {column!r}: empty. Every record needs a value.")
     texts = frame.groupby("prompt_id", sort=False)["prompt"].nunique()
     if (texts > 1).any():
-        raise ResultsError(f"{file}: prompt_id {texts.idxmax()!r} stands for different prompts; give each its own")
+        raise ResultsError(f"{file}: prompt_id {texts.idxmax()!r} has different prompts. Give each prompt its own id.")
     label = numbers(frame["label"], file, "label")
     rows, ids = pd.factorize(frame["prompt_id"].astype(str))
     names = frame["model_name"] if "model_name" in frame else frame["model_id"]

@@ -1,7 +1,7 @@
-"""Tables as files hold them: CSV, TSV, Excel, JSON, JSONL and Parquet, also compressed, as pandas frames.
+"""Tables in files as pandas frames: CSV, TSV, Excel, JSON, JSONL and Parquet, also compressed.
 
-Nothing is guessed in silence. A row of another length than the header is told, not shifted; only an empty cell is
-missing; the index of a frame is the row's number as a spreadsheet or an editor shows it.
+Nothing is guessed silently. A row of another length than the header raises an error instead of a shift. Only an empty
+cell is missing. The index of a frame is the row's number in a spreadsheet or an editor.
 """
 
 import csv
@@ -22,27 +22,27 @@ from .text import read_bytes, read_records, read_text, suffix_of
 SUFFIXES = (".csv", ".tsv", ".xlsx", ".parquet", ".jsonl", ".json")
 SEPARATED = (".csv", ".tsv")
 _MARKS = ",;\t|"
-_SAMPLE = 200  # rows by which the separator is found
-_HEAD = 65_536  # bytes of them
+_SAMPLE = 200  # rows that decide the separator
+_HEAD = 65_536  # characters that hold these rows
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+")
 _NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)")
-_CELL = 2**27  # characters: a text of a cell may be long
+_CELL = 2**27  # characters, because a cell may hold a long text
 
 csv.field_size_limit(_CELL)
 
 
 def load_table(file: Path, *, texts: Sequence[str] = ()) -> pd.DataFrame:
-    """Return a table as it is; texts without outer blanks, their line ends LF, composed (NFC).
+    """Load a table unchanged, except that texts lose outer blanks, get LF as line ends, and are composed (NFC).
 
     Args:
-        file: the table.
-        texts: columns that are text whatever they look like: the id 0012 is not 12.
+        file: File of the table.
+        texts: Columns that are always text, because the id 0012 is not 12.
 
     Returns:
-        a frame whose index is the number of each row in the file. Cells of CSV, TSV and Excel are text, empty ones NaN.
+        Frame whose index is the number of each row in the file. Cells of CSV, TSV and Excel are text, empty ones NaN.
 
     Raises:
-        ResultsError: it can't be read, a row does not fit the header, a column's name is empty or there twice, or there
+        ResultsError: The file cannot be read, a row does not fit the header, a column's name appears twice, or there
             are no rows.
     """
     suffix = suffix_of(file)
@@ -55,7 +55,7 @@ def load_table(file: Path, *, texts: Sequence[str] = ()) -> pd.DataFrame:
     elif suffix == ".parquet":
         frame = _from_parquet(file)
     else:
-        raise ResultsError(f"{file}: expected {', '.join(SUFFIXES)}, also with .gz")
+        raise ResultsError(f"{file}: expected {', '.join(SUFFIXES)}, with or without .gz")
     if frame.empty:
         raise ResultsError(f"{file}: empty results, the table has no rows")
     for name in frame.columns:
@@ -65,10 +65,10 @@ def load_table(file: Path, *, texts: Sequence[str] = ()) -> pd.DataFrame:
 
 
 def tidy(value: Any) -> Any:
-    """Return a text as it is compared; anything else as it is.
+    """Normalise a text for comparison, and return other values unchanged.
 
-    One question in two files is the same question, whatever editor saved them: with CRLF, with blanks behind it, with
-    its accents as marks of their own. An empty text is no text.
+    A question in two files is the same question, whatever editor saved them: with CRLF, with trailing blanks, or with
+    accents as separate marks. An empty text becomes None.
     """
     if not isinstance(value, str):
         return value
@@ -77,7 +77,7 @@ def tidy(value: Any) -> Any:
 
 
 def header_of(head: str) -> list[str]:
-    """Return the columns of a CSV by its beginning."""
+    """Return the column names of a CSV from its beginning."""
     try:
         return [name.strip() for name in next(csv.reader([head.partition("\n")[0]], delimiter=_separator(head)), [])]
     except csv.Error:
@@ -85,7 +85,7 @@ def header_of(head: str) -> list[str]:
 
 
 def _separator(text: str) -> str:
-    """Return what separates the cells: the character by which most rows have as many cells as the first."""
+    """Return the separator: the character by which most rows have as many cells as the first row."""
     best, found = (0.0, 1), ","
     for mark in _MARKS:
         try:
@@ -112,8 +112,8 @@ def _separated(file: Path) -> list[tuple[int, list[Any]]]:
         rows.extend(reader)
     except csv.Error as error:
         raise ResultsError(
-            f"{file}: line {reader.line_num}: not a readable table ({one_line(error)}); a quote inside a quoted text "
-            "is written twice"
+            f"{file}: line {reader.line_num}: not a readable table ({one_line(error)}). A quote inside a quoted "
+            "text is written twice."
         ) from None
     found = [(number, row) for number, row in enumerate(rows, 1) if any(cell.strip() for cell in row)]
     if not found:
@@ -123,7 +123,7 @@ def _separated(file: Path) -> list[tuple[int, list[Any]]]:
         if len(row) < width or any(cell.strip() for cell in row[width:]):
             name = {"\t": "a tab"}.get(mark, f"{mark!r}")
             raise ResultsError(
-                f"{file}: row {number} has {len(row)} cells, the header {width}; quote a text that holds {name}"
+                f"{file}: row {number} has {len(row)} cells, the header {width}. Quote texts that contain {name}."
             )
     return [(number, row[:width]) for number, row in found]
 
@@ -133,7 +133,7 @@ def _excel(file: Path) -> list[tuple[int, list[Any]]]:
     require_extra("openpyxl", "data")
     try:
         sheet = pd.read_excel(io.BytesIO(read_bytes(file)), header=None, dtype=object, keep_default_na=False)
-    except Exception as error:  # of zipfile, the XML parser, openpyxl
+    except Exception as error:  # raised by zipfile, the XML parser, openpyxl
         raise ResultsError(f"{file}: not a readable workbook ({one_line(error)})") from None
     rows = [(number, list(row)) for number, row in enumerate(sheet.itertuples(index=False, name=None), 1)]
     found = [(number, row) for number, row in rows if any(str(cell).strip() for cell in row)]
@@ -143,14 +143,14 @@ def _excel(file: Path) -> list[tuple[int, list[Any]]]:
 
 
 def _from_rows(file: Path, rows: list[tuple[int, list[Any]]], texts: Sequence[str]) -> pd.DataFrame:
-    """Return a frame of rows of which the first is the header; decimal commas become points."""
+    """Return a frame of rows, of which the first is the header. Decimal commas become points."""
     names = [str(tidy(str(cell)) or "") for cell in rows[0][1]]
     _check_names(file, names)
     numbers, cells = [number for number, _ in rows[1:]], [row for _, row in rows[1:]]
     columns = {}
     for place, name in enumerate(names):
         values = [row[place] for row in cells]
-        if not name:  # pandas writes its index so
+        if not name:  # pandas writes its index as a column without a name
             continue
         values = [None if isinstance(value, str) and not value.strip() else value for value in values]
         columns[name] = values if name in texts else _with_points(values)
@@ -161,12 +161,12 @@ def _check_names(file: Path, names: Iterable[str]) -> None:
     seen: set[str] = set()
     for name in names:
         if name and name in seen:
-            raise ResultsError(f"{file}: two columns are called {name!r}; rename one")
+            raise ResultsError(f"{file}: two columns are called {name!r}. Rename one.")
         seen.add(name)
 
 
 def _with_points(values: list[Any]) -> list[Any]:
-    """Return numbers with decimal commas as numbers with points, where all of a column's cells are numbers."""
+    """Return numbers with points instead of decimal commas, if all cells of a column are numbers."""
     there = [value.strip() for value in values if isinstance(value, str)]
     if not any(map(_DECIMAL_COMMA.fullmatch, there)) or not all(map(_NUMBER.fullmatch, there)):
         return values
@@ -180,7 +180,7 @@ def _from_records(file: Path) -> pd.DataFrame:
         if not isinstance(record, dict):
             raise ResultsError(f"{place}: expected an object with the row's fields, got a {type(record).__name__}")
         rows.append({str(name).strip(): value for name, value in record.items()})
-    # Kept as the file has them: pandas would make floats of integers beside a gap.
+    # Values are kept unchanged, because pandas would turn integers beside a gap into floats.
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: [row.get(name) for row in rows] for name in names}
     return pd.DataFrame(columns, index=pd.RangeIndex(1, len(rows) + 1), dtype=object)
@@ -189,7 +189,7 @@ def _from_records(file: Path) -> pd.DataFrame:
 def _from_parquet(file: Path) -> pd.DataFrame:
     try:
         frame = pd.read_parquet(io.BytesIO(read_bytes(file)) if file.suffix.lower() == ".gz" else file)
-    except (ValueError, OverflowError, OSError) as error:  # as Arrow raises errors
+    except (ValueError, OverflowError, OSError) as error:  # raised by Arrow
         raise ResultsError(f"{file}: not a readable Parquet file ({one_line(error)})") from None
     frame.columns = [str(name).strip() for name in frame.columns]
     _check_names(file, frame.columns)
@@ -198,7 +198,7 @@ def _from_parquet(file: Path) -> pd.DataFrame:
 
 
 def holds_records(head: str) -> bool:
-    """Return whether a JSON file is a list of objects, or an object a line, by its beginning."""
+    """Check by its beginning whether a JSON file is a list of objects, or has one object per line."""
     if re.match(r"\s*\[\s*\{", head):
         return True
     line, end, _ = head.lstrip().partition("\n")
@@ -209,7 +209,7 @@ def holds_records(head: str) -> bool:
 
 
 def field(record: Any, path: str) -> Any:
-    """Return a field inside of nested objects, `evaluation_result.score`; None where there is none."""
+    """Return a field of nested objects, such as `evaluation_result.score`, or None if it is missing."""
     if isinstance(record, str) and record[:1] == "{":  # an object in a cell
         try:
             record = json.loads(record)

@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 
 def is_saved_dataset(path: Path) -> bool:
-    """Whether a folder was written by `save_to_disk`."""
+    """Check whether a folder was written by `save_to_disk`."""
     return (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()
 
 
 def read(
     path: Path | str, *, config: str | None = None, revision: str | None = None, **columns: Any
 ) -> BenchmarkResults:
-    """Read every split; a split called train, validation or test is that side where no column says so.
+    """Read every split of a dataset. Names such as train, validation and test apply if no column states the split.
 
     Args:
-        path: hub id, or folder.
-        config: of the dataset.
-        revision: of the dataset on the hub.
-        **columns: names of columns, see `table.Columns`.
+        path: Hub id, or folder.
+        config: Configuration of the dataset.
+        revision: Revision of the dataset on the hub.
+        **columns: Names of columns, see `table.Columns`.
     """
     chosen = Columns(**columns)
     parts = []
@@ -51,6 +51,6 @@ def _load(path: Path | str, config: str | None, revision: str | None) -> "Datase
             found = datasets.load_from_disk(str(path))
         else:
             found = datasets.load_dataset(str(path), config, revision=revision)
-    except Exception as error:  # of the hub's client, Arrow, pandas, fsspec, ...
+    except Exception as error:  # raised by the hub's client, Arrow, pandas, fsspec, ...
         raise ResultsError(f"{path}: can't be read as a dataset ({one_line(error)})") from error
     return found if isinstance(found, dict) else datasets.DatasetDict({"all": found})

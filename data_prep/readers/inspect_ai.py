@@ -18,21 +18,21 @@ from .text import files_of, keys_of, number, read_json, results_of, suffix_of
 
 
 def recognises(file: Path, head: str) -> bool:
-    """An archive of samples, or a JSON object with what an evaluation was and how it went."""
+    """Recognise an archive of samples, or a JSON object with an evaluation and its status."""
     if suffix_of(file) == ".eval":
         return zipfile.is_zipfile(file)
     return suffix_of(file) == ".json" and {"version", "status", "eval"} <= keys_of(head)
 
 
 def read(path: Path, *, scorer: str | None = None) -> BenchmarkResults:
-    """Read one log or a folder of them; the task is the benchmark, and of several epochs the mean counts.
+    """Read one log or a folder of logs. The task is the benchmark, and the mean over epochs is the score.
 
     Args:
-        path: file or folder.
-        scorer: whose scores count; where not given, the first scorer's of each log.
+        path: File or folder.
+        scorer: Scorer to read. Defaults to the first scorer of each log.
 
     Raises:
-        ResultsError: a file is no log, a log has no samples, or there is no such scorer.
+        ResultsError: A file is not a log, a log has no samples, or a log has no such scorer.
     """
     return BenchmarkResults.merge([_read_file(file, scorer) for file in files_of(path, ".json", ".eval")])
 
@@ -42,7 +42,7 @@ def _read_file(file: Path, scorer: str | None) -> BenchmarkResults:
     task, model = (field(header, f"eval.{name}") for name in ("task", "model"))
     for name, value in (("task", task), ("model", model)):
         if not isinstance(value, str) or not value:
-            raise ResultsError(f"{file}: field 'eval.{name}': missing; expected a log of Inspect")
+            raise ResultsError(f"{file}: field 'eval.{name}': missing. Expected a log of Inspect.")
     benchmark = str(task).rpartition("/")[2]
     found: dict[str, tuple[str, Any, list[float]]] = {}
     for number_of, sample in enumerate(samples):
@@ -76,7 +76,7 @@ def _document(file: Path) -> tuple[Any, list[Any]]:
 
 
 def _archive(file: Path) -> tuple[Any, Iterator[Any]]:
-    """Return the header of an archive, and its samples one after the other; they are compressed by Zstandard."""
+    """Return the header of an archive and an iterator over its samples, which Zstandard compresses."""
     archives = zipfile if sys.version_info >= (3, 14) else require_extra("backports.zstd.zipfile", "data")
     try:
         archive = archives.ZipFile(file)

@@ -20,23 +20,23 @@ _SUBJECT = re.compile(r"(?:hendrycksTest-|mmlu[:_])(.+)")
 
 
 def recognises(file: Path, head: str) -> bool:
-    """A file of details, by its name."""
+    """Recognise a file of details by its name."""
     del head
     return _NAME.fullmatch(file.name) is not None
 
 
 def read(path: Path, *, metric: str | None = None) -> BenchmarkResults:
-    """Read every file below `path`; the newest of each (model, task) counts.
+    """Read the newest file of each (model, task) below `path`.
 
-    The model is in the name of the data set's folder, `details_ORG__MODEL`. Questions are the documents themselves
+    The model is in the name of the dataset's folder, `details_ORG__MODEL`. Questions are the documents themselves
     (`example`), which do not depend on the few-shot examples of a run.
 
     Args:
-        path: file or folder.
-        metric: which metric is the score; where not given the first there is that is known of lm-evaluation-harness.
+        path: File or folder.
+        metric: Metric that becomes the score. Defaults to the first known metric of lm-evaluation-harness.
 
     Raises:
-        ResultsError: a folder's name tells no model, or a file has no question or no metric.
+        ResultsError: A folder's name contains no model, or a file has no question or no metric.
     """
     newest: dict[tuple[str, str], tuple[str, Path]] = {}
     for file in sorted(path.rglob("details_*.parquet")) if path.is_dir() else [path]:
@@ -54,7 +54,7 @@ def _model_of(file: Path) -> str:
     for folder in file.resolve().parents:
         if folder.name.startswith("details_"):
             return folder.name.removeprefix("details_").replace("__", "/")
-    raise ResultsError(f"{file}: whose details are these? Put them into a folder called details_ORG__MODEL")
+    raise ResultsError(f"{file}: no folder name with the model. Put the file into a folder called details_ORG__MODEL.")
 
 
 def _read(file: Path, model: str, task: str, metric: str | None) -> BenchmarkResults:
@@ -70,7 +70,7 @@ def _read(file: Path, model: str, task: str, metric: str | None) -> BenchmarkRes
     names = [metric] if metric else METRICS
     chosen = next((name for name in names if value(records[0], name) is not None), None)
     if chosen is None:
-        raise ResultsError(f"{file}: no metric {metric or 'known here'!r}; say which with --set metric=NAME")
+        raise ResultsError(f"{file}: no metric {metric or 'known here'!r}. Pass one with --set metric=NAME.")
     subject = _SUBJECT.fullmatch(task)
     benchmark = "mmlu" if subject else task.partition(":")[0] if task.startswith("bigbench") else task
     rows = [

@@ -16,17 +16,18 @@ _FIELDS = ("dataset_name", "split", "model_name", "records")
 
 
 def recognises(file: Path, head: str) -> bool:
-    """A JSON object with fields that only these files have together."""
+    """Recognise a JSON object by fields that only these files have together."""
     return suffix_of(file) == ".json" and len(keys_of(head) & {*_FIELDS, "performance", "demo"}) >= 2
 
 
 def read(path: Path) -> BenchmarkResults:
-    """Read every file below `path`; the newest of each (dataset, split, model) counts, and trial runs (`demo`) don't.
+    """Read the newest file of each (dataset, split, model) below `path`, without trial runs (`demo`).
 
-    The files' `split` is the part of the benchmark that was run, not a side of ours: it only enters the ids.
+    The files' `split` is the part of the benchmark that was run, not a train or test split. It is a part of the ids
+    only.
 
     Raises:
-        ResultsError: a file is not of this format, or there is none of a full run.
+        ResultsError: A file has another format, or no file is of a full run.
     """
     files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
     newest: dict[tuple[str, str, str], tuple[str, Path, list]] = {}
@@ -34,7 +35,7 @@ def read(path: Path) -> BenchmarkResults:
         document = read_json(file)
         for name in _FIELDS:
             if not isinstance(document, dict) or name not in document:
-                raise ResultsError(f"{file}: field {name!r} is missing; expected {', '.join(_FIELDS)}")
+                raise ResultsError(f"{file}: field {name!r} is missing. Expected {', '.join(_FIELDS)}.")
         if document.get("demo"):
             continue
         dataset, split, model = (str(document[name]) for name in _FIELDS[:3])
@@ -55,7 +56,7 @@ def _run(key: tuple[str, str, str], file: Path, records: Any) -> BenchmarkResult
     for place, record in enumerate(records):
         where = f"{file}: record {place}"
         if not isinstance(record, dict) or "index" not in record:
-            raise ResultsError(f"{where}, field 'index': missing; expected a record with its query's index")
+            raise ResultsError(f"{where}, field 'index': missing. Expected a record with its query's index.")
         prompt = record.get("origin_query") or record.get("prompt")
         if not isinstance(prompt, str):
             raise ResultsError(f"{where}, field 'origin_query': expected text, got {prompt!r:.80}")

@@ -28,7 +28,7 @@ _LONG = 12  # characters
 
 
 def recognises(file: Path, head: str) -> bool:
-    """A file of samples or of results, by its name."""
+    """Recognise a file of samples or of results by its name."""
     del head
     return _SAMPLES.fullmatch(file.name) is not None or _RESULTS.fullmatch(file.name) is not None
 
@@ -39,17 +39,17 @@ def read(
     metric: Sequence[str] | None = None,
     filter: str | None = None,  # noqa: A002
 ) -> BenchmarkResults:
-    """Read every model's folder below `path`; the newest samples of each (model, task) count.
+    """Read the newest samples of each (model, task) below `path`.
 
     Args:
-        path: the harness's `--output_path`, or one model's folder in it.
-        metric: which per-sample metric is the score: `NAME` for all tasks, `TASK=NAME` for one; where not given the
-            first there is of `METRICS`. A task without any is left out, with a warning.
-        filter: of which filter (`strict-match`, `flexible-extract`) the samples count; where not given, of the first
-            in the file.
+        path: The harness's `--output_path`, or one model's folder in it.
+        metric: Per-sample metric that becomes the score: `NAME` for all tasks, `TASK=NAME` for one. Defaults to the
+            first one of `METRICS` in the samples. A task without any is left out, with a warning.
+        filter: Filter (`strict-match`, `flexible-extract`) whose samples are read. Defaults to the first one in the
+            file.
 
     Raises:
-        ResultsError: a file is not of this format, it can't be told whose it is, or there are no samples.
+        ResultsError: A file has another format, its model is unknown, or there are no samples.
     """
     chosen = dict(_task_and_metric(text) for text in ([metric] if isinstance(metric, str) else metric or ()))
     newest: dict[tuple[str, str], tuple[str, Path, dict[str, str]]] = {}
@@ -78,13 +78,13 @@ def read(
     if without:
         told = "no metric known here in " + ", ".join(dict.fromkeys(without))
         if not parts:
-            raise ResultsError(f"{path}: {told}; say which with --set metric=TASK=NAME")
-        logger.warning("%s: %s: left out; say which with --set metric=TASK=NAME", path, told)
+            raise ResultsError(f"{path}: {told}. Pass one with --set metric=TASK=NAME.")
+        logger.warning("%s: %s: left out. Pass one with --set metric=TASK=NAME.", path, told)
     return BenchmarkResults.merge(parts)
 
 
 def _task_and_metric(text: str) -> tuple[str, str]:
-    """Return task and metric of `TASK=NAME`, or no task and the metric of `NAME`."""
+    """Return task and metric of `TASK=NAME`, or an empty task and the metric of `NAME`."""
     task, equals, name = text.rpartition("=")
     if not name or (equals and not task):
         raise ResultsError(f"option metric: expected NAME or TASK=NAME, got {text!r}")
@@ -103,21 +103,21 @@ def _runs(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _summary(folder: Path, stamp: str, documents: dict[str, dict[str, Any]]) -> tuple[str, dict[str, str]]:
-    """Return the model's name, and of tasks of a group the whole group, as the results file of a run says.
+    """Return the model's name and the outermost group of each task, from the results file of a run.
 
     Args:
-        folder: where the samples lie.
-        stamp: time of their run.
-        documents: results files of the folder, by the time of their run.
+        folder: Folder of the samples.
+        stamp: Time of the samples' run.
+        documents: Results files of the folder, by the time of their run.
 
     Raises:
-        ResultsError: no results file has that stamp, and those beside it are of several models.
+        ResultsError: No results file has that stamp, and the other results files are of several models.
     """
     names = {str(document.get("model_name")) for document in documents.values() if document.get("model_name")}
     if stamp not in documents and len(names) > 1:
         raise ResultsError(
-            f"{folder}: results of {' and '.join(sorted(names))}, and none of the run of {stamp}: whose are its "
-            "samples? Put each model's files into a folder of its own"
+            f"{folder}: results of {' and '.join(sorted(names))}, and none of the run of {stamp}, so the model of its "
+            "samples is unknown. Put each model's files into a folder of its own."
         )
     document = documents.get(stamp) or (documents[max(documents)] if documents else {})
     name = str(document.get("model_name") or folder.name.replace("__", "/"))
@@ -126,7 +126,7 @@ def _summary(folder: Path, stamp: str, documents: dict[str, dict[str, Any]]) -> 
 
 
 def benchmarks_of(groups: dict[str, list[str]]) -> dict[str, str]:
-    """Of every task in a group the outermost group: mmlu_astronomy is in mmlu_stem, which is in mmlu."""
+    """Return the outermost group of every task in a group: mmlu_astronomy is in mmlu_stem, which is in mmlu."""
     parent = {task: group for group, tasks in groups.items() for task in tasks if task != group}
 
     def outermost(name: str) -> str:
@@ -140,7 +140,7 @@ def benchmarks_of(groups: dict[str, list[str]]) -> dict[str, str]:
 
 
 def subject_of(task: str, benchmark: str) -> str | None:
-    """A task's name less its benchmark's, or None where the task is the benchmark."""
+    """Return a task's name without its benchmark's, or None if the task is the benchmark."""
     return None if task == benchmark else task.removeprefix(f"{benchmark}_")
 
 
@@ -152,17 +152,17 @@ def _read_samples(
     metric: str | None,
     filter: str | None,  # noqa: A002
 ) -> BenchmarkResults | str:
-    """Return one file's results; the metrics that it has, where none of them is known here and none was asked for."""
+    """Return one file's results, or the names of its metrics if none of them is known and `metric` is None."""
     ids, prompts, scores = [], [], []
     seen: set[Any] = set()
     filters: dict[str, None] = {}
     for place, sample in read_records(file):
         if not isinstance(sample, dict) or "doc_id" not in sample:
-            raise ResultsError(f"{place}, field 'doc_id': missing; expected a sample written by --log_samples")
+            raise ResultsError(f"{place}, field 'doc_id': missing. Expected a sample written by --log_samples.")
         filters.setdefault(str(sample.get("filter", "none")))
         if str(sample.get("filter", "none")) != (filter or next(iter(filters))):
             continue
-        # Older versions write the samples of several filters one block after the other, without their names.
+        # Older versions write the samples of several filters in consecutive blocks, without filter names.
         if "filter" not in sample and sample["doc_id"] in seen:
             continue
         seen.add(sample["doc_id"])
@@ -170,7 +170,7 @@ def _read_samples(
         if name is None:
             return "it has " + ", ".join(map(str, sample.get("metrics") or sorted(sample)))
         if name not in sample:
-            raise ResultsError(f"{place}: no metric {name!r}; available: {sample.get('metrics')}")
+            raise ResultsError(f"{place}: no metric {name!r}, available: {sample.get('metrics')}")
         ids.append(f"{task}/{sample['doc_id']}")
         prompts.append(_prompt(sample, place))
         scores.append(number(sample[name], f"{place}, field {name!r}"))
@@ -178,7 +178,7 @@ def _read_samples(
         raise ResultsError(f"{file}: no filter {filter!r}, {did_you_mean(filter, filters)}")
     if not ids:
         raise ResultsError(f"{file}: empty results, no samples in it")
-    # Without a results file that names the groups, at least those whose subjects people train on.
+    # Without a results file that names the groups, known groups with subjects are still recognised.
     known = next((group for group in _GROUPS if task.startswith(f"{group}_")), task)
     benchmark = benchmarks.get(task, known)
     subject = subject_of(task, benchmark)
@@ -187,25 +187,25 @@ def _read_samples(
 
 
 def question_of(document: Any, prompt: str) -> str | None:
-    """What a document asks, as it stands in a prompt: without few-shot examples, instructions and chat templates.
+    """Extract a document's question from a prompt, without few-shot examples, instructions and chat templates.
 
-    Those differ between models, and are not what a user would write. A passage before the question and options behind
-    it belong to it where the model saw them: without them different questions are the same text ("Which of these is
-    correct?"), or no question at all.
+    Those differ between models, and a user would not write them. A passage before the question and options after it
+    belong to the question if the model saw them. Without them different questions have the same text ("Which of these
+    is correct?"), or are no questions at all.
 
     Args:
-        document: of a task, as its data set has it.
-        prompt: that was made of it.
+        document: Document of a task, as in its dataset.
+        prompt: Prompt made from the document.
 
     Returns:
-        the part of the prompt from the document's first text to its last; where the prompt holds none of them (its
-        texts are put together otherwise) the document's own question and options; None where it has no question.
+        Part of the prompt from the document's first text to its last. If the prompt contains none of them (because its
+        texts are composed differently), the document's own question and options. None if it has no question.
     """
     if not isinstance(document, dict):
         return None
     texts = {k: v.strip() for k, v in document.items() if isinstance(v, str) and v.strip() and k not in _ANSWERS}
     asked = next((texts[key] for key in _QUESTIONS if key in texts), None)
-    # The last occurrence: examples come first. Short texts (a level, a category) may stand in a prompt by chance.
+    # The last occurrence, because examples come first. Short texts (a level, a category) may occur by chance.
     shown = [text for text in texts.values() if text in prompt and (text == asked or len(text) >= _LONG)]
     options = _options(document)
     if not shown:
@@ -222,7 +222,7 @@ def question_of(document: Any, prompt: str) -> str | None:
 
 
 def _options(document: dict[str, Any]) -> list[str]:
-    """What can be chosen from: a list of texts, ARC's `{text: [...]}`, or Winogrande's `option1`, `option2`."""
+    """Return the options: a list of texts, ARC's `{text: [...]}`, or Winogrande's `option1`, `option2`."""
     for key in ("choices", "options", "endings"):
         value = document.get(key)
         value = value.get("text") if isinstance(value, dict) else value
@@ -233,7 +233,7 @@ def _options(document: dict[str, Any]) -> list[str]:
 
 
 def _prompt(sample: dict[str, Any], place: str) -> str:
-    """The question as the model was asked it, or the whole prompt where the document does not tell it apart."""
+    """Return the question in the model's prompt, or the whole prompt if the document has no question."""
     arguments: Any = sample.get("arguments")
     if isinstance(arguments, dict):
         arguments = [list(entry.values()) if isinstance(entry, dict) else entry for entry in arguments.values()]

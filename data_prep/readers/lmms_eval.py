@@ -21,22 +21,22 @@ _PICTURE = re.compile(r"<image(?: \d+)?>")
 
 
 def recognises(file: Path, head: str) -> bool:
-    """A file of samples, by its name."""
+    """Recognise a file of samples by its name."""
     del head
     return _SAMPLES.fullmatch(file.name) is not None
 
 
 def read(path: Path, *, metric: str | None = None) -> BenchmarkResults:
-    """Read every model's folder below `path`; the newest samples of each (model, task) count.
+    """Read the newest samples of each (model, task) below `path`.
 
-    Pictures are not in the files: they are known by their task and the number of the document.
+    Pictures are not in the files. They are identified by task and document number.
 
     Args:
-        path: the harness's `--output_path`, or one model's folder in it.
-        metric: which metric is the score; where not given, the first that says of each answer whether it is right.
+        path: The harness's `--output_path`, or one model's folder in it.
+        metric: Metric that becomes the score. Defaults to the first one that scores single answers.
 
     Raises:
-        ResultsError: there are no samples, or no metric says so.
+        ResultsError: There are no samples, or no metric scores single answers.
     """
     newest: dict[tuple[str, str], tuple[str, Path]] = {}
     for file in sorted(path.rglob("*_samples_*")) if path.is_dir() else [path]:
@@ -64,19 +64,19 @@ def _read(file: Path, model: str, task: str, metric: str | None) -> BenchmarkRes
 
 
 def _score(sample: dict[str, Any], metric: str | None, place: str) -> float:
-    """Return how right an answer is, by a metric that is a number or tells what was said and what is right."""
+    """Return the score of an answer, by a metric that is a number or holds the prediction and the right answer."""
     names = [metric] if metric else [name for name in sample if name not in _OURS]
     for name in names:
         if (found := _value(sample.get(name))) is not None:
             return number(found, f"{place}: metric {name!r}")
     raise ResultsError(
-        f"{place}: no metric {f'{metric!r} ' if metric else ''}that says whether the answer is right; it has "
-        f"{', '.join(name for name in sample if name not in _OURS) or 'none'}: say which with --set metric=NAME"
+        f"{place}: no metric {f'{metric!r} ' if metric else ''}that scores single answers, only "
+        f"{', '.join(name for name in sample if name not in _OURS) or 'none'}. Pass one with --set metric=NAME."
     )
 
 
 def _value(value: Any) -> Any:
-    """Return a metric's value of one sample, None where it says nothing of this answer alone."""
+    """Return a metric's value for one sample, or None if it does not score this answer alone."""
     if isinstance(value, bool | int | float):
         return value
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Pickled results, read without trusting them: only arrays, tables and plain containers can be in there."""
+"""Safe reading of untrusted pickles: only arrays, tables and plain containers are restored."""
 
 import pickle
 import pickletools
@@ -7,8 +7,8 @@ from typing import Any
 
 from ...modeling.errors import ResultsError, one_line
 
-# Exact names, not whole modules: numpy and pandas both have functions that evaluate text. Arrow's are left out: what
-# they restore are raw buffers that nobody checks.
+# Exact names, not whole modules, because numpy and pandas both have functions that evaluate text. Arrow's names are
+# left out, because they restore raw buffers without a check.
 _NUMPY = {"_reconstruct", "scalar", "_frombuffer", "ndarray", "dtype"}
 _NUMPY_MODULES = {
     "numpy",
@@ -52,7 +52,7 @@ _DAMAGE = (
 
 
 class _RefusedError(Exception):
-    """The pickle asks for something that is on no list."""
+    """An import in a pickle that no list allows."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -64,25 +64,25 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_pickle(file: Path) -> Any:
-    """What a pickle file holds, as long as it is made of numpy arrays, pandas tables and plain containers.
+    """Read a pickle file of numpy arrays, pandas tables and plain containers.
 
     Raises:
-        ResultsError: it is damaged, or tries to import anything else; nothing of that is imported or run.
+        ResultsError: The file is damaged, or tries to import anything else, which is neither imported nor run.
     """
     try:
         with file.open("rb") as stream:
             return _Unpickler(stream).load()
     except _RefusedError as refused:
         raise ResultsError(
-            f"{file}: this pickle tries to import {refused}, which results never need; refused. If you trust its "
-            "source, open it there and save the table as Parquet or CSV"
+            f"{file}: this pickle tries to import {refused}, which results never need, and is refused. If you trust "
+            "its source, open it with pandas and save the table as Parquet or CSV."
         ) from None
     except _DAMAGE as error:
-        raise ResultsError(f"{file}: not a readable pickle ({one_line(error)}); is the file cut short?") from None
+        raise ResultsError(f"{file}: not a readable pickle ({one_line(error)}). The file may be cut short.") from None
 
 
 def holds_mapping(file: Path) -> bool:
-    """Whether a pickle's outermost object is a dict, told from its first opcodes without running any."""
+    """Check by its first opcodes, without running any, whether a pickle's outermost object is a dict."""
     try:
         with file.open("rb") as stream:
             for opcode, _, _ in pickletools.genops(stream):

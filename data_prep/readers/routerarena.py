@@ -16,19 +16,20 @@ _INDEX = re.compile(r'"global[ _]index"\s*:')
 
 
 def recognises(file: Path, head: str) -> bool:
-    """JSON whose records have a global index, and who was selected."""
+    """Recognise JSON whose records have a global index and the selected model."""
     named = '"llm_selected"' in head or '"prediction"' in head
     return suffix_of(file) in (".json", ".jsonl") and named and _INDEX.search(head) is not None
 
 
 def read(path: Path) -> BenchmarkResults:
-    """Read one file or a folder of them; a record is one model's answer to one question.
+    """Read one file or a folder of files. A record is one model's answer to one question.
 
-    The benchmark is the global index without its number (`AIME_112`). A router's predictions count as what the chosen
-    models scored. Answers that failed, or were not judged, are not measured; of several runs the mean counts.
+    The benchmark is the global index without its number (`AIME_112`). A router's predictions count as scores of the
+    chosen models. Answers that failed or were not judged count as not measured. The mean over several runs is the
+    score.
 
     Raises:
-        ResultsError: a record has no global index, question or model, or there is none with a score.
+        ResultsError: A record has no global index, question or model, or no record has a score.
     """
     rows: list[tuple[str, str, str]] = []
     values: list[tuple[float, float]] = []
@@ -43,7 +44,7 @@ def read(path: Path) -> BenchmarkResults:
     )
     texts = frame.groupby("id", sort=False)["prompt"].nunique()
     if (texts > 1).any():
-        raise ResultsError(f"{path}: global index {texts.idxmax()!r} stands for different questions")
+        raise ResultsError(f"{path}: global index {texts.idxmax()!r} has different questions")
     ids, models = list(dict.fromkeys(frame["id"])), list(dict.fromkeys(frame["model"]))
     means = frame.groupby(["id", "model"])[["score", "cost"]].mean()
     grids = [means[name].unstack("model").reindex(index=ids, columns=models) for name in ("score", "cost")]
@@ -68,13 +69,13 @@ def _whose(record: Any, place: str) -> tuple[str, str, str]:
     for names in (("global_index", "global index"), ("question", "prompt"), ("llm_selected", "prediction")):
         value = next((record[name] for name in names if isinstance(record.get(name), str) and record[name]), None)
         if value is None:
-            raise ResultsError(f"{place}, field {names[0]!r}: missing; expected one of RouterArena's records")
+            raise ResultsError(f"{place}, field {names[0]!r}: missing. Expected one of RouterArena's records.")
         found.append(value)
     return found[0], found[1], found[2]
 
 
 def _what(record: dict[str, Any], place: str) -> tuple[float, float]:
-    """Return a record's score and cost in USD, NaN where there is none."""
+    """Return a record's score and cost in USD, NaN where missing."""
     judged = "evaluation_result" in record
     score = field(record, "evaluation_result.score") if judged else record.get("accuracy")
     cost = field(record, "evaluation_result.inference_cost") if judged else record.get("cost")

@@ -19,20 +19,20 @@ _ORDINARY = ("sample_id", "prompt", "eval_name", "oracle_model_to_route_to")
 
 
 def recognises(file: Path, head: str) -> bool:
-    """A pickled table, or a CSV whose columns have RouterBench's names."""
+    """Recognise a pickled table, or a CSV whose columns have RouterBench's names."""
     if file.suffix == ".pkl":
         return not holds_mapping(file)
     return suffix_of(file) == ".csv" and any(name.endswith(_COST) for name in header_of(head))
 
 
 def read(path: Path) -> BenchmarkResults:
-    """Read one file or a folder of them. A file name that ends in `_train` or `_test` names the split.
+    """Read one file or a folder of files. A file name that ends in `_train` or `_test` names the split.
 
-    `eval_name` is the benchmark; MMLU's subjects (`mmlu-astronomy`) become subjects of one benchmark.
+    `eval_name` is the benchmark. MMLU's subjects (`mmlu-astronomy`) become subjects of one benchmark.
     """
     files = files_of(path, ".csv", ".pkl")
     frames = [_load(file) for file in files]
-    # The published table has ids that stand for two questions; those get a mark of their text.
+    # The published table has ids with two questions. These ids get a hash of the text.
     ids = pd.concat([frame["sample_id"].astype(str) for frame in frames])
     repeated = set(ids[ids.duplicated()])
     parts = [_results(frame, file, repeated) for frame, file in zip(frames, files, strict=True)]
@@ -42,10 +42,10 @@ def read(path: Path) -> BenchmarkResults:
 def _load(file: Path) -> pd.DataFrame:
     frame = read_pickle(file) if file.suffix == ".pkl" else load_table(file)
     if not isinstance(frame, pd.DataFrame):
-        raise ResultsError(f"{file}: holds a {type(frame).__name__}; expected a pandas DataFrame")
+        raise ResultsError(f"{file}: holds a {type(frame).__name__}, expected a pandas DataFrame")
     for column in _ORDINARY[:3]:
         if column not in frame:
-            raise ResultsError(f"{file}: no column {column!r}; expected RouterBench's table ({', '.join(_ORDINARY)})")
+            raise ResultsError(f"{file}: no column {column!r}. Expected RouterBench's table ({', '.join(_ORDINARY)}).")
     if file.suffix == ".pkl":
         frame.index = pd.RangeIndex(1, len(frame) + 1)
     return frame
@@ -58,7 +58,7 @@ def _results(frame: pd.DataFrame, file: Path, repeated: set[str]) -> BenchmarkRe
         if name not in _ORDINARY and "|" not in str(name) and str(name).strip() and not str(name).startswith("Unnamed")
     ]
     if not models or frame.empty:
-        raise ResultsError(f"{file}: empty results, {len(frame)} rows and {len(models)} models")
+        raise ResultsError(f"{file}: empty results, found {len(frame)} rows and {len(models)} models")
     scores = np.stack([numbers(frame[name], file, name) for name in models], axis=1)
     absent = pd.Series(np.nan, index=frame.index)
     costs = np.stack(
@@ -82,7 +82,7 @@ def _results(frame: pd.DataFrame, file: Path, repeated: set[str]) -> BenchmarkRe
 
 
 def _prompt(value: object, file: Path, row: object) -> str:
-    """The question's text: the file has a Python list of strings, one per turn, as text."""
+    """Return the question's text. The file holds a Python list of strings, one per turn, as text."""
     turns = value
     if isinstance(value, str):
         try:

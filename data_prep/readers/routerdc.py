@@ -1,4 +1,4 @@
-"""RouterDC's files (arXiv 2409.19886): a list of `{"question", "scores": {model: score}}`, one file a benchmark."""
+"""RouterDC's files (arXiv 2409.19886): a list of `{"question", "scores": {model: score}}`, one file per benchmark."""
 
 import logging
 from pathlib import Path
@@ -16,26 +16,26 @@ _FIFTH = 0.2
 
 
 def recognises(file: Path, head: str) -> bool:
-    """A JSON list whose entries have a question and scores."""
+    """Recognise a JSON list whose entries have a question and scores."""
     listed = head.lstrip().startswith("[") and '"question"' in head
     return suffix_of(file) == ".json" and listed and '"scores"' in head
 
 
 def read(path: Path, *, correct_above_zero: bool | None = None) -> BenchmarkResults:
-    """Read one file or a folder of them; the file's name is the benchmark, its ending `_train` or `-test` the split.
+    """Read one file or a folder of files. The file name is the benchmark, its ending `_train` or `-test` the split.
 
     Args:
-        path: file or folder.
-        correct_above_zero: score 1 where the file's score is above zero. Multiple-choice files hold the probability of
-            the right choice, 0 where the answer was wrong. None: per file, on where that is what the scores look like:
-            not all of two decimals, some zero, and none between zero and a fifth.
+        path: File or folder.
+        correct_above_zero: If true, a score above zero becomes 1. Multiple-choice files hold the probability of the
+            right option, or 0 for a wrong answer. None decides per file. It is on if the scores look like such
+            probabilities: not all of two decimals, some zero, and none between zero and a fifth.
     """
     chosen: list[str] = []
     parts = [_read_file(file, correct_above_zero, chosen) for file in files_of(path, ".json")]
     if chosen:
         logger.info(
-            "%s: probabilities of the right choice, it seems: above zero is right (--set "
-            "correct_above_zero=false keeps scores as they are)", ", ".join(chosen),
+            "%s: the scores look like probabilities of the right option, so above zero is right (--set "
+            "correct_above_zero=false keeps the scores)", ", ".join(chosen),
         )  # fmt: skip
     return BenchmarkResults.merge(parts)
 
@@ -62,15 +62,15 @@ def _read_file(file: Path, correct_above_zero: bool | None, chosen: list[str]) -
             chosen.append(file.name)
     if correct_above_zero:
         logger.info(
-                "%s: probabilities of the right choice, it seems: above zero is right; --set correct_above_zero=false "
-                "keeps them as they are", file,
+                "%s: the scores look like probabilities of the right option, so above zero is right (--set "
+                "correct_above_zero=false keeps the scores)", file,
             )  # fmt: skip
     if correct_above_zero:
         scores = np.where(np.isnan(scores), np.nan, scores > 0)
     stem = stem_of(file) if benchmark_of(file) in stem_of(file) else f"{benchmark_of(file)}/{stem_of(file)}"
     queries = pd.DataFrame(
         {
-            # Files repeat questions, so the place in the file is the identity, not the text.
+            # Files repeat questions, so the index in the file is the id, not the text.
             "id": [f"{stem}/{index}" for index in range(len(rows))],
             "prompt": [row["question"] for row in rows],
             "benchmark": benchmark_of(file),
@@ -82,7 +82,7 @@ def _read_file(file: Path, correct_above_zero: bool | None, chosen: list[str]) -
 
 
 def _is_multiple_choice(scores: np.ndarray) -> bool:
-    """Return whether scores are the probability of the right choice of at most five, 0 where another was taken."""
+    """Check whether scores are probabilities of the right option of at most five, with 0 for a wrong answer."""
     there = scores[~np.isnan(scores)]
     hundredths = np.allclose(there * 100, np.round(there * 100), atol=1e-3)
     return bool(not hundredths and (there == 0).any() and (there[there > 0] >= _FIFTH).all())

@@ -20,21 +20,21 @@ _SIDES = {"train": "train", "val": "validation", "test": "test"}
 
 
 def recognises(file: Path, head: str) -> bool:
-    """A pickle whose outermost object is a dict."""
+    """Recognise a pickle whose outermost object is a dict."""
     del head
     return file.suffix == ".pkl" and holds_mapping(file)
 
 
 def read(path: Path, *, difficulty: str = "hard", candidates: str = "10", kind: str = "all_strong") -> BenchmarkResults:
-    """Read one file or a folder of them, a benchmark each; the three sides are the file's own.
+    """Read one file or a folder of files, one benchmark each, with the file's own three splits.
 
-    A raw leaderboard (`leaderboard_*.pkl`) has no question texts: ids stand in for them, which is enough for labels by
-    subject and for metrics, not for training on texts.
+    A raw leaderboard (`leaderboard_*.pkl`) has no question texts. Ids replace them, which is enough for labels by
+    subject and for metrics, but not for training on texts.
 
     Args:
-        path: file or folder.
+        path: File or folder.
         difficulty: `easy` (3 or 5 candidates) or `hard` (10, 100 or 1000).
-        candidates: how many.
+        candidates: Number of candidates.
         kind: `all_strong`, `all_weak` or `strong_to_weak`.
     """
     parts = []
@@ -54,7 +54,7 @@ def _mapping(value: Any, place: str) -> Mapping:
 
 
 def _entry(mapping: Any, key: Any, place: str) -> Any:
-    """`mapping[key]`, where numbers may be keys as well."""
+    """Return `mapping[key]`, where keys may be numbers too."""
     for form in (key, int(key)) if isinstance(key, str) and key.isdecimal() else (key,):
         if form in _mapping(mapping, place):
             return mapping[form]
@@ -65,7 +65,7 @@ def _matrix(value: Any, place: str) -> np.ndarray:
     try:
         scores = np.asarray(value, dtype=np.float32)
     except (TypeError, ValueError):
-        raise ResultsError(f"{place}: expected numbers, got a {type(value).__name__} of something else") from None
+        raise ResultsError(f"{place}: expected numbers, got a {type(value).__name__} of other values") from None
     if scores.ndim != 2:
         raise ResultsError(f"{place}: expected a table [queries, models], got shape {list(scores.shape)}")
     return scores
@@ -105,13 +105,15 @@ def _router_dataset(document: Mapping, file: Path, keys: tuple[str, str, str]) -
 
 def _leaderboard(document: Mapping, file: Path) -> list[BenchmarkResults]:
     models = [str(name) for name in _entry(document, "model", str(file))]
-    logger.warning("%s has no question texts: ids stand in for them (labels and metrics, no training on texts)", file)
+    logger.warning(
+        "%s has no question texts, so ids replace them: enough for labels and metrics, not for training on texts", file
+    )
     parts = []
     for subset, entry in _mapping(_entry(document, "data", str(file)), f"{file}, data").items():
         place = f"{file}, data, {subset}"
         scores = _matrix(_entry(entry, "correctness", place), f"{place}, correctness")
         if scores.shape[1] != len(models):
-            raise ResultsError(f"{place}: expected {len(models)} columns, one a model, got {scores.shape[1]}")
+            raise ResultsError(f"{place}: expected {len(models)} columns, one per model, got {scores.shape[1]}")
         ids = [f"{subset}/{index}" for index in range(len(scores))]
         queries = pd.DataFrame({"id": ids, "prompt": ids, "benchmark": str(subset), "subject": None, "split": None})
         parts.append(results_of(file, queries, models, scores))

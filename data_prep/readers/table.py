@@ -21,19 +21,24 @@ from .text import SIDES, files_of, head_of, results_of, stem_of, suffix_of
 logger = logging.getLogger(__name__)
 
 REPEATS = ("refuse", "mean")
-"""What becomes of several scores of one model on one query."""
+"""Ways to handle several scores of one model on one query."""
 
 WORDS = {
     "true": 1.0, "yes": 1.0, "correct": 1.0, "right": 1.0, "pass": 1.0, "passed": 1.0,
     "false": 0.0, "no": 0.0, "incorrect": 0.0, "wrong": 0.0, "fail": 0.0, "failed": 0.0,
 }  # fmt: skip
 """Scores as words, in any case."""
-_LETTERS = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0}  # Inspect's: correct, partially so, incorrect, no answer
+_LETTERS = {
+    "C": 1.0,
+    "P": 0.5,
+    "I": 0.0,
+    "N": 0.0,
+}  # Inspect's letters: correct, partially correct, incorrect, no answer
 _HEAD = 20_000  # characters
 _PATH = 1000  # characters of a picture's path
-_SAMPLES = ("sample", "attempt", "epoch", "repeat", "repetition", "trial", "run")  # columns that number the attempts
+_SAMPLES = ("sample", "attempt", "epoch", "repeat", "repetition", "trial", "run")  # columns that number attempts
 _COST = re.compile(r"^(.+?)[\s_.|-](?:total[\s_.-])?costs?(?:[\s_.-]usd)?$|^costs?[\s_.-](.+)$", re.IGNORECASE)
-# What tables have beside the models' scores; compared without case and signs.
+# Columns of tables that are not models. Names are compared without case and punctuation.
 _NO_MODELS = {
     "answer", "answers", "target", "label", "labels", "gold", "goldanswer", "reference", "groundtruth", "difficulty",
     "level", "category", "topic", "source", "language", "lang", "type", "index", "idx", "number", "no", "row", "tokens",
@@ -43,27 +48,28 @@ _NO_MODELS = {
 
 @dataclass(frozen=True)
 class Columns:
-    """What the columns of a table are called, and how they are read.
+    """Names of a table's columns, and options of the reader.
 
-    A name with dots is a field inside of objects: `evaluation_result.score`.
+    A name with dots is a field of nested objects: `evaluation_result.score`.
 
     Attributes:
-        query: the question's text, or a list of messages.
-        model: long tables: the model's name.
-        score: long tables: its score.
-        models: wide tables: the score columns. Where not given, a table with a `model` column is long, and in any other
-            every column of numbers or of words such as correct and incorrect is a model, except costs and what has
-            another name.
-        id: identity of a query; benchmark and text where there is no such column.
-        benchmark: the benchmark; the file's name where there is no such column.
-        subject: the subject within the benchmark.
-        image: the picture that is asked about: its path below the folder that `--images` names, or a list of paths.
-        split: train, validation or test; `dev` and the like too.
-        cost: long tables: USD for this query. Wide ones have a column `MODEL_cost` each.
-        contaminated: long tables: true where the model was trained on the benchmark; one such row flags the pair.
-        scale: what a perfect answer scores; scores are divided by it.
-        repeats: several scores of one model on one query: `refuse`, or `mean`. Where a column numbers them (`sample`,
-            `attempt`, `epoch`, ...), their mean counts without being asked for.
+        query: Column with the question's text, or with a list of messages.
+        model: Column with the model's name, in long tables.
+        score: Column with the score, in long tables.
+        models: Columns with scores, in wide tables. If None, a table with a `model` column is long. In any other table
+            every column of numbers or of words such as correct and incorrect is a model, except costs and columns
+            with another role.
+        id: Column with the id of a query. Without such a column the id is benchmark and text.
+        benchmark: Column with the benchmark. Without such a column the benchmark is the file's name.
+        subject: Column with the subject within the benchmark.
+        image: Column with a picture of the question: its path below the folder of `--images`, or a list of paths.
+        split: Column with train, validation or test, or names such as `dev`.
+        cost: Column with the USD for this query, in long tables. Wide tables have a column `MODEL_cost` per model.
+        contaminated: Column that is true where the model was trained on the benchmark, in long tables. One such row
+            flags the pair.
+        scale: Score of a perfect answer, by which scores are divided.
+        repeats: Handling of several scores of one model on one query: `refuse`, or `mean`. If a column numbers the
+            attempts (`sample`, `attempt`, `epoch`, ...), the mean is taken anyway.
     """
 
     query: str = "query"
@@ -93,19 +99,19 @@ class Columns:
 
     @property
     def of_queries(self) -> dict[str, str]:
-        """Our names of the query columns to the table's."""
+        """Table's name of each query column of `BenchmarkResults`."""
         found = {"id": self.id, "prompt": self.query}
         return found | {"benchmark": self.benchmark, "subject": self.subject, "split": self.split}
 
     @property
     def roles(self) -> dict[str, str]:
-        """What a column may mean, to the name it has then."""
+        """Column name by role."""
         names = ("query", "model", "score", "id", "benchmark", "subject", "split", "cost", "contaminated")
         return {name: getattr(self, name) for name in names}
 
 
 def recognises(file: Path, head: str) -> bool:
-    """Any table; of JSON a list of objects, or an object a line."""
+    """Recognise any table, where JSON must be a list of objects, or one object per line."""
     return suffix_of(file) in SUFFIXES and (suffix_of(file) != ".json" or holds_records(head))
 
 
@@ -113,12 +119,12 @@ def read(path: Path, **columns: Any) -> BenchmarkResults:
     """Read one table or a folder of tables (all of one shape).
 
     Args:
-        path: file or folder.
-        **columns: names of columns, see `Columns`.
+        path: File or folder.
+        **columns: Names of columns, see `Columns`.
     """
     chosen = Columns(**columns)
     texts = (*chosen.of_queries.values(), chosen.model)
-    # Beside tables there may be JSON of other kinds, such as the settings that they were made with.
+    # A folder of tables may hold other JSON files, such as the settings of a collection.
     files = [f for f in files_of(path, *SUFFIXES) if f == path or recognises(f, head_of(f, _HEAD))]
     if not files:
         raise ResultsError(f"{path}: empty results, no table in the folder")
@@ -128,10 +134,10 @@ def read(path: Path, **columns: Any) -> BenchmarkResults:
 
 
 def _benchmarks(frames: dict[Path, pd.DataFrame], path: Path, columns: Columns) -> dict[Path, str]:
-    """Return the benchmark of each file, for tables that have no column for it: the file's name.
+    """Return the benchmark of each file, for tables without a column for it: the file's name.
 
-    Where files are one model's each, the model's name is taken off the file's (`gsm8k-llama.csv`); where nothing of it
-    is there, and the files are about the same questions, all are one benchmark with the folder's name.
+    If each file has one model, the model's name is removed from the file's name (`gsm8k-llama.csv`). If file names do
+    not contain it and the files have the same questions, all are one benchmark with the folder's name.
     """
     names = {file: stem_of(file) for file in frames}
     needed = {columns.query, columns.model}
@@ -149,7 +155,7 @@ def _benchmarks(frames: dict[Path, pd.DataFrame], path: Path, columns: Columns) 
 
 
 def _without(stem: str, model: str) -> str | None:
-    """Return a file's name without a model's, at its end or its beginning; None where it is not there."""
+    """Return a file's name without a model's name at its end or beginning, or None if it has none."""
     for name in (model, model.replace("/", "_"), model.replace("/", "__"), model.replace("/", "-"), Path(model).name):
         for pattern in (rf"(.+?)[-_. ]+{re.escape(name)}", rf"{re.escape(name)}[-_. ]+(.+)"):
             if found := re.fullmatch(pattern, stem, re.IGNORECASE):
@@ -161,13 +167,13 @@ def from_frame(frame: pd.DataFrame, source: str, benchmark: str, columns: Column
     """Return results from a table in memory.
 
     Args:
-        frame: long or wide; its index numbers the rows for errors.
-        source: how errors call it.
-        benchmark: its name, where no column tells.
-        columns: what its columns are called.
+        frame: Long or wide table, whose index numbers the rows for errors.
+        source: Name of the table in errors.
+        benchmark: Name of the benchmark, if no column states it.
+        columns: Names of the columns.
 
     Raises:
-        ResultsError: a column is missing or has nearly the name of one that is expected, or a row is not well formed.
+        ResultsError: A column is missing or has nearly the name of an expected one, or a row is malformed.
     """
     frame = _with_fields(frame, columns)
     _ask_about_names(frame, source, columns)
@@ -182,7 +188,7 @@ def from_frame(frame: pd.DataFrame, source: str, benchmark: str, columns: Column
 
 
 def _with_fields(frame: pd.DataFrame, columns: Columns) -> pd.DataFrame:
-    """Return the frame with a column for each field inside of objects that a column's name asks for."""
+    """Return the frame with a column for each field of nested objects that a column name refers to."""
     found = {}
     for name in [*columns.roles.values(), *(columns.models or ())]:
         first, dot, path = name.partition(".")
@@ -196,10 +202,10 @@ def _plain(name: object) -> str:
 
 
 def _ask_about_names(frame: pd.DataFrame, source: str, columns: Columns) -> None:
-    """Refuse a column that has nearly the name of one that is looked for and not there.
+    """Refuse a column with nearly the name of an expected column that is missing.
 
     Raises:
-        ResultsError: there is one; it could be a model, or what it seems to be.
+        ResultsError: There is such a column. It may be a model, or the expected column.
     """
     taken = {*columns.roles.values(), *(columns.models or ())}
     for role, wanted in columns.roles.items():
@@ -210,13 +216,13 @@ def _ask_about_names(frame: pd.DataFrame, source: str, columns: Columns) -> None
         for name in frame.columns:
             if name not in taken and _plain(name) in near:
                 raise ResultsError(
-                    f"{source}: column {name!r}: is it the {role}? Then rename it to {wanted!r}, or say "
-                    f"--set {role}={name}; if it is a model, name all models: --set models={name},..."
+                    f"{source}: column {name!r}: if it is the {role}, rename it to {wanted!r}, or pass "
+                    f"--set {role}={name}. If it is a model, name all models: --set models={name},..."
                 )
     if columns.model not in frame and columns.models is None and columns.score in frame:
         raise ResultsError(
-            f"{source}: a column {columns.score!r} and none {columns.model!r}: whose scores are they? Add a column "
-            f"{columns.model!r}, or say --set model=COLUMN; for one model of that name --set models={columns.score}"
+            f"{source}: found a column {columns.score!r}, but no column {columns.model!r}. Add a column "
+            f"{columns.model!r}, or pass --set model=COLUMN (for one model of that name --set models={columns.score})."
         )
 
 
@@ -240,7 +246,7 @@ def _queries(frame: pd.DataFrame, names: Columns, source: str, benchmark: str) -
         queries[IMAGES] = pd.Series(images, index=frame.index, dtype=object)
     if columns["id"] not in frame:
         queries["id"] = queries["benchmark"].astype(str) + "/" + queries["prompt"]
-        if IMAGES in queries:  # one question about many pictures is many questions
+        if IMAGES in queries:  # the same text with another picture is another question
             queries["id"] += [f" [{', '.join(images)}]" if images else "" for images in queries[IMAGES]]
     queries["id"] = _texts(queries["id"], source, columns["id"])
     for name in ("benchmark", "subject", "split"):
@@ -250,10 +256,10 @@ def _queries(frame: pd.DataFrame, names: Columns, source: str, benchmark: str) -
 
 
 def images_of(value: Any, place: str) -> tuple[str, ...] | None:
-    """Return the paths of a query's pictures, from one path or a list of them; None where there are none.
+    """Return the paths of a query's pictures, from one path or a list of paths, or None without pictures.
 
     Raises:
-        ResultsError: it is neither.
+        ResultsError: The value is neither.
     """
     if isinstance(value, str) and value.startswith("["):
         try:
@@ -267,16 +273,16 @@ def images_of(value: Any, place: str) -> tuple[str, ...] | None:
     paths = [value] if isinstance(value, str) else value
     if not isinstance(paths, list) or not all(isinstance(path, str) and 0 < len(path) <= _PATH for path in paths):
         raise ResultsError(
-            f"{place}: expected a path, or a list of paths; a picture within the table has to be saved to a file first"
+            f"{place}: expected a path, or a list of paths. Save a picture in the table to a file first."
         )
     return tuple(paths) or None
 
 
 def conversation_of(value: Any, place: str) -> tuple[Any, list[dict[str, Any]] | None]:
-    """Return a query's text, and its messages where it is a conversation.
+    """Return a query's text, and its messages if it is a conversation.
 
     Raises:
-        ResultsError: it is a list, and no list of messages.
+        ResultsError: The value is a list, but not a list of messages.
     """
     messages = value.tolist() if isinstance(value, np.ndarray) else value
     if isinstance(value, str) and re.match(r'\s*\[\s*\{\s*"(role|content)"', value):
@@ -306,23 +312,23 @@ def _texts(column: pd.Series, source: str | Path, name: str) -> pd.Series:
 
 
 def numbers(column: pd.Series, source: str | Path, name: str, *, words: bool = True) -> np.ndarray:
-    """Return a column of scores as float32 `[N]`; empty cells are NaN.
+    """Return a column of scores as float32 `[N]`, with NaN for empty cells.
 
     Args:
-        column: its index numbers the rows for errors.
-        source: how errors call the table.
-        name: of the column.
-        words: whether words such as correct and incorrect count as 1 and 0.
+        column: Column whose index numbers the rows for errors.
+        source: Name of the table in errors.
+        name: Name of the column.
+        words: If true, words such as correct and incorrect count as 1 and 0.
 
     Raises:
-        ResultsError: a cell is not a number.
+        ResultsError: A cell is not a number.
     """
     spelled = column.map(score_of) if words else column
     numbers = pd.to_numeric(spelled, errors="coerce").astype(float)
     wrong = (numbers.isna() & column.notna()) if len(column) else numbers.isna()
     if wrong.any():
         row = int(wrong.to_numpy().argmax())
-        more = f"; {', '.join(list(WORDS)[:4])} and the like are scores too" if words else ""
+        more = f". Words such as {', '.join(list(WORDS)[:4])} are scores too." if words else ""
         raise ResultsError(
             f"{source}: row {column.index[row]}, column {name!r}: expected a number, got {column.iloc[row]!r}{more}"
         )
@@ -330,7 +336,7 @@ def numbers(column: pd.Series, source: str | Path, name: str, *, words: bool = T
 
 
 def score_of(value: Any) -> Any:
-    """Return the score that a word is; anything else as it is."""
+    """Return the score of a word, and other values unchanged."""
     if isinstance(value, bool | np.bool_):
         return float(value)
     if not isinstance(value, str):
@@ -349,8 +355,8 @@ def _long(frame: pd.DataFrame, queries: pd.DataFrame, source: str, columns: Colu
         row = int(twice.to_numpy().argmax())
         raise ResultsError(
             f"{source}: row {frame.index[row]}: query {queries['id'].iloc[row][:80]!r} and model {names.iloc[row]!r} "
-            "came before; drop the duplicate, say --set repeats=mean where these are several attempts, or give "
-            "repeated queries an 'id' column"
+            "came before. Drop the duplicate, pass --set repeats=mean if these are several attempts, or give "
+            "repeated queries an 'id' column."
         )
     rows, ids = pd.factorize(queries["id"])
     places, models = pd.factorize(names)
@@ -359,20 +365,20 @@ def _long(frame: pd.DataFrame, queries: pd.DataFrame, source: str, columns: Colu
         different = queries.groupby("id", sort=False)[column].nunique(dropna=False) > 1
         if different.any():
             raise ResultsError(
-                f"{source}: query id {different.idxmax()!r} stands for different {word}; give each query its own"
+                f"{source}: query id {different.idxmax()!r} has different {word}. Give each query its own id."
             )
 
     def grid(column: str, *, words: bool) -> np.ndarray:
         cells = pd.DataFrame(
             {"row": rows, "place": places, "value": numbers(frame[column], source, column, words=words)}
         )
-        means = cells.groupby(["row", "place"], sort=False)["value"].mean()  # of attempts that have a value
+        means = cells.groupby(["row", "place"], sort=False)["value"].mean()  # over attempts with a value
         values = np.full((len(ids), len(models)), np.nan, dtype=np.float32)
         values[means.index.get_level_values(0), means.index.get_level_values(1)] = means.to_numpy()
         return values
 
     if twice.any():
-        logger.info("%s: %d rows are further attempts at a query; the mean counts", source, int(twice.sum()))
+        logger.info("%s: %d rows are further attempts at a query, so the mean is the score", source, int(twice.sum()))
     _tell_left_out(frame, source, {*columns.roles.values(), columns.image, numbered})
     first = queries.drop_duplicates("id")
     flagged: frozenset[tuple[str, str]] = frozenset()
@@ -394,9 +400,9 @@ def _tell_left_out(frame: pd.DataFrame, source: str, taken: Iterable[Any]) -> No
 
 
 def _is_score(column: pd.Series) -> bool:
-    """Return whether a column holds numbers, or mostly scores and their words: a cell that is neither is then told.
+    """Check whether a column holds numbers, or mostly scores and their words, so that other cells raise an error.
 
-    So does a column of empty cells: a model that was never measured is told, too.
+    A column of empty cells counts too, so that a model without any score raises an error.
     """
     if pd.api.types.is_numeric_dtype(column):
         return True
@@ -405,7 +411,7 @@ def _is_score(column: pd.Series) -> bool:
 
 
 def _wide(frame: pd.DataFrame, queries: pd.DataFrame, source: str, columns: Columns) -> BenchmarkResults:
-    # Flags belong to one model, so in a wide table they belong to nobody; at least they are no model.
+    # A flag belongs to one model, so a wide table cannot use it. The column is left out, and is not a model.
     taken = {*columns.of_queries.values(), columns.image, columns.cost, columns.contaminated}
     costs = {name: found[1] or found[2] for name in frame.columns if (found := _COST.match(str(name)))}
     models = columns.models
@@ -418,8 +424,8 @@ def _wide(frame: pd.DataFrame, queries: pd.DataFrame, source: str, columns: Colu
         models = [name for name in likely if not name.startswith("Unnamed")]
         if not models:
             raise ResultsError(
-                f"{source}: no numeric column left to be a model's scores; name the models' columns by "
-                "--set models=NAME,NAME"
+                f"{source}: expected numeric columns with models' scores, found none. Name the models' columns with "
+                "--set models=NAME,NAME."
             )
     for name in models:
         if name not in frame:
@@ -428,8 +434,8 @@ def _wide(frame: pd.DataFrame, queries: pd.DataFrame, source: str, columns: Colu
     if repeated.any():
         row = int(repeated.to_numpy().argmax())
         raise ResultsError(
-            f"{source}: row {frame.index[row]}: query {queries['id'].iloc[row][:80]!r} came before; drop the "
-            "duplicate, or give repeated queries an 'id' column"
+            f"{source}: row {frame.index[row]}: query {queries['id'].iloc[row][:80]!r} came before. Drop the "
+            "duplicate, or give repeated queries an 'id' column."
         )
     paid = {model: name for name, model in costs.items() if model in models}
     _tell_left_out(frame, source, {*taken, *models, *paid.values()})

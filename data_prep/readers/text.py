@@ -1,4 +1,4 @@
-"""What readers share: finding files and opening them with one-line errors."""
+"""Shared functions of readers: they find files, and open them with one-line errors."""
 
 import codecs
 import gzip
@@ -18,10 +18,10 @@ SIDES = {
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
-"""What files and splits are called, in small letters, to the sides that they are."""
+"""Split by the name of a file or split, in lower case."""
 
 _SIDE = re.compile(rf"(?:^|[-_])({'|'.join(SIDES)})$", re.IGNORECASE)
-# UTF-32 before UTF-16, whose mark it begins with.
+# UTF-32 before UTF-16, because its mark begins with the mark of UTF-16.
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -33,7 +33,7 @@ _GZIP = b"\x1f\x8b"
 
 
 def suffix_of(file: Path) -> str:
-    """Return a file's suffix in small letters, without `.gz`."""
+    """Return a file's suffix in lower case, without `.gz`."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
     return next((suffix for suffix in reversed(suffixes) if suffix != ".gz"), "")
 
@@ -44,10 +44,10 @@ def stem_of(file: Path) -> str:
 
 
 def files_of(path: Path, *suffixes: str) -> list[Path]:
-    """Return `path` itself, or the files with one of the suffixes in the folder `path`, sorted; also compressed ones.
+    """Return `path` itself, or the sorted files with one of the suffixes in the folder `path`, also compressed ones.
 
     Raises:
-        ResultsError: the folder holds none.
+        ResultsError: The folder holds no such file.
     """
     if path.is_file():
         return [path]
@@ -59,25 +59,25 @@ def files_of(path: Path, *suffixes: str) -> list[Path]:
 
 
 def side_of(file: Path) -> str | None:
-    """Return the split that a file's name ends in (`_train`, `-test`, or all of the name), or None."""
+    """Return the split at the end of a file's name (`_train`, `-test`, or the whole name), or None."""
     found = _SIDE.search(stem_of(file))
     return SIDES[found[1].lower()] if found else None
 
 
 def benchmark_of(file: Path) -> str:
-    """Return a file's name less the split it ends in; where nothing is left, the folder's name."""
+    """Return a file's name without the split at its end, or the folder's name if nothing is left."""
     return _SIDE.sub("", stem_of(file)) or file.resolve().parent.name
 
 
 def read_bytes(file: Path, most: int = -1) -> bytes:
-    """Return a file's content, decompressed where it is gzip.
+    """Read a file's content, and decompress it if it is gzip.
 
     Args:
-        file: the file.
-        most: bytes to read at most; -1 for all.
+        file: File to read.
+        most: Maximum number of bytes to read. -1 for all.
 
     Raises:
-        ResultsError: it can't be read.
+        ResultsError: The file cannot be read.
     """
     try:
         with file.open("rb") as stream:
@@ -87,7 +87,7 @@ def read_bytes(file: Path, most: int = -1) -> bytes:
     except OSError as error:
         raise ResultsError(f"{file}: {error.strerror or one_line(error)}") from None
     except (EOFError, zlib.error) as error:
-        raise ResultsError(f"{file}: not whole as gzip ({one_line(error)}); is the file cut short?") from None
+        raise ResultsError(f"{file}: incomplete gzip file ({one_line(error)}). The file may be cut short.") from None
 
 
 def _encoding(data: bytes) -> str:
@@ -95,38 +95,38 @@ def _encoding(data: bytes) -> str:
 
 
 def head_of(file: Path, most: int) -> str:
-    """Return the beginning of a file as text; what is no text is replaced."""
+    """Return the beginning of a file as text, with invalid bytes replaced."""
     data = read_bytes(file, most)
     return data.decode(_encoding(data), "replace").removeprefix("\ufeff")
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file: UTF-8, or what its byte order mark says. Line ends are LF.
+    """Return the text of a file, in UTF-8 or the encoding of its byte order mark. Line ends become LF.
 
     Raises:
-        ResultsError: it can't be read, or is not UTF-8.
+        ResultsError: The file cannot be read, or is not UTF-8.
     """
     data = read_bytes(file)
     try:
         text = data.decode(_encoding(data))
     except UnicodeDecodeError as error:
-        raise ResultsError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        raise ResultsError(f"{file}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def lines_of(text: str) -> Iterator[tuple[int, str]]:
     """Yield each line that is not blank, with its number from 1.
 
-    Lines end at LF alone: `splitlines` would cut a text at a separator such as U+2028, which JSON allows in strings.
+    Only LF ends a line. `splitlines` would cut a text at separators such as U+2028, which JSON allows in strings.
     """
     return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
 def read_records(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield what a file of JSON holds, each with its place: the lines of JSONL, or the entries of one list.
+    """Yield the records of a JSON file, each with its place: the lines of JSONL, or the entries of one list.
 
     Raises:
-        ResultsError: it is not JSON in UTF-8.
+        ResultsError: The file is not JSON in UTF-8.
     """
     text = read_text(file)
     if text.lstrip().startswith("["):
@@ -138,34 +138,34 @@ def read_records(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def read_json(file: Path) -> Any:
-    """The JSON document of a file.
+    """Read the JSON document of a file.
 
     Raises:
-        ResultsError: it is not JSON in UTF-8.
+        ResultsError: The file is not JSON in UTF-8.
     """
     return parse_json(read_text(file), file)
 
 
 def parse_json(text: str, file: Path, line: int = 1) -> Any:
-    """A JSON document that begins on a line of a file.
+    """Parse a JSON document that begins on a line of a file.
 
     Raises:
-        ResultsError: it is not JSON.
+        ResultsError: The text is not JSON.
     """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"{file}: line {line + error.lineno - 1}"
-        raise ResultsError(f"{place} is not JSON ({error.msg}); is the file cut short?") from None
+        raise ResultsError(f"{place} is not JSON ({error.msg}). The file may be cut short.") from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, lists in lists in lists
-        raise ResultsError(f"{file}: line {line} is not JSON that can be read ({one_line(error)})") from None
+        raise ResultsError(f"{file}: line {line} is not readable JSON ({one_line(error)})") from None
 
 
 _KEY = re.compile(r'"((?:[^"\\]|\\.)*)"\s*(:?)|[{}\[\]]')
 
 
 def keys_of(head: str) -> set[str]:
-    """Return the keys of a JSON object itself, not of what is in it, as far as its beginning tells."""
+    """Return the top-level keys of a JSON object, as far as its beginning shows them."""
     depth = 0
     found: set[str] = set()
     if not head.lstrip().startswith("{"):
@@ -181,10 +181,10 @@ def keys_of(head: str) -> set[str]:
 
 
 def results_of(file: Path | str, *parts: Any) -> BenchmarkResults:
-    """`BenchmarkResults(*parts)`; what is wrong with them is told with the file's name.
+    """Return `BenchmarkResults(*parts)`, and add the file's name to its errors.
 
     Raises:
-        ResultsError: see `BenchmarkResults`.
+        ResultsError: See `BenchmarkResults`.
     """
     try:
         return BenchmarkResults(*parts)
@@ -193,10 +193,10 @@ def results_of(file: Path | str, *parts: Any) -> BenchmarkResults:
 
 
 def number(value: Any, place: str) -> float:
-    """A score as a float; null is NaN (not measured), true and false are 1 and 0.
+    """Convert a score to a float. Null becomes NaN (not measured), true and false become 1 and 0.
 
     Raises:
-        ResultsError: it is not a number, or NaN: a score that a program failed to compute is not one nobody measured.
+        ResultsError: The value is not a number, or is NaN, because a failed computation is not a missing measurement.
     """
     if value is None:
         return math.nan

@@ -1,7 +1,7 @@
-"""VLMEvalKit's records: a workbook or table for each model and data set, `MODEL/MODEL_DATASET.xlsx`.
+"""VLMEvalKit's records: a workbook or table for each model and dataset, `MODEL/MODEL_DATASET.xlsx`.
 
-Records hold what a model said (`prediction`), and after a judge whether that is right (`hit`). Without a judge, answers
-of multiple choice are compared here, by their letter.
+Records hold a model's answer (`prediction`), and a judge's score if there was a judge (`hit`). Without a judge,
+multiple-choice answers are compared by their letter.
 """
 
 import logging
@@ -30,7 +30,7 @@ _LETTER = re.compile(r"^[\s(\[*]*([A-H])(?=[\s.,:;)\]*]|$)|\b(?:answer|option|ch
 
 
 def recognises(file: Path, head: str) -> bool:
-    """A table with the columns of VLMEvalKit's records."""
+    """Recognise a table with the columns of VLMEvalKit's records."""
     if suffix_of(file) == ".xlsx":
         import openpyxl
 
@@ -42,18 +42,18 @@ def recognises(file: Path, head: str) -> bool:
 
 
 def read(path: Path, *, model: str | None = None, dataset: str | None = None) -> BenchmarkResults:
-    """Read one file of records, or every one below a folder.
+    """Read one file of records, or all files of records below a folder.
 
     Pictures are named as the kit stores them, `DATASET/INDEX.jpg` below its `images` folder, which `--images` takes.
 
     Args:
-        path: file or folder.
-        model: whose records they are; where not given, the folder's name where the file's begins with it, or what
-            stands before the last underscore of the file's name.
-        dataset: the benchmark; where not given, the rest of the file's name.
+        path: File or folder.
+        model: Model of the records. Defaults to the folder's name if the file's name begins with it, otherwise to the
+            part of the file's name before the last underscore.
+        dataset: Benchmark of the records. Defaults to the rest of the file's name.
 
     Raises:
-        ResultsError: a file is not of this form, or nothing tells which answers are right.
+        ResultsError: A file has another format, or its answers cannot be scored.
     """
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     found = [file for file in files if suffix_of(file) in _SUFFIXES and (file == path or recognises(file, _head(file)))]
@@ -67,7 +67,7 @@ def _head(file: Path) -> str:
 
 
 def _named(file: Path, model: str | None, dataset: str | None) -> tuple[str, str]:
-    """Return model and data set of a file."""
+    """Return model and dataset of a file."""
     stem, folder = _JUDGES.sub("", stem_of(file)), file.resolve().parent.name
     if stem.startswith(f"{folder}_"):
         found = folder, stem.removeprefix(f"{folder}_")
@@ -80,7 +80,7 @@ def _named(file: Path, model: str | None, dataset: str | None) -> tuple[str, str
 def _read(file: Path, model: str, dataset: str) -> BenchmarkResults:
     frame = load_table(file, texts=("index", "question", "answer", "prediction", *_OPTIONS))
     if absent := [name for name in _NEEDED if name not in frame]:
-        raise ResultsError(f"{file}: no column {absent[0]!r}; expected {', '.join(_NEEDED)}")
+        raise ResultsError(f"{file}: no column {absent[0]!r}. Expected {', '.join(_NEEDED)}.")
     options = [letter for letter in _OPTIONS if letter in frame]
     rows = frame.to_dict("records")
     queries = pd.DataFrame(
@@ -97,7 +97,7 @@ def _read(file: Path, model: str, dataset: str) -> BenchmarkResults:
 
 
 def _asked(row: dict, options: list[str]) -> str:
-    """Return a question with its options, where they stand in columns of their own."""
+    """Return a question with its options, if the table has columns for them."""
     told = [f"{letter}. {row[letter]}" for letter in options if row[letter] is not None]
     return "\n".join([str(row["question"]), *told])
 
@@ -108,12 +108,12 @@ def _scores(frame: pd.DataFrame, file: Path) -> np.ndarray:
         return numbers(frame[judged], file, judged)
     if not frame["answer"].map(lambda value: isinstance(value, str) and value in _OPTIONS).all():
         raise ResultsError(
-            f"{file}: answers that are no letters, and no column {' or '.join(map(repr, _JUDGED))} that a judge wrote: "
-            "give the file that the kit's evaluation made"
+            f"{file}: answers that are no letters, and no column {' or '.join(map(repr, _JUDGED))} that a judge wrote. "
+            "Pass the file that the kit's evaluation wrote."
         )
     said = frame["prediction"].map(_letter)
     if unread := int(said.isna().sum()):
-        logger.warning("%s: %d of %d answers name no option; they count as wrong", file, unread, len(frame))
+        logger.warning("%s: %d of %d answers name no option, so they count as wrong", file, unread, len(frame))
     return (said == frame["answer"]).to_numpy(np.float32)
 
 

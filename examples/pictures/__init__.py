@@ -1,1 +1,1 @@
-"""Pictures alone decide: the question is always the same."""
+"""Example in which only the picture decides, because the question is always the same."""

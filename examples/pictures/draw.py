@@ -1,4 +1,4 @@
-"""Draw pictures of four kinds, each with a question that is always the same, and who is right about it."""
+"""Pictures of four kinds, with one question for all, and the results of four experts on them."""
 
 import itertools
 import random
@@ -50,7 +50,7 @@ def scene(draw: Any, rng: random.Random, ink: Colour) -> None:
 
 
 def diagram(draw: Any, rng: random.Random, ink: Colour) -> None:
-    """Draw rings that lines connect."""
+    """Draw rings and lines that connect them."""
     places = [(rng.randint(12, 100), rng.randint(12, 100)) for _ in range(rng.randint(4, 6))]
     for one, other in itertools.pairwise(places):
         draw.line((*one, *other), fill=_colour(rng), width=2)
@@ -61,7 +61,7 @@ def diagram(draw: Any, rng: random.Random, ink: Colour) -> None:
 KINDS: dict[str, Callable[[Any, random.Random, Colour], None]] = {
     "charts": chart, "pages": page, "scenes": scene, "diagrams": diagram,
 }  # fmt: skip
-"""Name of the expert that is right about a kind, to what draws it."""
+"""Functions that draw the kinds, by the name of the expert that is right about the kind."""
 
 
 def _colour(rng: random.Random, least: int = 60, most: int = 200) -> Colour:
@@ -69,15 +69,15 @@ def _colour(rng: random.Random, least: int = 60, most: int = 200) -> Colour:
 
 
 def draw_pictures(folder: Path, count: int = 50, seed: int = 0) -> Path:
-    """Draw pictures, and write the results of four experts on them as a table.
+    """Draw pictures and write the results of four experts on them as a table.
 
     Args:
-        folder: folder to write: `pictures/` and `results.csv`.
-        count: pictures of each kind.
-        seed: of the drawing.
+        folder: Folder to write. It will hold `pictures/` and `results.csv`.
+        count: Number of pictures of each kind.
+        seed: Seed of the pictures and of the table's order.
 
     Returns:
-        the table.
+        The path of the table.
     """
     rng = random.Random(seed)
     (folder / "pictures").mkdir(parents=True, exist_ok=True)

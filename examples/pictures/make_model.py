@@ -1,7 +1,7 @@
-"""Make a small model that sees out of SmolLM2: a random vision tower and a random projector before it.
+"""Small vision-language model made of SmolLM2, a random vision tower and a random projector.
 
-Nothing of it was trained to see. That pictures of different kinds lead to different states is all that the expert rows
-need, and all that is shown here; its own answers about pictures mean nothing.
+No part of it was trained on pictures. The expert rows need only that different kinds of pictures give different states,
+and this example shows only that. The model's own answers about pictures are meaningless.
 """
 
 from pathlib import Path
@@ -38,11 +38,11 @@ def make_model(folder: Path, seed: int = 0) -> Path:
     """Write the model and its processor.
 
     Args:
-        folder: folder to write.
-        seed: of the tower and the projector.
+        folder: Folder to write.
+        seed: Seed of the weights of the tower and the projector.
 
     Returns:
-        the folder.
+        The folder.
     """
     loaded: tuple[Any, Any] = load_causal_lm(Source(str(smollm2())), device="cpu")
     language, tokenizer = loaded
@@ -79,7 +79,7 @@ def make_model(folder: Path, seed: int = 0) -> Path:
 
 @torch.inference_mode()
 def _scale_projector(model: Any) -> None:
-    """Let a picture's tokens be as large as a text's: the language model knows no others."""
+    """Scale the projector so that a picture's tokens are as large as a text's, as the language model expects."""
     noise = torch.randn(4, 3, SIDE, SIDE)
     seen = torch.cat(list(model.get_image_features(pixel_values=noise).pooler_output))
     text = model.get_input_embeddings().weight.square().mean().sqrt()

@@ -1,7 +1,7 @@
 """The whole path with pictures, on a CPU in two minutes: `python -m expertoken.examples.pictures.show`.
 
-It draws pictures of four kinds, makes a small model that sees, and trains a composite on who is right about which kind.
-The question is always the same, so nothing but the picture can decide.
+The example draws pictures of four kinds and makes a small vision-language model. It trains a composite on the results
+of four experts, each right about one kind. The question is always the same, so only the picture can decide.
 """
 
 import argparse
@@ -24,10 +24,12 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Run it, and show held-out accuracy beside that of routers that see less."""
+    """Run the example and print held-out accuracy beside routers that read less."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("pictures-demo"), help="folder to write")
-    parser.add_argument("--count", type=int, default=50, help="pictures of each kind")
+    parser.add_argument(
+        "--out", type=Path, default=Path("pictures-demo"), help="Folder to write. Default: %(default)s."
+    )
+    parser.add_argument("--count", type=int, default=50, help="Pictures of each kind. Default: %(default)s.")
     given = parser.parse_args()
     out = given.out
     table = draw_pictures(out, given.count)
@@ -35,21 +37,21 @@ def main() -> None:
     run("prepare", table, "--images", out / "pictures", "--pool", HERE / "pool.yaml", "--out", out / "supervision")
     run("train", "tokens", "--meta", out / "model", "--data", out / "supervision", "--out", out / "composite")
     run("evaluate", out / "composite")
-    print(f"by raw pixels alone: {100 * raw_pixels(Supervision.load(out / 'supervision')):.1f} %")
+    print(f"accuracy from raw pixels alone: {100 * raw_pixels(Supervision.load(out / 'supervision')):.1f} %")
 
 
 def run(*words: str | Path) -> None:
-    """Show a command of expertoken as a user would type it, and run it."""
+    """Print a command of expertoken as a user would type it, and run it."""
     print(f"\n$ expertoken {shlex.join(map(str, words))}", flush=True)
     subprocess.run([str(Path(sys.executable).with_name("expertoken")), *map(str, words)], check=True)
 
 
 def raw_pixels(supervision: Supervision, side: int = 16) -> float:
-    """Return the held-out accuracy of a logistic regression on the pixels: what no language model is needed for.
+    """Return the held-out accuracy of a logistic regression on the pixels, which needs no language model.
 
     Args:
-        supervision: the supervision.
-        side: of the shrunken pictures.
+        supervision: Supervision with pictures.
+        side: Width and height of the shrunken pictures, in pixels.
     """
     pixels, labels = {}, {}
     for name in SPLITS:

@@ -1,1 +1,1 @@
-"""Small skills that a newcomer understands at a glance, and one LoRA expert for each of them."""
+"""Small skills that are easy to understand, and one LoRA expert for each of them."""

@@ -1,6 +1,6 @@
 """The whole path on a real small LLM, on CPU: `make demo`.
 
-Everything shown is computed here and now; what an earlier run computed is used again (remove `demo/` to start anew).
+Nothing is precomputed. A later run reuses the answers of an earlier one. Remove `demo/` to start again.
 """
 
 import json
@@ -38,17 +38,17 @@ PROMPTS = (
 SECOND_TURN = PROMPTS[-1]
 
 console = Console(highlight=False, soft_wrap=True)
-warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed's warning that there is no GPU
+warnings.filterwarnings("ignore", category=FutureWarning)  # raised by libraries about each other
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # suppresses DeepSpeed's warning about a missing GPU
 
 
 def step(number: int, title: str) -> None:
-    """A heading."""
+    """Print the heading of a step."""
     console.print(f"\n[bold]{number}. {title}", style="magenta")
 
 
 def run(*command: str | Path) -> None:
-    """Show a command as a user would type it, and run it."""
+    """Print a command as a user would type it, and run it."""
     words = [str(word) for word in command]
     shown = [word.replace(f"{ROOT}/", "") for word in words]
     console.print(f"[bold]$ {shlex.join(shown)}", style="cyan")
@@ -57,7 +57,7 @@ def run(*command: str | Path) -> None:
 
 
 def split_results(answers: dict[str, Path], first: Path, new: Path) -> None:
-    """Sort the answers: what is known before the left-out expert comes, and what comes with it."""
+    """Split the answers into those before the left-out expert is added, and the new ones that come with it."""
     for folder in (first, new):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -72,7 +72,7 @@ def split_results(answers: dict[str, Path], first: Path, new: Path) -> None:
 
 
 def transcript(folder: Path) -> None:
-    """Prompts through the composite, with who answered and how sure the meta LLM was; the last two are one chat."""
+    """Print the composite's answers to the prompts, with experts and probabilities. The last two are one chat."""
     composite = CompositeModel.from_pretrained(folder)
     chat: list[dict[str, str]] = []
     for prompt in PROMPTS:
@@ -86,7 +86,7 @@ def transcript(folder: Path) -> None:
 
 
 def verdict(folder: Path) -> bool:
-    """Whether the composite's interval lies above every single candidate's."""
+    """Print the scores and return whether the composite's interval lies above every single candidate's."""
     report = json.loads((folder / "report" / "report.json").read_text())
     ours, *others = report["results"]
     best = max((row for row in others if row["kind"] == "expert"), key=lambda row: row["mean_score_interval"][1])
@@ -106,16 +106,16 @@ def _percent(row: dict) -> str:
 
 
 def main() -> None:
-    """The demo."""
+    """Run the demo. The exit status is 0 if the composite is above every single candidate."""
     started = time.perf_counter()
     results, new_results, composite = OUT / "results", OUT / "results-new", OUT / "composite"
-    step(1, "every expert and the bare meta LLM answer the benchmark (held-in and held-out tasks)")
+    step(1, "every expert and the meta LLM alone answer the benchmark (held-in and held-out tasks)")
     answers = measure(OUT / "answers")
     split_results(answers, results, new_results)
-    step(2, "labels: who should answer what")
+    step(2, "labels: the best candidate of each query")
     pool = HERE / "pool.yaml"
     run("expertoken", "prepare", results, "--pool", pool, "--validation", "0.25", "--out", OUT / "supervision")
-    step(3, "expert tokens, trained on what the meta LLM thinks where it would begin to answer")
+    step(3, "expert tokens, trained on the meta LLM's hidden states at the start of its answer")
     launch = ("accelerate", "launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no")
     run(
         *(*launch, "--dynamo_backend", "no", "-m", "expertoken.train", "tokens"),
@@ -130,7 +130,7 @@ def main() -> None:
         *("--description", "writes numbers as Roman numerals"),
     )
     run("expertoken", "evaluate", composite, "--contexts", "1000")
-    step(6, "one model to the user")
+    step(6, "a chat with the composite as one model")
     transcript(composite)
     above = verdict(composite)
     console.print(f"{time.perf_counter() - started:.0f} s; the composite is in {composite.relative_to(ROOT)}/")

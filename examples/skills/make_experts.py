@@ -1,7 +1,7 @@
-"""Train one LoRA expert per skill on SmolLM2-135M-Instruct: `python -m expertoken.examples.skills.make_experts`.
+"""Training of one LoRA expert per skill on SmolLM2-135M-Instruct: `python -m expertoken.examples.skills.make_experts`.
 
-The adapters that ship with the project were made by this script, with its defaults. CPU is enough: some five minutes a
-skill on two cores. Only the upper 18 of the 30 layers carry LoRA, which spares the backward pass through the rest.
+This script made the project's adapters, with its defaults. A CPU is enough: about five minutes a skill on two cores.
+Only the upper 18 of the 30 layers have LoRA, which saves the backward pass through the others.
 """
 
 import argparse
@@ -29,16 +29,16 @@ ADAPTERS = Path(__file__).parent / "adapters"
 _FIRST_LORA_LAYER = 12
 _LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _EXAMPLES = {"arithmetic": 2400, "units": 1600, "sql": 800, "json": 800, "dates": 1600, "roman": 2400}
-"""Training examples seen per skill, repeats included: enough for each skill's loss to flatten (tuned by hand)."""
+"""Training examples of each skill, repeats included. They were tuned by hand until each skill's loss flattened."""
 
 
 class AnswerTrainer(Trainer):
-    """A `Trainer` whose loss reads the answers only: logits are computed at no other position."""
+    """A `Trainer` that computes logits and loss at the positions of the answers only."""
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, *_: Any, **__: Any
     ) -> Any:
-        """Cross-entropy of the answer tokens; prompts are padded on the left, so that answers end together."""
+        """Compute the cross-entropy of the answer tokens. Padding is on the left, so that all answers end together."""
         labels = inputs.pop("labels")
         span = int((labels != -100).any(0).sum())
         outputs = model(**inputs, logits_to_keep=span + 1)
@@ -47,7 +47,7 @@ class AnswerTrainer(Trainer):
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, list[int]]:
-    """Prompt and answer as ids; labels at the answer and its closing token only."""
+    """Encode a prompt and its answer as ids, with labels at the answer and its final token only."""
     chat = [{"role": "user", "content": task.prompt}]
     prompt: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     answer = [*tokenizer(task.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
@@ -55,7 +55,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, list[int
 
 
 def collate(examples: list[dict], pad: int) -> dict[str, torch.Tensor]:
-    """A batch padded on the left, `[B, T]` each."""
+    """Pad examples on the left to a batch of `[B, T]` tensors."""
     longest = max(len(example["input_ids"]) for example in examples)
 
     def rows(key: str, fill: int) -> torch.Tensor:
@@ -68,7 +68,7 @@ def collate(examples: list[dict], pad: int) -> dict[str, torch.Tensor]:
 
 
 def train_expert(skill: str, base: str, out: Path, *, rank: int, learning_rate: float, batch_size: int) -> None:
-    """Train one adapter and write it, in half precision, under `out`."""
+    """Train one adapter and write it in half precision under `out`."""
     set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(base)
     base_model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -109,24 +109,26 @@ def train_expert(skill: str, base: str, out: Path, *, rank: int, learning_rate: 
 
 
 def save(model: PeftModel, folder: Path) -> None:
-    """Write the adapter in float16, half the size: PEFT widens it again when it loads it."""
+    """Write the adapter in float16, at half the size. PEFT converts it to float32 at loading."""
     model.peft_config["default"].base_model_name_or_path = "SmolLM2-135M-Instruct"
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.half()
     model.save_pretrained(str(folder))
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card is an empty form; examples/skills/README.md says it
+    (folder / "README.md").unlink(
+        missing_ok=True
+    )  # PEFT's card is an empty form. See examples/skills/README.md instead
 
 
 def main() -> None:
     """Train the skills named on the command line, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("skills", nargs="*", default=[], help=f"which of {', '.join(SKILLS)} (default: all)")
-    parser.add_argument("--base", required=True, help="folder or hub id of SmolLM2-135M-Instruct")
-    parser.add_argument("--out", type=Path, default=ADAPTERS, help="where the adapters go (default: %(default)s)")
-    parser.add_argument("--rank", type=int, default=4, help="LoRA rank (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak rate (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="examples a step (default: %(default)s)")
+    parser.add_argument("skills", nargs="*", default=[], help=f"Skills to train, of {', '.join(SKILLS)}. Default: all.")
+    parser.add_argument("--base", required=True, help="Folder or hub id of SmolLM2-135M-Instruct.")
+    parser.add_argument("--out", type=Path, default=ADAPTERS, help="Folder for the adapters. Default: %(default)s.")
+    parser.add_argument("--rank", type=int, default=4, help="LoRA rank. Default: %(default)s.")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="Peak learning rate. Default: %(default)s.")
+    parser.add_argument("--batch-size", type=int, default=8, help="Examples of a training step. Default: %(default)s.")
     options = parser.parse_args()
     for skill in options.skills or SKILLS:
         train_expert(

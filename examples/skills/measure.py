@@ -1,9 +1,7 @@
-"""Let every expert and the bare meta LLM answer every benchmark, and score the answers.
+"""Scored answers of each expert and the meta LLM alone: `python -m expertoken.examples.skills.measure OUT`.
 
-    python -m expertoken.examples.skills.measure OUT
-
-Writes benchmark results as JSONL, a file per model, in the `table` format of `expertoken prepare`. Models whose answers
-are there already, for the same weights and questions, are not asked again.
+All models answer all benchmarks. Writes benchmark results as JSONL, a file per model, in the `table` format of
+`expertoken prepare`. A model is skipped if its file for the same weights and questions exists.
 """
 
 import argparse
@@ -25,12 +23,15 @@ from ..smollm2 import smollm2
 from .tasks import BENCHMARKS, SKILLS, tasks
 
 HERE = Path(__file__).parent
-SIDES = {"held_in": ("train", 20), "held_out": ("test", 12)}  # as results call them, and tasks of each benchmark
-_LONGEST_ANSWER = 34  # tokens; the longest right answer of any skill, a date over a month's end, has 33, and its end
+SIDES = {
+    "held_in": ("train", 20),
+    "held_out": ("test", 12),
+}  # the split's name in results, and its tasks of each benchmark
+_LONGEST_ANSWER = 34  # tokens: the longest right answer, a date past a month's end, has 33 and an end token
 
 
 def full_pool() -> ExpertPool:
-    """The pool of the demo with the left-out expert."""
+    """Return the demo's pool with the left-out expert."""
     pool = ExpertPool.from_yaml(HERE / "pool.yaml")
     names = {expert.name for expert in pool}
     left_out = [
@@ -42,7 +43,7 @@ def full_pool() -> ExpertPool:
 
 
 def questions() -> list[dict[str, str]]:
-    """The tasks of each benchmark and side."""
+    """Return the tasks of each benchmark and split."""
     return [
         {"query": task.prompt, "answer": task.answer, "benchmark": benchmark, "split": split}
         for benchmark in BENCHMARKS
@@ -52,7 +53,7 @@ def questions() -> list[dict[str, str]]:
 
 
 def _key(expert: Expert, asked: list[dict[str, str]]) -> str:
-    """What a model's answers depend on: its weights, the questions, the length of answers."""
+    """Hash the inputs of a model's answers: its weights, the questions, and the longest answer."""
     digest = hashlib.sha256(json.dumps([asked, _LONGEST_ANSWER]).encode())
     if expert.model:
         digest.update((Path(expert.model) / "adapter_model.safetensors").read_bytes())
@@ -60,10 +61,10 @@ def _key(expert: Expert, asked: list[dict[str, str]]) -> str:
 
 
 def measure(out: Path) -> dict[str, Path]:
-    """Ask and score all models of the full pool.
+    """Generate and score the answers of all models of the full pool.
 
     Returns:
-        the file of each model's scored answers, under `out`.
+        The file of each model's scored answers, under `out`.
     """
     models = LocalModels()
     base = Source(str(smollm2()))
@@ -84,9 +85,9 @@ def measure(out: Path) -> dict[str, Path]:
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line and measure all models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder for the results")
+    parser.add_argument("out", type=Path, help="Folder for the results.")
     measure(parser.parse_args().out)
 
 

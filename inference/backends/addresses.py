@@ -1,4 +1,4 @@
-"""The addresses of an endpoint: replicas of one model, asked by their weights; one that fails is left alone a while."""
+"""The addresses of an endpoint: weighted replicas of one model, skipped for a while after failures."""
 
 import random
 from collections.abc import Collection, Mapping
@@ -12,13 +12,13 @@ from ..breaker import Breaker
 
 @dataclass
 class Address:
-    """One of them.
+    """One address of an expert.
 
     Attributes:
-        url: the base URL.
-        weight: share of the requests, beside the others' weights.
-        breaker: leaves the address alone where it fails again and again.
-        up: whether it answered when it was last asked; True before anybody asks.
+        url: Base URL.
+        weight: Weight of the address among the others in the distribution of requests.
+        breaker: Circuit breaker that skips the address after repeated failures.
+        up: True if the address responded to its last check. True before the first one.
     """
 
     url: str
@@ -31,8 +31,8 @@ class Addresses:
     """All addresses of an expert.
 
     Args:
-        expert: with `addresses`, with `base_url`, or with neither.
-        default: the address where the expert has none.
+        expert: Expert with `addresses`, with `base_url`, or with neither.
+        default: Address for an expert with neither.
     """
 
     def __init__(self, expert: Expert, default: str) -> None:
@@ -44,10 +44,10 @@ class Addresses:
         return len(self.all)
 
     def pick(self, tried: Collection[str] = ()) -> Address:
-        """Return an address at random, by weight, of those that are well.
+        """Return a healthy address at random, by weight.
 
         Args:
-            tried: what the same request was sent to already; asked again only where there is no other.
+            tried: URLs that the same request was already sent to. They are reused only if there are no others.
         """
         if len(self.all) == 1:
             return self.all[0]
@@ -62,7 +62,7 @@ class Addresses:
 
 
 def told(expert: Expert) -> str:
-    """Return the addresses of an expert as messages and consent name them."""
+    """Return the addresses of an expert in the form used by messages and consent."""
     given = expert.options.get("addresses")
     return ", ".join(entry["base_url"] for entry in given) if given else expert.base_url or "OpenAI"
 
@@ -72,11 +72,11 @@ _TIMEOUTS = ("connect", "first", "idle")
 
 
 def mistakes(entry: Mapping[str, Any], place: str) -> list[str]:
-    """Return what is wrong with the addresses, timeouts and headers of a pool entry."""
+    """Return the errors in the addresses, timeouts and headers of a pool entry."""
     found = []
     if (addresses := entry.get("addresses")) is not None:
         if entry.get("base_url"):
-            found.append(f"{place}: `addresses` takes the place of `base_url`; give one of them")
+            found.append(f"{place}: expected one of `addresses` and `base_url`, got both")
         if not isinstance(addresses, list) or not addresses or not all(map(_is_address, addresses)):
             found.append(
                 f"{place}.addresses: expected a list of {{base_url: http(s)://host[:port]/path, weight: a number above "
@@ -109,16 +109,19 @@ def _is_timeout(item: tuple[Any, Any]) -> bool:
 
 
 def _header_mistakes(headers: Any, place: str) -> list[str]:
-    """Return what is wrong with headers, never with their values: one may hold a secret."""
+    """Return the errors in headers.
+
+    Header values are never shown, because one may hold a secret.
+    """
     if not isinstance(headers, dict) or not all(isinstance(part, str) for item in headers.items() for part in item):
         return [f"{place}.headers: expected texts by name"]
     if bad := [name for name in headers if not name.isascii() or not name.replace("-", "").isalnum()]:
-        return [f"{place}.headers: {bad[0]!r} is no name of a header"]
+        return [f"{place}.headers: expected names of letters, digits and `-`, got {bad[0]!r}"]
     if any(ord(character) < 32 or ord(character) > 126 for value in headers.values() for character in value):
-        return [f"{place}.headers: expected values of printable ASCII"]
+        return [f"{place}.headers: expected values of printable ASCII, got other characters"]
     secret = [name for name in headers if any(word in name.lower() for word in _SECRET)]
     return [
-        f"{place}.headers.{name}: a key itself is refused; put it into an environment variable and give the variable's "
-        "name as `api_key_env`"
+        f"{place}.headers.{name}: expected no key in the pool, got one. Put it into an environment variable and set "
+        "the variable's name as `api_key_env`."
         for name in secret
     ]

@@ -40,14 +40,14 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-REQUESTS = (400, 413, 422)  # a fault of the request
+REQUESTS = (400, 413, 422)  # status codes for a fault of the request
 _FOR_NOW = (408, 409, 429)
-_MOST_TOKENS = 2**17  # of an answer, where nobody says
-_CHARACTERS = 32  # of a token, on average, at most: beyond that an endpoint does not heed the limit that it was given
-_CERTAIN = 0.01  # a log-probability is not above 0, but for rounding
-_SHARE = 0.8  # of the time for the first piece, that the addresses have between them
-_CHECK = 5.0  # seconds for an answer about its models
-_STOPS = 4  # stop texts that OpenAI's API takes
+_MOST_TOKENS = 2**17  # limit on an answer without a limit of its own
+_CHARACTERS = 32  # most characters of an average token: an answer with more ignores its limit
+_CERTAIN = 0.01  # a log-probability is at most 0, apart from rounding
+_SHARE = 0.8  # share of the time for the first piece that the addresses divide among themselves
+_CHECK = 5.0  # seconds to list the models
+_STOPS = 4  # most stop texts that OpenAI's API accepts
 _OPENAI = "//api.openai.com"
 _OPENAI_ADDRESS = f"https:{_OPENAI}/v1"
 _GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
@@ -57,31 +57,31 @@ class EndpointBackend(Backend):
     """A model behind an HTTP address.
 
     Args:
-        expert: with `model`, and `base_url` and `api_key_env` where they are needed.
-        timeouts: how long it is waited for.
+        expert: Expert with `model`, and `base_url` and `api_key_env` if needed.
+        timeouts: Timeouts of requests. Defaults to `Timeouts()`. The expert's own options take precedence.
 
     Attributes:
-        retries: requests made once more.
+        retries: Number of retried requests.
 
     Raises:
-        ExpertFailedError: the environment variable that should hold the key is not set.
+        ExpertFailedError: The environment variable of the key is not set.
     """
 
     def __init__(self, expert: Expert, timeouts: Timeouts | None = None) -> None:
-        import openai  # noqa: F401 - half a second, and whoever opens an expert has it before the first request
+        import openai  # noqa: F401 - takes half a second, which the first request must not wait for
 
         self.expert = expert
         self.timeouts = replace(timeouts or Timeouts(), **expert.options.get("timeouts") or {})
         self.retries: int = 0
         self._key = expert.api_key()
-        self._refused: set[str] = set()  # parameters of ours that this server does not know
+        self._refused: set[str] = set()  # parameters that this server does not know
         # A client's connections belong to one event loop.
         self._clients: dict[tuple[asyncio.AbstractEventLoop, str], AsyncOpenAI] = {}
-        self.addresses = Addresses(expert, _OPENAI_ADDRESS)  # not where a variable of this machine points
+        self.addresses = Addresses(expert, _OPENAI_ADDRESS)  # the client's default would be an environment variable
         self._lock = threading.Lock()
 
     def client(self, address: Address | None = None) -> "AsyncOpenAI":
-        """The client of this event loop for an address; for any where None."""
+        """Return this event loop's client for an address, or for a picked address if it is None."""
         import openai
 
         address = address or self.addresses.pick()
@@ -95,24 +95,27 @@ class EndpointBackend(Backend):
                     api_key=self._key,
                     base_url=address.url,
                     timeout=timeout,
-                    max_retries=0,  # see `asking`: the client would heed a minute of Retry-After
-                    # A conversation goes to the address of the pool, and to none that this one names.
+                    max_retries=0,  # see `asking`: the client would obey a Retry-After of a minute
+                    # A conversation goes to the pool's address only, and never to a redirect's.
                     http_client=bounded(openai.DefaultAsyncHttpxClient)(follow_redirects=False, timeout=timeout),
                 )
-                # The client takes all of these from variables of this machine, for whom they are unknown.
+                # The client would take these from environment variables, which may belong to another server.
                 client.organization = client.project = None
                 headers = self.expert.options.get("headers") or {}
-                client._custom_headers = headers | {"Accept-Encoding": "identity"}  # what is unpacked has no limit
+                client._custom_headers = headers | {"Accept-Encoding": "identity"}  # unpacked content has no size limit
                 self._clients[key] = client
             return self._clients[key]
 
     @property
     def addresses_up(self) -> dict[str, bool]:
-        """Whether each of several addresses answered when it was last asked."""
+        """State of each of several addresses: true if it responded to its last check."""
         return {address.url: address.up for address in self.addresses.all} if len(self.addresses) > 1 else {}
 
     async def check_addresses(self) -> None:
-        """Ask each of several addresses for its models: one that gives no answer gets no requests until it does."""
+        """Check each of several addresses by listing its models.
+
+        An address that does not respond gets no requests until it does.
+        """
         if len(self.addresses) > 1:
             await asyncio.gather(*map(self._check, self.addresses.all))
 
@@ -126,22 +129,22 @@ class EndpointBackend(Backend):
             address.up = True
         except (TimeoutError, openai.APIConnectionError) as error:
             address.up, why = False, type(error).__name__
-        except openai.APIStatusError as error:  # it lives; some servers list no models
+        except openai.APIStatusError as error:  # the server runs: some servers list no models
             address.up = error.status_code < HTTPStatus.INTERNAL_SERVER_ERROR
             why = str(error.status_code)
-        except Exception as error:  # whatever it said
+        except Exception as error:  # any response shows that the server runs
             address.up, why = True, type(error).__name__
         if address.up and not was:
             address.breaker.succeeded()
             logger.warning("%s: %s is up again", self.expert.name, address.url)
         elif was and not address.up:
-            logger.warning("%s: %s is down (%s); other addresses are asked", self.expert.name, address.url, why)
+            logger.warning("%s: %s is down (%s), requests go to other addresses", self.expert.name, address.url, why)
 
     @property
     def asking(self) -> "AsyncRetrying":
-        """Calls a function once more where the server refused for now or was not reached, after a short pause.
+        """Caller that retries a function after a temporary refusal or a failed connection, with a short pause.
 
-        Short, whatever the server asks for: the next best expert may be asked instead.
+        The pause is short whatever the server requests, because another expert may answer instead.
         """
         from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
@@ -158,12 +161,12 @@ class EndpointBackend(Backend):
         """Return the most probable first tokens of an answer.
 
         Args:
-            messages: the conversation.
-            candidates: number of tokens to ask for.
+            messages: Conversation to answer.
+            candidates: Number of tokens to request.
 
         Raises:
-            RequestRefusedError: the endpoint refuses the conversation.
-            ExpertFailedError: the endpoint can't be used, or gives no log-probabilities.
+            RequestRefusedError: The endpoint refuses the conversation.
+            ExpertFailedError: The endpoint fails, or returns no log-probabilities.
         """
         import openai
 
@@ -189,15 +192,15 @@ class EndpointBackend(Backend):
             kind = RequestRefusedError if error.status_code in REQUESTS else ExpertFailedError
             raise kind(f"its endpoint answered {error.status_code}") from error
         except TimeoutError as error:
-            raise ExpertFailedError(f"its endpoint gave nothing within {limit:g} s") from error
-        except UnicodeError as error:  # of the client, which can't write it: no fault of the endpoint
-            raise RequestRefusedError("the request holds something that can't be sent") from error
+            raise ExpertFailedError(f"its endpoint sent nothing within {limit:g} s") from error
+        except UnicodeError as error:  # raised by the client, which can't encode the request
+            raise RequestRefusedError("the request holds text that can't be encoded") from error
         except (AttributeError, IndexError, TypeError, ValueError) as error:
-            raise ExpertFailedError("its endpoint gives no log-probabilities") from error
+            raise ExpertFailedError("its endpoint returns no log-probabilities") from error
         except Exception as error:
             raise ExpertFailedError(f"its endpoint could not be used ({type(error).__name__})") from error
         if any(math.isnan(value) or value > _CERTAIN for _, _, value in found):
-            raise ExpertFailedError("its endpoint gives log-probabilities that are none")
+            raise ExpertFailedError("its endpoint returns log-probabilities above 0 or NaN")
         read = answer.usage.prompt_tokens if answer.usage else None
         return FirstToken(
             {text: value for text, _, value in found if text},
@@ -207,14 +210,14 @@ class EndpointBackend(Backend):
         )
 
     def _options(self, generation: Generation) -> dict[str, Any]:
-        # OpenAI's own newer models refuse the older name; other servers know the older one.
+        # OpenAI's newer models refuse the older name. Other servers know the older one only.
         own = any(_OPENAI in address.url for address in self.addresses.all) or "max_tokens" in self._refused
         asked = {
             "max_completion_tokens" if own else "max_tokens": generation.max_new_tokens,
             "temperature": generation.temperature,
             "top_p": generation.top_p,
             "seed": generation.seed,
-            "stop": list(generation.stop[:_STOPS]) or None,  # whoever asks cuts the answer at the others
+            "stop": list(generation.stop[:_STOPS]) or None,  # the caller applies the others to the answer
         }
         fixed = {"model": self.expert.model, "stream": True, "stream_options": {"include_usage": True}}
         options = dict(generation.extra) | {key: value for key, value in asked.items() if value is not None} | fixed
@@ -223,14 +226,14 @@ class EndpointBackend(Backend):
     async def stream(
         self, messages: Sequence[Message], generation: Generation, *, begun: str = ""
     ) -> AsyncGenerator[Piece, None]:
-        """The answer in pieces. An answer that was begun goes along as the assistant's last message.
+        """Stream the answer in pieces. A partial answer is sent as the assistant's last message.
 
-        Servers go on behind it where they know `continue_final_message` (vLLM) or do so by themselves; of one that
-        begins anew by repeating it the repetition is left out.
+        Servers continue it if they support `continue_final_message` (vLLM) or do so by default. If a server starts over
+        and repeats the partial answer, the repetition is removed.
 
         Raises:
-            RequestRefusedError: the endpoint refuses the conversation.
-            ExpertFailedError: the endpoint can't be used, or breaks off in its answer.
+            RequestRefusedError: The endpoint refuses the conversation.
+            ExpertFailedError: The endpoint fails, or its answer ends early.
         """
         import openai
 
@@ -238,7 +241,7 @@ class EndpointBackend(Backend):
         if begun:
             given.append({"role": "assistant", "content": begun})
         told = finished = False
-        # Seconds without anything new, as far as the endpoint is waited for, and not whoever reads this.
+        # Seconds spent waiting for the endpoint since its last output, without the time that the reader takes.
         began, waited, limit = anyio.current_time(), 0.0, self.timeouts.first
         allowance = Allowance(_CHARACTERS * (generation.max_new_tokens or _MOST_TOKENS))
         repetition, numbering, unicode = Repetition(begun), Numbering(), Unicode()
@@ -255,20 +258,20 @@ class EndpointBackend(Backend):
                     chunk = await anext(pieces, None)
                 waited += anyio.current_time() - began
                 if chunk is None or chunk is DONE:
-                    finished = finished or chunk is DONE  # some servers end so, and give no reason
+                    finished = finished or chunk is DONE  # some servers end without a finish reason
                     break
                 piece = piece_of(chunk, unicode)
-                # Some models think for minutes before their first word, and stream that: they are alive.
+                # Some models stream their thought for minutes before their first word, and count as alive.
                 if piece.visible or piece.thought:
                     tried[-1].breaker.succeeded()
                     told, waited, limit = True, 0.0, self.timeouts.idle
-                # Before its first word nothing is used up: a server may say for long that it is there.
+                # Keep-alive chunks before the first word do not use up the limit.
                 piece = allowance.of(piece) if told else piece
                 finished = finished or piece.finish is not None
                 text = repetition.without(piece.text, last=piece.finish is not None)
                 yield replace(piece, text=text, tool_calls=numbering.of(piece.tool_calls))
                 if allowance.spent:
-                    break  # it does not heed its limit, and may never end
+                    break  # the endpoint ignores its limit, and may never end
             if not finished:  # a connection that was cut between two chunks looks like an end
                 raise ExpertFailedError("the endpoint's answer was cut off")
         except ExpertFailedError:
@@ -278,11 +281,11 @@ class EndpointBackend(Backend):
             raise kind(f"the endpoint answered {error.status_code}") from error
         except (TimeoutError, openai.APITimeoutError) as error:
             _note_hung(tried, error)
-            stopped = f"stopped in its answer for {self.timeouts.idle:g} s"
-            what = stopped if told else f"gave nothing within {self.timeouts.first:g} s"
+            stopped = f"sent nothing more for {self.timeouts.idle:g} s"
+            what = stopped if told else f"sent nothing within {self.timeouts.first:g} s"
             raise ExpertFailedError(f"the endpoint {what}") from error
-        except Exception as error:  # in mid-stream the errors of the client's HTTP library come through as they are
-            # Only the kind is told: messages of the client can quote requests, and with them headers.
+        except Exception as error:  # during a stream, errors of the client's HTTP library are not wrapped
+            # Only the type is reported: the client's messages can quote requests, including their headers.
             raise ExpertFailedError(f"the endpoint could not be used ({type(error).__name__})") from error
         finally:
             if chunks is not None:
@@ -290,9 +293,9 @@ class EndpointBackend(Backend):
                     await chunks.close()
 
     async def _at(self, tried: list[Address], ask: "Callable[[AsyncOpenAI], Awaitable[T]]") -> T:
-        """Ask at one of the addresses, and remember where that failed; `tried` gets the address.
+        """Send a request to one of the addresses, add the address to `tried`, and record a failure.
 
-        One that says nothing leaves the others time for an answer.
+        A silent address leaves time for the other addresses.
         """
         import openai
 
@@ -313,13 +316,17 @@ class EndpointBackend(Backend):
     async def _begin(
         self, messages: list[Message], generation: Generation, tried: list[Address], *, going_on: bool
     ) -> Any:
-        """Ask at an address that was not `tried` yet, where there is one."""
+        """Send the request to an address that was not `tried` yet, if there is one."""
         return await self._at(tried, partial(self._begin_at, messages, generation, going_on))
 
     async def _begin_at(
         self, messages: list[Message], generation: Generation, going_on: bool, client: "AsyncOpenAI"
     ) -> Any:
-        """Ask. A server that does not know a parameter of ours, or how to be told to go on, is asked without it."""
+        """Send the request.
+
+        The request is repeated without a parameter that the server does not know, and without the parameters that
+        request a continuation.
+        """
         import openai
 
         limited = generation.max_new_tokens is not None
@@ -335,7 +342,7 @@ class EndpointBackend(Backend):
                 return await ask(body=body)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 if limited and wants_shorter(error.body):
-                    # More than its context leaves behind this conversation, which only the endpoint can count.
+                    # The limit exceeds the context left after the conversation, which only the endpoint can count.
                     limited, generation = False, replace(generation, max_new_tokens=None)
                     continue
                 refused = refused_parameter(error.body)
@@ -343,8 +350,8 @@ class EndpointBackend(Backend):
                 if refused is None or refused in self._refused or refused in asked_for:
                     raise
                 self._refused.add(refused)
-            except (TypeError, ValueError) as error:  # of the client, which can't write it: no fault of the expert
-                raise RequestRefusedError("the request holds something that JSON or Unicode does not know") from error
+            except (TypeError, ValueError) as error:  # the client can't encode the request: no fault of the expert
+                raise RequestRefusedError("the request holds a value that JSON or Unicode can't encode") from error
 
 
 @dataclass(frozen=True)
@@ -352,10 +359,10 @@ class FirstToken:
     """The most probable first tokens of an answer.
 
     Attributes:
-        logprobs: log-probability by the token's text; servers leave out the text of added tokens now and then.
-        by_id: log-probability by the token's id, where the endpoint tells ids.
-        unnamed: ids of tokens without a text, None where they have no id either.
-        prompt_tokens: tokens of the conversation, where the endpoint counts them.
+        logprobs: Log-probability by the token's text. Servers sometimes omit the text of added tokens.
+        by_id: Log-probability by the token's id, if the endpoint returns ids.
+        unnamed: Ids of tokens without a text. None for a token without an id.
+        prompt_tokens: Number of tokens of the conversation, if the endpoint counts them.
     """
 
     logprobs: dict[str, float]
@@ -365,17 +372,17 @@ class FirstToken:
 
 
 class _SilentError(TimeoutError):
-    """An address that is one of several said nothing in its share of the time."""
+    """The silence of one of several addresses during its share of the time."""
 
 
 def _note_hung(tried: Sequence[Address], error: Exception) -> None:
-    """Note that an address hangs, where that is not noted yet."""
+    """Record that an address hangs, unless it is already recorded."""
     if tried and not isinstance(error, _SilentError):
         tried[-1].breaker.failed()
 
 
 def _passes(error: BaseException) -> bool:
-    """Whether a server may answer the same request a moment later."""
+    """Check whether a server may answer the same request a moment later."""
     import openai
 
     if isinstance(error, _SilentError):
@@ -390,7 +397,7 @@ def _open(expert: Expert, opening: Opening) -> EndpointBackend:
 
 
 def _key(expert: Expert) -> str | None:
-    # The client's own variable belongs to its default address; an endpoint elsewhere must not receive that key.
+    # The client's own variable belongs to its default address. Another endpoint must not receive that key.
     elsewhere = expert.base_url or expert.options.get("addresses")
     return expert.api_key_env or (None if elsewhere else "OPENAI_API_KEY")
 

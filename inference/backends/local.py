@@ -1,4 +1,4 @@
-"""Local models: a causal LM of its own, or a LoRA adapter on a base that others share."""
+"""Local models: causal LMs, and LoRA adapters on a base that others share."""
 
 import asyncio
 import threading
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def generation_options(generation: Generation) -> dict[str, Any]:
-    """Arguments of `generate`."""
+    """Return the arguments of `generate`."""
     options: dict[str, Any] = {"max_new_tokens": generation.max_new_tokens, "do_sample": generation.sampled}
     if generation.sampled:
         options |= {"temperature": generation.temperature, "top_p": generation.top_p or 1.0}
@@ -37,19 +37,22 @@ def generation_options(generation: Generation) -> dict[str, Any]:
 
 
 def within(generation: Generation, left: int) -> Generation:
-    """An answer no longer than the positions that are left: behind them a model knows nothing, or breaks off."""
+    """Limit an answer to the positions that are left.
+
+    A model has not learned positions beyond its context, and fails or degrades there.
+    """
     wanted = left if generation.max_new_tokens is None else generation.max_new_tokens
     return replace(generation, max_new_tokens=min(wanted, left))
 
 
-_RANDOM = threading.RLock()  # torch's generator is the process's: runs with a seed go one after the other
+_RANDOM = threading.RLock()  # torch's generator is global, so seeded runs are sequential
 
 
 @contextmanager
 def _seeded(
     generation: Generation, state: torch.Tensor | None = None, device: torch.device | None = None
 ) -> Iterator[None]:
-    """Random numbers as the seed says, or as they went on from `state`, which is the device's."""
+    """Seed the random numbers, or restore their `state` on the device, which follows a seeded draw."""
     if generation.seed is None or not generation.sampled:
         yield
         return
@@ -65,19 +68,19 @@ def _seeded(
 def first_token(
     model: "PreTrainedModel", input_ids: torch.Tensor, logits: torch.Tensor, generation: Generation
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The first token of an answer from logits that are there already, as `model.generate` would choose it.
+    """Return the first token of an answer from existing logits, as `model.generate` would choose it.
 
-    With the model's own logits processors (a repetition penalty, top-k), which transformers makes in private methods
-    only. Rejected: cropping the cache by one token and letting `generate` begin there, which sliding windows can't.
+    The model's own logits processors (a repetition penalty, top-k) apply. Transformers creates them in private methods
+    only. Rejected: cropping the cache by one token and starting `generate` there, which sliding windows do not support.
 
     Args:
-        model: what generates.
-        input_ids: `[1, T]`.
-        logits: `[1, V]` at the last position.
-        generation: how.
+        model: Model that generates.
+        input_ids: Token ids `[1, T]`.
+        logits: Logits `[1, V]` at the last position.
+        generation: Options of the generation.
 
     Returns:
-        the token `[1, 1]`, and where it was drawn with a seed the random numbers' state after it.
+        The token `[1, 1]`, and the state of the random numbers after a seeded draw, else None.
     """
     private: Any = model
     config, _ = private._prepare_generation_config(None, **generation_options(generation))
@@ -104,23 +107,23 @@ async def stream_generate(
     watch: Any = None,
     raw: bool = False,
 ) -> AsyncGenerator[Piece, None]:
-    """Run `model.generate` in a thread and yield its text as it comes; closing the iterator stops the thread.
+    """Run `model.generate` in a thread and yield its text as it arrives. Closing the iterator stops the thread.
 
     Args:
-        model: what generates.
-        tokenizer: of the model.
-        inputs: `input_ids` and `attention_mask` `[1, T]`, what the model sees, and further arguments of `generate`.
-        generation: how.
-        first: `[n]` tokens at the end of `input_ids` that belong to the answer already.
-        state: of the random numbers after `first` was drawn with a seed.
-        ready: what the thread enters around the generation (`turn_of`, the choice of an adapter), given what tells that
-            nobody waits any more. Not around the iteration: who reads slowly, or from several threads, must not hold a
-            lock for that.
-        watch: a logits processor, entered by the thread too; it sees every position that is generated.
-        raw: whether the text is to hold special tokens.
+        model: Model that generates.
+        tokenizer: Tokenizer of the model.
+        inputs: `input_ids` and `attention_mask` `[1, T]`, pictures, and further arguments of `generate`.
+        generation: Options of the generation.
+        first: Tokens `[n]` at the end of `input_ids` that already belong to the answer.
+        state: State of the random numbers after `first` was drawn with a seed.
+        ready: Context that the thread enters around the generation (`turn_of`, the selection of an adapter). Its
+            argument is an event that is set once the caller has disconnected. It does not span the iteration: slow
+            readers, or readers in several threads, must not hold a lock.
+        watch: Logits processor that sees every generated position. The thread enters it as a context too.
+        raw: If true, the text keeps special tokens.
 
     Raises:
-        ExpertFailedError: generation failed.
+        ExpertFailedError: Generation failed.
     """
     from transformers import AsyncTextIteratorStreamer, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
@@ -160,13 +163,13 @@ async def stream_generate(
             failure.append(error)
         finally:
             del generating, options
-            # The signal also where `generate` never came to it.
-            with suppress(RuntimeError):  # the loop is closed: nobody reads any more
+            # The signal is needed even if `generate` failed before sending it.
+            with suppress(RuntimeError):  # the loop is closed, and with it all readers
                 loop.call_soon_threadsafe(streamer.text_queue.put_nowait, streamer.stop_signal)
                 loop.call_soon_threadsafe(ended.set)
 
     start_daemon(run, model, options)
-    del model, options, inputs  # the thread's alone: who reads slowly must not keep what has to make room
+    del model, options, inputs  # the thread owns these: slow readers must not keep a model from being evicted
     try:
         # Not the streamer's own iterator, which needs Python 3.11.
         while (text := await streamer.text_queue.get()) is not streamer.stop_signal:
@@ -185,12 +188,15 @@ async def stream_generate(
 
 
 class _GivenUpError(Exception):
-    """Nobody waits for this turn any more."""
+    """The end of a wait for a model's lock, because the caller has disconnected."""
 
 
 @contextmanager
 def turn_of(lock: RLock, stopped: threading.Event | None = None) -> Iterator[None]:
-    """A model's turn: it gives one answer at a time. Whoever is not waited for any more does not wait either."""
+    """Hold a model's lock, because it generates one answer at a time.
+
+    The wait ends once `stopped` is set, because the caller has disconnected.
+    """
     while not lock.acquire(timeout=0.1):
         if stopped is not None and stopped.is_set():
             raise _GivenUpError
@@ -210,10 +216,10 @@ class LocalBackend(Backend):
     """A causal LM in this process.
 
     Args:
-        models: that hold it; it is in memory while it answers, and between answers where there is room.
-        source: of the model.
-        adapter: folder and revision of a LoRA adapter on it.
-        calls: whether it may call tools; see `local_tools`.
+        models: Models in memory. They hold this one while it answers, and between answers if there is room.
+        source: Source of the model.
+        adapter: Folder and revision of a LoRA adapter on the model.
+        calls: If true, the model may call tools (see `local_tools`).
     """
 
     def __init__(
@@ -228,7 +234,7 @@ class LocalBackend(Backend):
 
     @contextmanager
     def _turn(self, resident: Resident, stopped: threading.Event | None = None) -> Iterator[None]:
-        """The model to oneself: choosing an adapter changes it for everybody."""
+        """Hold the model's lock and activate the adapter, which affects all users of the model."""
         with turn_of(resident.turn, stopped):
             if self._adapter is not None:
                 slot = self.models.slot(resident, self.source, *self._adapter)
@@ -240,7 +246,7 @@ class LocalBackend(Backend):
         return self.models.lease(self.source)
 
     def _model(self, resident: Resident) -> "PreTrainedModel":
-        """The model that answers; an adapter may have to be loaded, which waits for who generates."""
+        """Return the model that answers. Loading an adapter waits for generations that are running."""
         if self._adapter is None:
             return resident.model
         self.models.slot(resident, self.source, *self._adapter)
@@ -252,13 +258,13 @@ class LocalBackend(Backend):
         if tools is not None:
             ids = encode_with_tools(resident.tokenizer, messages, tools)
             if len(ids) > most:
-                raise RequestRefusedError(f"{len(ids)} tokens; the model reads {most}")
+                raise RequestRefusedError(f"expected at most {most} tokens, got {len(ids)}")
             return Query.of(ids)
         try:
             return read_chat(resident.tokenizer, messages, rows, begun=begun, most=most)
         except ExpertFailedError:
             raise
-        except ExpertokenError as error:  # too long, or nothing that its template takes: no fault of the model
+        except ExpertokenError as error:  # too long, or refused by its template: no fault of the model
             raise RequestRefusedError(str(error)) from error
 
     def _inputs(self, resident: Resident, queries: Sequence[Query]) -> dict[str, torch.Tensor]:
@@ -268,14 +274,14 @@ class LocalBackend(Backend):
     async def stream(
         self, messages: Sequence[Message], generation: Generation, *, begun: str = ""
     ) -> AsyncGenerator[Piece, None]:
-        """The answer in pieces."""
+        """Stream the answer in pieces."""
         resident = self.models.acquire_now(self.source) or await self._acquired()
         lease = ExitStack()
         lease.callback(self.models.release, resident)
         with lease:
             if self._adapter is not None and self._adapter not in resident.slots:
                 await asyncio.wrap_future(in_thread(self._model, resident))
-            # Encoding a long conversation takes milliseconds, which other answers of this loop would wait for.
+            # Encoding a long conversation takes milliseconds, which would delay other answers of this loop.
             calling = self._calls and not begun and wants_tools(generation.extra)
             tools = generation.extra["tools"] if calling else None
             query = await asyncio.to_thread(self._encode, resident, messages, begun, tools)
@@ -286,7 +292,7 @@ class LocalBackend(Backend):
                 resident.tokenizer,
                 inputs,
                 within(generation, context_length(model) - len(query)),
-                # The lease ends with the generation, not with the reading: who reads slowly holds no model.
+                # The lease ends with the generation, not with the reading: slow readers hold no model.
                 ready=lambda stopped: _both(lease, self._turn(resident, stopped)),
                 raw=calling,
             )
@@ -298,12 +304,12 @@ class LocalBackend(Backend):
                     yield piece
 
     async def _acquired(self) -> Resident:
-        """The model, which may have to be loaded, while this loop goes on with other answers."""
+        """Return the model after loading it in a thread, so that other answers of this loop continue."""
         given_up = threading.Event()
         coming = in_thread(self.models.acquire, self.source, given_up)
         try:
             return await asyncio.wrap_future(coming)
-        except asyncio.CancelledError:  # nobody wants the answer any more, but the model may come all the same
+        except asyncio.CancelledError:  # the caller disconnected, but the model may still be loaded
             given_up.set()
             coming.add_done_callback(self._give_back)
             raise
@@ -314,19 +320,19 @@ class LocalBackend(Backend):
 
     @torch.inference_mode()
     def log_likelihood(self, messages: Sequence[Message], continuation: str) -> tuple[float, bool]:
-        """Log-probability of an answer that begins with `continuation`, and whether it is the greedy one.
+        """Return the log-probability that an answer begins with `continuation`, and whether it is the greedy one.
 
         Raises:
-            RequestRefusedError: conversation and continuation are longer than the model's context.
+            RequestRefusedError: Conversation and continuation are longer than the model's context.
         """
         with self.hold() as resident, self._turn(resident):
             model = self._model(resident)
             query = self._encode(resident, messages)
-            # Generation prompts end where an answer begins; benchmarks put the blank before it into the continuation.
+            # Generation prompts end where an answer begins. Benchmarks put the blank before it into the continuation.
             wanted = encode_text(resident.tokenizer, continuation.lstrip()).input_ids
             if len(query) + len(wanted) > context_length(model):
                 raise RequestRefusedError(
-                    f"{len(query) + len(wanted)} tokens; the model has positions for {context_length(model)}"
+                    f"expected at most {context_length(model)} tokens, got {len(query) + len(wanted)}"
                 )
             inputs = self._inputs(resident, [query.followed_by(wanted)])
             logits = model(**inputs, logits_to_keep=len(wanted) + 1).logits[0, :-1].float().log_softmax(-1)
@@ -345,13 +351,13 @@ class LocalBackend(Backend):
         """Return an answer to each conversation, in one piece each, from left-padded batches of similar length.
 
         Args:
-            conversations: the conversations.
-            generation: options of the generation.
-            held: the model, where the caller is inside a block of `hold`.
-            batch_size: conversations of one batch.
+            conversations: Conversations to answer.
+            generation: Options of the generation.
+            held: The model, if the caller is inside a block of `hold`.
+            batch_size: Number of conversations in one batch.
         """
         if self._calls and wants_tools(generation.extra):
-            raise ExpertFailedError("tools are called in one conversation at a time")
+            raise ExpertFailedError("expected one conversation for an answer with tools, got a batch")
         with nullcontext(held) if held else self.hold() as resident:
             model = self._model(resident)
             encoded = [self._encode(resident, messages) for messages in conversations]
@@ -367,7 +373,11 @@ class LocalBackend(Backend):
 
 
 def _batches(lengths: Sequence[int], size: int, room: int) -> Iterator[list[int]]:
-    """Batches of like length. One that leaves no room for a whole answer is alone: it would cut the others' too."""
+    """Yield batches of similar length.
+
+    A conversation that leaves no room for a whole answer gets its own batch, because it would truncate the others'
+    answers.
+    """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     roomy = [index for index in order if lengths[index] <= room]
     yield from (roomy[start : start + size] for start in range(0, len(roomy), size))
@@ -386,7 +396,7 @@ def _generate_batch(
     longest, ends = inputs["input_ids"].shape[1], set(end_ids(model, tokenizer))
     lengths = inputs["attention_mask"].sum(1).tolist()
     pad = tokenizer.pad_token_id or 0
-    inputs["input_ids"].masked_fill_(inputs["attention_mask"] == 0, pad)  # penalties for repetition see it
+    inputs["input_ids"].masked_fill_(inputs["attention_mask"] == 0, pad)  # repetition penalties read it
     options = generation_options(within(generation, context_length(model) - longest))
     stopped: dict[int, int] = {}
     if generation.stop:
@@ -397,7 +407,7 @@ def _generate_batch(
         output = generating.generate(**inputs, pad_token_id=pad, **options)
     answers = []
     for place, (length, row) in enumerate(zip(lengths, output[:, longest:].tolist(), strict=True)):
-        # What comes behind the end is padding, and may be an ordinary token where the tokenizer has none for it.
+        # Padding follows the end, and is an ordinary token if the tokenizer has no padding token.
         end = next((count for count, token in enumerate(row, start=1) if token in ends), None)
         end = min(filter(None, (end, stopped.get(place))), default=None)
         text = str(tokenizer.decode(row[:end], skip_special_tokens=True))
@@ -415,11 +425,12 @@ def _stop(
     *_: Any,
     **__: Any,
 ) -> torch.Tensor:
-    """A stopping criterion of `generate`: whether each row has a stop text; `stopped` gets how many tokens that took.
+    """Return for each row whether it has a stop text, as a stopping criterion of `generate`.
 
-    Not its own `stop_strings`, which does not tell where a row stopped.
+    `stopped` receives the number of tokens of each stopped row. Rejected: `stop_strings` of `generate`, which does not
+    return where a row stopped.
     """
-    tail = 8 + 4 * max(map(len, stops))  # a character is four tokens at most
+    tail = 8 + 4 * max(map(len, stops))  # a character has four tokens at most
     for place, row in enumerate(input_ids[:, start:].tolist()):
         if place not in stopped:
             text = str(tokenizer.decode(row[-tail:], skip_special_tokens=True))

@@ -1,6 +1,7 @@
 """Kinds of experts that run in this process: a causal LM, a LoRA adapter on one, and the meta LLM itself.
 
-Light, because every pool that is read imports it: the models behind them are in `local.py` and `models.py`.
+This module is light, because every pool that is read imports it. The models behind the kinds are in `local.py` and
+`models.py`.
 """
 
 from collections.abc import Mapping
@@ -33,13 +34,13 @@ def _adapted(expert: "Expert", base: Source | None) -> Weights:
     if base is not None and own is not None and same_model(own.model, base.model):
         own = base
     if own is None:
-        raise ExpertFailedError(f"expert {expert.name!r} sits on the meta LLM's base, and there is none here")
+        raise ExpertFailedError(f"expert {expert.name!r} needs the meta LLM's base, and this process has none")
     return Weights(own, (str(expert.model), expert.revision))
 
 
 def _meta(expert: "Expert", base: Source | None) -> Weights:
     if base is None:
-        raise ExpertFailedError(f"expert {expert.name!r} is the meta LLM, and there is none here")
+        raise ExpertFailedError(f"expert {expert.name!r} is the meta LLM, and this process has none")
     return Weights(base)
 
 
@@ -50,10 +51,10 @@ def _open(expert: "Expert", opening: "Opening") -> "Backend":
     if weights is None or opening.models is None:
         raise ExpertFailedError(f"expert {expert.name!r} needs a model in this process, which holds none")
     if weights.adapter is not None:
-        # An adapter that does not fit is an error now; whole models are loaded when they answer.
+        # An adapter that does not fit raises an error now. Whole models are loaded when they answer.
         with opening.models.lease(weights.source) as resident:
             opening.models.slot(resident, weights.source, *weights.adapter)
-    models: Any = opening.models  # as `LocalModels`, which this light module does not import
+    models: Any = opening.models  # `LocalModels`, which this light module does not import
     return LocalBackend(models, weights.source, weights.adapter, calls="tools" in (expert.supports or ()))
 
 

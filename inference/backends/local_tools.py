@@ -1,4 +1,4 @@
-"""Tools for models in this process: their chat template writes the calls, and transformers reads them back."""
+"""Tools for local models: their chat template writes the calls, and transformers parses them."""
 
 import json
 import uuid
@@ -20,21 +20,21 @@ def encode_with_tools(
 ) -> list[int]:
     """Return the token ids of a conversation whose answer may call tools.
 
-    Texts never become control tokens of the template, nor do names, descriptions and arguments.
+    No text becomes a control token of the template: message texts, names, descriptions and arguments are sanitised.
 
     Args:
-        tokenizer: with a chat template that knows tools and a `response_template`.
-        conversation: the messages, with earlier calls and their results.
-        tools: in the form of OpenAI's API.
+        tokenizer: Tokenizer with a chat template that supports tools, and a `response_template`.
+        conversation: Messages, with earlier calls and their results.
+        tools: Tools in the form of OpenAI's API.
 
     Raises:
-        ExpertFailedError: the tokenizer knows no tools.
-        RequestRefusedError: the template refuses the conversation.
+        ExpertFailedError: The tokenizer does not support tools.
+        RequestRefusedError: The template refuses the conversation.
     """
     if "tools" not in str(tokenizer.chat_template) or getattr(tokenizer, "response_template", None) is None:
         raise ExpertFailedError(
-            f"{tokenizer.name_or_path}: its chat template knows no tools, or its tokenizer has no `response_template` "
-            "to read calls by; take `tools` out of the expert's `supports`"
+            f"{tokenizer.name_or_path}: expected a chat template with tools and a `response_template` "
+            "in its tokenizer, found none. Remove `tools` from the expert's `supports`."
         )
     control = control_tokens(tokenizer)
     given = as_messages(conversation)
@@ -56,7 +56,7 @@ def encode_with_tools(
 
 
 def _with_calls(text: Message, message: Message, control: Sequence[str]) -> Message:
-    """Return a message with its calls as chat templates take them: arguments are objects there."""
+    """Return a message with its calls in the form of chat templates, in which arguments are objects."""
     if message.get("tool_call_id"):
         return text | {"tool_call_id": apart(str(message["tool_call_id"]), control)}
     calls = message.get("tool_calls")
@@ -89,13 +89,15 @@ async def read_calls(
     prompt: Sequence[int],
     tools: Sequence[Mapping[str, Any]],
 ) -> AsyncGenerator[Piece, None]:
-    """Yield an answer with its thought and its calls apart; it is read when it is whole.
+    """Yield an answer with its thought and its calls separated.
+
+    The answer is parsed once it is complete.
 
     Args:
-        pieces: of the answer, special tokens included.
-        tokenizer: that wrote the prompt.
-        prompt: its ids.
-        tools: that may be called.
+        pieces: Pieces of the answer, special tokens included.
+        tokenizer: Tokenizer that encoded the prompt.
+        prompt: Token ids of the prompt.
+        tools: Tools that may be called.
     """
     text, last = "", Piece(finish="stop")
     async with aclosing(pieces):
@@ -106,8 +108,8 @@ async def read_calls(
     known: Any = tokenizer
     try:
         message = known.parse_response(text, prefix=known.decode(list(prompt)), tools=list(tools))
-    except Exception as error:  # a call that is no JSON, say
-        raise ExpertFailedError(f"its answer can't be read for calls ({one_line(error)})") from error
+    except Exception as error:  # for example, a call that is no JSON
+        raise ExpertFailedError(f"the calls in its answer can't be parsed ({one_line(error)})") from error
     thought = message.get("reasoning_content") or message.get("thinking") or message.get("reasoning")
     if thought:
         yield Piece(thought={"reasoning_content": str(thought)})

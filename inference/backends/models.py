@@ -1,4 +1,4 @@
-"""Local models in memory: each base once, as many as there is room for, the ones that are used least make room."""
+"""Local models in memory: each base is loaded once, and the least recently used models are evicted."""
 
 import gc
 import json
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LONGEST = 120.0  # seconds that room for a model is waited for, before the next best expert is asked
-_PATIENCE = 2.0  # seconds that a model may be waited for before those that are used make room for it
+_LONGEST = 120.0  # seconds to wait for room for a model, before the next best expert is tried
+_PATIENCE = 2.0  # seconds that a model may wait before models in use make room for it
 
 
 @dataclass
@@ -32,16 +32,16 @@ class Resident:
     """A model in memory.
 
     Attributes:
-        model: as it is.
-        tokenizer: of the model.
-        size: bytes of its weights.
-        pinned: whether it stays.
-        users: answers that are being given by it.
-        loaded: when.
-        used: when the last of them began or ended.
-        turn: held while it generates.
-        adapted: the same weights with LoRA adapters, or None.
-        slots: the adapters, by folder and revision.
+        model: Model without adapters.
+        tokenizer: Tokenizer of the model.
+        size: Size of its weights in bytes.
+        pinned: True if the model is never evicted.
+        users: Number of its in-flight answers.
+        loaded: Time of loading, in seconds of a monotonic clock.
+        used: Time at which an answer last began or ended, in seconds of a monotonic clock.
+        turn: Lock held while the model generates.
+        adapted: Model with LoRA adapters on the same weights, or None.
+        slots: Names of the adapters by folder and revision.
     """
 
     model: Any
@@ -59,20 +59,22 @@ class Resident:
 class LocalModels:
     """The local models of one composite.
 
-    Whoever answers holds a lease. Without room for a model that is not in memory, those nobody has a lease of go, the
-    one that was used longest ago first. Where all are used, the newcomer waits; after a while no new lease of the one
-    that is to go is given, so that a busy model can't keep another out for good. All who wait for one model get it by
-    one loading: the order of the work is changed so that little is switched (CoServe, arXiv 2503.02354).
+    Every in-flight answer holds a lease of its model. To make room for a new model, models without a lease are evicted,
+    the least recently used one first. If all are leased, the new model waits. After 2 seconds the model that is next to
+    be evicted gets no new leases, so that a busy model can't block another one forever.
+
+    All requests that wait for one model share one loading. Requests are reordered so that few models are switched
+    (CoServe, arXiv 2503.02354).
 
     Args:
-        device: where models go.
-        dtype: of their weights.
-        budget: bytes that the weights of models loaded here may take; None for no limit.
-        pinned: models that stay once they are loaded, within the budget.
-        quantization: of models that are loaded here: nf4, int8 or None.
+        device: Device to load models on.
+        dtype: Type of their weights.
+        budget: Limit in bytes on the weights of models loaded here. Defaults to no limit.
+        pinned: Models that stay once they are loaded, within the budget.
+        quantization: Quantization of models loaded here: nf4, int8 or None.
 
     Raises:
-        ExpertokenError: the quantization or the type is unknown.
+        ExpertokenError: The quantization or the type is unknown.
     """
 
     def __init__(
@@ -99,29 +101,29 @@ class LocalModels:
         self._changed = threading.Condition(threading.RLock())
 
     def add(self, source: Source, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Make a loaded model known, so that nobody loads it again. It stays, and takes nothing of the budget."""
+        """Register a loaded model, so that it is not loaded again. It stays, and does not count towards the budget."""
         self._residents[source.resolved()] = Resident(model, tokenizer, 0, pinned=True)
 
     @property
     def resident(self) -> list[Source]:
-        """What is in memory."""
+        """Sources of the models in memory."""
         with self._changed:
             return list(self._residents)
 
     def holds(self, source: Source) -> bool:
-        """Whether a model is in memory."""
+        """Check whether a model is in memory."""
         with self._changed:
             return source.resolved() in self._residents
 
     @property
     def taken(self) -> int:
-        """Bytes that the weights of models loaded here take, with those that are being loaded."""
+        """Size in bytes of the weights of models loaded here, including models that are being loaded."""
         with self._changed:
             return sum(resident.size for resident in self._residents.values()) + sum(self._loading.values())
 
     @contextmanager
     def lease(self, source: Source) -> Iterator[Resident]:
-        """A model that stays in memory within the block. Errors as in `acquire`."""
+        """Keep a model in memory within the block. Errors as in `acquire`."""
         resident = self.acquire(source)
         try:
             yield resident
@@ -129,42 +131,53 @@ class LocalModels:
             self.release(resident)
 
     def acquire(self, source: Source, given_up: threading.Event | None = None) -> Resident:
-        """A model that stays in memory until it is released; loaded where it is not, which may wait for room.
+        """Return a model that stays in memory until it is released.
+
+        A model that is not in memory is loaded, which may wait for room.
 
         Args:
-            source: of the model.
-            given_up: set by whoever does not want it any more: nothing is loaded for nobody.
+            source: Source of the model.
+            given_up: Event that the caller sets when it disconnects, so that no model is loaded in vain.
 
         Raises:
-            ExpertFailedError: it can't be loaded, is larger than the budget, no room came free, or it was given up.
+            ExpertFailedError: The model can't be loaded, is larger than the budget, found no room in time, or was given
+                up.
         """
         source = source.resolved()
         began = waits = time.monotonic()
         while True:
             with self._changed:
                 if given_up is not None and given_up.is_set():
-                    self._waiting.pop(source, None)  # whoever else waits for it says so again
-                    raise ExpertFailedError(f"{source.model} is not wanted any more")
+                    self._waiting.pop(source, None)  # other waiting callers add it again
+                    raise ExpertFailedError(f"{source.model}: the request was cancelled before the model was loaded")
                 resident = self._enter(source, began)
                 if resident is not None:
                     return resident
                 failed, reason = self._failed.get(source, (0.0, ""))
-                if failed >= began:  # while this waited for it: one load fails all who wait, and is not repeated
+                # One failed load fails all calls that wait for it, and is not repeated.
+                if failed >= began:
                     raise ExpertFailedError(reason)
                 if source in self._residents or source in self._loading or not self._may_load(source):
                     self._waiting.setdefault(source, time.monotonic())
                     self._changed.wait(0.5)
-                    if source in self._loading:  # that takes as long as it takes
+                    if source in self._loading:  # loading has no time limit
                         waits = time.monotonic()
                     elif time.monotonic() - waits > _LONGEST:
                         self._waiting.pop(source, None)
-                        raise ExpertFailedError(f"{source.model}: no room for it within {_LONGEST:g} s")
+                        raise ExpertFailedError(f"{source.model}: no room in memory within {_LONGEST:g} s")
                     continue
                 self._loading[source] = self._needed(source)
-            self._load(source)  # without the lock: others answer and decide meanwhile
+            resident = self._load(source, lease=True)  # without the lock, so that others answer and decide meanwhile
+            if resident is not None:
+                if given_up is None or not given_up.is_set():
+                    return resident
+                self.release(resident)
 
     def acquire_now(self, source: Source) -> Resident | None:
-        """As `acquire` where that is done at once, else None; it does not wait for a model that is being dropped."""
+        """Return a model as in `acquire` if that is possible at once, else None.
+
+        The call does not wait for an eviction that is running.
+        """
         if not self._changed.acquire(blocking=False):
             return None
         try:
@@ -173,9 +186,9 @@ class LocalModels:
             self._changed.release()
 
     def prefetch(self, source: Source) -> None:
-        """Load a model that will be wanted soon, where there is room for it beside those that are used and wanted."""
+        """Load a model that is needed soon, if there is room for it beside the models in use or requested."""
         source = source.resolved()
-        with suppress(ExpertFailedError):  # told to who acquires it
+        with suppress(ExpertFailedError):  # `acquire` raises it again
             with self._changed:
                 used = sum(r.size for r in self._residents.values() if r.pinned or r.users)
                 fits = self.budget is None or used + sum(self._loading.values()) + self._needed(source) <= self.budget
@@ -187,7 +200,7 @@ class LocalModels:
 
     def _enter(self, source: Source, began: float) -> Resident | None:
         resident = self._residents.get(source)
-        # Who has waited since before it was loaded gets it, whoever else wants room.
+        # A request that waited before the model was loaded gets it, even if another model needs room.
         if resident is None or (resident.loaded < began and self._is_to_go(source)):
             return None
         self._waiting.pop(source, None)
@@ -196,28 +209,29 @@ class LocalModels:
         return resident
 
     def release(self, resident: Resident) -> None:
-        """The end of a lease."""
+        """End a lease."""
         with self._changed:
             resident.users -= 1
             resident.used = time.monotonic()
             self._changed.notify_all()
 
     def slot(self, resident: Resident, base: Source, folder: str, revision: str | None = None) -> str:
-        """The name of an adapter in a resident model; loaded where it is not. Adapters of one base share one model.
+        """Return the name of an adapter in a resident model, after loading it if needed.
 
-        The adapted model has the base's very tensors but modules of its own, so that the base stays as it is.
+        Adapters of one base share one model. The adapted model has the base's own tensors but separate modules, so that
+        the base is not changed.
 
         Raises:
-            ExpertFailedError: the adapter is missing or does not fit the base.
+            ExpertFailedError: The adapter is missing or does not fit the base.
         """
         from peft import PeftModel
 
-        if (folder, revision) in resident.slots:  # without waiting for who generates just now
+        if (folder, revision) in resident.slots:  # without waiting for generations that are running
             return resident.slots[folder, revision]
         if Path(folder).is_absolute() and not Path(folder).exists():
-            raise ExpertFailedError(f"{folder}: no such folder; expected a PEFT adapter")
+            raise ExpertFailedError(f"{folder}: expected the folder of a PEFT adapter, found none")
         if not (Path(folder) / "adapter_config.json").exists() and Path(folder).exists():
-            raise ExpertFailedError(f"{folder}: no adapter_config.json in it; expected a PEFT adapter")
+            raise ExpertFailedError(f"{folder}: expected the folder of a PEFT adapter, found no adapter_config.json")
         with resident.turn:
             if (folder, revision) in resident.slots:
                 return resident.slots[folder, revision]
@@ -244,7 +258,10 @@ class LocalModels:
         return self._sizes[source]
 
     def _may_load(self, source: Source) -> bool:
-        """Let models go until there is room for one more; whether there is. The one that waits longest comes first."""
+        """Evict models until there is room for one more, and return whether there is.
+
+        The model that has waited longest comes first.
+        """
         if self.budget is None:
             return True
         needed = self._needed(source)
@@ -261,12 +278,12 @@ class LocalModels:
         if needed > self.budget - fixed:
             self._waiting.pop(source, None)
             raise ExpertFailedError(
-                f"{source.model} needs {needed / 2**30:.2f} GiB; of the {self.budget / 2**30:.2f} GiB for local "
-                f"experts pinned ones take {fixed / 2**30:.2f}"
+                f"{source.model} needs {needed / 2**30:.2f} GiB, but pinned experts use {fixed / 2**30:.2f} GiB of the "
+                f"{self.budget / 2**30:.2f} GiB for local experts"
             )
 
     def _drop_free(self, needed: int) -> bool:
-        """Let models go until there is room for so many bytes more; whether there is."""
+        """Evict models until there is room for `needed` more bytes. Return whether there is."""
         while self.budget is not None and self.taken + needed > self.budget:
             free = [k for k, held in self._residents.items() if not held.pinned and not held.users]
             if not free:
@@ -275,27 +292,34 @@ class LocalModels:
         return True
 
     def _is_to_go(self, source: Source) -> bool:
-        """Whether others have waited so long for room that this model gives no new lease."""
+        """Check whether this model gives no new leases, because others have waited too long for room."""
         waited = [
             since for key, since in self._waiting.items() if key not in self._residents and key not in self._loading
         ]
         if not waited or time.monotonic() - min(waited) < _PATIENCE:
             return False
-        if self._victim not in self._residents:  # chosen once, or a busy pair would take turns in staying
+        if self._victim not in self._residents:  # chosen once, or two busy models would stay alternately
             unpinned = [key for key, held in self._residents.items() if not held.pinned]
             self._victim = min(unpinned, key=lambda key: self._residents[key].used, default=None)
         return source == self._victim
 
     def _drop(self, source: Source) -> None:
-        logger.info("%s makes room", source.model)
+        logger.info("%s is evicted to make room", source.model)
         resident = self._residents.pop(source)
         resident.model = resident.adapted = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _load(self, source: Source) -> None:
-        loaded = None
+    def _load(self, source: Source, *, lease: bool = False) -> Resident | None:
+        """Load a model, and return it if there is still room for it.
+
+        Args:
+            source: Source of the model.
+            lease: Lease the model to the caller at once. Otherwise another caller that waits for room could evict it
+                before its first use, and two busy models would evict each other for ever.
+        """
+        loaded = resident = None
         try:
             loaded = load_causal_lm(source, device=self.device, dtype=self.dtype, quantization=self.quantization)
         except ExpertokenError as error:
@@ -307,32 +331,45 @@ class LocalModels:
                 self._waiting.pop(source, None)
                 try:
                     if loaded is not None:
-                        self._settle(source, *loaded)
+                        resident = self._settle(source, *loaded)
+                    if resident is not None and lease:
+                        resident.users += 1
                 finally:
                     self._changed.notify_all()
+        return resident
 
-    def _settle(self, source: Source, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-        """A model is in memory, and what it takes is known for sure now: of one of the hub nothing was before."""
+    def _settle(
+        self, source: Source, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+    ) -> Resident | None:
+        """Register a loaded model under its actual size.
+
+        The size of a hub model is unknown before.
+        """
         self.loads += 1
         size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         self._sizes[source] = size
         if self.budget is not None:
             self._check_fits(source, size)
             if not self._drop_free(size):
-                return  # the others are used: it waits for its room like anybody, and is loaded again
-        self._residents[source] = Resident(model, tokenizer, size, pinned=source in self._pinned)
+                return None  # all others are in use: the model waits for room, and is loaded again
+        resident = Resident(model, tokenizer, size, pinned=source in self._pinned)
+        self._residents[source] = resident
+        return resident
 
 
 def _size_on_disk(
     source: Source, device: torch.device | str | None, dtype: torch.dtype | str | None, quantization: str | None
 ) -> int:
-    """Bytes that a model will take, by the headers of its files; 0 where they are not on this machine, or no such."""
+    """Estimate the size of a loaded model in bytes, from the headers of its files.
+
+    The result is 0 if its files are not on this machine or are no safetensors.
+    """
     from safetensors import SafetensorError, safe_open
 
     files = _weights(source)
     numbers = stored = 0
     for file in files:
-        with suppress(SafetensorError, OSError), safe_open(file, "pt") as opened:  # loading it will tell
+        with suppress(SafetensorError, OSError), safe_open(file, "pt") as opened:  # loading the file raises the error
             for name in opened.keys():  # noqa: SIM118 - no mapping
                 part = opened.get_slice(name)
                 count = torch.Size(part.get_shape()).numel()
@@ -346,7 +383,7 @@ def _size_on_disk(
 
 
 def _weights(source: Source) -> list[Path]:
-    """Safetensors files that a model is loaded from, as far as they are on this machine."""
+    """Return the safetensors files of a model that are on this machine."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -358,21 +395,24 @@ def _weights(source: Source) -> list[Path]:
             return []
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        with suppress(ValueError, KeyError, AttributeError):  # loading it will tell
+        with suppress(ValueError, KeyError, AttributeError):  # loading the file raises the error
             return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
-    single = folder / "model.safetensors"  # other files beside it are not read
+    single = folder / "model.safetensors"  # other files in the folder are not read
     return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
 
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
-_QUANTIZED = {"nf4": 5, "int8": 9}  # bits a number, with what stays as it is
+_QUANTIZED = {"nf4": 5, "int8": 9}  # bits per parameter, including unquantized parts
 
 
 def _load_into(adapted: Any, folder: str, slot: str, revision: str | None) -> None:
-    """Load one more adapter; one that can't be loaded leaves nothing behind in the shared model."""
+    """Load one more adapter.
+
+    An adapter that can't be loaded is removed from the shared model.
+    """
     try:
         adapted.load_adapter(folder, slot, revision=revision)
     except Exception:
-        if slot in adapted.peft_config:  # PEFT puts the layers in before it reads the weights
+        if slot in adapted.peft_config:  # PEFT inserts the layers before it reads the weights
             adapted.delete_adapter(slot)
         raise

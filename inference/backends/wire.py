@@ -1,4 +1,4 @@
-"""What endpoints send: read no further than a limit, as events, and made into pieces of an answer."""
+"""The wire format of endpoints: responses with a size limit, read as events, and converted to pieces of an answer."""
 
 import math
 from collections.abc import AsyncGenerator
@@ -10,27 +10,27 @@ from typing import Any
 from ...modeling.backend import Piece, as_usage
 from ...modeling.errors import ExpertFailedError
 
-_NO_ANSWER = "the endpoint gave something else than an answer"
-_BROKEN = ("error", "abort")  # how servers say that an answer ended without being whole
-_OURS = ("max_tokens", "stream_options", "top_p", "temperature", "seed")  # that a server may refuse
+_NO_ANSWER = "expected a chunk of an answer from the endpoint, got something else"
+_BROKEN = ("error", "abort")  # finish reasons of an incomplete answer
+_OURS = ("max_tokens", "stream_options", "top_p", "temperature", "seed")  # parameters that a server may refuse
 _SHORTER = ("context length", "context_length", "context window", "too large", "completion tokens")
-_MOST_TOKENS = 2**53  # and far more than there are
+_MOST_TOKENS = 2**53  # tokens, far above any real count
 
 DONE = object()
-"""Stands for `[DONE]` among the chunks of an answer."""
-_MOST_BYTES = 64 * 2**20  # of one response
-_EVENT_BYTES = 4 * 2**20  # of one chunk of an answer
-_ERROR_BYTES = 64 * 2**10  # of what a server says that it refuses
+"""Marker of `[DONE]` among the chunks of an answer."""
+_MOST_BYTES = 64 * 2**20  # limit on one response
+_EVENT_BYTES = 4 * 2**20  # limit on one chunk of an answer
+_ERROR_BYTES = 64 * 2**10  # limit on an error response
 
 
 @cache
 def events_of(stream: Any) -> Any:
-    """Return a client's stream of events that reads what servers really send.
+    """Return a client's stream of events that accepts the variants that servers send.
 
-    Events without data (`retry:`, pings) are none, `[DONE]` is told, and no event may be larger than memory.
+    Events without data (`retry:`, pings) are skipped, `[DONE]` is passed on, and the size of an event is limited.
 
     Args:
-        stream: the client's own class.
+        stream: The client's stream class.
     """
 
     class Events(stream):
@@ -40,7 +40,9 @@ def events_of(stream: Any) -> Any:
                 end = part.rfind(b"\n\n")
                 held = len(part) - end if end >= 0 else held + len(part)
                 if held > _EVENT_BYTES or len(part) > _EVENT_BYTES:
-                    raise ExpertFailedError(f"the endpoint sent a chunk of more than {_EVENT_BYTES:,} bytes")
+                    raise ExpertFailedError(
+                        f"expected chunks of at most {_EVENT_BYTES:,} bytes from the endpoint, got more"
+                    )
                 yield part
 
         async def __stream__(self) -> AsyncGenerator[object, None]:
@@ -56,17 +58,17 @@ def events_of(stream: Any) -> Any:
 
 @cache
 def bounded(client: Any) -> Any:
-    """Return an HTTP client that reads no response further than a limit.
+    """Return an HTTP client that limits the size of responses.
 
     Args:
-        client: the class of it.
+        client: Class of the client.
     """
 
     class Bounded(client):
         async def send(self, request: Any, **how: Any) -> Any:
             response = await super().send(request, **(how | {"stream": True}))
             failed = response.status_code >= HTTPStatus.MULTIPLE_CHOICES
-            if failed:  # an error that was packed small may be large
+            if failed:  # a compressed error may unpack to any size
                 response.headers.pop("content-encoding", None)
             raw, most = response.aiter_raw, _ERROR_BYTES if failed else _MOST_BYTES
 
@@ -75,9 +77,9 @@ def bounded(client: Any) -> Any:
                 async for part in raw(chunk_size):
                     seen += len(part)
                     if seen > most:
-                        if failed:  # enough to know what it is
+                        if failed:  # enough to identify the error
                             return
-                        raise ExpertFailedError(f"the endpoint sent more than {most:,} bytes")
+                        raise ExpertFailedError(f"expected at most {most:,} bytes from the endpoint, got more")
                     yield part
 
             response.aiter_raw = limited
@@ -89,19 +91,19 @@ def bounded(client: Any) -> Any:
 
 
 def piece_of(chunk: Any, unicode: "Unicode") -> Piece:
-    """Return what a chunk brings.
+    """Return the piece that a chunk holds.
 
-    Chunks are read as the JSON that they are: to make the client's classes of them took a fifth of the server's time.
+    Chunks are read as plain JSON, because creating the client's classes took a fifth of the server's time.
 
     Raises:
-        ExpertFailedError: it is something else than a chunk of an answer.
+        ExpertFailedError: The chunk is no chunk of an answer.
     """
     try:
         counts = chunk.get("usage") or {}
         usage = as_usage((counts.get("prompt_tokens"), counts.get("completion_tokens")))
         details = _details(counts)
         if chunk.get("error") is not None:
-            raise ExpertFailedError("the endpoint told of an error in its answer")
+            raise ExpertFailedError("the endpoint reported an error in its answer")
         choices = chunk.get("choices")
         if choices is None and usage is None:
             raise ExpertFailedError(_NO_ANSWER)
@@ -133,7 +135,7 @@ _DETAILS = ("prompt_tokens_details", "completion_tokens_details")
 
 
 def _details(counts: dict[str, Any]) -> dict[str, dict[str, int]] | None:
-    """Return the counts that stand beside the usage, as far as they are counts."""
+    """Return the valid counts beside the usage."""
     found = {}
     for group in _DETAILS:
         given = counts.get(group)
@@ -148,7 +150,7 @@ def _parts(content: Any) -> tuple[str, str]:
     """Return the text and the thought of a content, which some servers send as a list of parts.
 
     Raises:
-        AttributeError, TypeError: it is something else.
+        AttributeError, TypeError: The content has another form.
     """
     if not isinstance(content, list):
         return content or "", ""
@@ -162,7 +164,7 @@ def _parts(content: Any) -> tuple[str, str]:
 
 
 def _function(delta: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Return a call in the form that OpenAI's API had before `tool_calls`, as the one that it has now."""
+    """Convert a call in OpenAI's older form (`function_call`) to the current one (`tool_calls`)."""
     given = delta.get("function_call")
     if not given:
         return None
@@ -174,7 +176,7 @@ def _function(delta: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def refused_parameter(body: Any) -> str | None:
-    """Return the parameter of ours that an error says is not known, or None."""
+    """Return the optional parameter that an error reports as unknown, or None."""
     given = _error_of(body)
     message = str(given.get("message") or "")
     quoted = (name for name in _OURS if f"'{name}'" in message or f"`{name}`" in message or f'"{name}"' in message)
@@ -182,7 +184,7 @@ def refused_parameter(body: Any) -> str | None:
 
 
 def wants_shorter(body: Any) -> bool:
-    """Return whether an error says that conversation and answer together are more than the context."""
+    """Return whether an error reports that conversation and answer together exceed the context."""
     given = _error_of(body)
     told = f"{given.get('code')} {given.get('message')}".lower()
     return any(words in told for words in _SHORTER)
@@ -194,10 +196,10 @@ def _error_of(body: Any) -> dict[str, Any]:
 
 
 class Allowance:
-    """Ends an answer at its limit, whatever the server thinks of that.
+    """A limit on the length of an answer, in case the server ignores its own.
 
     Args:
-        most: characters, of thought and calls too; a piece counts one more.
+        most: Limit in characters, thought and calls included. Each piece counts one more.
     """
 
     def __init__(self, most: int) -> None:
@@ -205,11 +207,11 @@ class Allowance:
 
     @property
     def spent(self) -> bool:
-        """Whether nothing is left."""
+        """True if the limit is exceeded."""
         return self._left < 0
 
     def of(self, piece: Piece) -> Piece:
-        """Return what of a piece is within the limit."""
+        """Return the part of a piece that is within the limit."""
         self._left -= 1 + _characters(piece)
         if not self.spent:
             return piece
@@ -223,18 +225,25 @@ def _characters(piece: Piece) -> int:
 
 
 def _text(given: str) -> str:
-    """A text without halves of surrogates, which can't be sent on. Raises AttributeError where it is none."""
+    """Replace unpaired surrogates in a text, which can't be encoded.
+
+    Raises:
+        AttributeError: The value is no text.
+    """
     return given.encode("utf-8", "replace").decode()
 
 
 class Unicode:
-    """Joins halves of characters that a server cut its text between."""
+    """A joiner of surrogate pairs that a server split between two chunks."""
 
     def __init__(self) -> None:
         self._half = ""
 
     def joined(self, text: str, *, last: bool) -> str:
-        """More of the text; a half at its end is held back for the next one, and lost where none comes."""
+        """Return the next part of the text.
+
+        Half of a pair at its end is held back for the next part, and lost if there is none.
+        """
         if not self._half and text.isascii():
             return text
         text = self._half + text
@@ -243,10 +252,10 @@ class Unicode:
 
 
 def _call(call: Any) -> dict[str, Any]:
-    """A part of a tool call.
+    """Return a part of a tool call.
 
     Raises:
-        AttributeError, TypeError: it is something else.
+        AttributeError, TypeError: The value has another form.
     """
     function = call.get("function") or {}
     texts = (call.get("id"), call.get("type"), function.get("name"), function.get("arguments"))
@@ -256,20 +265,20 @@ def _call(call: Any) -> dict[str, Any]:
 
 
 def _logprobs(given: Any) -> dict[str, Any] | None:
-    """Log-probabilities of a piece's tokens.
+    """Return the log-probabilities of a piece's tokens.
 
     Raises:
-        AttributeError, TypeError: they are something else.
+        AttributeError, TypeError: The value has another form.
     """
     found = {key: list(given[key]) for key in ("content", "refusal") if given.get(key)} if given else {}
     return sendable(found) or None
 
 
-_UNLIKELY = -9999.0  # what OpenAI's API says for a probability of 0: JSON has no infinity
+_UNLIKELY = -9999.0  # OpenAI's value for a probability of 0, because JSON has no infinity
 
 
 def sendable(thing: Any) -> Any:
-    """Return what was read as JSON without what JSON and UTF-8 can't write."""
+    """Return parsed JSON without values that JSON and UTF-8 can't encode."""
     if isinstance(thing, dict):
         return {_text(key): sendable(value) for key, value in thing.items()}
     if isinstance(thing, list):
@@ -279,17 +288,17 @@ def sendable(thing: Any) -> Any:
     return _text(thing) if isinstance(thing, str) else thing
 
 
-_TELLING = 8  # characters
+_TELLING = 8  # characters: shorter texts may repeat by chance
 
 
 class Numbering:
-    """Gives parts of tool calls the index that says which call they belong to, where a server leaves it out."""
+    """The numbering of tool calls, for servers that omit the index of a call's parts."""
 
     def __init__(self) -> None:
         self._known: list[str | None] = []
 
     def of(self, calls: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-        """The parts with their indices: one with an id that was not there yet begins a call."""
+        """Return the parts with their indices. A part with a new id starts a call."""
         return [self._numbered(call) for call in calls] if calls else calls
 
     def _numbered(self, call: dict[str, Any]) -> dict[str, Any]:
@@ -302,17 +311,20 @@ class Numbering:
 
 
 class Repetition:
-    """Leaves out the beginning of an answer where it repeats what was there already.
+    """A filter that removes the beginning of an answer if it repeats the partial answer before it.
 
     Args:
-        begun: what may be repeated; of a word or two it can't be told whether it is.
+        begun: Partial answer that may be repeated. Texts under 8 characters are too short to recognise.
     """
 
     def __init__(self, begun: str) -> None:
         self._rest, self._held = begun if len(begun) >= _TELLING else "", ""
 
     def without(self, text: str, *, last: bool = False) -> str:
-        """More of the answer, without the repetition; what may turn out to be one is held back until that is known."""
+        """Return the next part of the answer, without the repetition.
+
+        A part that may belong to a repetition is held back until it is certain.
+        """
         if not self._rest:
             return text
         self._held += text

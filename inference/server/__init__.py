@@ -1,4 +1,4 @@
-"""The composite as an OpenAI-compatible HTTP server, with a web page."""
+"""OpenAI-compatible HTTP server of a composite, with a chat page."""
 
 from .app import create_app
 from .settings import Settings

@@ -1,7 +1,8 @@
 """Anthropic's Messages API (`POST /v1/messages`), translated to OpenAI's chat and back.
 
-What is sent is of the `anthropic` package's own types. `thinking` is left to the expert; thought comes back as blocks
-without a signature. Images come as base64 or as addresses, documents and Anthropic's own tools not at all.
+Responses are built from the `anthropic` package's own types. The field `thinking` is ignored, so that the expert
+decides whether to reason. Its reasoning is returned as blocks without a signature. Images are accepted as base64 or as
+addresses. Documents and Anthropic's own tools are not supported.
 """
 
 import json
@@ -43,7 +44,7 @@ _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
 class MessagesRequest(RequestBody):
-    """Body of `POST /v1/messages`; fields that are not known here are ignored."""
+    """Body of `POST /v1/messages`. Unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -62,10 +63,10 @@ class MessagesRequest(RequestBody):
     expertoken: Extension = Field(default_factory=Extension)
 
     def chat(self) -> ChatRequest:
-        """Return the request as one of OpenAI's chat API.
+        """Return the request in the form of OpenAI's chat API.
 
         Raises:
-            ExpertokenError: it holds what no expert here could be given.
+            ExpertokenError: The request holds content that can't be passed on to experts.
         """
         system = _texts(self.system, "system")
         messages = [{"role": "system", "content": system}] if system else []
@@ -87,11 +88,11 @@ class MessagesRequest(RequestBody):
                 "metadata": self.metadata,
                 "expertoken": self.expertoken,
             }
-        ).model_copy(update={"stop": self.stop_sequences})  # of which OpenAI's API takes four
+        ).model_copy(update={"stop": self.stop_sequences})  # not validated: OpenAI's API takes four only
 
 
 def _texts(content: Any, place: str) -> str:
-    """Return the text of a content, which may be a list of blocks."""
+    """Return the text of a message's content, which is a string or a list of blocks."""
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
@@ -101,7 +102,7 @@ def _texts(content: Any, place: str) -> str:
 
 
 def _chat_messages(message: dict[str, Any], place: str) -> Iterator[dict[str, Any]]:
-    """Yield the messages of OpenAI's API that one of Anthropic's stands for: results of tools are messages there."""
+    """Yield the messages of OpenAI's API for one of Anthropic's. Tool results become messages of their own."""
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant", "system"):
         raise ExpertokenError(f"{place}.role: expected user or assistant")
@@ -144,7 +145,7 @@ def _part(block: dict[str, Any], place: str) -> dict[str, Any]:
             return _image(f"data:{source.get('media_type')};base64,{source.get('data')}")
         if source.get("type") == "url":
             return _image(str(source.get("url")))
-    raise ExpertokenError(f"{place}: expected a block of text, image or tool_result, got {str(kind)[:40]!r}")
+    raise ExpertokenError(f"{place}: expected a block of type text, image or tool_result, got {str(kind)[:40]!r}")
 
 
 def _image(url: str) -> dict[str, Any]:
@@ -158,7 +159,7 @@ def _call(block: dict[str, Any]) -> dict[str, Any]:
 
 def _tool(tool: dict[str, Any], place: str) -> dict[str, Any]:
     if tool.get("type") not in (None, "custom") or not isinstance(tool.get("name"), str):
-        raise ExpertokenError(f"{place}: expected a tool of your own, with `name` and `input_schema`")
+        raise ExpertokenError(f"{place}: expected a client tool with `name` and `input_schema`")
     schema = tool.get("input_schema") or {"type": "object", "properties": {}}
     function = {"name": tool["name"], "description": tool.get("description"), "parameters": schema}
     return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
@@ -178,7 +179,7 @@ def _answer_format(config: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _usage(completion: Completion) -> dict[str, Any]:
-    """Return the counts as Anthropic's API has them: what was cached does not stand in `input_tokens`."""
+    """Return the token counts in Anthropic's form. Cached tokens are not part of `input_tokens`."""
     usage = completion.usage()
     cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
     counts = {"input_tokens": max(0, usage["prompt_tokens"] - cached), "output_tokens": usage["completion_tokens"]}
@@ -186,7 +187,7 @@ def _usage(completion: Completion) -> dict[str, Any]:
 
 
 def _end(finish: str | None, *, called: bool) -> Any:
-    """Return why an answer ended; servers say `stop` where they were told which function to call."""
+    """Return the reason why an answer ended. If the request names the function to call, servers send `stop`."""
     found = _ENDS.get(finish or "", "end_turn")
     return "tool_use" if called and found == "end_turn" else found
 
@@ -196,7 +197,7 @@ def _id(completion: Completion) -> str:
 
 
 class MessagesDialect:
-    """How Anthropic's API tells an answer."""
+    """Form of the answers of Anthropic's Messages API."""
 
     def whole(self, completion: Completion, body: dict[str, Any]) -> dict[str, Any]:
         """Return the response, not streamed."""
@@ -269,7 +270,7 @@ class MessagesDialect:
         yield event(RawMessageStopEvent(type="message_stop"))
 
     def broken(self, message: str) -> list[str]:
-        """Return the events that end a stream whose answer can't go on."""
+        """Return the events that end a stream whose answer can't continue."""
         return [f"event: error\ndata: {json.dumps(anthropic_error(message, 500))}\n\n"]
 
 

@@ -39,15 +39,15 @@ _PAGE_HEADERS = {
 
 
 def create_app(composite: AnsweringModel, settings: Settings | None = None) -> FastAPI:
-    """The server of a composite, to be run by any ASGI server.
+    """Create the application that serves a composite, for any ASGI server.
 
     Args:
-        composite: a loaded composite.
-        settings: how it is served.
+        composite: Loaded composite.
+        settings: Settings of the server. Defaults to `Settings()`.
     """
     settings = settings or Settings()
     service = Service(composite, settings)
-    # No /docs: that page loads its scripts from elsewhere.
+    # FastAPI's page /docs is off, since it loads scripts from other hosts.
     app = FastAPI(title="expertoken", version="1", docs_url=None, redoc_url=None, lifespan=lambda _: _watched(service))
     app.state.service = service
     open_paths = {"/", "/health", "/ready", *(f"/{file.name}" for file in _PAGE.iterdir())}
@@ -69,7 +69,7 @@ def create_app(composite: AnsweringModel, settings: Settings | None = None) -> F
 
     @app.get("/v1/models")
     async def models(http: Request) -> dict[str, Any]:
-        """The composite, and each expert as `composite/expert`."""
+        """List the composite, and each expert as `composite/expert`."""
         return {
             "object": "list",
             "data": [model_card(name, service, client_of(http)) for name in service.models(client_of(http))],
@@ -77,43 +77,43 @@ def create_app(composite: AnsweringModel, settings: Settings | None = None) -> F
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str, http: Request) -> dict[str, Any]:
-        """One of them."""
+        """Return one model of the list."""
         if name not in service.models(client_of(http)):
-            raise UnknownModelError(f"no model {name!r} here; GET /v1/models lists them")
+            raise UnknownModelError(f"unknown model {name!r}. GET /v1/models lists the models that you may use.")
         return model_card(name, service, client_of(http))
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(request: ChatRequest, http: Request) -> Response:
-        """Answer a conversation, as OpenAI's API does."""
+        """Answer a conversation in the form of OpenAI's chat completions API."""
         return await answered(service, request, http)
 
     @app.post("/v1/messages", response_model=None)
     async def messages(request: MessagesRequest, http: Request) -> Response:
-        """Answer a conversation, as Anthropic's API does."""
+        """Answer a conversation in the form of Anthropic's Messages API."""
         return await answered(service, await asyncio.to_thread(request.chat), http, MESSAGES)
 
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(request: MessagesRequest, http: Request) -> dict[str, int]:
-        """Count a conversation's tokens, about, as the meta LLM reads them."""
+        """Count a conversation's tokens approximately, as the meta LLM reads them."""
         chat = await asyncio.to_thread(request.chat)
-        service.policy(chat, client_of(http))  # a model that is none of theirs is not counted for
+        service.policy(chat, client_of(http))  # raises if the client may not use the model
         return {"input_tokens": await asyncio.to_thread(service.count, chat)}
 
     @app.post("/v1/responses", response_model=None)
     async def responses(request: ResponsesRequest, http: Request) -> Response:
-        """Answer a conversation, as OpenAI's Responses API does."""
+        """Answer a conversation in the form of OpenAI's Responses API."""
         return await answered(service, await asyncio.to_thread(request.chat), http, RESPONSES)
 
     @app.post("/v1/route")
     async def route(request: ChatRequest, http: Request) -> dict[str, Any]:
-        """Decide who would answer, and answer nothing."""
+        """Decide which candidate would answer, without answering."""
         return await service.route(request, http)
 
     if service.feedback is not None:
 
         @app.post("/v1/feedback")
         async def feedback(request: FeedbackRequest, http: Request) -> dict[str, Any]:
-            """Judge an answer, by its id."""
+            """Record a judgement of the answer with an id."""
             return await asyncio.to_thread(service.judge, request, http)
 
     _add_page(app)
@@ -122,7 +122,7 @@ def create_app(composite: AnsweringModel, settings: Settings | None = None) -> F
 
 @asynccontextmanager
 async def _watched(service: Service) -> AsyncIterator[None]:
-    """Look after addresses while the application runs."""
+    """Check addresses while the application runs."""
     watching = asyncio.create_task(service.watch()) if service.settings.check_interval else None
     yield
     if watching:
@@ -130,7 +130,10 @@ async def _watched(service: Service) -> AsyncIterator[None]:
 
 
 def _add_page(app: FastAPI) -> None:
-    """The chat page's files, each by its name: a mount at / would take what is wrongly asked of the other routes."""
+    """Add a route for each file of the chat page.
+
+    A mount at / would also match requests with a wrong method for one of the other routes.
+    """
 
     def page(name: str) -> None:
         @app.api_route("/" if name == "index.html" else f"/{name}", methods=["GET", "HEAD"], include_in_schema=False)
@@ -140,10 +143,10 @@ def _add_page(app: FastAPI) -> None:
     for found in _PAGE.iterdir():
         page(found.name)
 
-    # Raw HTML stays text, links lead to no script, and pictures of elsewhere are not asked for.
+    # Raw HTML stays text, links can't run scripts, and pictures on other hosts are not loaded.
     markdown = MarkdownIt("js-default", {"breaks": True}).disable("image")
 
-    few = anyio.CapacityLimiter(2)  # Markdown that is made to be slow takes seconds
+    few = anyio.CapacityLimiter(2)  # adversarial Markdown takes seconds to render
 
     def rendered(asked: RenderRequest) -> dict[str, list[str]]:
         return {"html": [str(markdown.render(text)) for text in asked.texts]}
@@ -154,40 +157,42 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _add_status(app: FastAPI, service: Service) -> None:
-    """What watches a service asks."""
+    """Add the routes for monitoring: health, readiness and metrics."""
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """Whether the process lives."""
+        """Report that the process runs."""
         return {"status": "ok"}
 
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready")
     async def ready() -> Response:
-        """Whether requests are taken: not while it shuts down."""
+        """Report whether a load balancer should send requests. It should send none while the server shuts down."""
         status = HTTPStatus.SERVICE_UNAVAILABLE if service.draining else HTTPStatus.OK
         return JSONResponse({"status": "draining" if service.draining else "ready"}, status)
 
     @app.get("/metrics")
     async def metrics(http: Request) -> Response:
-        """For Prometheus; with a key that may use everything."""
+        """Return the metrics for Prometheus. A key that is restricted to some experts gets status 403."""
         client = client_of(http)
         if client is not None and client.experts is not None:
-            return JSONResponse(error_body("this key may not see metrics", "invalid_request_error"), 403)
+            return JSONResponse(
+                error_body("expected a key for all experts, since metrics cover them all", "invalid_request_error"), 403
+            )
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_errors(app: FastAPI) -> None:
-    """Every error in the form that clients of OpenAI's API read."""
+    """Register handlers that return every error in the form of OpenAI's API."""
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            place, told = None, f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
+            place, told = None, f"expected JSON in the body: {first['ctx']['error']} at character {first['loc'][-1]}"
         else:
-            # Without the names of pydantic's own types, which are no fields.
+            # pydantic adds names of its own types to `loc`, which are no fields.
             parts = [str(part) for part in first["loc"][1:] if isinstance(part, int) or part.isidentifier()]
             place = ".".join(parts) or None
             told = f"{place or 'body'}: {first['msg']}"
@@ -195,14 +200,15 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ValidationError)
     async def mistranslated(http: Request, error: ValidationError) -> JSONResponse:
-        """A request of another API that makes no request of the chat API."""
+        """Return the error of another API's request whose translation is no valid request of the chat API."""
         return await malformed(
             http, RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()])
         )
 
     @app.exception_handler(Exception)
     async def failed(http: Request, error: Exception) -> JSONResponse:
-        told = "the server failed; its log says why"  # outside of the guard, which gives errors their form elsewhere
+        # This handler runs outside of the guard, which converts the other errors to Anthropic's form.
+        told = "the server failed with an unexpected error. Its log holds the cause."
         anthropics = http.url.path.startswith("/v1/messages")
         return JSONResponse(anthropic_error(told, 500) if anthropics else error_body(told, "server_error"), 500)
 

@@ -1,4 +1,4 @@
-"""An answer as blocks, one after the other: thought, text, calls of tools. Two of the APIs tell answers so."""
+"""Answers as a sequence of blocks: reasoning, text and tool calls. Two of the APIs have this form."""
 
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -10,12 +10,12 @@ from ...modeling.backend import Piece
 
 @dataclass(frozen=True)
 class Opened:
-    """A block begins.
+    """Start of a block.
 
     Attributes:
-        kind: what it holds.
-        id: of a call.
-        name: of a called function.
+        kind: Kind of its content.
+        id: Id of a call.
+        name: Name of a called function.
     """
 
     kind: Literal["thought", "text", "call"]
@@ -25,26 +25,26 @@ class Opened:
 
 @dataclass(frozen=True)
 class Added:
-    """More of the block that is open: text, or a call's arguments as JSON."""
+    """More content of the open block: text, or a call's arguments as JSON."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Closed:
-    """The block that is open ends."""
+    """End of the open block."""
 
 
 Step = Opened | Added | Closed
 
 
 def thought_of(told: Mapping[str, Any]) -> str | None:
-    """Return the thought in what a server told, which has it under both names where it wants to please everybody."""
+    """Return the reasoning in a message or delta. Servers use one of two names for it, or both."""
     return told.get("reasoning_content") or told.get("reasoning")
 
 
 class Blocks:
-    """Makes blocks of pieces. A call that begins before another has ended waits for that one's end."""
+    """Converter of pieces to blocks. A call that begins before the open one ends is held back until that end."""
 
     def __init__(self) -> None:
         self._open: str | None = None  # a kind, or `call` and the call's index
@@ -53,7 +53,7 @@ class Blocks:
         self._late: list[str] = []
 
     def of(self, piece: Piece) -> list[Step]:
-        """Return the steps that a piece makes."""
+        """Return the steps that a piece adds."""
         steps: list[Step] = []
         if thought := thought_of(piece.thought or {}):
             steps += self._text("thought", thought)
@@ -64,7 +64,7 @@ class Blocks:
         return steps
 
     def end(self) -> list[Step]:
-        """Return the steps that are left behind the last piece."""
+        """Return the steps that remain after the last piece."""
         steps: list[Step] = [] if self._open is None else [Closed()]
         for index, added in self._waiting.items():
             steps += [self._begun[index], *added, Closed()]
@@ -75,7 +75,7 @@ class Blocks:
 
     def _text(self, kind: Literal["thought", "text"], text: str) -> list[Step]:
         if self._open is not None and self._open.startswith("call"):
-            if kind == "text":  # a call that goes on behind it must not become two
+            if kind == "text":  # the open call may continue, and must not be split in two
                 self._late.append(text)
             return []
         if self._open == kind:
@@ -101,7 +101,7 @@ class Blocks:
 
 
 async def steps_of(pieces: AsyncGenerator[tuple[int, Piece], None]) -> AsyncGenerator[Step, None]:
-    """Yield the steps of an answer; the pieces carry its number, which is always 0 here."""
+    """Yield the steps of an answer. Its pieces carry the answer's number, which is always 0 here."""
     blocks = Blocks()
     async with aclosing(pieces):
         async for _, piece in pieces:

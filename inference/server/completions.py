@@ -18,15 +18,15 @@ from .schema import ChatRequest
 
 @dataclass
 class Completion:
-    """One request's answers, as they come and as a whole.
+    """Answers to one request, while they stream and as a whole.
 
     Attributes:
-        request: that is answered.
-        streams: an answer each.
-        reasons: whether those who ask may know why an expert failed: reasons name paths and variables of this machine.
-        visible_to: names of the candidates that this client may know of; all where None.
-        session: id of the session that it belongs to, as the client says; None where it says nothing.
-        scope: what keeps this client's sessions apart from others'.
+        request: Request that is answered.
+        streams: Streams of the answers, one for each.
+        reasons: True if the client may see why an expert failed. Reasons name paths and variables of this machine.
+        visible_to: Names of the candidates that this client may see. None for all.
+        session: Id of the request's session, as the client sends it. None if the client sends none.
+        scope: Scope that separates this client's sessions from other clients' sessions.
     """
 
     request: ChatRequest
@@ -40,11 +40,11 @@ class Completion:
 
     @property
     def replies(self) -> list[Reply]:
-        """What was answered so far."""
+        """Answers so far."""
         return [stream.reply for stream in self.streams]
 
     def usage(self) -> dict[str, Any]:
-        """Tokens; what was read counts once, however many answers there are."""
+        """Count the tokens. The prompt counts once, however many answers there are."""
         read = max(reply.prompt_tokens for reply in self.replies)
         written = sum(reply.completion_tokens for reply in self.replies)
         usage: dict[str, Any] = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
@@ -53,7 +53,7 @@ class Completion:
         return usage
 
     def shown(self, reply: Reply) -> dict[str, Any]:
-        """What stands behind an answer, for who asked for it."""
+        """Return the details of an answer's decision, which a request with `show` gets."""
         failures = reply.failures if self.reasons else dict.fromkeys(reply.failures, "could not answer")
         return {
             "expert": reply.expert,
@@ -74,11 +74,11 @@ class Completion:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.request.model}
 
     async def whole(self) -> dict[str, Any]:
-        """The response, not streamed."""
+        """Return the response, not streamed."""
         collecting = [asyncio.ensure_future(_collect(stream)) for stream in self.streams]
         try:
             collected = await asyncio.gather(*collecting)
-        finally:  # one that failed, or a client that went away, ends the others too
+        finally:  # a failed answer or a disconnected client ends the other answers too
             for task in collecting:
                 task.cancel()
             await asyncio.gather(*collecting, return_exceptions=True)
@@ -91,7 +91,7 @@ class Completion:
         )
 
     async def events(self, pieces: AsyncGenerator[tuple[int, Piece], None]) -> AsyncGenerator[str, None]:
-        """The response as server-sent events, from pieces as `merged` gives them."""
+        """Yield the response as server-sent events, from the numbered pieces of `merged`."""
         head = json.dumps(self._head("chat.completion.chunk"))[:-1]
         begun: set[int] = set()
         try:
@@ -110,19 +110,19 @@ class Completion:
                     if piece.logprobs:
                         choice["logprobs"] = piece.logprobs
                     more: dict[str, Any] = {"choices": [choice]}
-                    if self.request.expertoken.show and edge:  # a thousand probabilities with every word are too much
+                    if self.request.expertoken.show and edge:  # a thousand probabilities in every chunk are too many
                         more["expertoken"] = self.shown(self.streams[index].reply)
                     yield f"data: {head}, {json.dumps(more)[1:]}\n\n"
             if self.request.include_usage:
                 yield f"data: {head}, {json.dumps({'choices': [], 'usage': self.usage()})[1:]}\n\n"
         except ExpertokenError as error:
-            # The user has a part of an answer: what is missing is said in the stream, as clients look for it there.
+            # The user has a part of an answer already, so clients look for the error in the stream.
             yield f"data: {json.dumps(error_body(public(error), 'server_error', 'answer_broke_off'))}\n\n"
         yield "data: [DONE]\n\n"
 
 
 def _handed_over(reply: Reply) -> dict[str, Any] | None:
-    """By which decision inside self's answer an expert was called."""
+    """Return the decision inside self's answer that called an expert, or None."""
     if reply.handed_over is None:
         return None
     called = reply.handed_over.expert
@@ -131,7 +131,7 @@ def _handed_over(reply: Reply) -> dict[str, Any] | None:
 
 
 async def merged(streams: Sequence[ReplyStream]) -> AsyncGenerator[tuple[int, Piece], None]:
-    """The pieces of several answers as they come, each with its answer's number."""
+    """Yield the pieces of several answers as they arrive, each with its answer's number."""
     if len(streams) == 1:
         async with aclosing(streams[0].pieces()) as pieces:
             async for piece in pieces:
@@ -145,7 +145,7 @@ async def merged(streams: Sequence[ReplyStream]) -> AsyncGenerator[tuple[int, Pi
                 async for piece in pieces:
                     await ready.put((index, piece))
             await ready.put((index, None))
-        except Exception as error:  # whatever it is, who waits for it must not wait in vain
+        except Exception as error:  # every error must reach the consumer, which would wait forever otherwise
             await ready.put((index, error))
 
     pumps = [asyncio.ensure_future(pump(index, stream)) for index, stream in enumerate(streams)]
@@ -166,7 +166,7 @@ async def merged(streams: Sequence[ReplyStream]) -> AsyncGenerator[tuple[int, Pi
 
 
 async def _collect(stream: ReplyStream) -> dict[str, Any]:
-    """An answer as a choice of the response."""
+    """Collect an answer as a choice of the response."""
     calls: dict[int, dict[str, Any]] = {}
     logprobs: list[Any] = []
     async with aclosing(stream.pieces()) as pieces:
@@ -184,7 +184,7 @@ async def _collect(stream: ReplyStream) -> dict[str, Any]:
 
 
 def _add_call(calls: dict[int, dict[str, Any]], delta: dict[str, Any]) -> None:
-    """Put a part of a tool call where it belongs; names and arguments come in parts."""
+    """Add a delta to its tool call. Names and arguments arrive in parts."""
     call = calls.setdefault(
         delta.get("index", 0), {"id": "", "type": "function", "function": {"name": "", "arguments": ""}}
     )
@@ -194,10 +194,10 @@ def _add_call(calls: dict[int, dict[str, Any]], delta: dict[str, Any]) -> None:
 
 
 def visible(table: Mapping[str, float], names: Collection[str] | None) -> dict[str, float]:
-    """Return what of a table by candidate a client may know of."""
+    """Return the entries of a table by candidate that a client may see."""
     return {name: value for name, value in table.items() if names is None or name in names}
 
 
 def public(error: ExpertokenError) -> str:
-    """What a client is told of an error: reasons may name paths and variables of this machine."""
+    """Return an error's text for a client, without reasons, which may name paths and variables of this machine."""
     return error.public if isinstance(error, NoAnswerError) else str(error)

@@ -1,4 +1,4 @@
-"""What the APIs have in common: each is a way to ask for a completion, and a form in which it is told."""
+"""Interface that the APIs share. Each has a request that becomes a completion, and a form of its answers."""
 
 import json
 from collections.abc import AsyncGenerator
@@ -10,14 +10,14 @@ from .guard import error_body
 
 
 class Dialect(Protocol):
-    """The form in which answers are told."""
+    """Form of an API's answers."""
 
     def whole(self, completion: Completion, body: dict[str, Any]) -> dict[str, Any]:
         """Return the response, not streamed.
 
         Args:
-            completion: that is told.
-            body: the response as OpenAI's chat API has it.
+            completion: Answers to the request.
+            body: Response in the form of OpenAI's chat API.
         """
 
     def events(
@@ -26,14 +26,14 @@ class Dialect(Protocol):
         """Yield the response as server-sent events."""
 
     def broken(self, message: str) -> list[str]:
-        """Return the events that end a stream whose answer can't go on."""
+        """Return the events that end a stream whose answer can't continue."""
 
 
 class ChatDialect:
-    """OpenAI's chat completions."""
+    """Form of OpenAI's chat completions."""
 
     def whole(self, completion: Completion, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the response as it is."""
+        """Return the response unchanged."""
         return body
 
     def events(
@@ -43,7 +43,7 @@ class ChatDialect:
         return completion.events(pieces)
 
     def broken(self, message: str) -> list[str]:
-        """Return the events that end a stream whose answer can't go on."""
+        """Return the events that end a stream whose answer can't continue."""
         body = json.dumps(error_body(message, "server_error", "answer_broke_off"))
         return [f"data: {body}\n\n", "data: [DONE]\n\n"]
 
@@ -52,5 +52,5 @@ CHAT = ChatDialect()
 
 
 def event(body: Any) -> str:
-    """Return a named server-sent event of a library's model of it."""
+    """Return a named server-sent event from a library's model of it."""
     return f"event: {body.type}\ndata: {body.model_dump_json(exclude_unset=True)}\n\n"

@@ -1,7 +1,8 @@
-"""What people think of answers, written down as benchmark results: `POST /v1/feedback`.
+"""Users' judgements of answers, recorded as benchmark results: `POST /v1/feedback`.
 
-Each judgement becomes a line of a file in the `table` format (`query`, `model`, `score`, `benchmark`, `id`), from which
-a composite learns as from any other results. It holds what was asked, so it exists only where an operator names a file.
+Each judgement becomes a line of a file in the `table` format (`query`, `model`, `score`, `benchmark`, `id`). A
+composite learns from this file as from any other results. The file holds users' messages, so it exists only where an
+operator names it.
 """
 
 import json
@@ -18,8 +19,8 @@ from ...modeling.chat import Message
 from ...modeling.errors import ExpertokenError
 from .schema import RequestBody
 
-_WAITING = 10_000  # answers that can be judged
-_CHARACTERS = 64 * 2**20  # of their conversations together, about
+_WAITING = 10_000  # most answers that can be judged
+_CHARACTERS = 64 * 2**20  # most characters of their conversations together
 _THUMBS = {"up": 1.0, "down": 0.0}
 BENCHMARK = "feedback"
 
@@ -29,25 +30,25 @@ class FeedbackRequest(RequestBody):
 
     model_config = ConfigDict(extra="forbid")
 
-    id: str = Field(max_length=200, description="of the answer, as the response told it")
+    id: str = Field(max_length=200, description="Id of the answer, from its response.")
     thumb: str | None = Field(None, pattern="^(up|down)$")
     score: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
 
     @property
     def value(self) -> float:
-        """The judgement as a score.
+        """Judgement as a score, 0 to 1.
 
         Raises:
-            ExpertokenError: there is none, or there are two.
+            ExpertokenError: The request has no judgement, or has two.
         """
         if (self.thumb is None) == (self.score is None):
-            raise ExpertokenError("expected either `thumb` (up or down) or `score` (0 to 1)")
+            raise ExpertokenError("expected either `thumb` (up or down) or `score` (0 to 1), got both or neither")
         return self.score if self.score is not None else _THUMBS[str(self.thumb)]
 
 
 @dataclass(frozen=True)
 class _Judged:
-    """An answer that can be judged: what was asked, who answered, and whose answer it is."""
+    """Answer that can be judged: its query, its expert, and the scope of its client."""
 
     query: str
     expert: str
@@ -55,10 +56,10 @@ class _Judged:
 
 
 class Feedback:
-    """The answers that can be judged, and the file of judgements.
+    """Answers that can be judged, and the file of judgements.
 
     Args:
-        file: that gets the lines; it is made where there is none.
+        file: File that the lines are appended to. It is created if it does not exist.
     """
 
     def __init__(self, file: Path) -> None:
@@ -68,13 +69,13 @@ class Feedback:
         self._lock = threading.Lock()
 
     def remember(self, answer: str, messages: Sequence[Message], expert: str, scope: str) -> None:
-        """Make an answer known, so that it can be judged; the oldest are forgotten.
+        """Store an answer, so that it can be judged. The oldest answers are dropped.
 
         Args:
-            answer: id of the answer.
-            messages: the conversation that it answers.
-            expert: who answered.
-            scope: whose answer it is: nobody judges another client's.
+            answer: Id of the answer.
+            messages: Conversation that it answers.
+            expert: Name of the expert that answered.
+            scope: Scope of the client. No other client can judge the answer.
         """
         query = json.dumps(list(messages), ensure_ascii=False)
         with self._lock:
@@ -85,16 +86,16 @@ class Feedback:
                 self._size -= len(old.query)
 
     def judge(self, request: FeedbackRequest, scope: str) -> dict[str, Any]:
-        """Write a judgement down.
+        """Append a judgement to the file.
 
         Raises:
-            ExpertokenError: the answer is not known (any more), or the file can't be written.
+            ExpertokenError: The answer is unknown, was judged already or was dropped, or the file can't be written.
         """
         score = request.value
         with self._lock:
             judged = self._known.get(_bare(request.id))
             if judged is None or judged.scope != scope:
-                raise ExpertokenError("no answer of that id that could still be judged")
+                raise ExpertokenError("expected the id of a recent answer that was not judged yet")
             messages = json.loads(judged.query)
             alone = len(messages) == 1 and isinstance(messages[0].get("content"), str)
             query = messages[0]["content"] if alone else messages
@@ -106,11 +107,11 @@ class Feedback:
                     stream.write(json.dumps(row, ensure_ascii=False) + "\n")
             except OSError as error:
                 raise ExpertokenError(f"the feedback could not be written ({error.strerror})") from error
-            del self._known[_bare(request.id)]  # one judgement for an answer
+            del self._known[_bare(request.id)]  # an answer is judged once
             self._size -= len(judged.query)
         return {"object": "feedback", "id": request.id, "expert": judged.expert, "score": score}
 
 
 def _bare(answer: str) -> str:
-    """Return an answer's id without what an API puts before it."""
+    """Return an answer's id without the prefix of an API."""
     return answer.rsplit("-", 1)[-1].rsplit("_", 1)[-1]

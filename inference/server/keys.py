@@ -1,6 +1,6 @@
-"""API keys: whose they are, and which experts each may use. Files hold hashes of them, never the keys.
+"""API keys: the client of each, and the experts that it may use. Files hold hashes of keys, never the keys.
 
-A key is 32 random bytes, so a plain SHA-256 of it can't be guessed back; a slow hash is for passwords.
+A key is 32 random bytes, so its plain SHA-256 can't be reversed by guessing. A slow hash is for passwords.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Client:
-    """Who asks, as far as a key tells.
+    """Client of the server, known by its key.
 
     Attributes:
-        name: in metrics and the log.
+        name: Name in metrics and the log.
         digest: SHA-256 of the key, in hexadecimal.
-        experts: names of the candidates that may answer; all where None.
+        experts: Names of the candidates that may answer. None for all.
     """
 
     name: str
@@ -43,8 +43,8 @@ class KeyRing:
     """All keys of a server.
 
     Args:
-        clients: whose they are.
-        required: whether a request needs a key though there is none yet, or no more: where a file holds them.
+        clients: Clients, one per key.
+        required: If true, a request needs a key even while there is none, as with an empty key file.
     """
 
     def __init__(self, clients: Iterable[Client] = (), *, required: bool = False) -> None:
@@ -54,11 +54,11 @@ class KeyRing:
         return self._required or bool(self.clients)
 
     def find(self, key: str | None) -> Client | None:
-        """Return whose key it is, or None."""
+        """Return the client of a key, or None if no client has it."""
         if key is None:
             return None
         given = hashed(key)
-        # All of them, each in constant time: how long it takes tells nothing.
+        # All digests are compared, each in constant time, so that the duration reveals nothing.
         found = [client for client in self.clients if secrets.compare_digest(client.digest, given)]
         return found[0] if found else None
 
@@ -69,10 +69,10 @@ def hashed(key: str) -> str:
 
 
 def ring_of(keys: Iterable[str], file: Path | None) -> KeyRing:
-    """Return the keys that were given as they are, which may do everything, and those of a file.
+    """Return a ring of plain keys, which may use every expert, and of the keys in a file.
 
     Raises:
-        ExpertokenError: the file is none.
+        ExpertokenError: The file is not a valid key file.
     """
     given = [Client(f"key-{number}", hashed(key)) for number, key in enumerate(keys, start=1)]
     return KeyRing([*given, *([] if file is None else read_keys(file))], required=file is not None)
@@ -82,11 +82,11 @@ def keys_from_environment() -> tuple[str, ...]:
     """Return the API keys of `EXPERTOKEN_API_KEYS`.
 
     Raises:
-        ExpertokenError: one is so short that it can be guessed.
+        ExpertokenError: A key is so short that it can be guessed.
     """
     keys = tuple(key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key.strip())
     if any(len(key) < _SHORTEST for key in keys):
-        raise ExpertokenError(f"{KEYS_VARIABLE}: a key needs at least {_SHORTEST} characters")
+        raise ExpertokenError(f"{KEYS_VARIABLE}: expected at least {_SHORTEST} characters in each key")
     return keys
 
 
@@ -94,17 +94,17 @@ def read_keys(file: Path) -> list[Client]:
     """Return the clients of a key file.
 
     Raises:
-        ExpertokenError: it can't be read, or has a mistake; no value is quoted, which may be a key.
+        ExpertokenError: The file can't be read, or has a mistake. The message quotes no value, which may be a key.
     """
     try:
-        document = yaml.load(file.read_text("utf-8"), yaml.BaseLoader)  # noqa: S506 - all texts, nothing else is made
+        document = yaml.load(file.read_text("utf-8"), yaml.BaseLoader)  # noqa: S506 - it builds texts only
     except (OSError, UnicodeDecodeError) as error:
         raise ExpertokenError(f"{file}: can't be read ({one_line(error)})") from None
     except (yaml.YAMLError, RecursionError):
         raise ExpertokenError(f"{file}: is not YAML") from None
     entries = document.get("keys") if isinstance(document, dict) else None
     if not isinstance(entries, list):
-        raise ExpertokenError(f"{file}: expected a mapping with a list `keys:`; `expertoken keys add` writes one")
+        raise ExpertokenError(f"{file}: expected a mapping with a list `keys:`. `expertoken keys add` writes one.")
     clients = [_client(entry, f"{file}, keys[{place}]") for place, entry in enumerate(entries)]
     names = [client.name for client in clients]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -116,7 +116,7 @@ def read_keys(file: Path) -> list[Client]:
 
 def _client(entry: Any, place: str) -> Client:
     if not isinstance(entry, dict) or set(entry) - {"name", "sha256", "experts"}:
-        raise ExpertokenError(f"{place}: expected `name`, `sha256` and maybe `experts`")
+        raise ExpertokenError(f"{place}: expected `name`, `sha256` and optionally `experts`")
     name, digest, experts = entry.get("name"), entry.get("sha256"), entry.get("experts")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ExpertokenError(f"{place}.name: expected letters, digits, '.', '_' or '-'")
@@ -128,7 +128,7 @@ def _client(entry: Any, place: str) -> Client:
 
 
 def write_keys(file: Path, clients: Iterable[Client]) -> None:
-    """Write a key file that its owner alone can read."""
+    """Write a key file that only its owner can read."""
     entries = [
         {"name": client.name, "sha256": client.digest}
         | ({} if client.experts is None else {"experts": list(client.experts)})
@@ -140,19 +140,19 @@ def write_keys(file: Path, clients: Iterable[Client]) -> None:
 
 
 def add_key(file: Path, name: str, experts: Iterable[str] | None = None) -> str:
-    """Make a key, put its hash into a file and return it: it stands nowhere else.
+    """Create a key, add its hash to a file, and return the key, which is stored nowhere.
 
     Args:
-        file: key file; made where there is none.
-        name: of who gets it.
-        experts: names of the candidates that may answer; all where None.
+        file: Key file. It is created if it does not exist.
+        name: Name of the client that gets the key.
+        experts: Names of the candidates that may answer. None for all.
 
     Raises:
-        ExpertokenError: the file has a mistake, or the name has a key already.
+        ExpertokenError: The file has a mistake, or the name already has a key.
     """
     clients = read_keys(file) if file.exists() else []
     if any(client.name == name for client in clients):
-        raise ExpertokenError(f"{file}: {name!r} has a key already; remove it first")
+        raise ExpertokenError(f"{file}: {name!r} already has a key. Remove it first.")
     key = f"et-{secrets.token_urlsafe(32)}"
     entry = {"name": name, "sha256": hashed(key), "experts": None if experts is None else list(experts)}
     write_keys(file, [*clients, _client(entry, str(file))])
@@ -160,13 +160,13 @@ def add_key(file: Path, name: str, experts: Iterable[str] | None = None) -> str:
 
 
 def remove_key(file: Path, name: str) -> None:
-    """Take somebody's key out of a file.
+    """Remove a client's key from a file.
 
     Raises:
-        ExpertokenError: the file has a mistake, or nobody of that name.
+        ExpertokenError: The file has a mistake, or has no key of that name.
     """
     clients = read_keys(file)
     kept = [client for client in clients if client.name != name]
     if len(kept) == len(clients):
-        raise ExpertokenError(f"{file}: nobody is called {name!r}")
+        raise ExpertokenError(f"{file}: no key has the name {name!r}")
     write_keys(file, kept)

@@ -1,7 +1,8 @@
 """OpenAI's Responses API (`POST /v1/responses`), translated to the chat API and back.
 
-What is sent is of the client library's own types. Nothing is stored: clients send the whole input, as agents do
-(`store: false`). Tools of OpenAI's servers are left out, since no expert here has them; functions are called.
+Responses are built from the client library's own types. The server stores nothing: clients send the whole input, as
+agents do (`store: false`). Tools of OpenAI's servers are dropped, since no expert here has them. Functions are passed
+on.
 """
 
 import json
@@ -32,7 +33,7 @@ _DONE_ELSEWHERE = (
     "code_interpreter_call",
     "image_generation_call",
 )
-"""Calls of tools that OpenAI's servers have, within a chat that began there: the answer after them tells what came."""
+"""Calls of tools on OpenAI's servers, in a conversation that began there. The answer after a call has its result."""
 
 _INCOMPLETE: dict[str, Literal["max_output_tokens", "content_filter"]] = {
     "length": "max_output_tokens",
@@ -41,7 +42,7 @@ _INCOMPLETE: dict[str, Literal["max_output_tokens", "content_filter"]] = {
 
 
 class ResponsesRequest(RequestBody):
-    """Body of `POST /v1/responses`; fields that are not known here are ignored."""
+    """Body of `POST /v1/responses`. Unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -66,18 +67,18 @@ class ResponsesRequest(RequestBody):
 
     @property
     def functions(self) -> list[dict[str, Any]]:
-        """The tools that an expert can call."""
+        """Tools that an expert can call."""
         return [tool for tool in self.tools or () if tool.get("type") == "function"]
 
     def chat(self) -> ChatRequest:
-        """Return the request as one of the chat API.
+        """Return the request in the form of the chat API.
 
         Raises:
-            ExpertokenError: it needs what is kept nowhere, or holds what no expert here could be given.
+            ExpertokenError: The request needs stored state, or holds content that can't be passed on to experts.
         """
         if self.previous_response_id or self.conversation or self.background:
             raise ExpertokenError(
-                "previous_response_id, conversation, background: nothing is stored here; send the whole input"
+                "previous_response_id, conversation, background: nothing is stored here. Send the whole input."
             )
         items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
@@ -121,12 +122,12 @@ def _answer_format(given: Any) -> dict[str, Any] | None:
 
 
 def _messages(item: dict[str, Any], place: str) -> list[dict[str, Any]]:
-    """Return the chat messages of an item; none where it is nothing that another expert could read."""
+    """Return the chat messages of an item, or none if no other expert can read the item."""
     kind = str(item.get("type", "message"))
     if kind == "message":
         return [{"role": item.get("role"), "content": _content(item.get("content"), place)}]
     if kind in ("function_call", "custom_tool_call"):
-        # What a model of OpenAI's wrote freely is an argument for one that calls functions.
+        # The free text of a custom tool call becomes an argument of a function call.
         arguments = item.get("arguments") or json.dumps({"input": item["input"]} if "input" in item else {})
         function = {"name": str(item.get("name")), "arguments": str(arguments)}
         call = {"id": str(item.get("call_id")), "type": "function", "function": function}
@@ -136,7 +137,8 @@ def _messages(item: dict[str, Any], place: str) -> list[dict[str, Any]]:
         parts = [] if isinstance(told, str) else told
         text = told if isinstance(told, str) else "\n".join(part["text"] for part in parts if part["type"] == "text")
         result = {"role": "tool", "tool_call_id": str(item.get("call_id")), "content": text or "(no text)"}
-        shown = [part for part in parts if part["type"] != "text"]  # results are text there, and pictures a user's
+        # In the chat API tool results are text, so their pictures follow in a message of the user.
+        shown = [part for part in parts if part["type"] != "text"]
         return [result, {"role": "user", "content": shown}] if shown else [result]
     if kind == "reasoning" or kind in _DONE_ELSEWHERE:
         return []
@@ -168,7 +170,7 @@ def _content(content: Any, place: str) -> Any:
 
 
 def _joined(messages: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages in which an answer's text and its calls are one, as the chat API has them."""
+    """Merge the text and the calls of each answer into one message, as the chat API has them."""
     found: list[dict[str, Any]] = []
     for message in messages:
         last = found[-1] if found else {}
@@ -186,14 +188,14 @@ def _joined(messages: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @dataclass
 class _Item:
-    """An item of the output while it comes.
+    """Item of the output while it streams.
 
     Attributes:
-        id: of the item.
-        kind: of its block.
-        call: id of a call, as clients answer it.
-        name: of the function.
-        text: so far.
+        id: Id of the item.
+        kind: Kind of its block.
+        call: Id of a call, which the client's result refers to.
+        name: Name of the function.
+        text: Text so far.
     """
 
     id: str
@@ -203,7 +205,7 @@ class _Item:
     text: str = ""
 
     def model(self, status: Literal["in_progress", "completed", "incomplete"]) -> Any:
-        """Return the item as the library has it."""
+        """Return the item in the library's type."""
         if self.kind == "call":
             return r.ResponseFunctionToolCall(
                 id=self.id, type="function_call", call_id=self.call, name=self.name, arguments=self.text, status=status
@@ -215,17 +217,17 @@ class _Item:
         return r.ResponseOutputMessage(id=self.id, type="message", role="assistant", content=text, status=status)
 
     def part(self) -> Any:
-        """Return what is in the item, where that is text."""
+        """Return the text of an item in the library's type."""
         return r.ResponseOutputText(type="output_text", text=self.text, annotations=[])
 
 
 @dataclass
 class _Output:
-    """The output while it comes.
+    """Output while it streams.
 
     Attributes:
-        completion: that is told.
-        items: so far.
+        completion: Answers to the request.
+        items: Items so far.
     """
 
     completion: Completion
@@ -234,22 +236,22 @@ class _Output:
 
     @property
     def number(self) -> int:
-        """The next event's."""
+        """Number of the next event. Each read increments it."""
         self._sent += 1
         return self._sent
 
     def add(self, opened: Opened) -> _Item:
-        """Return a new item for a block."""
+        """Add an item for a block and return it."""
         prefix = {"text": "msg", "thought": "rs", "call": "fc"}[opened.kind]
         name = f"{prefix}_{self.completion.id.removeprefix('chatcmpl-')}_{len(self.items)}"
         self.items.append(_Item(name, opened.kind, opened.id, opened.name))
         return self.items[-1]
 
     def response(self, finish: str | None = None, *, done: bool = False) -> r.Response:
-        """Return the response as far as it has come."""
+        """Return the response so far."""
         request, cut = self.completion.request, _INCOMPLETE.get(finish or "")
         status: Any = "in_progress" if not done else "incomplete" if cut else "completed"
-        # By their names: what else they say is the client's, and may be anything.
+        # Names only: the other fields are the client's and may hold anything.
         names = [str((tool.get("function") or {}).get("name")) for tool in request.tools or ()]
         tools = [{"type": "function", "name": sendable(n), "strict": None, "parameters": None} for n in names]
         response = r.Response.construct(
@@ -291,7 +293,7 @@ def _usage(completion: Completion) -> r.ResponseUsage:
 
 
 class ResponsesDialect:
-    """How the Responses API tells an answer."""
+    """Form of the answers of OpenAI's Responses API."""
 
     def whole(self, completion: Completion, body: dict[str, Any]) -> dict[str, Any]:
         """Return the response, not streamed."""
@@ -335,7 +337,7 @@ class ResponsesDialect:
         yield event(ended.construct(type=f"response.{kind}", response=last, sequence_number=output.number))
 
     def broken(self, message: str) -> list[str]:
-        """Return the events that end a stream whose answer can't go on."""
+        """Return the events that end a stream whose answer can't continue."""
         error = r.ResponseErrorEvent(
             type="error", code="answer_broke_off", message=message, param=None, sequence_number=0
         )
@@ -343,7 +345,7 @@ class ResponsesDialect:
 
 
 def _told(step: Opened | Added | Closed, item: _Item, where: dict[str, Any]) -> list[Any]:
-    """Return the events of a step; their numbers are given later."""
+    """Return the events of a step. Their numbers are set later."""
     index = {"output_index": where["output_index"]}
     inside = where | {"content_index": 0}
     if isinstance(step, Opened):

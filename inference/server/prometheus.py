@@ -1,4 +1,4 @@
-"""What happens, for Prometheus."""
+"""Metrics for Prometheus."""
 
 import heapq
 from collections import Counter as Counts
@@ -14,12 +14,12 @@ from ..answering import AnsweringModel
 from ..observer import Answered, Observer, Spent
 from ..reply import Reply
 
-_RECENT = 1000  # decisions whose shares are held against the calibration's
+_RECENT = 1000  # newest decisions, whose shares are compared with the calibration's
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class _State(Collector):
-    """What is so when somebody asks: of local experts, endpoints and breakers."""
+    """State of local experts, endpoints and circuit breakers at the time of a scrape."""
 
     def __init__(self, model: Callable[[], AnsweringModel]) -> None:
         self._current = model
@@ -29,15 +29,17 @@ class _State(Collector):
         return self._current()
 
     def describe(self) -> list[Metric]:
-        return []  # or the registry would collect once to see, before there is a model
+        return []  # without it the registry collects once when it registers, before a model exists
 
     def collect(self) -> Iterator[Metric]:
-        alone = GaugeMetricFamily("expertoken_left_alone", "1 for who failed too often of late", labels=["expert"])
+        alone = GaugeMetricFamily(
+            "expertoken_left_alone", "1 for an expert that failed too often recently", labels=["expert"]
+        )
         left = set(self._model.left_alone)
         for name in self._model.pool.names:
             alone.add_metric([name], float(name in left))
         yield alone
-        retries = CounterMetricFamily("expertoken_retries", "Requests to endpoints made once more", labels=["expert"])
+        retries = CounterMetricFamily("expertoken_retries", "Retried requests to endpoints", labels=["expert"])
         for name, backend in self._model.opened.items():
             if backend.retries is not None:
                 retries.add_metric([name], backend.retries)
@@ -48,12 +50,16 @@ class _State(Collector):
                 up.add_metric([name, address], float(answers))
         yield up
         if (models := self._model.local_models) is not None:
-            yield CounterMetricFamily("expertoken_local_loads", "Local experts loaded into memory", value=models.loads)
-            yield GaugeMetricFamily("expertoken_local_bytes", "Weights of local experts in memory", value=models.taken)
+            yield CounterMetricFamily(
+                "expertoken_local_loads", "Loads of local experts into memory", value=models.loads
+            )
+            yield GaugeMetricFamily(
+                "expertoken_local_bytes", "Bytes of local experts' weights in memory", value=models.taken
+            )
 
 
 class _Drift(Collector):
-    """How far the shares of the newest decisions are from those on the prompts of the calibration."""
+    """Distance between the newest decisions' shares and the shares on the calibration's prompts."""
 
     def __init__(self, model: Callable[[], AnsweringModel], recent: deque[str]) -> None:
         self._model, self._recent = model, recent
@@ -62,7 +68,7 @@ class _Drift(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        told = "Shares of the newest decisions beside those of the calibration: half the sum of differences, 0 to 1"
+        told = "Half the sum of absolute differences between recent and calibrated shares of decisions, 0 to 1"
         calibrated, recent = self._model().calibrated_shares, Counts(self._recent)
         if calibrated and (total := recent.total()):
             names = {*calibrated, *recent}
@@ -71,15 +77,15 @@ class _Drift(Collector):
 
 
 class Metrics(Observer):
-    """Counts what it is told, in a registry of its own.
+    """Observer that counts events in a registry of its own.
 
     Args:
-        model: returns the one whose answers are counted; another one may take its place.
+        model: Function that returns the model whose answers are counted. A reload replaces the model.
     """
 
     def __init__(self, model: Callable[[], AnsweringModel]) -> None:
         self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)  # memory among others
+        ProcessCollector(registry=self.registry)  # memory of the process, among others
         self.registry.register(_State(model))
 
         def counter(name: str, what: str, *labels: str) -> Counter:
@@ -88,38 +94,40 @@ class Metrics(Observer):
         def histogram(name: str, what: str, *labels: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
             return Histogram(f"expertoken_{name}", what, labels, registry=self.registry, buckets=buckets)
 
-        self.decisions = counter("decisions", "Decisions, by the candidate chosen", "expert")
-        self.answers = counter("answers", "Answers that came to their end, by who gave it", "expert")
+        self.decisions = counter("decisions", "Decisions, by chosen candidate", "expert")
+        self.answers = counter("answers", "Complete answers, by expert", "expert")
         self.failures = counter(
-            "failures", "Experts that failed, before or within an answer, or refused", "expert", "when"
+            "failures", "Failures of experts: before an answer, within it, or a refusal", "expert", "when"
         )
-        self.fallbacks = counter("fallbacks", "Answers by another expert than the one chosen", "chosen", "expert")
-        self.hand_overs = counter("hand_overs", "Answers of self that an expert was called to go on with", "expert")
-        self.skips = counter("skips", "Experts that were not asked, since they failed too often of late", "expert")
-        self.turns_lost = counter("turns_lost", "Turns that nobody could answer to the end")
-        self.tokens = counter("tokens", "Tokens, by who read or wrote them", "expert", "kind")
-        self.cost = counter("cost_usd", "What answers cost, by the pool's prices", "expert")
+        self.fallbacks = counter("fallbacks", "Answers by another expert than the chosen one", "chosen", "expert")
+        self.hand_overs = counter("hand_overs", "Answers of self that were handed over to an expert", "expert")
+        self.skips = counter("skips", "Skips of experts that failed too often recently", "expert")
+        self.turns_lost = counter("turns_lost", "Turns without a complete answer")
+        self.tokens = counter("tokens", "Tokens read and written, by expert", "expert", "kind")
+        self.cost = counter("cost_usd", "Cost of answers in USD, by the pool's prices", "expert")
         self.requests = counter("requests", "HTTP requests for an answer", "status")
-        self.client_requests = counter("client_requests", "Answers, by whose key it was", "client")
-        self.client_tokens = counter("client_tokens", "Tokens of answers, by whose key it was", "client", "kind")
-        self.client_cost = counter("client_cost_usd", "What answers cost, by whose key it was", "client")
+        self.client_requests = counter("client_requests", "Answered requests, by client of the API key", "client")
+        self.client_tokens = counter("client_tokens", "Tokens of answers, by client of the API key", "client", "kind")
+        self.client_cost = counter("client_cost_usd", "Cost of answers in USD, by client of the API key", "client")
         self.judgements = counter("feedback", "Judgements of answers", "expert")
-        self.judged_scores = counter("feedback_score", "Scores of judgements, summed", "expert")
+        self.judged_scores = counter("feedback_score", "Sum of the judgements' scores", "expert")
         self.sessions = counter(
-            "session_turns", "Turns of chats that went on, by whether the expert changed", "switched"
+            "session_turns", "Turns of continued conversations, by whether the expert changed", "switched"
         )
-        self.margins = histogram("decision_margin", "Probability of the candidate before that of the next",
+        self.margins = histogram("decision_margin", "Probability of the first candidate minus the next one's",
                                  buckets=(0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0))  # fmt: skip
         self._recent: deque[str] = deque(maxlen=_RECENT)
         self.registry.register(_Drift(model, self._recent))
-        self.in_flight = Gauge("expertoken_in_flight", "Requests being answered", registry=self.registry)
-        self.deciding = histogram("decision_seconds", "From the question to the decision, waiting included")
-        self.batches = histogram("decision_batch", "Decisions made in one pass", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
-        self.first = histogram("first_piece_seconds", "From the decision to the first piece", "expert")
-        self.whole = histogram("answer_seconds", "From the decision to the end of the answer", "expert")
+        self.in_flight = Gauge("expertoken_in_flight", "In-flight requests", registry=self.registry)
+        self.deciding = histogram("decision_seconds", "Seconds from a request to its decision, queue included")
+        self.batches = histogram(
+            "decision_batch", "Decisions made in one forward pass", buckets=(1, 2, 4, 8, 16, 32, 64, 128)
+        )
+        self.first = histogram("first_piece_seconds", "Seconds from the decision to the first piece", "expert")
+        self.whole = histogram("answer_seconds", "Seconds from the decision to the end of the answer", "expert")
 
     def decided(self, dispatch: Dispatch, seconds: float, batch: int) -> None:
-        """A decision was made."""
+        """Count a decision."""
         self.decisions.labels(dispatch.expert).inc()
         ordered = heapq.nlargest(2, dispatch.probabilities.values())
         self.margins.observe(ordered[0] - ordered[1] if len(ordered) > 1 else 1.0)
@@ -128,26 +136,26 @@ class Metrics(Observer):
         self.batches.observe(batch)
 
     def failed(self, expert: str, reason: str, *, begun: bool, refused: bool = False) -> None:
-        """An expert failed."""
+        """Count a failure of an expert."""
         self.failures.labels(expert, "refused" if refused else "within" if begun else "before").inc()
 
     def handed_over(self, expert: str) -> None:
-        """Self stopped in its answer for an expert."""
+        """Count an answer that self handed over to an expert."""
         self.hand_overs.labels(expert).inc()
 
     def skipped(self, expert: str) -> None:
-        """An expert was not asked."""
+        """Count a skipped expert."""
         self.skips.labels(expert).inc()
 
     def spent(self, part: Spent) -> None:
-        """A candidate read and wrote."""
+        """Count a candidate's tokens and their cost."""
         self.tokens.labels(part.expert, "read").inc(part.prompt_tokens)
         self.tokens.labels(part.expert, "written").inc(part.completion_tokens)
         if part.cost:
             self.cost.labels(part.expert).inc(part.cost)
 
     def answered(self, answer: Answered) -> None:
-        """An answer came to its end."""
+        """Count a complete answer and its times."""
         self.answers.labels(answer.expert).inc()
         if answer.expert != answer.chosen:
             self.fallbacks.labels(answer.chosen, answer.expert).inc()
@@ -155,16 +163,16 @@ class Metrics(Observer):
         self.whole.labels(answer.expert).observe(answer.seconds)
 
     def went_on(self, last: str, chosen: str) -> None:
-        """A chat went on."""
+        """Count a turn of a continued conversation."""
         self.sessions.labels("yes" if chosen != last else "no").inc()
 
     def judged(self, expert: str, score: float) -> None:
-        """Somebody judged an answer."""
+        """Count a judgement of an answer."""
         self.judgements.labels(expert).inc()
         self.judged_scores.labels(expert).inc(score)
 
     def used(self, client: str, replies: Iterable[Reply]) -> None:
-        """A client got answers."""
+        """Count a client's request with its tokens and cost."""
         self.client_requests.labels(client).inc()
         for reply in replies:
             self.client_tokens.labels(client, "read").inc(reply.prompt_tokens)
@@ -172,5 +180,5 @@ class Metrics(Observer):
             self.client_cost.labels(client).inc(reply.cost or 0.0)
 
     def lost(self) -> None:
-        """A turn ended without a whole answer."""
+        """Count a turn that ended without a complete answer."""
         self.turns_lost.inc()

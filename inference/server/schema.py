@@ -1,4 +1,4 @@
-"""What OpenAI's API asks with, as far as a composite can answer it."""
+"""Requests of OpenAI's API, as far as a composite can answer them."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,14 +10,14 @@ _PASSED = (
     "frequency_penalty", "logit_bias", "logprobs", "parallel_tool_calls", "presence_penalty", "reasoning_effort",
     "response_format", "tool_choice", "tools", "top_logprobs",
 )  # fmt: skip
-"""What goes to experts behind an endpoint as it is; models that run here answer in text without it."""
+"""Fields that are passed to endpoints unchanged. Local models use at most the tools, and ignore the other fields."""
 
 
 StopText = Annotated[str, StringConstraints(max_length=200)]
 
 
 class RequestBody(BaseModel):
-    """Body of a request. Null means what is not given, as clients send it."""
+    """Body of a request. Null fields count as missing, since clients send missing fields as null."""
 
     @model_validator(mode="before")
     @classmethod
@@ -26,35 +26,38 @@ class RequestBody(BaseModel):
 
 
 class RenderRequest(RequestBody):
-    """Answers that the page shows as HTML."""
+    """Texts of answers for the page to show as HTML."""
 
     texts: list[Annotated[str, StringConstraints(max_length=50_000)]] = Field(max_length=2, fail_fast=True)
 
 
 class StreamOptions(RequestBody):
-    """Of a streamed answer."""
+    """Options of a streamed answer."""
 
     include_usage: bool = False
 
 
 class Extension(RequestBody):
-    """What a composite can be asked beyond OpenAI's API, under the key `expertoken`."""
+    """Options of a composite beyond OpenAI's API, under the key `expertoken`."""
 
     model_config = ConfigDict(extra="forbid")
 
-    show: bool = Field(default=False, description="tell who answered, probabilities, failures, cost and seconds")
+    show: bool = Field(
+        default=False,
+        description="If true, the response holds the expert, probabilities, failures, cost and seconds of each answer.",
+    )
     policy: dict[str, Any] | None = Field(
-        default=None, description="what of the composite's policy is another for this request"
+        default=None, description="Fields of the composite's policy to override for this request."
     )
 
 
 class ChatRequest(RequestBody):
-    """Body of `POST /v1/chat/completions`; fields that are not known here are ignored, as the field's servers do."""
+    """Body of `POST /v1/chat/completions`. Unknown fields are ignored, as other servers do."""
 
     model_config = ConfigDict(extra="ignore")
 
     model: Annotated[str, StringConstraints(max_length=300)]
-    # Four megabytes of what is wrong would be a million errors: the first one is enough.
+    # Four megabytes of wrong items would give a million errors, so validation stops at the first.
     messages: list[dict[str, Any]] = Field(min_length=1, fail_fast=True)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -67,7 +70,7 @@ class ChatRequest(RequestBody):
     stop: StopText | Annotated[list[StopText], Field(max_length=4, fail_fast=True)] | None = None
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Any] | None = Field(None, max_length=4096)  # experts say what else is wrong with it
+    logit_bias: dict[str, Any] | None = Field(None, max_length=4096)  # experts check its content
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
@@ -81,17 +84,17 @@ class ChatRequest(RequestBody):
 
     @property
     def session(self) -> str | None:
-        """The session that the request says that it belongs to, or None."""
+        """Session that the request names, or None."""
         user = (self.metadata or {}).get("user_id")
         return self.prompt_cache_key or (user if isinstance(user, str) and user else None)
 
     @property
     def include_usage(self) -> bool:
-        """Whether a streamed answer ends with its usage."""
+        """True if a streamed answer ends with its usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def generation(self, most: int | None, number: int = 0) -> Generation:
-        """How the `number`-th answer is generated, with at most `most` tokens."""
+        """Return the options of the `number`-th answer, which may have at most `most` tokens."""
         limits = [limit for limit in (self.max_completion_tokens or self.max_tokens, most) if limit is not None]
         extra = {name: value for name in _PASSED if (value := getattr(self, name)) is not None}
         return Generation(

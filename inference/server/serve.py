@@ -1,4 +1,4 @@
-"""Running the application under uvicorn."""
+"""Process of the server: the application under uvicorn."""
 
 import asyncio
 import gc
@@ -17,10 +17,10 @@ from .settings import Settings
 
 
 def check_free(host: str, port: int) -> None:
-    """See whether an address can be served.
+    """Check whether an address can be served.
 
     Raises:
-        ExpertokenError: it can't; the message says why.
+        ExpertokenError: The address can't be served. The message has the reason.
     """
     try:
         family, kind, *_, address = getaddrinfo(host, port, type=SOCK_STREAM)[0]
@@ -29,7 +29,7 @@ def check_free(host: str, port: int) -> None:
             trial.bind(address)
     except OSError as error:
         raise ExpertokenError(
-            f"{host}:{port} can't be served ({error.strerror or error}); take another --port, or --host"
+            f"{host}:{port} can't be served ({error.strerror or error}). Choose another --port or --host."
         ) from None
 
 
@@ -43,31 +43,32 @@ def run(
     trust_proxy: bool = False,
     otel: bool = False,
 ) -> None:
-    """Serve until a signal comes; then take no more requests, and end when those that run are through.
+    """Serve until a signal arrives, then refuse new requests and exit when the in-flight requests have ended.
 
     Args:
-        composite: a loaded composite.
-        settings: how it is served.
-        port: 0 takes a free one.
-        drain: seconds for which /ready says no before that, so that a balancer sees it.
-        shutdown: seconds that running requests may take then.
-        trust_proxy: believe a proxy on this machine (or of `FORWARDED_ALLOW_IPS`) whom a request comes from.
-        otel: trace requests with OpenTelemetry; see `tracing`.
+        composite: Loaded composite.
+        settings: Settings of the server.
+        port: Port to bind to. 0 for a free one.
+        drain: Seconds to report 'not ready' on /ready after the signal before refusing new requests, so that a load
+            balancer can drain traffic.
+        shutdown: Seconds for in-flight requests to end after that.
+        trust_proxy: If true, a proxy on this machine (or in `FORWARDED_ALLOW_IPS`) sets the address of the client.
+        otel: If true, requests are traced with OpenTelemetry. See `tracing`.
 
     Raises:
-        ImportError: `otel` is asked for and its extra is not installed.
+        ImportError: `otel` is true and its extra is not installed.
     """
     app = create_app(composite, settings)
     tracing = app.state.service.tracing
     if otel:
         tracing.start(app)
-    # uvicorn's own line for each request has the path and the address; ours tells more, and is one.
+    # The service logs one line for each request, which holds more than uvicorn's own line (path and address).
     config = uvicorn.Config(
         app, settings.host, port, access_log=False, log_level="info", timeout_graceful_shutdown=shutdown,
         proxy_headers=trust_proxy, http=Connection,
     )  # fmt: skip
 
-    tasks: set[asyncio.Task] = set()  # a loop holds its tasks weakly
+    tasks: set[asyncio.Task] = set()  # an event loop holds only weak references to its tasks
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -93,13 +94,13 @@ def run(
         async def shutdown(self, sockets: list[socket] | None = None) -> None:
             running = list(self.server_state.tasks)
             await super().shutdown(sockets)
-            if running:  # those that were cut off write their line of log yet
+            if running:  # requests that were cut off still have to log their line
                 await asyncio.wait(running, timeout=5)
             await app.state.service.sessions.aclose()
-            tracing.stop()  # here, since uvicorn ends the process by the signal it got
+            tracing.stop()  # here, since uvicorn ends the process with the signal it received
 
-    # What is loaded by now (half a million objects, most of them of libraries) stays. The collector would search it
-    # some times a minute, while every stream waits for 0.3 s (benchmarks/serving.py).
+    # The objects loaded so far (half a million, mostly of libraries) stay in memory. Without `freeze` the garbage
+    # collector scans them a few times a minute, and every stream pauses for 0.3 s (benchmarks/serving.py).
     gc.collect()
     gc.freeze()
     Server(config).run()

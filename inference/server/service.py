@@ -1,4 +1,4 @@
-"""What the routes share: who may be asked, sessions, decisions, and one line of log for each request."""
+"""Shared state of the routes: allowed candidates, sessions, decisions, and one log line for each request."""
 
 import asyncio
 import json
@@ -36,22 +36,22 @@ logger = logging.getLogger("expertoken.requests")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 GONE = 499
-"""The client went away: as nginx logs it; nobody reads it."""
+"""Status of a request whose client disconnected, as nginx logs it. No client receives it."""
 
 STOPPED = HTTPStatus.SERVICE_UNAVAILABLE
-"""The server stopped before the answer was whole."""
+"""Status of a request whose answer was not complete when the server stopped."""
 
 
 class UnknownModelError(ExpertokenError):
-    """A model that is not served here."""
+    """Error of a request for a model that this server does not serve."""
 
 
 class Service:
-    """What the routes share.
+    """State and functions that the routes share.
 
     Args:
-        composite: that answers; its observer becomes `metrics`.
-        settings: of the server.
+        composite: Composite that answers. Its observer is replaced by `metrics`.
+        settings: Settings of the server.
     """
 
     def __init__(self, composite: AnsweringModel, settings: Settings) -> None:
@@ -66,10 +66,10 @@ class Service:
         self._use(composite, self.keys)
 
     def _use(self, composite: AnsweringModel, keys: KeyRing) -> None:
-        """Answer by a composite from now on.
+        """Use a composite and keys for all later requests.
 
         Raises:
-            ExpertokenError: a policy, its own or a key's, leaves nobody who may answer.
+            ExpertokenError: The composite's policy, or a key's restriction of it, allows no candidate.
         """
         composite.chooser.candidates(composite.policy)
         for client in keys.clients:
@@ -80,66 +80,74 @@ class Service:
         composite.observe(self.metrics)
         composite.limit = self.settings.max_prompt_tokens
         for expert in composite.pool.experts:
-            if expert.kind.remote:  # costs nothing to hold; local ones are loaded when they are called
+            if expert.kind.remote:  # an open endpoint takes no memory, and local experts are loaded on demand
                 _open(composite, expert.name)
         self.composite, self.keys = composite, keys
 
     async def reload(self) -> bool:
-        """Read pool, rows, calibration and keys anew; answers that are being given go on as they began.
+        """Reload pool, rows, calibration and keys. In-flight answers continue with the old ones.
 
         Returns:
-            whether that worked; otherwise everything stays as it was, and the log says why.
+            True if the reload succeeded. Otherwise nothing changes, and the log holds the reason.
         """
-        async with self._reloading:  # the newest files are the last ones in
+        async with self._reloading:  # reloads run in turn, so that the newest files take effect last
             try:
                 composite = await asyncio.wrap_future(in_thread(self.composite.reloaded))
                 keys = await asyncio.to_thread(ring_of, self.settings.api_keys, self.settings.key_file)
                 self._use(composite, keys)
-            except Exception as error:  # of another package's backend, too
-                logger.error("not reloaded: %s", error if isinstance(error, ExpertokenError) else one_line(error))
+            except Exception as error:  # backends of other packages raise their own errors
+                logger.error(
+                    "reload failed, keeping pool and keys: %s",
+                    error if isinstance(error, ExpertokenError) else one_line(error),
+                )
                 return False
         names = ", ".join(composite.policy.candidates(composite.pool))
-        logger.warning("reloaded: %s may answer; %d keys", names, len(keys.clients))
+        logger.warning("reloaded: %s may answer, %d keys", names, len(keys.clients))
         return True
 
     async def watch(self) -> None:
-        """Ask from time to time which addresses of experts and meta LLM are up, until it is cancelled."""
+        """Check periodically which addresses of experts and meta LLM are up, until cancelled."""
         while True:
             for backend in list(self.composite.opened.values()):
                 try:
                     await backend.check_addresses()
-                except Exception as error:  # of another package's backend
-                    logger.error("addresses were not asked: %s", one_line(error))
+                except Exception as error:  # backends of other packages raise their own errors
+                    logger.error("address check failed, retrying at the next interval: %s", one_line(error))
             await asyncio.sleep(self.settings.check_interval)
 
     def models(self, client: Client | None = None) -> list[str]:
-        """Return the names that a client may ask for."""
+        """Return the names of the models that a client may request."""
         allowed = _narrowed(self.composite.policy, client).candidates(self.composite.pool)
         return [self.settings.name, *(f"{self.settings.name}/{name}" for name in allowed)]
 
     def policy(self, request: ChatRequest, client: Client | None = None) -> Policy:
-        """Of a request: the composite's own, what key and request say, and the expert that it addresses.
+        """Return the policy of a request: the composite's own, restricted by the key, the request and its model.
 
         Raises:
-            UnknownModelError: the model is none of ours.
+            UnknownModelError: The model does not exist, or the client may not use it.
         """
         if request.model not in self.models(client):
-            raise UnknownModelError(f"no model {request.model!r} here; GET /v1/models lists them")
+            raise UnknownModelError(
+                f"unknown model {request.model!r}. GET /v1/models lists the models that you may use."
+            )
         own = _narrowed(self.composite.policy, client)
         policy = Policy.parse(request.expertoken.policy, own).within(own)
         if request.model == self.settings.name:
             return policy
-        # Addressed by name: it alone, without thresholds and costs.
+        # An expert that is addressed by name answers alone, without thresholds and costs.
         return Policy(allow=(request.model.removeprefix(f"{self.settings.name}/"),))
 
     def messages(self, request: ChatRequest) -> list[Message]:
-        """The conversation.
+        """Return the conversation of a request.
 
         Raises:
-            ExpertokenError: it is not well formed, or too long.
+            ExpertokenError: The conversation is not well formed, is too long, or has a picture that is not allowed.
         """
         if len(request.messages) > self.settings.max_messages:
-            raise ExpertokenError(f"{len(request.messages)} messages; at most {self.settings.max_messages} are read")
+            raise ExpertokenError(
+                f"expected at most {self.settings.max_messages} messages, got {len(request.messages)}. "
+                "Shorten the conversation."
+            )
         messages = as_messages(request.messages)
         check_pictures(messages, self.settings.image_hosts)
         return messages
@@ -147,7 +155,7 @@ class Service:
     async def affinity(
         self, composite: AnsweringModel, messages: list[Message], request: ChatRequest, http: Request
     ) -> Affinity:
-        """What binds a conversation that goes on to who answered last: clients do not say who that was."""
+        """Return what binds a continued conversation to its last expert, which clients do not name."""
         answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         known, exact = None, True
         if answers:
@@ -159,7 +167,7 @@ class Service:
         return await asyncio.to_thread(partial(Affinity.of, messages, composite.pool, known, exact=exact))
 
     async def remember(self, completion: Completion, reply: Reply) -> None:
-        """Who gave an answer, for when the chat goes on."""
+        """Store which expert gave an answer, for the conversation's next request."""
         calls = [{"id": call} for call in reply.calls]
         said: Message = {"role": "assistant", "content": reply.text, "tool_calls": calls}
         messages, tools = [*completion.request.messages, said], completion.request.tools
@@ -175,7 +183,10 @@ class Service:
             await self.sessions.put(key, LastAnswer(reply.expert, tokens, time.time()))
 
     def begin(self, http: Request) -> str:
-        """Return the id of a request, the client's own or a new one; experts get it, and what joins the trace."""
+        """Return the id of a request: the client's own, or a new one.
+
+        Requests to experts carry the id and the headers that join the trace.
+        """
         given = http.headers.get("x-request-id", "")
         found = given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         REQUEST_HEADERS.set({"x-request-id": found} | self.tracing.propagated(http.headers))
@@ -183,21 +194,21 @@ class Service:
         return found
 
     async def answer(self, request: ChatRequest, http: Request) -> Completion:
-        """Decide; nothing is asked of an expert yet."""
+        """Decide on a request. No request is sent to an expert yet."""
         policy, composite = self.policy(request, client_of(http)), self.composite
-        messages = await asyncio.to_thread(self.messages, request)  # megabytes of them take a while
+        messages = await asyncio.to_thread(self.messages, request)  # megabytes take a while
         affinity = await self.affinity(composite, messages, request, http)
         first = request.generation(self.settings.max_new_tokens)
         with self.tracing.span("decide"):
             decision = await composite.adecide(messages, policy, first, affinity)
         streams = [composite.answer(messages, decision, first)]
         for number in range(1, request.n):
-            # The decision's cache serves one answer; it is changed by that.
+            # The decision's KV cache serves one answer only, which changes it.
             other = request.generation(self.settings.max_new_tokens, number)
             streams.append(composite.answer(messages, replace(decision, own=None), other))
         if affinity.last is not None:
             self.metrics.went_on(affinity.last, decision.dispatch.expert)
-        # Without keys whoever asks owns this machine.
+        # Without keys only the owner of this machine can send requests.
         return Completion(
             request,
             streams,
@@ -207,7 +218,10 @@ class Service:
         )
 
     async def route(self, request: ChatRequest, http: Request) -> dict[str, Any]:
-        """Return who would answer, with all that the decision weighed; nothing is asked of an expert."""
+        """Return the candidate that would answer, with everything that the decision weighed.
+
+        No request is sent to an expert.
+        """
         self.begin(http)
         policy, composite = self.policy(request, client_of(http)), self.composite
         messages = await asyncio.to_thread(self.messages, request)
@@ -237,11 +251,11 @@ class Service:
         }
 
     def count(self, request: ChatRequest) -> int:
-        """Return the tokens of a conversation and its tools, about."""
+        """Return the approximate number of tokens of a conversation and its tools."""
         return self.composite.about(self.messages(request)) + self.composite.about_tools(request.tools)
 
     def headers(self, completion: Completion, http: Request) -> dict[str, str]:
-        """Return what the headers of an answer tell of its decision."""
+        """Return the headers of an answer that describe its decision."""
         reply = completion.replies[0]
         told = {
             "x-request-id": http.scope["state"]["request_id"],
@@ -252,7 +266,7 @@ class Service:
         return told | ({} if share is None else {"x-expertoken-probability": f"{share:.4f}"})
 
     def judge(self, request: FeedbackRequest, http: Request) -> dict[str, Any]:
-        """Write down what somebody thinks of an answer."""
+        """Record a user's judgement of an answer."""
         assert self.feedback is not None
         told = self.feedback.judge(request, _scope_of(http))
         self.metrics.judged(told["expert"], told["score"])
@@ -261,7 +275,7 @@ class Service:
     def log(
         self, completion: Completion | None, request: ChatRequest, status: int, started: float, http: Request
     ) -> None:
-        """One line about a request, without what was said in it unless the operator wants that."""
+        """Log one line about a request. It holds messages and answers only if the operator enables that."""
         http.scope["state"]["logged"] = True
         entry: dict[str, Any] = {
             "time": round(started, 3),
@@ -281,13 +295,16 @@ class Service:
         logger.info(json.dumps(entry))
 
     def trace(self, completion: Completion) -> None:
-        """What the log tells, in the request's span; before the response's last byte, with which the span ends."""
+        """Add the log's values to the request's span.
+
+        The span ends with the response's last byte, so the call comes before it.
+        """
         self.tracing.note({"id": completion.id} | _told(completion.replies[0]))
 
     async def finish(self, completion: Completion, status: int, started: float, http: Request) -> None:
-        """An answer ended, as far as it came."""
+        """Record the end of an answer, complete or not."""
         for reply in completion.replies:
-            if reply.finish is None and reply.text:  # whoever stopped it may go on from there
+            if reply.finish is None and reply.text:  # the user who stopped it may continue from there
                 await self.remember(completion, reply)
         if (client := client_of(http)) is not None:
             self.metrics.used(client.name, completion.replies)
@@ -295,13 +312,13 @@ class Service:
 
 
 def client_of(http: Request) -> Client | None:
-    """Return whose key a request came with; None where there are no keys."""
+    """Return the client of a request's key, or None if the server has no keys."""
     found: Client | None = http.scope["state"].get("client")
     return found
 
 
 def _narrowed(policy: Policy, client: Client | None) -> Policy:
-    """Return a policy within what a client may use."""
+    """Return a policy restricted to the experts that a client may use."""
     return policy if client is None or client.experts is None else policy.within(Policy(allow=client.experts))
 
 
@@ -322,12 +339,12 @@ def _told(reply: Any) -> dict[str, Any]:
 def _open(composite: AnsweringModel, name: str) -> None:
     try:
         composite.backend(name)
-    except ExpertokenError as error:  # the others answer
-        logger.warning("expert %r can't be asked: %s", name, one_line(error))
+    except ExpertokenError as error:
+        logger.warning("expert %r can't be opened, so requests fall back to the others: %s", name, one_line(error))
 
 
 def session_of(request: ChatRequest, http: Request) -> dict[str, Any]:
-    """Return the session that a request says that it belongs to, and what keeps it apart from other clients'."""
+    """Return the session that a request names, and the scope that separates it from other clients' sessions."""
     return {"session": http.headers.get("x-session-id") or request.session, "scope": _scope_of(http)}
 
 
@@ -337,7 +354,11 @@ def _scope_of(http: Request) -> str:
 
 
 def model_card(name: str, service: Service, client: Client | None = None) -> dict[str, Any]:
-    """Return what is told of a model: under `supports` what it is known to do, of the composite what somebody does."""
+    """Return the description of a model.
+
+    An expert's `supports` lists its known capabilities. The composite's lists every capability that at least
+    one expert has.
+    """
     pool, own = service.composite.pool, service.settings.name
     allowed = _narrowed(service.composite.policy, client).candidates(pool)
     experts = [pool[one] for one in allowed if name in (own, f"{own}/{one}")]

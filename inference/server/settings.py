@@ -1,4 +1,4 @@
-"""What an operator sets."""
+"""Settings of the server, which its operator chooses."""
 
 import ipaddress
 from dataclasses import dataclass
@@ -10,29 +10,29 @@ from .keys import KEYS_VARIABLE
 
 @dataclass(frozen=True)
 class Settings:
-    """How a composite is served.
+    """Settings of the server.
 
     Attributes:
-        name: of the composite, as clients call it; its experts are `name/expert`.
-        host: address it is bound to.
-        api_keys: one of them has to come with each request; nobody is asked where there are none.
-        key_file: further ones, as hashes, with what each may use; see `keys`.
-        max_body: bytes of a request.
-        max_messages: of a conversation.
-        max_prompt_tokens: longest conversation, in tokens, about; no limit but the experts' own where None.
-        max_new_tokens: of an answer: the most that can be asked for; what the expert's context leaves where None.
-        max_concurrent: requests at a time; those above are told to come again.
-        rate: requests of one key (or address) in a minute; None for no limit.
-        log_content: write questions and answers to the log.
-        image_hosts: hosts whose addresses of pictures are passed on to experts; any other address is refused.
-        hosts: further names by which this server is asked for without keys.
-        origins: of pages elsewhere that may ask from a browser.
-        feedback: file that gets what people think of answers, with what they asked; None to take none.
-        check_interval: seconds between two questions whether an address is up, of experts with several; 0 asks none.
-        session_store: URL of the Redis that several servers remember sessions in; None for this process's memory.
+        name: Name of the composite for clients. Its experts are `name/expert`.
+        host: Address to bind to.
+        api_keys: Accepted API keys. Each request needs one. If there are none, no request needs a key.
+        key_file: File of further keys, as hashes, with the experts that each may use. See `keys`.
+        max_body: Largest body of a request, in bytes.
+        max_messages: Longest conversation, in messages.
+        max_prompt_tokens: Longest conversation, in tokens (approximately). None for the experts' own limits alone.
+        max_new_tokens: Longest answer that a request can have, in tokens. None for the rest of the expert's context.
+        max_concurrent: Requests at a time. Further requests get status 503 with Retry-After.
+        rate: Requests of one key (or address) per minute. None for no limit.
+        log_content: If true, messages and answers are written to the log.
+        image_hosts: Hosts whose picture addresses are passed on to experts. Any other address is refused.
+        hosts: Further host names that requests may use while there are no keys.
+        origins: Origins of pages on other hosts that may send requests from a browser.
+        feedback: File for users' judgements of answers, with their messages. None to accept no judgements.
+        check_interval: Seconds between health checks of an expert's several addresses. 0 for no checks.
+        session_store: URL of the Redis in which several servers share sessions. None for this process's memory.
 
     Raises:
-        ExpertokenError: the host can be reached from elsewhere, and there are no API keys.
+        ExpertokenError: The host can be reached from other machines, and there are no API keys.
     """
 
     name: str = "composite"
@@ -56,18 +56,19 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.api_keys and self.key_file is None and not is_loopback(self.host):
             raise ExpertokenError(
-                f"--host {self.host} can be reached from elsewhere: put API keys, separated by commas, into the "
-                f"environment variable {KEYS_VARIABLE} or a file (--keys), or bind to 127.0.0.1"
+                f"--host {self.host} can be reached from other machines, so the server needs API keys. Put them, "
+                f"separated by commas, into the environment variable {KEYS_VARIABLE} or a file (--keys), or bind to "
+                "127.0.0.1."
             )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or address is this machine's own."""
+    """Check whether a name or address is this machine's own."""
     return host == "localhost" or _is_loopback_address(host) is True
 
 
 def is_elsewhere(host: str) -> bool:
-    """Whether an address is not this machine's own; whoever comes by a socket of the file system has none."""
+    """Check whether an address is another machine's. A client of a Unix socket has no address."""
     return _is_loopback_address(host) is False
 
 

@@ -1,4 +1,4 @@
-"""Answers as server-sent events: they begin with the first piece, and end whatever happens."""
+"""Answers as server-sent events, which begin with the first piece and end in every case."""
 
 import asyncio
 import time
@@ -18,17 +18,17 @@ from .service import GONE, STOPPED, Service, status_of
 
 T = TypeVar("T")
 
-_SILENCE = 10.0  # seconds without a word, until a comment keeps proxies and browsers waiting
+_SILENCE = 10.0  # seconds without an event until a comment keeps proxies and browsers connected
 
 
 async def answered(service: Service, request: ChatRequest, http: Request, dialect: Dialect = CHAT) -> Response:
     """Answer a conversation.
 
     Args:
-        service: what the routes share.
-        request: the conversation, and how it is to be answered.
-        http: the request as it came.
-        dialect: in which the answer is told.
+        service: Shared state of the routes.
+        request: Conversation and options of its answer.
+        http: HTTP request.
+        dialect: Form of the answer.
     """
     started, completion = time.time(), None
     service.begin(http)
@@ -55,9 +55,9 @@ async def answered(service: Service, request: ChatRequest, http: Request, dialec
 async def _streamed(
     service: Service, completion: Completion, dialect: Dialect, started: float, http: Request
 ) -> Response:
-    """Return a streamed response. It begins with the first piece: an error before that is one of the whole request.
+    """Return a streamed response. It begins with the first piece, so that an earlier error fails the whole request.
 
-    Where that takes long (a model that thinks), the response begins before it.
+    If that piece takes long (a model that reasons), the response begins before it.
     """
     pieces = merged(completion.streams)
     coming = asyncio.ensure_future(anext(pieces))
@@ -68,7 +68,7 @@ async def _streamed(
             await service.finish(completion, GONE, started, http)
             return Response(status_code=GONE)
         if coming.done():
-            coming.result()  # raises what went wrong
+            coming.result()  # raises the error of the first piece
         begun = True
     finally:
         if not begun:
@@ -78,7 +78,7 @@ async def _streamed(
         found: tuple[int, Piece] | None = await coming
         while found is not None:
             index, piece = found
-            if piece.finish is not None:  # before the client has it, and asks what comes next
+            if piece.finish is not None:  # before the client gets it and sends its next request
                 await service.remember(completion, completion.replies[index])
             yield index, piece
             found = await anext(pieces, None)
@@ -100,13 +100,14 @@ async def _streamed(
     return _Events(events(), end, service, dialect, service.headers(completion, http))
 
 
-_CUT_OFF = "the server was stopped in mid-answer"
+_CUT_OFF = "the server was stopped before the answer was complete"
 
 
 class _Events(StreamingResponse):
-    """Server-sent events, with an end that comes whatever happens: the client may be gone before the first of them.
+    """Response of server-sent events whose end is recorded even if the client disconnects before the first event.
 
-    While none comes (a model thinks, or is loaded to go on), comments keep proxies from closing the line.
+    While there is no event (a model reasons, or is loaded to continue), comments keep proxies from closing the
+    connection.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class _Events(StreamingResponse):
             if not self._service.draining:
                 raise
             stopped = True
-            # The server stops, and this answer had its time: that is said, and is no crash.
+            # The server stops and the answer's grace period is over: an error to report, not a crash.
             for body in (*self._dialect.broken(_CUT_OFF), ""):
                 await noting({"type": "http.response.body", "body": body.encode(), "more_body": bool(body)})
         finally:
@@ -158,14 +159,14 @@ class _Events(StreamingResponse):
 
 
 async def _ended(coming: asyncio.Future, pieces: AsyncGenerator) -> None:
-    """An answer that was begun, ended whatever it was doing."""
+    """End an answer that has begun, in whatever state it is."""
     coming.cancel()
     await asyncio.gather(coming, return_exceptions=True)
     await pieces.aclose()
 
 
 async def unless_gone(answer: Awaitable[T], http: Request) -> T | None:
-    """An answer or its first piece, or None where the client went away before: nobody generates for nobody."""
+    """Return an answer or its first piece, or None if the client disconnects first, which ends the generation."""
 
     async def gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":

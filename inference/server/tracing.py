@@ -1,4 +1,4 @@
-"""Spans for OpenTelemetry, where an operator wants them: the request, its decision, and how it was answered."""
+"""OpenTelemetry spans, where an operator enables them: the request with details of its answer, and the decision."""
 
 import os
 import re
@@ -17,9 +17,9 @@ _TRACE = {
 
 
 class Tracing:
-    """Traces requests; without `start` it does nothing.
+    """Tracer of requests. Without `start` it does nothing.
 
-    Nothing of what was said goes into a span, as into the log.
+    Spans hold no text of a conversation, like the log.
     """
 
     def __init__(self) -> None:
@@ -29,11 +29,11 @@ class Tracing:
     def start(self, app: FastAPI) -> None:
         """Trace the requests of an application.
 
-        Where to and how is said by OpenTelemetry's own variables: `OTEL_EXPORTER_OTLP_ENDPOINT` and its like,
-        `OTEL_SERVICE_NAME`, `OTEL_TRACES_SAMPLER`.
+        OpenTelemetry's own variables set the destination and the sampling: `OTEL_EXPORTER_OTLP_ENDPOINT` and similar
+        ones, `OTEL_SERVICE_NAME`, `OTEL_TRACES_SAMPLER`.
 
         Raises:
-            ImportError: the extra `otel` is not installed.
+            ImportError: The extra `otel` is not installed.
         """
         instrumentation = require_extra("opentelemetry.instrumentation.fastapi", "otel")
         from opentelemetry import trace
@@ -45,19 +45,19 @@ class Tracing:
         named = {} if "OTEL_SERVICE_NAME" in os.environ else {"service.name": "expertoken"}
         self._trace, self._provider = trace, TracerProvider(resource=Resource.create(named))
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-        # A span for each piece that is sent would be a thousand for an answer.
+        # A span for each chunk sent would make a thousand spans for one answer.
         instrumentation.FastAPIInstrumentor.instrument_app(
             app, tracer_provider=self._provider, exclude_spans=["receive", "send"]
         )
 
     def stop(self) -> None:
-        """Send what is left."""
+        """Send the remaining spans."""
         if self._provider is not None:
             self._provider.shutdown()
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """A part of the present request."""
+        """Trace a part of the current request."""
         if self._provider is None:
             yield
             return
@@ -65,10 +65,10 @@ class Tracing:
             yield
 
     def propagated(self, given: Mapping[str, str]) -> dict[str, str]:
-        """Return the headers that join what experts do to the present trace.
+        """Return the headers that join requests to experts to the current trace.
 
         Args:
-            given: headers of the request.
+            given: Headers of the client's request.
         """
         if self._provider is None:
             return {name: given[name] for name, form in _TRACE.items() if form.fullmatch(given.get(name, ""))}
@@ -79,7 +79,7 @@ class Tracing:
         return found
 
     def note(self, attributes: dict[str, Any]) -> None:
-        """What is told of the present request."""
+        """Add attributes to the current request's span."""
         if self._trace is not None:
             told = {f"expertoken.{key}": value for key, value in attributes.items() if value is not None}
             self._trace.get_current_span().set_attributes(told)

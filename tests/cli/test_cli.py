@@ -28,7 +28,7 @@ VERBS = [[], ["prepare"], ["train"], ["evaluate"], ["select"], ["chat"], ["exper
 
 
 def started(*arguments):
-    """The command in a process of Python's own, imports included."""
+    """Run the command in its own Python process, imports included."""
     command = [str(Path(sys.executable).parent / "expertoken"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=550)
 
@@ -48,7 +48,7 @@ def test_help_reads_well_and_needs_no_torch(verb):
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: " ".join(verb) or "expertoken")
 def test_help_takes_under_two_seconds(verb):
-    """Of a processor: other tests run meanwhile."""
+    """Measured in processor time, because other tests run at the same time."""
 
     def spent():
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -65,7 +65,7 @@ def test_help_takes_under_two_seconds(verb):
 
 
 def options(typer_app):
-    """Every option of a command line, by the names of its function and parameter."""
+    """Yield every option of a command line with the names of its function and parameter."""
     for command in typer_app.registered_commands:
         for name, hint in get_type_hints(command.callback, include_extras=True).items():
             for information in getattr(hint, "__metadata__", ()):
@@ -76,7 +76,7 @@ def options(typer_app):
 
 
 def listed(option):
-    """The values that an option's help lists."""
+    """Return the values that an option's help lists."""
     found = re.match(r"\[([^\]]+)\]", option.metavar or "")
     return found[1].split("|") if found else []
 
@@ -140,7 +140,7 @@ def test_options_with_choices_are_those_of_the_registries():
 
 @pytest.mark.slow
 def test_a_composite_is_calibrated_answers_a_file_and_is_exported_by_commands(base_folder, tmp_path, monkeypatch):
-    """What is calibrated is what the file is answered by; the export is the composite as it was."""
+    """The calibrated policy decides on the file's prompts. The export has the original decisions."""
     experts = [Expert(name, model=str(base_folder)) for name in ("one", "two")]
     composite = composite_of(base_folder, [*experts, Expert("self", "self")])
     composite.meta.rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(4))
@@ -162,7 +162,7 @@ def test_a_composite_is_calibrated_answers_a_file_and_is_exported_by_commands(ba
     assert (tmp_path / "checkpoint" / "model.safetensors").exists()
     monkeypatch.chdir(tmp_path)
     assert "c/in.jsonl" in refused("generate", "c", "c/in.jsonl", "--out", "o.jsonl")
-    assert "none: no composite folder (there is nothing" in refused("export", "none", "--out", "x")
+    assert "none: expected a composite folder (it does not exist" in refused("export", "none", "--out", "x")
     assert "no such folder" in refused("calibrate", "none", "--prompts", "prompts.txt")
 
 
@@ -171,7 +171,7 @@ def test_the_version_is_told():
 
 
 def refused(*arguments):
-    """What the command's error says, asked in this process; `main` makes one line of it (see `one_line`)."""
+    """Run the command in this process and return its error's text. `main` prints it as one line (see `one_line`)."""
     error = CliRunner().invoke(app, list(arguments)).exception
     assert isinstance(error, ExpertokenError | SystemExit), error
     assert isinstance(error, ExpertokenError) or str(error).startswith("error: ")
@@ -200,12 +200,12 @@ def one_line(result):
         ),
         (["prepare", "r.csv", "--format", "tabel", "--out", "s"], "did you mean 'table'"),
         (["prepare", "r.csv", "--label", "quer", "--out", "s"], "did you mean 'query'"),
-        (["evaluate", "none"], "none: no composite folder"),
-        (["chat", "none"], "none: no composite folder"),
-        (["expert", "list", "none"], "none: no composite folder"),
-        (["expert", "remove", "none", "--name", "x"], "none: no composite folder"),
+        (["evaluate", "none"], "none: expected a composite folder"),
+        (["chat", "none"], "none: expected a composite folder"),
+        (["expert", "list", "none"], "none: expected a composite folder"),
+        (["expert", "remove", "none", "--name", "x"], "none: expected a composite folder"),
         (["train", "tokens", "--meta", "m"], "--data: missing; --out: missing"),
-        (["train", "--meta", "m", "--data", "none", "--out", "o"], "none: there is no supervision folder"),
+        (["train", "--meta", "m", "--data", "none", "--out", "o"], "none: expected a supervision folder, found none"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -220,11 +220,11 @@ def test_bad_input_ends_in_one_clear_line(tmp_path, monkeypatch, arguments, mess
 
 
 def test_an_error_is_one_line_of_the_process(tmp_path):
-    assert "none: no composite folder" in one_line(expertoken("chat", "none", cwd=tmp_path))
+    assert "none: expected a composite folder" in one_line(expertoken("chat", "none", cwd=tmp_path))
 
 
 def test_the_whole_path_from_the_command_line(tmp_path, base_folder):
-    """prepare, train, evaluate, expert add/list/remove and chat, each a process of its own."""
+    """The verbs prepare, train, evaluate, expert add/list/remove and chat each run in their own process."""
     rows = ["query,benchmark,math,law,meta"]
     for i in range(90):
         text = (f"Compute {i} plus 3.", f"What is the law in case {i}?", f"Tell me something {i}.")[i % 3]
@@ -265,5 +265,5 @@ def test_prepare_does_not_write_into_the_folder_of_the_results(tmp_path, monkeyp
     (folder / "t.csv").write_text("query,a,b\nWho?,1,0\nWhat?,0,1\n")
     monkeypatch.chdir(tmp_path)
     for given in ("results", "results/t.csv"):
-        assert "the results are there; choose a folder of its own" in refused("prepare", given, "--out", out)
+        assert "the results are there. Choose a folder of its own" in refused("prepare", given, "--out", out)
     assert [file.name for file in folder.iterdir()] == ["t.csv"]

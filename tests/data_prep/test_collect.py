@@ -1,4 +1,4 @@
-"""`expertoken collect` with the real harness, tasks from a local folder and tiny local models; no hub is asked."""
+"""`expertoken collect` with the real harness, tasks from a local folder and tiny local models, without a hub."""
 
 import json
 import os
@@ -115,7 +115,7 @@ def adapter(base_folder, tmp_path):
 
 @pytest.fixture
 def endpoint(monkeypatch):
-    """A chat endpoint that can add."""
+    """Run a chat endpoint that adds numbers."""
     seen = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -166,7 +166,8 @@ def test_every_kind_of_expert_is_run_and_prepare_reads_what_comes_out(
     assert set(results.queries["benchmark"]) == {"sums"}
     assert results.scores[:, 2].tolist() == [1, 1, 1, 1]
     assert results.scores[:, 0].tolist() == results.scores[:, 3].tolist()
-    # What the endpoint says it used, at the pool's price; of a local expert its own tokens; nothing where no price is.
+    # The endpoint's cost is the usage it reports at the pool's price. A local expert's tokens are counted here.
+    # Without a price there is no cost.
     assert results.costs[:, 2] == pytest.approx([(1000 * (100 + i) + 50000) / 1e6 for i in range(4)])
     assert (results.costs[:, 1] >= 5 * 1e4 / 1e6).all()
     assert np.isnan(results.costs[:, [0, 3]]).all()
@@ -184,7 +185,7 @@ def test_pairs_that_are_done_are_not_run_again_and_other_settings_are_refused(ba
     collect(pool, ["choices", "sums"], tmp_path / "out", evaluation)
     assert first.stat().st_mtime_ns == stamp
     results = read_results(tmp_path / "out")
-    # A document without a field for the question is known by the task's own text, without any chat template.
+    # A document without a question field is identified by the task's text, without a chat template.
     assert "Question: Which is 0?\nAnswer:" in results.queries["prompt"].tolist()
     assert len(results) == 4
     with pytest.raises(ExpertokenError, match="collected otherwise.*limit 2 then, 3 now.*another --out"):
@@ -212,17 +213,17 @@ def test_a_task_that_asks_something_else_under_the_same_name_is_refused(base_fol
     pool = ExpertPool([Expert("one", model=str(base_folder))])
     collect(pool, ["sums"], tmp_path / "out", Evaluation(str(task_folder)))
     (task_folder / "sums.jsonl").write_text(json.dumps({"question": "What is 7 + 1?", "answer": "8"}) + "\n")
-    with pytest.raises(ExpertokenError, match="collected otherwise \\(task 'sums' asked something else\\)"):
+    with pytest.raises(ExpertokenError, match="collected otherwise \\(task 'sums' had other questions\\)"):
         collect(pool, ["sums"], tmp_path / "out", Evaluation(str(task_folder)))
     (tmp_path / "out" / "collect.json").write_text("{")
-    with pytest.raises(ExpertokenError, match=r"collect.json: damaged .*choose another --out"):
+    with pytest.raises(ExpertokenError, match=r"collect.json: damaged .*Choose another --out"):
         collect(pool, ["sums"], tmp_path / "out", Evaluation(str(task_folder)))
 
 
 def test_a_task_without_a_score_of_single_samples_is_told_before_any_model_is_loaded(task_folder, tmp_path):
     text = PASSAGE.replace("METRIC", "bleu")
     write_task(task_folder, "passages", text, [{"passage": "It is old.", "question": "What is?", "answer": "it"}])
-    with pytest.raises(ExpertokenError, match="task passages: no metric acc_norm or .*say --metric with one .*: bleu"):
+    with pytest.raises(ExpertokenError, match="task passages: no metric acc_norm or .*Pass --metric with one .*: bleu"):
         collect(ExpertPool([Expert("one", model="./nowhere")]), ["passages"], tmp_path, Evaluation(str(task_folder)))
 
 
@@ -238,8 +239,8 @@ def test_a_pair_that_fails_does_not_stop_the_others(base_folder, endpoint, task_
     ("experts", "tasks", "message"),
     [
         ([Expert("a", model="m")], ["choicez"], "no task 'choicez' in the harness, did you mean 'choices'"),
-        ([Expert("a", "adapter", "m")], ["sums"], "expert 'a' runs on the meta LLM; say which with --meta"),
-        ([Expert("a", "openai", "m", api_key_env="UNSET_KEY")], ["sums"], "UNSET_KEY with its key is not set"),
+        ([Expert("a", "adapter", "m")], ["sums"], "expert 'a' runs on the meta LLM. Pass the meta LLM with --meta"),
+        ([Expert("a", "openai", "m", api_key_env="UNSET_KEY")], ["sums"], "UNSET_KEY, which is not set"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(experts, tasks, message, task_folder, tmp_path):

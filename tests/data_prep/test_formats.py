@@ -1,4 +1,4 @@
-"""Each public format from a file of exactly its shape, and what becomes of files that are not."""
+"""Each public format, read from a file of exactly its shape, and the errors for damaged files."""
 
 import json
 import os
@@ -43,11 +43,11 @@ def routerbench_frame():
 
 
 def routerbench_csv(folder):
-    routerbench_frame().to_csv(folder / "routerbench_0shot.csv")  # with its unnamed index column
+    routerbench_frame().to_csv(folder / "routerbench_0shot.csv")  # the published file has an unnamed index column
 
 
 def routerbench_pickle(folder):
-    with pd.option_context("future.infer_string", False):  # as the pandas that wrote the published file
+    with pd.option_context("future.infer_string", False):  # like the version of pandas that wrote the published file
         routerbench_frame().to_pickle(folder / "routerbench_0shot.pkl", protocol=4)
 
 
@@ -168,7 +168,7 @@ def routerarena_predictions(folder):
 
 
 def inspect_document(model, scores):
-    # As inspect_ai 0.3 writes it, less what nobody reads here.
+    # The form of inspect_ai 0.3, without the fields that the reader ignores.
     samples = [
         {"id": i + 1, "epoch": 1, "input": f"question {i}", "target": "7", "messages": [],
          "scores": {"match": {"value": value, "answer": "7", "history": []}}}
@@ -403,7 +403,7 @@ def replaced(old, new):
 
 
 def reshaped(make, change):
-    """A pickle of a document with one thing changed."""
+    """Write a pickle of a document with one change."""
 
     def write(folder):
         document = make()
@@ -434,8 +434,8 @@ MALFORMED = {
     "routerdc, Latin-1": (routerdc, replaced(b"Who", b"Qu\xe9"), "routerdc", r"arc_test.json: byte \d+ is not UTF-8"),
     "routerdc, NaN": (routerdc, replaced(b"0.9312", b"NaN"), None, r"entry 1, field 'scores.b': expected a number \(null where not measured\), got nan"),
     "routerdc, a number too large": (routerdc, replaced(b"0.9312", b"9" * 400), None, r"entry 1, field 'scores.b': expected a number"),
-    "routerdc, a number of 5,000 digits": (routerdc, replaced(b"0.9312", b"9" * 5000), None, r"arc_test.json: line 1 is not JSON that can be read"),
-    "routerdc, nested": (routerdc, replaced(b"0.9312", b"[" * 100_000), "routerdc", r"arc_test.json: line 1 is not JSON that can be read"),
+    "routerdc, a number of 5,000 digits": (routerdc, replaced(b"0.9312", b"9" * 5000), None, r"arc_test.json: line 1 is not readable JSON"),
+    "routerdc, nested": (routerdc, replaced(b"0.9312", b"[" * 100_000), "routerdc", r"arc_test.json: line 1 is not readable JSON"),
     "routerbench, no sample_id": (routerbench_csv, replaced(b"sample_id", b"sample"), None, r"csv: no column 'sample_id'"),
     "routerbench, score is text": (row_of("b", 1, "maybe"), None, None, r"r.csv: row 3, column 'b': expected a number, got 'maybe'"),
     "routerbench, cost is text": (row_of("b|total_cost", 0, "free"), None, None, r"r.csv: row 2, column 'b\|total_cost': expected a number"),
@@ -443,11 +443,11 @@ MALFORMED = {
     "routerbench, same query twice": (lambda f: pd.concat([routerbench_frame()] * 2).to_csv(f / "r.csv"), None, None, r"r.csv: query id 'mmlu-law.val.0:\w+' appears twice"),
     "routerbench, score outside": (row_of("org/a", 0, 3), None, None, r"r.csv: query 'mmlu-law.val.0', model 'org/a': score 3 is outside"),
     "routerbench, pickle cut short": (routerbench_pickle, cut, None, r"pkl: not a readable pickle .*cut short"),
-    "routerbench, pickle of a list": (lambda f: (f / "r.pkl").write_bytes(pickle.dumps([1])), None, None, r"r.pkl: holds a list; expected a pandas DataFrame"),
+    "routerbench, pickle of a list": (lambda f: (f / "r.pkl").write_bytes(pickle.dumps([1])), None, None, r"r.pkl: holds a list, expected a pandas DataFrame"),
     "routellm, neither true nor false": (routellm, replaced(b"False,True", b"maybe,True"), None, r"mmlu_law.csv: row 3, column 'org/a': expected a number, got 'maybe'"),
     "routellm, no prompt": (routellm, replaced(b"What is rust?", b""), None, r"mmlu_law.csv: query 'mmlu_law/1' has no prompt"),
     "routellm, no models": (lambda f: (f / "mmlu_law.csv").write_text("prompt,a_response\nq,x\n"), None, "routellm", r"mmlu_law.csv: empty results, no column of a model"),
-    "routellm, uneven rows": (routellm, replaced(b"False,True", b"False,True,1,2,3"), None, r"mmlu_law.csv: row 3 has 6 cells, the header 3; quote"),
+    "routellm, uneven rows": (routellm, replaced(b"False,True", b"False,True,1,2,3"), None, r"mmlu_law.csv: row 3 has 6 cells, the header 3. Quote"),
     "routereval, cut short": (routereval, cut, None, r"gsm8k_router_dataset.pkl: not a readable pickle"),
     "routereval, no prompts": (reshaped(routereval_document, lambda d: d.pop("prompt")), None, None, r"pkl: no entry 'prompt'"),
     "routereval, fewer prompts": (reshaped(routereval_document, lambda d: d["prompt"]["test_prompt"].pop()), None, None, r"test_score: expected \[1 prompts, 2 models\], got \[2, 2\]"),
@@ -455,7 +455,7 @@ MALFORMED = {
     "routereval, scores are text": (reshaped(routereval_document, lambda d: group_of(d)["data"].update(val_score=[["a", "b"]] * 2)), None, None, r"val_score: expected numbers"),
     "routereval, no models": (reshaped(routereval_document, lambda d: group_of(d).pop("model")), None, None, r"all_strong: no entry 'model'"),
     "routereval, a list where a dict should be": (reshaped(routereval_document, lambda d: d.update(hard=[1])), None, None, r"expected a dict, got a list"),
-    "routereval, leaderboard of other models": (lambda f: (f / "leaderboard_new.pkl").write_bytes(pickle.dumps({"data": {"arc": {"correctness": SCORES}}, "model": ["a"]})), None, None, r"data, arc: expected 1 columns, one a model, got 2"),
+    "routereval, leaderboard of other models": (lambda f: (f / "leaderboard_new.pkl").write_bytes(pickle.dumps({"data": {"arc": {"correctness": SCORES}}, "model": ["a"]})), None, None, r"data, arc: expected 1 columns, one per model, got 2"),
     "llmrouterbench, cut short": (llmrouterbench, cut, "llmrouterbench", r"json: line 1 is not JSON"),
     "llmrouterbench, no model": (llmrouterbench, replaced(b'"model_name"', b'"model"'), None, r"json: field 'model_name' is missing"),
     "llmrouterbench, score is text": (lambda f: (f / "x_20250101_000000.json").write_text(json.dumps(run_of("a", ["A"]))), None, None, r"record 0, field 'score': expected a number .*, got 'A'"),
@@ -467,7 +467,7 @@ MALFORMED = {
     "embedllm, no model": (embedllm, replaced(b"7,1,3,0", b"7,,3,0"), None, r"train.csv: row 3, column 'model_id': empty"),
     "embedllm, label outside": (embedllm, replaced(b"9,0,4,0", b"9,0,4,5"), None, r"train.csv: query '9', model 'org/a': score 5 is outside"),
     "lm-eval, cut short": (lm_eval, cut, None, r"samples_arc_2025-01-01T00-00-00.jsonl: line 2 is not JSON"),
-    "embedllm, one id for two prompts": (embedllm, replaced(b"Who may sue?,b", b"Who pays?,b"), None, r"train.csv: prompt_id '7' stands for different prompts"),
+    "embedllm, one id for two prompts": (embedllm, replaced(b"Who may sue?,b", b"Who pays?,b"), None, r"train.csv: prompt_id '7' has different prompts"),
     "lm-eval, no doc_id": (lm_eval, replaced(b'"doc_id"', b'"id"'), None, r"line 1, field 'doc_id': missing"),
     "lm-eval, document twice": (lm_eval, replaced(b'"doc_id": 1', b'"doc_id": 0'), None, r"jsonl: query id 'arc/0' appears twice"),
     "lm-eval, score is text": (lm_eval, replaced(b'"acc": 0.0', b'"acc": "no"'), None, r"field 'acc': expected a number"),
@@ -479,7 +479,7 @@ MALFORMED = {
     "table, question twice": (table, replaced(b"What is rust?", b"Who may sue?"), None, r"t.csv: row 3: query .* came before"),
     "datasets, damaged": (hugging_face, lambda data: b"{", "datasets", r"can't be read as a dataset"),
     "datasets, no such thing": (lambda f: None, None, "datasets", r"can't be read as a dataset"),
-    "of no format": (lambda f: (f / "notes.txt").write_text("hello"), None, None, r"no format known here; say which with --format: lm-eval, "),
+    "of no format": (lambda f: (f / "notes.txt").write_text("hello"), None, None, r"no format known here. Pass one with --format: lm-eval, "),
 }  # fmt: skip
 
 

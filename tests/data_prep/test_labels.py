@@ -20,9 +20,9 @@ def test_winners_of_a_tie_share_it_unless_self_is_among_them():
 
 def test_query_level_gives_weight_to_queries_that_tell_candidates_apart():
     scores = np.array([[1, 0, 0], [0, 0, 0], [1, 1, 1], [1, 1, nan], [nan, nan, nan]])
-    # The fourth query's third score is unknown, not wrong: it tells nobody apart from the others.
+    # The fourth query's third score is unknown, not wrong, so the query does not separate the candidates.
     assert label(scores, ["g"] * 5)[1].tolist() == [1, 0, 0, 0, 0]
-    # Everybody right, self too: that teaches to keep the query.
+    # All are right, self too, so the query teaches that self should answer it.
     assert label(scores, ["g"] * 5, self_index=2)[1].tolist() == [1, 0, 1, 0, 0]
 
 
@@ -61,7 +61,7 @@ def test_subject_level_labels_by_the_winner_of_the_learning_side_only():
 
 
 def test_shrinkage_keeps_a_small_subject_from_crowning_a_winner_by_chance():
-    """Benchmark: the first is right 8 of 10 times. One subject has a single query, which the second got right."""
+    """The first candidate is right on 8 of 10 queries. One subject has a single query, on which the second is right."""
     scores = np.array([[1.0, 0]] * 8 + [[0, 0]] + [[0, 1.0]])
     subjects = ["big"] * 9 + ["tiny"]
     plain, _ = label(scores, ["b"] * 10, subjects, labelling="subject")
@@ -114,7 +114,7 @@ def test_a_lead_within_the_noise_counts_less():
 
 def test_what_costs_decide_needs_costs():
     for labelling in (Labelling(ties="cheapest"), Labelling(cost_weight=1.0)):
-        with pytest.raises(ExpertokenError, match="needs costs, and the results have none"):
+        with pytest.raises(ExpertokenError, match="expected costs in the results, found none"):
             label(np.ones((1, 2)), ["g"], labelling=labelling)
 
 
@@ -129,7 +129,7 @@ def test_a_parameter_out_of_range_is_named(wrong):
     [("soft", "beta"), ("query", "shrinkage"), ("correctness", "margin"), ("mixed", "temperature")],
 )
 def test_an_option_that_a_strategy_does_not_read_is_refused(strategy, option):
-    with pytest.raises(ExpertokenError, match=f"{option}: labels by '{strategy}' do not depend on it; it is for "):
+    with pytest.raises(ExpertokenError, match=f"{option}: labels by '{strategy}' do not depend on it. Use it with "):
         Labelling(strategy, **{option: 0.7})
 
 
@@ -140,12 +140,12 @@ def test_an_expert_is_not_cheap_for_not_saying_what_it_costs(caplog):
     assert targets.argmax(1).tolist() == [0, 0, 0]
     costs[1, 1] = nan
     targets, _ = label(scores, ["g"] * 3, labelling=Labelling(cost_weight=10.0), costs=costs, names=["a", "b"])
-    assert (targets == 0.5).all()  # as dear as the dearest known, which is the other one
+    assert (targets == 0.5).all()  # an unknown cost counts as the greatest known one, which is the other candidate's
     assert "no cost is known of b" in caplog.text
     with pytest.raises(ExpertokenError, match="expected costs of the candidates, found none"):
         label(scores, ["g"] * 3, labelling=Labelling(cost_weight=10.0), costs=np.full((3, 2), nan))
     self_answers, _ = label(scores, ["g"] * 3, labelling=Labelling(cost_weight=10.0), costs=costs, self_index=1)
-    assert self_answers.argmax(1).tolist() == [1, 1, 1]  # self asks no other model
+    assert self_answers.argmax(1).tolist() == [1, 1, 1]  # self calls no other model
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -174,5 +174,5 @@ def test_targets_are_distributions_over_measured_candidates(strategy, scores, se
 
 @pytest.mark.parametrize("strategy", ["correctness", "soft", "expected_score"])
 def test_ties_are_refused_where_they_change_nothing(strategy):
-    with pytest.raises(ExpertokenError, match=f"ties: labels by '{strategy}' do not depend on it; it is for query"):
+    with pytest.raises(ExpertokenError, match=f"ties: labels by '{strategy}' do not depend on it. Use it with query"):
         Labelling(strategy, ties="best")

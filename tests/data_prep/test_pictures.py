@@ -1,4 +1,4 @@
-"""Results about pictures: read, checked, told apart by what they show, kept with the supervision."""
+"""Results about pictures: they are read, checked, distinguished by their pixels, and kept with the supervision."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def drawn(seed, size=(12, 8)):
 
 @pytest.fixture
 def folder(tmp_path):
-    """One question about 40 pictures, and a table of who answered it."""
+    """Write 40 pictures and a table with the results of one question about each."""
     (tmp_path / "pictures" / "deep").mkdir(parents=True)
     rows = ["query,benchmark,image,one,two"]
     for number in range(40):
@@ -55,7 +55,7 @@ def test_one_question_about_many_pictures_is_many_queries(folder):
 
 
 def test_the_same_question_about_the_same_picture_is_a_leak(folder):
-    drawn(0).save(folder / "pictures" / "again.bmp")  # another file, another format, and nothing else to see
+    drawn(0).save(folder / "pictures" / "again.bmp")  # another file in another format, with equal pixels
     rows = [
         {"query": ASK, "image": "deep/0.png", "split": "train", "one": 1, "two": 0},
         {"query": ASK, "image": "deep/1.png", "split": "train", "one": 0, "two": 1},
@@ -80,7 +80,7 @@ def test_prepare_keeps_each_picture_once_and_training_reads_where_it_stands(fold
     ]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert "40 queries are about pictures; 40 pictures are kept" in done.output
+    assert "40 queries have pictures, 40 pictures are stored" in done.output
     supervision = Supervision.load(folder / "s")
     assert len(list((folder / "s" / "images").iterdir())) == 40
     row = supervision.data["train"][0]
@@ -131,12 +131,12 @@ def test_two_files_that_show_other_pictures_under_one_id_are_refused():
         return BenchmarkResults(frame.assign(**{IMAGES: [(image,)]}), [model], [[1.0]])
 
     assert len(BenchmarkResults.merge([part("x.png", "one"), part("x.png", "two")])) == 1
-    with pytest.raises(ResultsError, match="'q' stands for different pictures"):
+    with pytest.raises(ResultsError, match="'q' has different pictures"):
         BenchmarkResults.merge([part("x.png", "one"), part("y.png", "two")])
 
 
 def bomb(side):
-    """A PNG of a few bytes with very many pixels."""
+    """Build a PNG of a few bytes with very many pixels."""
 
     def chunk(kind, data):
         return pack(">I", len(data)) + kind + data + pack(">I", zlib.crc32(kind + data))
@@ -155,16 +155,16 @@ def whole():
     ("name", "content", "message"),
     [
         ("none.png", None, "no picture 'none.png' below"),
-        ("../secret.png", None, "lies outside of"),
-        ("/etc/hostname", None, "lies outside of"),
-        ("link.png", "link", "lies outside of"),
-        ("text.png", b"no picture", "no picture of PNG"),
-        ("vectors.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no picture of PNG"),
-        ("script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n", "no picture of PNG"),
-        ("bomb.png", bomb(12_000), r"12000 x 12000 pixels; up to 64,000,000"),
-        ("huge.png", bomb(60_000), r"60000 x 60000 pixels|no picture of PNG"),
-        ("cut.png", whole()[:300], "no picture of PNG"),
-        ("empty.png", b"", "no picture of PNG"),
+        ("../secret.png", None, "which leads out of it"),
+        ("/etc/hostname", None, "which leads out of it"),
+        ("link.png", "link", "which leads out of it"),
+        ("text.png", b"no picture", "expected a picture in one of the formats PNG"),
+        ("vectors.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "expected a picture in one of the formats PNG"),
+        ("script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n", "expected a picture in one of the formats PNG"),
+        ("bomb.png", bomb(12_000), r"expected up to 64,000,000 pixels .*, got 12000 x 12000"),
+        ("huge.png", bomb(60_000), r"got 60000 x 60000|expected a picture in one of the formats PNG"),
+        ("cut.png", whole()[:300], "expected a picture in one of the formats PNG"),
+        ("empty.png", b"", "expected a picture in one of the formats PNG"),
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value and " " not in value else "",
 )
@@ -188,7 +188,7 @@ def test_a_column_of_pictures_holds_paths(tmp_path):
     assert images.tolist() == [("a.png", "b.png"), None]
     (tmp_path / "r.jsonl").write_text(json.dumps({"query": ASK, "image": "iVBOR" * 1000, "m": 1}))
     with pytest.raises(
-        ResultsError, match="row 1, column 'image': expected a path, or a list of paths; a picture within"
+        ResultsError, match="row 1, column 'image': expected a path, or a list of paths. Save a picture"
     ):
         read_results(tmp_path / "r.jsonl")
 
@@ -262,5 +262,5 @@ def test_samples_of_lmms_eval_are_read_whatever_their_metric_looks_like(tmp_path
     (folder / "20261130_120000_samples_odd.jsonl").write_text(
         json.dumps({"doc_id": 0, "input": "x", "gpt": {"n": "?"}})
     )
-    with pytest.raises(ResultsError, match="no metric that says whether the answer is right; it has gpt"):
+    with pytest.raises(ResultsError, match="no metric that scores single answers, only gpt"):
         read_results(tmp_path)

@@ -64,7 +64,7 @@ def test_columns_have_the_names_that_options_say(tmp_path):
         ("query,a\nq,1\nq,0\n", "row 3: query .* came before"),
         ("query,model,score\n,a,1\n", "row 2, column 'query': empty"),
         ("query,a\nq,7\n", "score 7 is outside"),
-        ("query,note\nq,hm\n", "no numeric column left"),
+        ("query,note\nq,hm\n", "expected numeric columns with models' scores, found none"),
     ],
 )
 def test_a_malformed_table_is_one_line_that_names_the_place(tmp_path, text, message):
@@ -78,7 +78,7 @@ def test_missing_files_and_formats_are_named(tmp_path):
         read_results(tmp_path / "none.csv")
     with pytest.raises(ResultsError, match="unknown format 'routerd', did you mean 'routerdc'"):
         read_results(tmp_path, "routerd")
-    with pytest.raises(ResultsError, match="no format known here; say which with --format"):
+    with pytest.raises(ResultsError, match="no format known here. Pass one with --format"):
         read_results(tmp_path)
 
 
@@ -249,5 +249,5 @@ def test_a_folder_of_one_file_a_model_is_one_benchmark(tmp_path):
 
 def test_one_id_for_two_questions_is_refused(tmp_path):
     (tmp_path / "t.csv").write_text("id,query,model,score\n0,what is 2+2,a,1\n0,name a river,b,0\n")
-    with pytest.raises(ResultsError, match="query id '0' stands for different questions"):
+    with pytest.raises(ResultsError, match="query id '0' has different questions"):
         read_results(tmp_path / "t.csv")

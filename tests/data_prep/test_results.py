@@ -60,7 +60,7 @@ def test_splits_are_stratified_repeatable_and_keep_what_files_state():
     assert counts["x", "validation"] == counts["y", "validation"] == 4
     stated = make(ids, ["a"], np.ones((100, 1)), split=["train"] * 60 + ["test"] * 40).split(validation=0.5)
     assert stated.queries["split"].value_counts().to_dict() == {"test": 40, "train": 30, "validation": 30}
-    # A benchmark of which no side is stated gets its own, beside one whose files state them.
+    # A benchmark without stated splits is split itself, beside one whose files state them.
     both = make([*ids, *(f"n{i}" for i in range(50))], ["a"], np.ones((150, 1)), benchmark=["b"] * 100 + ["new"] * 50,
                 split=["train"] * 60 + ["test"] * 40 + [None] * 50).split(test=0.2, validation=0.25)  # fmt: skip
     sizes = both.queries.groupby(["benchmark", "split"]).size().to_dict()
@@ -80,5 +80,5 @@ def test_the_summary_has_means_per_benchmark():
 def test_a_side_that_only_one_file_states_is_kept_and_two_sides_are_refused():
     plain, stated = make(["1", "2"], ["a"], [[1], [0]]), make(["1", "2"], ["b"], [[1], [0]], split=["train", "test"])
     assert BenchmarkResults.merge([plain, stated]).queries["split"].tolist() == ["train", "test"]
-    with pytest.raises(ResultsError, match="on different sides"):
+    with pytest.raises(ResultsError, match="on different splits"):
         BenchmarkResults.merge([stated, make(["1"], ["c"], [[1]], split=["test"])])

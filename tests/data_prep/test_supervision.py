@@ -79,12 +79,14 @@ def test_a_question_that_stands_in_another_is_nearly_the_same():
 
 
 def test_equal_questions_are_drawn_to_one_side():
-    prompts = [f"What is {n // 4} plus 1{'?' * (n % 2)}" for n in range(80)]  # each four times
+    prompts = [f"What is {n // 4} plus 1{'?' * (n % 2)}" for n in range(80)]  # each question occurs four times
     frame = pd.DataFrame({"id": [f"q{n}" for n in range(80)], "prompt": prompts}).assign(
         benchmark="b", subject=None, split=None
     )
     results = BenchmarkResults(frame, ["a", "b"], np.stack([np.arange(80) % 3 > 0, np.arange(80) % 3 == 0], 1))
-    supervision = build_supervision(results, near_duplicates="ignore")  # no leak that would be refused
+    supervision = build_supervision(
+        results, near_duplicates="ignore"
+    )  # raises a LeakError if equal questions are in both splits
     assert all(supervision.info.sizes.values())
     stated = frame.assign(split=["test"] + [None] * 79)
     drawn = BenchmarkResults(stated, ["a", "b"], results.scores).split()
@@ -111,7 +113,7 @@ def test_near_duplicates_are_found_by_wording_and_scaffolding_is_not_counted():
     [pair] = find_near_duplicates(train, test, 0.6)
     assert (pair.train, pair.test) == (0, 0)
     assert 0.6 <= pair.similarity < 1
-    # The same examples before every question make no two questions alike.
+    # Equal examples before every question do not make two questions near-duplicates.
     shots = "Q: " + LONG.format("a") + " A: ten. Q: Which of these is the largest planet of them all? A: Jupiter. Q: "
     words = ["lemon", "stone", "cloud", "violin", "harbour", "copper", "saddle", "kettle"]
     many = [
@@ -141,7 +143,7 @@ def test_near_duplicates_are_named_and_left_out_where_asked(tmp_path):
     assert kept.info.sizes["train"] == 2
     assert build_supervision(results, validation=0, near_duplicates="drop").info.sizes["train"] == 1
     assert build_supervision(results, validation=0, near_duplicates="ignore").info.leaks["near"]["found"] == 0
-    with pytest.raises(LeakError, match="1 train or validation queries are much like .*a ~ b.*--near-duplicates drop"):
+    with pytest.raises(LeakError, match="1 train or validation queries are similar to .*a ~ b.*--near-duplicates drop"):
         build_supervision(results, validation=0, near_duplicates="refuse")
 
 
@@ -168,7 +170,7 @@ def test_a_side_without_queries_is_kept_as_such_and_told_where_it_is_needed(tmp_
     loaded = Supervision.load(tmp_path / "s")
     assert [len(loaded.data[side]) for side in ("validation", "test")] == [0, 0]
     assert len(loaded.side("train")) > 0
-    with pytest.raises(ExpertokenError, match="no 'validation' side.*larger share"):
+    with pytest.raises(ExpertokenError, match="no 'validation' split.*larger share"):
         loaded.side("validation")
 
 
@@ -187,7 +189,7 @@ def test_costs_count_in_what_is_learnt_and_not_in_what_is_measured(results, pool
     targets, utilities, _ = built.arrays("train")
     scores = built.scores("train")
     np.testing.assert_allclose(utilities, scores - 0.6 * np.array([2.0, 0.1, 0.0]), rtol=1e-6)
-    # math costs more than being right is worth, so its questions stay with self
+    # math costs more than a right answer is worth, so its questions stay with self
     assert targets[:, 0].sum() == 0
     assert targets[scores[:, 1] == 1, 1].all()
 
@@ -210,7 +212,7 @@ def test_what_is_held_out_is_the_test_side_and_nothing_else_is(results, pool):
     results.queries.loc[results.queries["benchmark"] == "sums", "split"] = "test"
     built = build_supervision(results, pool, hold_out=("benchmark", ["cases"]))
     assert set(built.data["test"]["benchmark"]) == {"cases"}
-    assert set(built.data["train"]["benchmark"]) == {"chats"}  # a stated test side is not learnt from
+    assert set(built.data["train"]["benchmark"]) == {"chats"}  # a stated test split is not used for training
     with pytest.raises(ResultsError, match="hold out: no benchmark 'case', did you mean 'cases'"):
         build_supervision(results, pool, hold_out=("benchmark", ["case"]))
 
@@ -230,8 +232,8 @@ def test_a_supervision_is_not_written_over_a_composite_or_a_file(tmp_path, resul
     (tmp_path / "f").write_text("")
     supervision = build_supervision(results, pool)
     for name, message in (
-        ("c", "c: holds a composite; choose another folder"),
-        ("f", "f: is a file; expected a folder"),
+        ("c", "c: holds a composite. Choose another folder"),
+        ("f", "f: expected a folder to write the supervision to, got a file"),
     ):
         with pytest.raises(ExpertokenError, match=message):
             supervision.save(tmp_path / name)

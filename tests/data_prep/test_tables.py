@@ -1,4 +1,4 @@
-"""Tables as people have them: what is read, what is asked about, and what is never read silently wrong."""
+"""Tables in real shapes: which are read, which need an option, and which errors prevent a silent misreading."""
 
 import gzip
 import json
@@ -27,14 +27,14 @@ def read(file, *options):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("query,model,score\nOn Monday, what?,m,1\nOn Friday, who?,m,0\n", "row 2 has 4 cells, the header 3; quote"),
+        ("query,model,score\nOn Monday, what?,m,1\nOn Friday, who?,m,0\n", "row 2 has 4 cells, the header 3. Quote"),
         ("query,model,score\nWhat?,m,1\nWho?,m\n", "row 3 has 2 cells, the header 3"),
-        ("query,Model,score\nWhat?,m,1\n", "column 'Model': is it the model\\? .*--set model=Model"),
-        ("query,model_name,score\nWhat?,m,1\n", "column 'model_name': is it the model"),
-        ("query,Score\nWhat?,1\n", "column 'Score': is it the score"),
-        ("query,score\nWhat?,1\n", "a column 'score' and none 'model': whose scores are they"),
-        ("query,a,Benchmark\nWhat?,1,b\n", "column 'Benchmark': is it the benchmark"),
-        ("query,query_id,a\nWhat?,7,1\n", "column 'query_id': is it the id"),
+        ("query,Model,score\nWhat?,m,1\n", "column 'Model': if it is the model, .*--set model=Model"),
+        ("query,model_name,score\nWhat?,m,1\n", "column 'model_name': if it is the model"),
+        ("query,Score\nWhat?,1\n", "column 'Score': if it is the score"),
+        ("query,score\nWhat?,1\n", "a column 'score', but no column 'model'"),
+        ("query,a,Benchmark\nWhat?,1,b\n", "column 'Benchmark': if it is the benchmark"),
+        ("query,query_id,a\nWhat?,7,1\n", "column 'query_id': if it is the id"),
         ("query,a,a\nWhat?,1,0\n", "two columns are called 'a'"),
         ("id,query,model,score\n1,What?,m,1\n,Who?,m,0\n", "row 3, column 'id': empty"),
         ("query,model,score\nWhat?,m,85\nWho?,m,40\n", "score 85 is outside \\[0, 1\\].*--set scale=100"),
@@ -158,7 +158,7 @@ def test_attempts_are_averaged_where_a_column_numbers_them_or_it_is_said(tmp_pat
     rows = "".join(f"A?,m,{score},{n}\n" for n, score in enumerate((1, 0, 1, 1)))
     assert read(table(tmp_path, "t.csv", f"query,model,score,sample\n{rows}")).scores.tolist() == [[0.75]]
     bare = table(tmp_path, "u.csv", "query,model,score\nA?,m,1\nA?,m,0\n")
-    with pytest.raises(ResultsError, match="row 3: query .* came before; .*--set repeats=mean"):
+    with pytest.raises(ResultsError, match="row 3: query .* came before. .*--set repeats=mean"):
         read(bare)
     assert read(bare, "repeats=mean").scores.tolist() == [[0.5]]
 
@@ -228,7 +228,7 @@ def test_files_called_after_benchmark_and_model_are_one_benchmark_a_name(tmp_pat
 def test_models_that_share_no_question_are_refused(tmp_path, caplog):
     for model in ("a", "b"):
         (tmp_path / f"{model}.csv").write_text(f"query,model,score,benchmark\nOnly {model}?,{model},1,of-{model}\n")
-    with pytest.raises(ResultsError, match="share no query with any other .*nothing says who is better"):
+    with pytest.raises(ResultsError, match="share no query with any other .*results cannot compare them"):
         build_supervision(read(tmp_path))
     both = "".join(f"Both {n}?,{m},{(n + (m == 'c')) % 2},b\n" for n in range(20) for m in ("b", "c"))
     (tmp_path / "c.csv").write_text(f"query,model,score,benchmark\n{both}")

@@ -12,5 +12,5 @@ def evaluated(trained_once):
 
 @pytest.fixture
 def report(evaluated):
-    """The report of `composite_folder` with everything that stands in one where nothing is said."""
+    """Return a copy of the report of `composite_folder` with default arguments."""
     return deepcopy(evaluated)

@@ -62,7 +62,7 @@ def test_a_gain_is_paired_and_its_interval_holds_the_gain(report):
 
 
 def test_a_side_or_candidate_that_is_not_there_is_named(composite_folder, results):
-    with pytest.raises(ExpertokenError, match="no 'dev' side; it has train"):
+    with pytest.raises(ExpertokenError, match="no 'dev' split, it has train"):
         evaluate(composite_folder, split="dev")
     with pytest.raises(ExpertokenError, match="has no scores of self"):
         evaluate(composite_folder, build_supervision(results.select(["math", "law"])))
@@ -92,7 +92,7 @@ def test_the_report_is_a_folder_with_pictures(priced_report, tmp_path):
     text = (tmp_path / "report" / "report.md").read_text()
     for part in ("![cost](cost.png)", "| composite |", "AIQ, kNN", "## Robustness", "Better than best single", "AIQ: "):
         assert part in text
-    priced_report.save_folder(tmp_path / "report")  # an evaluation without pictures, into the folder of one with
+    priced_report.save_folder(tmp_path / "report")  # a report without plots replaces one with plots
     assert "cost.png" not in (tmp_path / "report" / "report.md").read_text()
     stored = json.loads((tmp_path / "report" / "report.json").read_text())
     assert {"versions", "data_fingerprint", "seconds", "peak_memory_gib"} <= set(stored["settings"])
@@ -120,7 +120,7 @@ def test_a_candidate_without_a_known_cost_is_told_and_left_out_of_the_curves(com
     report = evaluate(composite_folder, data, baselines=["kNN"])
     assert report.settings["without_known_cost"] == ["self"]
     assert "AIQ, composite" in report.metrics
-    assert report.composite.usd_per_query is None  # it chose self at times; what the others cost is not what it costs
+    assert report.composite.usd_per_query is None  # it chooses self on some queries, whose cost is unknown
     assert report.row("math").usd_per_query == pytest.approx(0.01)
     assert "no cost is known: self" in report.markdown()
 
@@ -132,7 +132,7 @@ def test_baselines_are_learnt_from_one_side_where_there_is_one(composite_folder,
 
 
 def test_a_small_table_has_every_baseline(tmp_path, base_folder):
-    """An MLP that stops early needs some queries to stop on."""
+    """An MLP with early stopping needs queries for its validation, which a small table may lack."""
     texts = [f"Compute {i}" if i % 2 else f"What is the law of {i}" for i in range(12)]
     queries = pd.DataFrame({"id": map(str, range(12)), "prompt": texts, "benchmark": "b", "subject": None})
     scores = np.eye(2)[np.arange(12) % 2]
@@ -143,7 +143,7 @@ def test_a_small_table_has_every_baseline(tmp_path, base_folder):
 
 
 def test_learnt_routers_stand_beside_the_composite_and_solve_what_is_easy(priced_report):
-    """Three kinds of questions, one right candidate each: every learnt router finds that."""
+    """There are three kinds of questions with one right candidate each. Every learnt router finds it."""
     for name in ("kNN", "linear", "clusters"):
         row = priced_report.row(name)
         assert row.kind == "router"
@@ -168,11 +168,14 @@ def test_every_figure_of_the_field_is_there_and_holds_together(priced_report):
     assert np.sum(priced_report.confusion_matrix) == pytest.approx(priced_report.settings["queries"])
     assert [entry["change"] for entry in priced_report.robustness][:2] == ["lower case", "upper case"]
     attack = priced_report.robustness[-1]
-    assert (attack["change"], attack["queries"]) == ("adversarial suffix", 5)  # not measured on what it was found on
+    assert (attack["change"], attack["queries"]) == (
+        "adversarial suffix",
+        5,
+    )  # not measured on the queries of its search
 
 
 def test_the_verdict_says_so_where_the_composite_does_not_win(composite_folder, results, pool):
-    """On queries that the composite sends elsewhere than where their (shuffled) scores lie."""
+    """The scores are shuffled, so the composite chooses the wrong candidates."""
     wrong = replace(results, scores=np.roll(results.scores, 1, axis=1))
     report = evaluate(composite_folder, build_supervision(wrong, pool), baselines=["kNN"])
     assert report.composite.mean_score < 0.5
@@ -182,7 +185,7 @@ def test_the_verdict_says_so_where_the_composite_does_not_win(composite_folder, 
 def test_two_candidates_give_the_figures_of_routellm(tmp_path, base_folder, results, pool):
     two = ExpertPool([pool["math"], pool["law"]])
     scores = results.scores[:, :2].copy()
-    scores[results.scores[:, 2] == 1, 0] = 1  # math is the strong one: sums and chats
+    scores[results.scores[:, 2] == 1, 0] = 1  # math is the strong candidate: it is right on sums and chats
     data = build_supervision(replace(results.select(["math", "law"]), scores=scores), two)
     data.save(tmp_path / "s2")
     options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s2"), l2=[0.1], verify=False)
@@ -193,7 +196,7 @@ def test_two_candidates_give_the_figures_of_routellm(tmp_path, base_folder, resu
 
 
 def test_a_composite_trained_for_correctness_is_weighed_by_its_chances_of_being_right(tmp_path, base_folder):
-    """Odds between the experts are alike on all queries; the chance that only the strong one is right is not."""
+    """The odds between the experts are equal on all queries. The chance that only the strong one is right differs."""
     rng = np.random.default_rng(0)
     texts = [f"{('Compute', 'What is the law in case')[i % 2]} {i}, please." for i in range(400)]
     hard = np.arange(400) % 2 == 1
@@ -301,7 +304,7 @@ def test_queries_nobody_was_measured_on_are_left_out(composite_folder, results, 
 def test_a_supervision_that_was_replaced_is_refused_unless_named(composite_folder, results, pool):
     other = composite_folder.parent / "supervision"
     build_supervision(results, pool, seed=9).save(other)
-    with pytest.raises(ExpertokenError, match="another supervision stands there than the composite"):
+    with pytest.raises(ExpertokenError, match="holds a different supervision from the one that the composite"):
         evaluate(composite_folder, baselines=[])
     assert evaluate(composite_folder, other, baselines=[]).composite.mean_score > 0
 
@@ -309,11 +312,11 @@ def test_a_supervision_that_was_replaced_is_refused_unless_named(composite_folde
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": "trian"}, "no 'trian' side; it has train"),
+        ({"split": "trian"}, "no 'trian' split, it has train"),
         ({"baselines": ["knn"]}, "did you mean 'kNN'"),
         ({"baselines": "knn"}, "did you mean 'kNN'"),
-        ({"encoder": "./nowhere"}, "./nowhere: no such encoder"),
-        ({"embedder": "./nowhere"}, "./nowhere: no such encoder"),
+        ({"encoder": "./nowhere"}, "./nowhere: expected the hub id or the folder of an encoder, found none"),
+        ({"embedder": "./nowhere"}, "./nowhere: expected the hub id or the folder of an encoder, found none"),
     ],
 )
 def test_misspelt_names_are_told_before_anything_is_loaded(composite_folder, monkeypatch, options, message):
@@ -332,7 +335,7 @@ def test_no_expert_can_have_the_name_of_a_line_of_the_report():
 
 
 def kinds_table(count, seed, learnable):
-    """Scores of two candidates that the benchmark's name explains, or its words as well."""
+    """Draw scores of two candidates that depend on the benchmark, and words that name it if `learnable`."""
     rng = np.random.default_rng(seed)
     names = np.array(["sums", "laws"])[np.arange(count) % 2]
     words = names if learnable else rng.permutation(names)
@@ -351,7 +354,7 @@ def test_what_the_name_of_a_benchmark_explains_is_seen_as_such(tmp_path, base_fo
     assert report.row("names").mean_score == report.row("best per dataset").mean_score
     assert report.row("words").mean_score == pytest.approx(report.row("names").mean_score, abs=0.05)
     told = " ".join(report.verdict())
-    assert "Not told apart from names" in told
+    assert "Not significantly different from names" in told
     assert "Better than blind mixture" in told
     for name in ("guarded-kNN", "ranking", "ensemble"):
         assert report.row(name).mean_score > report.row("random").mean_score
@@ -370,7 +373,7 @@ def test_words_that_say_nothing_of_the_name_are_worth_no_more_than_the_best_sing
 
 
 def correct_composite(tmp_path, base_folder, scores, labelling="correctness", costs=None, pool=None):
-    """A composite on questions of two kinds, trained to tell each candidate's chance of being right."""
+    """Train a composite on questions of two kinds to predict each candidate's chance of being right."""
     count = len(scores)
     texts = [f"{('Compute', 'What is the law in case')[i % 2]} {i}, please." for i in range(count)]
     queries = pd.DataFrame({"id": map(str, range(count)), "prompt": texts, "benchmark": "b", "subject": None})
@@ -382,7 +385,7 @@ def correct_composite(tmp_path, base_folder, scores, labelling="correctness", co
 
 
 def test_costs_are_taken_off_chances_and_not_off_what_is_learnt(tmp_path, base_folder):
-    """Utilities of 0.20 and 0.30: chances of 0.8 and 0.5, at costs that take 0.6 and 0.2 off. The second is better."""
+    """Chances of 0.8 and 0.5 less costs of 0.6 and 0.2 are utilities of 0.20 and 0.30. The second is better."""
     rng = np.random.default_rng(0)
     scores = rng.random((600, 2)) < [0.8, 0.5]
     labelling = Labelling("correctness", cost_weight=10.0)
@@ -396,7 +399,7 @@ def test_costs_are_taken_off_chances_and_not_off_what_is_learnt(tmp_path, base_f
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 3.0, 20.0])
 def test_what_is_served_at_a_weight_of_costs_is_the_reports_point(tmp_path, base_folder, weight):
-    """The same choice on each of 500 queries: a gap in one formula would be a knob that does something else."""
+    """Report and server decide equally on 500 queries, so they share one formula for utility."""
     rng = np.random.default_rng(1)
     hard = np.arange(1000) % 2 == 1
     scores = np.stack([rng.random(1000) < np.where(hard, 0.4, 0.9), rng.random(1000) < np.where(hard, 0.7, 0.95)], 1)
@@ -421,7 +424,7 @@ def test_what_is_served_at_a_weight_of_costs_is_the_reports_point(tmp_path, base
 
 
 def missing_results(share):
-    """Two benchmarks; `half` was measured on a share of one of them alone, and is right as often as the others."""
+    """Draw results of three equally good models. `half` is measured on a share of one benchmark only."""
     rng = np.random.default_rng(0)
     count = 400
     texts = [f"Compute {i} plus 3." if i % 2 else f"What is the law in case {i}?" for i in range(count)]
@@ -433,7 +436,7 @@ def missing_results(share):
 
 
 def test_where_all_are_alike_missing_scores_make_nobody_better(tmp_path, base_folder, caplog):
-    """As zeros for one side and means for the other they were "+30.8 points, p < 0.001"."""
+    """With zeros for one row and means for the other, the gain was "+30.8 points, p < 0.001"."""
     build_supervision(missing_results(0.3), labelling="correctness").save(tmp_path / "s")
     options = ExpertokenArguments(meta=str(base_folder), data=str(tmp_path / "s"), l2=[0.1], verify=False)
     folder = train(options, TrainingArguments(output_dir=str(tmp_path / "c"), use_cpu=True, report_to="none"))
@@ -448,12 +451,12 @@ def test_where_all_are_alike_missing_scores_make_nobody_better(tmp_path, base_fo
     for row in report.results[1:]:
         if row.kind != "bound" and row.name != "random":
             assert row.composite_gain.p_value > 0.01, row.name
-    # In the benchmark in which it has no score it is no candidate: nobody is sent there.
+    # It is no candidate in the benchmark without its scores, so it is not chosen there.
     assert report.share_of_queries["half"] < 0.5
 
 
 def test_shuffled_scores_bring_no_line_of_the_report_a_gain(tmp_path, base_folder, results, pool):
-    """Each query's scores are another query's: nothing is left that a router could know."""
+    """Each query has another query's scores, so a router has nothing to learn."""
     order = np.random.default_rng(0).permutation(len(results))
     shuffled = replace(results, scores=results.scores[order])
     build_supervision(shuffled, pool, test=0.5).save(tmp_path / "s")

@@ -67,7 +67,7 @@ def test_the_partial_oracle_is_the_mean_of_its_draws():
 
 
 def hull_height(given_points, cost):
-    """Best quality reachable at no more than a mean cost by mixing at most two points: the definition, slowly."""
+    """Compute the best quality at a mean cost by mixing at most two points, directly from the definition."""
     best = max((q for c, q in given_points if c <= cost), default=None)
     for c1, q1 in given_points:
         for c2, q2 in given_points:

@@ -18,7 +18,7 @@ def test_the_expert_of_the_like_benchmark_comes_first(composite_folder):
 
 
 def test_a_handful_of_labelled_examples_is_used(composite_folder):
-    """On this task law is right and math is wrong, whatever the benchmarks say about such questions."""
+    """On this task law is right and math is wrong, contrary to the benchmarks."""
     labelled = (SUMS[:5], np.tile([0.0, 1.0, np.nan], (5, 1)))
     before = {entry.name: entry for entry in select(composite_folder, SUMS[5:])}
     after = {entry.name: entry for entry in select(composite_folder, SUMS[5:], labelled=labelled)}
@@ -42,9 +42,9 @@ def test_the_correction_is_a_mean_over_examples_and_prior():
 
 
 def test_what_can_not_be_ranked_is_said(composite_folder, results, pool, tmp_path):
-    with pytest.raises(ExpertokenError, match="no queries of the task"):
+    with pytest.raises(ExpertokenError, match="expected at least one query of the task"):
         select(composite_folder, [])
     results.queries["benchmark"] = "one"
     build_supervision(results, pool).save(tmp_path / "one")
-    with pytest.raises(ExpertokenError, match="results of one benchmark only"):
+    with pytest.raises(ExpertokenError, match="expected results of at least two benchmarks, found one"):
         select(composite_folder, SUMS, data=tmp_path / "one")

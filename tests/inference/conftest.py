@@ -27,7 +27,7 @@ PROMPTS = ("hello", "hello there", *(f"hello one do: {fault}" for fault in FAULT
 
 @contextmanager
 def mock_expert(name, *options, port=0):
-    """A mock expert as a process; gives the `Expert` and the process."""
+    """Run a mock expert as a process, and yield the `Expert` and the process."""
     command = [sys.executable, "-m", "expertoken.tests.inference.mock_expert", "--name", name, "--port", str(port)]
     process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
     try:
@@ -44,7 +44,7 @@ def mock_expert(name, *options, port=0):
 
 @contextmanager
 def served(app):
-    """An application under uvicorn in a thread, on the connections of `expertoken serve`; gives its address."""
+    """Run an application under uvicorn in a thread, on the connections of `expertoken serve`. Yield its address."""
     import uvicorn
 
     from expertoken.inference.server.connections import Connection
@@ -61,7 +61,7 @@ def served(app):
 
 @contextmanager
 def redis_server(tmp_path):
-    """A real server where there is one, else fakeredis' own, which speaks the protocol as well."""
+    """Run a Redis server, or fakeredis' server for the same protocol if none is installed, and yield its address."""
     if (program := shutil.which("redis-server")) is not None:
         socket = tmp_path / "redis.sock"
         given = [program, "--port", "0", "--unixsocket", str(socket), "--save", ""]
@@ -86,7 +86,7 @@ def redis_server(tmp_path):
 
 
 def composite_of(base_folder, experts, **options):
-    """A composite that prefers its experts in their order on `PROMPTS`; self comes last."""
+    """Build a composite that ranks its experts in their order on `PROMPTS`, with self last."""
     pool = ExpertPool(experts)
     meta = MetaLLM.from_pretrained(Source(str(base_folder)), len(pool.names), device="cpu")
     hidden, _ = meta.states([meta.encode(prompt) for prompt in PROMPTS])
@@ -99,6 +99,6 @@ def composite_of(base_folder, experts, **options):
 
 @pytest.fixture(scope="module")
 def words():
-    """Two mock experts that answer well, `one` and `two`."""
+    """Run two mock experts without faults, `one` and `two`."""
     with mock_expert("one") as (first, _), mock_expert("two") as (second, _):
         yield [first, second]

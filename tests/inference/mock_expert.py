@@ -1,7 +1,7 @@
-"""An expert that costs nothing to run: an OpenAI-compatible process that streams words, late or badly on demand.
+"""A mock expert without a model: an OpenAI-compatible process that streams words, with latency and faults on demand.
 
-`python -m expertoken.tests.inference.mock_expert --port 0` prints the port it took. What it does wrong comes from
-`--fault` (always) or from the last message (`do: hang`), so that a test can ask for it turn by turn.
+The command `python -m expertoken.tests.inference.mock_expert --port 0` prints its port. The option `--fault` sets a
+fault for all requests. A text such as `do: hang` in the last message sets one for this request.
 """
 
 import argparse
@@ -49,9 +49,9 @@ _AT_ONCE = {
 def create(  # noqa: C901
     name: str, words: int, first: float, between: float, spread: float, fault: str | None
 ) -> Starlette:
-    """The application: `words` words, the first after `first` seconds, each next one after `between`.
+    """Create the application. It streams `words` words, the first after `first` seconds, each other after `between`.
 
-    An answer is slower or faster than that by up to the share `spread`.
+    An answer is slower or faster by up to the share `spread`.
     """
 
     answering: list = []
@@ -125,7 +125,7 @@ def main() -> None:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind(("127.0.0.1", options.port))
     listening.listen(1024)
-    print(listening.getsockname()[1], flush=True)  # noqa: T201 - whoever starts it reads the port
+    print(listening.getsockname()[1], flush=True)  # noqa: T201 - the parent process reads the port
     app = create(options.name, options.words, options.first, options.between, options.spread, options.fault)
     uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False)).run(sockets=[listening])
 

@@ -1,4 +1,4 @@
-"""What a pool entry says of an endpoint beyond its address, seen at real servers."""
+"""Options of an endpoint in a pool entry (headers, weights, several addresses), tested with real servers."""
 
 from collections import Counter
 
@@ -38,7 +38,7 @@ def asked(backend, **options):
 
 @pytest.fixture
 def recorded():
-    """A server that keeps the headers and bodies of what it is asked; gives its address and those."""
+    """Run a server that records the headers and bodies of its requests. Yield its address and the record."""
     seen = []
 
     async def answer(request):
@@ -89,7 +89,7 @@ def test_an_address_that_refuses_the_request_is_well():
 def test_timeouts_of_an_entry_take_the_place_of_the_servers():
     with mock_expert("one", "--first", "30") as (given, _):
         backend = EndpointBackend(expert(base_url=given.base_url, timeouts={"first": 0.3}), Timeouts(retries=0))
-        with pytest.raises(ExpertFailedError, match=r"gave nothing within 0\.3 s"):
+        with pytest.raises(ExpertFailedError, match=r"sent nothing within 0\.3 s"):
             asked(backend)
 
 
@@ -117,12 +117,15 @@ def test_an_answer_is_no_longer_than_its_expert_can_give(recorded, base_folder):
         ({"addresses": []}, "addresses: expected a list"),
         ({"addresses": [{"base_url": "ftp://a"}]}, "addresses: expected a list"),
         ({"addresses": [{"base_url": "http://a", "weight": 0}]}, "addresses: expected a list"),
-        ({"addresses": [{"base_url": "http://a"}], "base_url": "http://b"}, "takes the place of `base_url`"),
+        (
+            {"addresses": [{"base_url": "http://a"}], "base_url": "http://b"},
+            "expected one of `addresses` and `base_url`",
+        ),
         ({"timeouts": {"first": -1}}, "timeouts: expected seconds above 0 for connect, first, idle"),
         ({"timeouts": {"last": 1}}, "timeouts: expected seconds above 0"),
-        ({"headers": {"Authorization": "Bearer 123"}}, r"headers\.Authorization: a key itself is refused"),
+        ({"headers": {"Authorization": "Bearer 123"}}, r"headers\.Authorization: expected no key in the pool"),
         ({"headers": {"x": "a\r\nb: c"}}, "headers: expected values of printable ASCII"),
-        ({"headers": {"x y": "a"}}, "no name of a header"),
+        ({"headers": {"x y": "a"}}, "expected names of letters, digits and `-`"),
     ],
 )
 def test_mistakes_are_named_without_what_may_be_secret(more, message):
@@ -155,10 +158,13 @@ def test_an_address_that_is_down_gets_no_request_once_it_was_asked_and_gets_them
         entries = [{"base_url": f"{other}/v1", "weight": 1000}, {"base_url": url}]
         backend = EndpointBackend(expert(addresses=entries), Timeouts(retries=0))
         BackgroundLoop.call(backend.check_addresses())
-        assert backend.addresses_up == {f"{other}/v1": False, url: True}  # the second one lists no models: it lives
+        assert backend.addresses_up == {
+            f"{other}/v1": False,
+            url: True,
+        }  # the second one has no list of models, but it answers
         assert [asked(backend) for _ in range(5)] == ["yes"] * 5
         assert len(seen) == 5
-        assert backend.addresses.all[0].breaker.admits()  # nobody had to fail there
+        assert backend.addresses.all[0].breaker.admits()  # no request had to fail first
         state["status"] = 200
         BackgroundLoop.call(backend.check_addresses())
         assert backend.addresses_up[f"{other}/v1"]

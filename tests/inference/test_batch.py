@@ -21,7 +21,7 @@ GENERATION = Generation(max_new_tokens=6)
 
 @pytest.fixture
 def composite(base_folder, words):
-    """Two endpoints, a local model and self; rows at random, so that everybody is chosen for something."""
+    """Build a composite of two endpoints, a local model and self. Its random rows choose each for some prompts."""
     experts = [
         *words,
         Expert("local", model=str(base_folder), cost={"input": 0.1, "output": 0.1}),
@@ -29,7 +29,7 @@ def composite(base_folder, words):
     ]
     made = composite_of(base_folder, experts)
     made.meta.rows = torch.randn(4, 32, generator=torch.Generator().manual_seed(4))
-    made.manifest.training["objective"] = "correctness"  # so that costs can be weighed
+    made.manifest.training["objective"] = "correctness"  # only this objective can weigh costs
     made.chooser = made.composite.chooser
     return made
 
@@ -76,7 +76,7 @@ def test_an_interrupted_run_goes_on_and_answers_nothing_twice(composite, source,
         generate_file(composite, source, tmp_path / "out.jsonl", generation=GENERATION)
     assert not (tmp_path / "out.jsonl").exists()
     part = tmp_path / ".out.jsonl.part"
-    part.write_text(part.read_text()[:-20])  # a line that was not finished
+    part.write_text(part.read_text()[:-20])  # an unfinished line
 
     def counting(composite, conversations, *more):
         asked.append(len(conversations))
@@ -96,7 +96,7 @@ def test_a_row_that_can_not_be_decided_on_is_told_and_takes_no_other_along(compo
     assert counts["nobody"] == 1
     first, second, third = lines(tmp_path / "out.jsonl")
     assert first["answer"]
-    assert "at most 511 are read" in second["error"]
+    assert "at most 511 tokens, got" in second["error"]
     assert (third["odd"], bool(third["answer"])) == ("\ud800", True)
 
 
@@ -196,7 +196,7 @@ def test_a_whole_file_is_answered_anew_on_demand_only_and_never_over_its_questio
     assert lines(tmp_path / "out.jsonl") == before
     asked = source.read_text()
     for overwrite in (False, True):
-        with pytest.raises(ExpertokenError, match="name another file for the answers"):
+        with pytest.raises(ExpertokenError, match="expected a file for the answers, got the input file"):
             generate_file(composite, source, source, generation=GENERATION, overwrite=overwrite)
     assert source.read_text() == asked
 
@@ -244,14 +244,14 @@ def test_a_cost_without_prices_and_a_default_that_is_nobody_are_refused(base_fol
 
 def test_a_share_that_no_threshold_gives_is_refused(composite):
     rows = composite.meta.rows.clone()
-    rows[-1] += 100 * composite.meta.states([composite.meta.encode("hello")])[0][0]  # self is sure of itself
+    rows[-1] += 100 * composite.meta.states([composite.meta.encode("hello")])[0][0]  # self has a probability of 1
     composite.meta.rows = rows
-    with pytest.raises(ExpertokenError, match="no threshold gives them more"):
+    with pytest.raises(ExpertokenError, match="Use a share up to that"):
         calibrate(composite, PROMPTS, share=0.9)
 
 
 def test_a_share_that_no_threshold_comes_near_is_refused(composite):
-    composite.meta.rows = composite.meta.rows * 1000  # all sure of themselves
+    composite.meta.rows = composite.meta.rows * 1000  # every decision has a probability of almost 1
     sure = [max(dispatch.probabilities.values()) for dispatch in composite.route(PROMPTS)]
     assert sum(share == 1 for share in sure) > 40
     with pytest.raises(ExpertokenError, match="the nearest threshold gives"):
@@ -281,7 +281,7 @@ def test_what_was_calibrated_is_stored_in_the_composite_and_holds_when_it_is_loa
 
 
 def test_what_was_calibrated_decides_who_answers_chats_files_and_requests(composite, source, tmp_path):
-    """A threshold that nobody reaches: self answers all."""
+    """No expert reaches the threshold, so self answers everything."""
     from starlette.testclient import TestClient
 
     assert {dispatch.expert for dispatch in composite.route(PROMPTS)} != {"self"}

@@ -1,6 +1,6 @@
-"""Whole requests in the shapes of the programs that people use: what each sends is answered in the form it reads.
+"""Whole requests in the formats of real clients. Each client is answered in the form that it reads.
 
-Written by hand after what these programs send; the texts are ours.
+The requests are written by hand after the clients' own requests. Their texts are ours.
 """
 
 import json
@@ -21,7 +21,7 @@ CACHED = {"cache_control": {"type": "ephemeral"}}
 
 
 def told_to_claude_code(ask):
-    """Claude Code: reminders as blocks of the user's turn, cache marks, thought of earlier turns, results of tools."""
+    """Make Claude Code's request: reminders as blocks of the user's message, cache marks, thoughts and tool results."""
     reminder = "<system-reminder>\nThe list of tasks is empty. Do not mention this.\n</system-reminder>"
     tools = ("Read", "Bash", "Edit")
     return {
@@ -45,7 +45,7 @@ def told_to_claude_code(ask):
 
 
 def claude_codes_next_turn(ask):
-    """The same within a loop of tools: what was thought is signed, a result is a list of blocks, one failed."""
+    """Make Claude Code's request within a tool loop, with a signed thought, a result as blocks and a failed call."""
     body = told_to_claude_code(ask)
     body["messages"] += [
         {"role": "assistant", "content": [
@@ -65,7 +65,7 @@ def claude_codes_next_turn(ask):
 
 
 def told_to_codex(ask):
-    """Codex: a developer's message, environment and instructions as turns of the user, tools that nobody here has."""
+    """Make Codex's request: a developer message, environment and instructions as user messages, and built-in tools."""
     shell = {"type": "object", "properties": {"command": {"type": "array", "items": {"type": "string"}}}}
     rules = "# AGENTS.md instructions for /home/me\n\n<INSTRUCTIONS>\nBe brief.\n</INSTRUCTIONS>"
     context = "<environment_context>\n  <cwd>/home/me/parser</cwd>\n  <shell>bash</shell>\n</environment_context>"
@@ -98,7 +98,7 @@ def told_to_codex(ask):
 
 
 def codexs_next_turn(ask):
-    """The same with what came of a call: thought that only its server can read, a call, and its output."""
+    """Make Codex's request after a call: an encrypted thought, the call, and its output."""
     body = told_to_codex(ask)
     body["input"] += [
         {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "looking"}],
@@ -114,7 +114,7 @@ def codexs_next_turn(ask):
 
 
 def told_to_open_webui(ask):
-    """Open WebUI: a chat with a system prompt, usage asked for, settings that are null."""
+    """Make Open WebUI's request: a chat with a system prompt, a request for usage, and options that are null."""
     return {
         "model": "comp",
         "stream": True,
@@ -130,7 +130,7 @@ def told_to_open_webui(ask):
 
 
 def told_to_continue(ask):
-    """Continue: rules in the system message, files in the request, tools in agent mode."""
+    """Make Continue's request: rules in the system message, files in the request, and tools of agent mode."""
     tool = {"name": "read_file", "description": "Reads.", "parameters": PATH}
     return {
         "model": "comp",
@@ -156,13 +156,13 @@ REQUESTS = {
 
 
 def events(response):
-    """The JSON of each event of a stream."""
+    """Parse the JSON of each event of a stream."""
     lines = [line.removeprefix("data:").strip() for line in response.text.splitlines() if line.startswith("data:")]
     return [json.loads(line) for line in lines if line != "[DONE]"]
 
 
 def text_of(found):
-    """What the client shows, whichever API it asked."""
+    """Return the text that the client shows, for any of the APIs."""
     if "choices" in found:
         return "".join(choice["delta"].get("content") or "" for choice in found["choices"])
     if found["type"] == "content_block_delta":
@@ -192,7 +192,7 @@ def test_each_agent_gets_the_calls_of_its_tools(base_folder, client):
 
 @pytest.mark.parametrize("client", REQUESTS)
 def test_a_decision_on_a_clients_turn_reads_what_the_user_asked(base_folder, client):
-    """What is asked reaches the expert whole, and what the agent wrote around it is in no decision."""
+    """The whole request reaches the expert. The decision does not read the agent's text around the question."""
     path, request = REQUESTS[client]
     with serving(base_folder, TEXT) as (address, seen):
         assert httpx.post(f"{address}{path}", json=request(ASK)).status_code == 200
@@ -205,7 +205,7 @@ def test_a_decision_on_a_clients_turn_reads_what_the_user_asked(base_folder, cli
 
 def test_what_clients_ask_beside_is_answered(base_folder):
     with serving(base_folder, TEXT) as (address, _):
-        assert httpx.head(address).status_code == 200  # Claude Code's, whether anybody is there
+        assert httpx.head(address).status_code == 200  # Claude Code's check of the connection
         counted = httpx.post(f"{address}/v1/messages/count_tokens?beta=true", json=told_to_claude_code(ASK))
         assert counted.json()["input_tokens"] > 1000
         listed = httpx.get(f"{address}/v1/models").json()["data"]

@@ -41,7 +41,7 @@ def answer_of(backend, messages, generation, begun=""):
 
 
 def lean_towards(meta, winner, count=2, with_self=True):
-    """Rows that make one candidate win by far on the prompts used here; the experts behind it rank in order."""
+    """Set rows by which one candidate wins clearly on the prompts used here. The others rank in the pool's order."""
     hidden, _ = meta.states([meta.encode(prompt) for prompt in PROMPTS])
     one = torch.linalg.lstsq(hidden, torch.ones(len(hidden), 1)).solution[:, 0]
     lifts = [-20 if winner is None else 20 if index == winner else 10 - index for index in range(count)]
@@ -85,7 +85,7 @@ def test_selfs_answer_from_the_decisions_cache_is_the_plain_models_answer(tmp_pa
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_selfs_first_token_heeds_the_models_own_generation_settings(make, temperature):
-    """A repetition penalty so high that no token of the prompt may come, and a top-k of one."""
+    """The repetition penalty excludes every token of the prompt, and top-k is one."""
     composite = make(winner=None)
     for model in (composite.meta.model, composite.meta.plain):
         model.generation_config.repetition_penalty = 1e6
@@ -107,7 +107,7 @@ def test_where_lora_was_trained_self_answers_without_it(make, base_folder, tmp_p
 
 
 def test_detection_is_by_token_id_never_by_text(make):
-    """A meta LLM that spells an expert token out in its answer hands nothing over: it is text."""
+    """An expert token spelt out in the meta LLM's answer is text and hands nothing over."""
     composite = make(winner=None)
     spelled = composite.meta.tokenizer("<|expert:math|>", add_special_tokens=False).input_ids
     assert max(spelled) < composite.meta.vocab_size
@@ -170,7 +170,7 @@ def test_a_failing_expert_costs_a_fallback_and_not_the_turn(make, base_folder, t
     reply = make(winner=0, experts=broken).chat("hello", max_new_tokens=3)
     assert reply.expert == "self"
     assert "NO_SUCH_KEY_HERE" in reply.failures["math"]
-    assert "no such folder" in reply.failures["law"]
+    assert "got a path that does not exist" in reply.failures["law"]
 
 
 def test_when_nobody_can_answer_the_reasons_are_told(make, tmp_path):
@@ -190,7 +190,7 @@ def test_an_unknown_generation_argument_is_refused(make):
         make(winner=0).chat("hello", max_tokens=3)
     with pytest.raises(ExpertokenError, match="'max_tokens', did you mean 'max_new_tokens'"):
         make(winner=0).chat("hello", max_tokens=3)
-    with pytest.raises(ExpertokenError, match="stop: expected a text or several, got 3"):
+    with pytest.raises(ExpertokenError, match="stop: expected a text or a list of texts, got 3"):
         make(winner=0).chat("hello", stop=3)
 
 
@@ -398,7 +398,7 @@ def test_an_expert_that_fails_again_and_again_is_left_alone_until_nobody_else_is
     for turn in range(5):
         reply = composite.chat("hello", max_new_tokens=2)
         assert reply.expert == "law"
-        assert reply.skipped == (() if turn < 3 else ("math",))  # whoever asks why is told
+        assert reply.skipped == (() if turn < 3 else ("math",))  # the reply names skipped experts
     assert len(broken.begun) == 3
     composite._backends["law"] = composite._backends["self"] = Odd([RuntimeError("down too")])
     with pytest.raises(ExpertokenError, match="math: down"):
@@ -426,7 +426,7 @@ def test_a_reply_tells_why_it_ended_what_it_took_and_what_it_cost(make, base_fol
 
 
 def test_decisions_that_come_together_are_made_in_one_pass_and_each_self_answer_is_its_own(make, meta):
-    """Left-padded rows of one cache: each goes on as if it had been alone."""
+    """The batch shares a left-padded cache. Each answer continues as if it were alone."""
     composite = make(winner=None)
     prompts = ["hello", "hello there", "Compute 12 plus 30."]
     alone = [composite.chat(prompt, max_new_tokens=8).text for prompt in prompts]
@@ -472,7 +472,7 @@ def test_so_it_is_where_layers_keep_a_window_or_a_state(tmp_path, architecture):
 
 
 def test_self_goes_on_from_what_an_expert_left_and_does_not_begin_again(make):
-    """Self was chosen, but is left alone just now: it comes last."""
+    """Self is chosen, but its breaker is open, so it comes last."""
     composite = make(winner=None)
     for _ in range(3):
         composite._breakers["self"].failed()
@@ -522,7 +522,7 @@ def test_many_who_wait_for_self_hold_no_cache_each(make, monkeypatch):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_trained_for_anywhere_self_hands_over_where_the_meta_llm_calls_for_an_expert(make, base_folder, tmp_path, lora):
-    """The expert goes on from the text so far, which is streamed once; the position is found by deciding by hand."""
+    """The expert continues the text so far, which is streamed once. The test finds the position with the rows alone."""
     composite = make(winner=None)
     meta = composite.meta
     if lora:
@@ -534,7 +534,7 @@ def test_trained_for_anywhere_self_hands_over_where_the_meta_llm_calls_for_an_ex
     prompt = list(meta.encode(CHAT))
     answer = meta.plain.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
     states = [meta.states([Query.of(prompt + answer[:count])])[0] for count in range(12)]
-    # A row that wins at the sixth position and nowhere before.
+    # The row wins at the sixth position, and at no earlier one.
     wanted = torch.tensor([-15.0] * 6 + [15.0] + [-15.0] * 5)
     row = torch.linalg.lstsq(torch.cat(states), wanted[:, None]).solution[:, 0]
     meta.rows = torch.stack([row, torch.zeros_like(row), torch.zeros_like(row)])
@@ -549,14 +549,14 @@ def test_trained_for_anywhere_self_hands_over_where_the_meta_llm_calls_for_an_ex
     used = len(meta.tokenizer(before, add_special_tokens=False).input_ids)
     rest = answer_of(composite.backend("math"), CHAT, Generation(12 - used), begun=before)
     assert "".join(pieces) == before + rest
-    # Where it may not, its token is no token of the answer either.
+    # If handing over is not allowed, the expert's token is not a token of the answer either.
     assert composite.chat(CHAT, max_new_tokens=12, policy=Policy(deny=("math", "law"))).text == alone
     composite.anywhere = False
     assert composite.chat(CHAT, max_new_tokens=12).text == alone
 
 
 def handing_over(make):
-    """A composite whose self calls for `math` at its second token, or sooner; and what it had written then."""
+    """Build a composite whose self calls for `math` at its second token or sooner. Return it with the text before."""
     composite = make(winner=None)
     meta = composite.meta
     composite.anywhere, composite.policy = True, Policy(deny=("law",))
@@ -570,7 +570,7 @@ def handing_over(make):
 
 
 def test_self_answers_where_the_expert_fails_that_it_called_before_anything_was_out(make):
-    """A stop text holds the beginning back. The decision's cache is spent then, and is not gone on from."""
+    """A stop text holds back the beginning. The decision's cache is used up then, so self does not continue from it."""
     composite, before = handing_over(make)
     composite._backends["math"] = Odd([RuntimeError("down")])
     reply = composite.chat(CHAT, max_new_tokens=4, stop=(before + "\x00",))
@@ -685,7 +685,7 @@ def test_a_decision_that_fails_takes_no_other_along(make):
         ]
         return await asyncio.gather(*asked, return_exceptions=True)
 
-    for _ in range(2):  # and the thread lives on
+    for _ in range(2):  # the thread survives the failure
         first, second, third, fourth = asyncio.run(together())
         assert [reply.expert for reply in (first, second, fourth)] == ["math"] * 3
         assert isinstance(third, NoAnswerError)
@@ -694,12 +694,12 @@ def test_a_decision_that_fails_takes_no_other_along(make):
 
 @pytest.mark.parametrize("winner", [0, None])
 def test_a_chat_that_the_meta_llm_can_not_read_is_answered_by_who_can(make, words, winner):
-    """A hundred thousand tokens: the decision reads a part, and where it falls on self the next one answers."""
+    """The decision reads a part of the chat's hundred thousand tokens. If it chooses self, the next expert answers."""
     experts = ExpertPool([*words, Expert("self", "self")])
     composite = make(winner=winner, experts=experts)
     chat = [{"role": "user", "content": "word " * 50_000}, {"role": "assistant", "content": "word " * 50_000}, *CHAT]
     reply = composite.chat(chat)
-    assert reply.expert in (("one",) if winner == 0 else ("one", "two"))  # behind self the two are alike
+    assert reply.expert in (("one",) if winner == 0 else ("one", "two"))  # after self the two experts are equal
     assert composite.decide([chat])[0].prompt_tokens > 50_000
     assert list(reply.failures) == ([] if winner == 0 else ["self"])
 

@@ -1,4 +1,4 @@
-"""Nobody holds a place, a thread or another's decision for nothing."""
+"""Deadlines: no abandoned request keeps an in-flight place or a thread, or delays another decision."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ from expertoken.modeling.source import Source
 from expertoken.tests.inference.conftest import composite_of, mock_expert, served
 from expertoken.tests.inference.test_server import HELLO, ONE, post
 
-PATIENT = 30  # seconds until a test gives up
+PATIENT = 30  # seconds until a test fails
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def in_flight(app):
 
 @contextmanager
 def held(composite, longer_than=0):
-    """Passes over conversations of more tokens wait for the end of this block; gives a queue of their lengths."""
+    """Hold forward passes over longer conversations until the end of this block, and yield a queue of their lengths."""
     going, passing, begun = threading.Event(), composite._decider._pass, queue.SimpleQueue()
 
     def wait(questions, started):
@@ -107,7 +107,7 @@ def test_a_decision_that_does_not_come_is_the_defaults_case(base_folder, words, 
             reply = composite.chat(HELLO, policy=policy)
             assert reply.text.startswith("two0")
             assert "did not decide within 0.2 s: two answers" in reply.dispatch.reason
-        else:  # self is what does not answer
+        else:  # self answers by the meta LLM, which is held
             with pytest.raises(NoAnswerError, match=r"did not decide within 0\.2 s"):
                 composite.chat(HELLO, policy=policy)
 
@@ -186,7 +186,7 @@ def test_a_request_that_is_answered_longer_than_headers_may_take_is_not_cut_off(
 
 
 def test_what_nobody_waits_for_any_more_is_not_decided(composite, monkeypatch):
-    """Else a queue of decisions that were given up makes the next one too late as well."""
+    """Otherwise a queue of cancelled decisions would delay the next one past its deadline too."""
     monkeypatch.setattr(deciding, "_LONG", 100)
     long = [{"role": "user", "content": "word " * 150}]
 
@@ -195,7 +195,7 @@ def test_what_nobody_waits_for_any_more_is_not_decided(composite, monkeypatch):
             first = asyncio.ensure_future(composite.adecide(long))
             await asyncio.to_thread(begun.get, timeout=PATIENT)
             given_up = [asyncio.ensure_future(composite.adecide(long)) for _ in range(5)]
-            await asyncio.sleep(0.5)  # they are encoded, and wait
+            await asyncio.sleep(0.5)  # until they are encoded and queued
             for one in given_up:
                 one.cancel()
             await asyncio.gather(*given_up, return_exceptions=True)
@@ -218,7 +218,7 @@ def test_a_client_that_does_not_read_frees_its_place(base_folder, monkeypatch, s
             sent(lazy, {"model": "comp/one", "messages": HELLO, "stream": True})
             until(lambda: in_flight(app) == 1)
             if sends:
-                time.sleep(0.3)  # it is written to by now, and does not read
+                time.sleep(0.3)  # by now the server is sending, and the client does not read
                 lazy.sendall(b"G")
             until(lambda: in_flight(app) == 0)
             assert post(url, {"model": "comp/one", "messages": HELLO, "max_tokens": 5})[1]["choices"][0]["message"][
@@ -252,14 +252,14 @@ def test_a_load_that_fails_fails_all_who_wait_for_it_and_is_not_repeated(monkeyp
         thread.join(PATIENT)
     assert [told.get(timeout=1) for _ in range(8)] == ["damaged"] * 8
     assert len(loads) == 1
-    with pytest.raises(ExpertFailedError):  # who comes later has another try
+    with pytest.raises(ExpertFailedError):  # a later caller tries again
         models.acquire(Source("/nowhere"))
     assert len(loads) == 2
 
 
 @pytest.mark.slow
 def test_ctrl_c_while_a_model_is_loaded_ends_within_five_seconds():
-    """With the loading in a thread, which nothing can stop; `sleep` stands for it."""
+    """Loading runs in a thread, which cannot be stopped. `sleep` stands for it."""
     code = """
     import time
     from expertoken import cli
@@ -275,7 +275,7 @@ def test_ctrl_c_while_a_model_is_loaded_ends_within_five_seconds():
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=PATIENT
     )
     assert (done.returncode, done.stderr) == (1, "interrupted\n")
-    assert time.monotonic() - started < 10  # Python's own start included
+    assert time.monotonic() - started < 10  # includes Python's start
 
 
 def test_an_answer_still_comes_whole(composite):

@@ -1,4 +1,4 @@
-"""Anthropic's Messages API and OpenAI's Responses API, asked by the official clients."""
+"""Anthropic's Messages API and OpenAI's Responses API, called by the official clients."""
 
 import json
 import re
@@ -43,7 +43,7 @@ CALLS = [
 
 @contextmanager
 def serving(base_folder, deltas, finish="stop", settings=None):
-    """A server of a composite whose only expert answers with these deltas; gives its address and what was asked."""
+    """Serve a composite whose only expert answers with these deltas. Yield the address and the expert's requests."""
     seen = []
 
     async def answer(request):
@@ -174,11 +174,11 @@ def test_errors_have_the_form_of_their_api(base_folder):
         with pytest.raises(anthropic.AuthenticationError) as error:
             claude(address).messages.create(model="comp", max_tokens=5, messages=HELLO)
         assert error.value.body["error"]["type"] == "authentication_error"
-        known = claude(address, "a" * 16)  # as x-api-key
+        known = claude(address, "a" * 16)  # sent as x-api-key
         assert known.messages.create(model="comp", max_tokens=5, messages=HELLO).content[0].text == "Hello"
-        with pytest.raises(anthropic.NotFoundError, match="no model 'other' here"):
+        with pytest.raises(anthropic.NotFoundError, match="unknown model 'other'"):
             known.messages.create(model="other", max_tokens=5, messages=HELLO)
-        with pytest.raises(anthropic.BadRequestError, match=r"tools\[0\]: expected a tool of your own"):
+        with pytest.raises(anthropic.BadRequestError, match=r"tools\[0\]: expected a client tool"):
             known.messages.create(
                 model="comp",
                 max_tokens=5,

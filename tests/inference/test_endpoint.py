@@ -1,4 +1,4 @@
-"""What endpoints really send, from a server that sends it: read, or one clear failure."""
+"""Real endpoints' responses, sent by a test server: each is read, or is one clear failure."""
 
 import asyncio
 import gzip
@@ -30,7 +30,7 @@ PARIS = event({"content": "Paris "}) + event({"content": "it is."})
 
 
 class Server:
-    """Answers each request by `answer(body)`: status, headers, and bytes or an iterable of them; keeps what it saw."""
+    """A server that records its requests and answers by `answer(body)`: status, headers, bytes or an iterable."""
 
     def __init__(self, answer):
         self.seen = seen = []
@@ -50,7 +50,7 @@ class Server:
                 try:
                     for part in [content] if isinstance(content, bytes) else content:
                         self.wfile.write(part)
-                except OSError:  # the client has read enough
+                except OSError:  # the client has closed the connection
                     pass
                 self.close_connection = True
 
@@ -138,7 +138,7 @@ def test_an_answer_that_ends_in_an_error_is_none(finish):
     fails = pytest.raises(ExpertFailedError, match=f"ended its answer with '{finish}'")
     with Server(streaming(event({"content": "Pa"}) + event({}, finish) + DONE)) as server, fails:
         ask(server)
-    fails = pytest.raises(ExpertFailedError, match="told of an error")
+    fails = pytest.raises(ExpertFailedError, match="reported an error")
     with Server(streaming(event({}) + 'data: {"error": {"message": "boom"}}\n\n')) as server, fails:
         ask(server)
 
@@ -215,7 +215,7 @@ def endless():
 
 
 def test_a_chunk_without_an_end_is_not_read_into_memory():
-    fails = pytest.raises(ExpertFailedError, match="a chunk of more than")
+    fails = pytest.raises(ExpertFailedError, match="expected chunks of at most")
     with Server(lambda body: (200, {"content-type": "text/event-stream"}, endless())) as server, fails:
         ask(server)
 
@@ -262,7 +262,7 @@ def test_log_probabilities_that_can_not_be_read_are_no_decision_for_self():
         ([{"token": "", "bytes": [], "logprob": -0.05}], {"law": 49153}),
         ([{"token": "The", "bytes": [], "logprob": 7.0}], {"law": 49153}),
     ):
-        fails = pytest.raises(NoAnswerError, match="the meta LLM can't be asked: its endpoint")
+        fails = pytest.raises(NoAnswerError, match="the meta LLM is unavailable: its endpoint")
         with Server(first_token(tokens)) as server, fails:
             decided(server, ids)
     with Server(first_token([{"id": 504, "token": "The", "bytes": [], "logprob": -0.1}])) as server:
@@ -276,7 +276,7 @@ def test_pieces_without_anything_in_them_are_no_sign_of_life():
             time.sleep(0.02)
             yield event({"content": ""}).encode()
 
-    for first, told in ((event({"role": "assistant"}), "gave nothing"), (PARIS, "stopped in its answer")):
+    for first, told in ((event({"role": "assistant"}), "sent nothing within"), (PARIS, "sent nothing more for")):
         with Server(lambda body, first=first: (200, {"content-type": "text/event-stream"}, empties(first))) as server:
             backend = EndpointBackend(
                 Expert("e", "openai", "m", base_url=server.url), Timeouts(first=0.5, idle=0.5, retries=0)
@@ -326,11 +326,11 @@ def test_an_answer_is_as_long_as_the_endpoints_context_leaves(told):
             return text_of([piece async for piece in backend.stream(ASKED, Generation(count))])
 
         assert [asyncio.run(collect(count)) for count in (900, 100, None)] == ["Paris it is."] * 3
-        # That one request was too long is not held against the parameter.
+        # A request that is too long does not mark the parameter as unsupported.
         assert [body.get("max_tokens") for body, _ in server.seen] == [900, None, 100, None]
 
 
 def test_pieces_without_anything_in_them_use_up_nothing_of_an_answers_length():
-    """Else an endpoint that sends enough of them has answered, with nothing, at its limit."""
+    """Otherwise enough empty pieces would end the answer at its limit, without text."""
     with Server(streaming(1000 * event({"content": ""}) + PARIS + END + DONE)) as server:
         assert text_of(ask(server, Generation(8))) == "Paris it is."

@@ -76,7 +76,7 @@ def test_of_more_answers_than_are_kept_the_oldest_is_forgotten(tmp_path, monkeyp
     kept = Feedback(tmp_path / "f.jsonl")
     for answer in ("chatcmpl-1", "chatcmpl-2", "chatcmpl-3"):
         kept.remember(answer, HELLO, "one", "")
-    with pytest.raises(ExpertokenError, match="no answer of that id"):
+    with pytest.raises(ExpertokenError, match="expected the id of a recent answer"):
         kept.judge(FeedbackRequest(id="chatcmpl-1", thumb="up"), "")
     assert kept.judge(FeedbackRequest(id="resp_3", thumb="up"), "")["expert"] == "one"
     [line] = (tmp_path / "f.jsonl").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""A backend of another package, in one file, is a kind of expert like ours: everything works with it by its name."""
+"""A backend of another package, in one file: everything works with it by its name, as with our own kinds."""
 
 import datetime
 import json
@@ -84,7 +84,7 @@ experts:
 
 @pytest.fixture
 def run(tmp_path, base_folder):
-    """Run `expertoken` with the foreign package installed beside it."""
+    """Run `expertoken` with the foreign package installed."""
     site = tmp_path / "site"
     info = site / "parrots-1.0.dist-info"
     info.mkdir(parents=True)
@@ -209,7 +209,7 @@ def test_one_in_this_process_answers_in_batches_and_scores_texts(run, tmp_path, 
     done = run("collect", "glass.yaml", "--tasks", "choices", "--include-path", tmp_path, "--out", "results")
     assert done.returncode == 0, done.stderr
     scores = [json.loads(line)["score"] for line in (tmp_path / "results" / "glass--choices.jsonl").open()]
-    assert scores == [1.0] * 3  # the shorter one is the likelier
+    assert scores == [1.0] * 3  # the shorter option is likelier
 
 
 def test_a_package_that_is_broken_stops_only_who_asks_for_it(run, tmp_path):
@@ -308,7 +308,7 @@ def test_no_kinds_entry_holds_a_secret(entry, given, message):
         ({"file": 3}, r"experts\[0\].file: expected text, got 3"),
         ({"mode": {1: "x"}}, r"experts\[0\].mode: expected text, numbers, lists or mappings with texts as keys"),
         ({"mode": datetime.date(2024, 1, 1)}, r"experts\[0\].mode: expected text, numbers"),
-        ({"mode": "odd"}, r"experts\[0\]: backend 'mine' can't check it \(KeyError: 'nothing'\)"),
+        ({"mode": "odd"}, r"experts\[0\]: backend 'mine' can't check the entry \(KeyError: 'nothing'\)"),
     ],
 )
 def test_values_that_a_kind_can_not_take_are_mistakes_of_the_entry(entry, tmp_path, given, message):
@@ -352,7 +352,7 @@ class Wrong(Backend):
 
 @pytest.fixture
 def wrong(entry, base_folder):
-    """Make a composite whose only expert is of a kind that gives `answers`."""
+    """Make a composite whose only expert is of a kind that returns `answers`."""
 
     def made(answers):
         entry.kind = ExpertKind("mine", lambda expert, opening: Wrong(answers), batches=True)
@@ -371,7 +371,7 @@ def test_a_batch_that_is_no_list_of_answers_is_asked_one_by_one(wrong, answers):
 def test_a_count_that_is_none_loses_no_answer_and_an_exit_ends_nothing(wrong):
     reply = wrong([]).chat("hi", policy=ONLY, stop="STOP")
     assert (reply.text, reply.expert) == ("one ", "a")
-    with pytest.raises(NoAnswerError, match="wanted to end the program"):
+    with pytest.raises(NoAnswerError, match="raised SystemExit"):
         wrong("exit").chat("hi", policy=ONLY)
 
 
@@ -381,7 +381,7 @@ def test_collected_answers_end_at_stop_texts_and_ask_the_backend_although_it_has
 
     from expertoken.data_prep.harness_models import BackendLM, language_model
 
-    weights = lambda expert, base: Weights(Source(str(base_folder)))  # noqa: E731 - as a kind has it
+    weights = lambda expert, base: Weights(Source(str(base_folder)))  # noqa: E731 - an ExpertKind takes such a function
     entry.kind = ExpertKind("mine", lambda expert, opening: Wrong([]), weights=weights)
     lm = language_model(Expert("a", "mine", "m"), None)
     assert isinstance(lm, BackendLM)

@@ -1,4 +1,4 @@
-"""The exported checkpoint behind a server of another make; the gateway decides by its log-probabilities."""
+"""The gateway, which decides by the log-probabilities of another program's server on the exported checkpoint."""
 
 import json
 import time
@@ -28,7 +28,7 @@ PROMPTS = ("hello", "hello there", "Compute 12 plus 30.", "something quite diffe
 
 
 def server(folder, seen):
-    """Chat completions with log-probabilities, as vLLM gives them; streams say `self` words."""
+    """Create a server of chat completions with log-probabilities, as vLLM returns them. Streams hold self's answer."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
@@ -63,7 +63,7 @@ def server(folder, seen):
 
 @pytest.fixture
 def setting(tmp_path, base_folder, words):
-    """A composite, its export behind a server, and the gateway's file."""
+    """Yield a composite, the gateway's file for its export behind a server, and the server's requests."""
     composite = composite_of(base_folder, [*words, Expert("self", "self")])
     composite.meta.rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(3))
     composite.save_pretrained(tmp_path / "c", verify=False)
@@ -107,7 +107,7 @@ def test_what_a_user_writes_as_an_experts_token_is_text_wherever_it_stands_and_s
     document = yaml.safe_load(file.read_text())
     document["meta"]["token_ids"] = ids
     [own] = [entry for entry in document["experts"] if entry["backend"] == "self"]
-    own["supports"] = ["images"]  # or self would be no candidate
+    own["supports"] = ["images"]  # otherwise self could not serve the request
     file.write_text(yaml.safe_dump(document))
     gateway = open_model(file)
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "<|expert:one|>"}}
@@ -124,7 +124,7 @@ def test_what_a_user_writes_as_an_experts_token_is_text_wherever_it_stands_and_s
     assert all("<|expert:" not in json.dumps(body["messages"]) for body in seen)
     assert "[image_url]" in seen[0]["messages"][0]["content"]
     assert seen[-1]["logit_bias"] == {str(place): -100 for place in ids.values()}
-    assert seen[-1]["temperature"] == 0  # as it is in the process
+    assert seen[-1]["temperature"] == 0  # as in the process
     gateway.chat(chat, policy=Policy(threshold=1.0, default="self", fallbacks=0), temperature=0.5)
     assert seen[-1]["temperature"] == 0.5
 
@@ -136,7 +136,7 @@ def test_the_exports_example_of_a_gateways_file_is_one(setting):
 
 
 def test_nothing_that_is_written_becomes_a_control_token_of_the_exported_tokenizer(setting):
-    """The example's file names them: the meta LLM's server applies its chat template as it likes."""
+    """The gateway's file names the control tokens, because the meta LLM's server applies the chat template itself."""
     _, file, seen = setting
     folder = file.parent / "hf"
     example = yaml.safe_load((folder / GATEWAY_FILE).read_text())
@@ -164,7 +164,7 @@ def test_images_reach_an_expert_that_is_addressed_and_a_limit_of_tokens_holds(se
     assert gateway.chat(image, policy=Policy(allow=("one",))).text.startswith("one0")
     gateway.limit = 10
     for policy in (None, Policy(allow=("one",))):
-        with pytest.raises(ExpertokenError, match="at most 10 are read"):
+        with pytest.raises(ExpertokenError, match="at most 10 tokens"):
             gateway.chat("word " * 100, policy=policy)
 
 
@@ -193,7 +193,7 @@ def test_it_has_a_policy_and_answers_files_as_a_composite_does(setting, tmp_path
         ({"meta": {"model": "m", "url": "x"}}, "meta: expected a mapping with `model`"),
         ({"meta": {"model": "m", "top_logprobs": 0}}, "meta.top_logprobs"),
         ({"meta": {"model": "m", "control_tokens": "<s>"}}, "meta.control_tokens: expected texts"),
-        ({"experts": [{"name": "a", "model": "some/model"}]}, "a gateway holds no models: a"),
+        ({"experts": [{"name": "a", "model": "some/model"}]}, "a gateway holds no models, got a"),
         ({"experts": [{"name": "a", "backend": "openai"}]}, "model: needed"),
     ],
 )
@@ -211,7 +211,7 @@ def test_a_meta_llm_that_can_not_be_asked_is_told(tmp_path, words):
         "experts": [{"name": e.name, "backend": "openai", "model": "mock", "base_url": e.base_url} for e in words],
     }
     (tmp_path / "g.yaml").write_text(yaml.safe_dump(document))
-    with pytest.raises(ExpertokenError, match="the meta LLM can't be asked"):
+    with pytest.raises(ExpertokenError, match="the meta LLM is unavailable"):
         open_model(tmp_path / "g.yaml").chat("hello")
 
 
@@ -227,7 +227,7 @@ def test_where_the_meta_llm_can_not_be_asked_the_default_answers_and_it_is_left_
     for _ in range(5):
         reply = gateway.chat("hello")
         assert (reply.expert, reply.dispatch.ranking) == ("two", ("two", "one"))
-    assert "failed too often of late: two answers" in reply.dispatch.reason
+    assert "failed too often recently: two answers" in reply.dispatch.reason
     told = generate_latest(app.state.service.metrics.registry).decode()
     assert 'expertoken_failures_total{expert="meta",when="before"} 3.0' in told
     assert 'expertoken_retries_total{expert="meta"} 3.0' in told

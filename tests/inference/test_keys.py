@@ -43,7 +43,7 @@ def test_keys_are_made_listed_and_removed_on_the_command_line(tmp_path):
     ("text", "message"),
     [
         ("keys: [{name: a, sha256: my-secret-key}]", r"keys\[0\]\.sha256: expected 64 hexadecimal digits"),
-        ("keys: [{name: a, key: my-secret-key}]", r"keys\[0\]: expected `name`, `sha256` and maybe `experts`"),
+        ("keys: [{name: a, key: my-secret-key}]", r"keys\[0\]: expected `name`, `sha256` and optionally `experts`"),
         ("keys: [{name: 'a b', sha256: " + "0" * 64 + "}]", r"keys\[0\]\.name: expected letters"),
         ("keys: [{name: a, sha256: '" + "0" * 64 + "', experts: one}]", r"experts: expected a list of names"),
         ("my-secret-key", "expected a mapping with a list `keys:`"),
@@ -59,15 +59,15 @@ def test_a_mistake_in_a_key_file_is_named_and_no_value_is_quoted(tmp_path, text,
 
 def test_a_name_has_one_key(tmp_path):
     add_key(tmp_path / "keys.yaml", "team")
-    with pytest.raises(ExpertokenError, match="'team' has a key already"):
+    with pytest.raises(ExpertokenError, match="'team' already has a key"):
         add_key(tmp_path / "keys.yaml", "team")
-    with pytest.raises(ExpertokenError, match="nobody is called 'other'"):
+    with pytest.raises(ExpertokenError, match="no key has the name 'other'"):
         remove_key(tmp_path / "keys.yaml", "other")
 
 
 @pytest.fixture
 def serving(tmp_path, base_folder, words):
-    """A server with a key file, its address, and a key for all and one for `two` alone."""
+    """Yield a server's address, a key for all models, a key for `two` only, the service, and the key file."""
     file = tmp_path / "keys.yaml"
     keys = [add_key(file, "everyone"), add_key(file, "few", ["two"])]
     composite = composite_of(base_folder, [*words, Expert("self", "self")])
@@ -98,7 +98,7 @@ def test_a_key_may_use_what_its_entry_names(serving):
 def test_no_request_can_widen_what_its_key_may_use(serving):
     address, _, few, *_ = serving
     for policy in ({"allow": ["one"]}, {"deny": ["two"]}):
-        with pytest.raises(openai.BadRequestError, match="nobody is left"):
+        with pytest.raises(openai.BadRequestError, match="allow and deny exclude all candidates"):
             ask(address, few, policy=policy)
     assert ask(address, few, policy={"allow": ["one", "two"]}).choices[0].message.content.startswith("two")
     assert ask(address, few, policy={"allow": None, "deny": []}).choices[0].message.content.startswith("two")
@@ -121,7 +121,7 @@ def test_keys_that_are_read_again_hold_at_once(serving):
     remove_key(file, "few")
     added = add_key(file, "new")
     assert ask(address, few)
-    assert asyncio.run(service.reload()) is False  # this composite has no folder: nothing at all was changed
+    assert asyncio.run(service.reload()) is False  # this composite has no folder, so the reload changes nothing
     service.composite.reloaded = lambda: service.composite
     assert asyncio.run(service.reload()) is True
     with pytest.raises(openai.AuthenticationError):

@@ -1,4 +1,4 @@
-"""LiteLLM's proxy on both sides: before `serve`, and as an expert. Runs where the command `litellm` is installed."""
+"""LiteLLM's proxy in front of `serve`, and as an expert. The tests run if the command `litellm` is installed."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ pytestmark = [
 
 @contextmanager
 def proxy(folder, models):
-    """The proxy before models, each a name and what LiteLLM takes as its parameters; gives its address."""
+    """Run the proxy for these models (LiteLLM's parameters by name) and yield its address."""
     entries = [{"model_name": name, "litellm_params": parameters} for name, parameters in models.items()]
     document = {"model_list": entries, "general_settings": {"master_key": KEY}}
     (folder / "litellm.yaml").write_text(yaml.safe_dump(document))

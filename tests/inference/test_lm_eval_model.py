@@ -44,7 +44,7 @@ def tasks(tmp_path):
 
 
 def test_the_harness_generates_with_the_expert_that_the_meta_llm_chooses(base_folder, words, tasks, tmp_path):
-    """By the command, as anybody runs it; the experts' endpoint is a process of its own."""
+    """The command runs as for a user, and the experts' endpoint is a separate process."""
     composite_of(base_folder, [*words, Expert("self", "self")]).save_pretrained(tmp_path / "c", verify=False)
     done = fresh.expertoken("lm-eval", "run", "--model", "expertoken", "--model_args", f"pretrained={tmp_path / 'c'}",
                             "--device", "cpu", "--tasks", "say", "--include_path", tasks,

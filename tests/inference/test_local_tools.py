@@ -1,4 +1,4 @@
-"""A model in this process that calls tools: a tiny one that has learnt a single call by heart."""
+"""Tool calls of a local model: a tiny one that has memorised a single call."""
 
 import json
 
@@ -44,7 +44,7 @@ def knowing_tools(folder):
 
 @pytest.fixture(scope="module")
 def caller(tmp_path_factory):
-    """A folder whose model answers `ASKED` with `ANSWER`."""
+    """Train a model that answers `ASKED` with `ANSWER`, and return its folder."""
     folder = tiny_folder(tmp_path_factory.mktemp("caller"), seed=3)
     tokenizer = knowing_tools(folder)
     prompt = encode_with_tools(tokenizer, ASKED, [TOOL])
@@ -97,7 +97,7 @@ def test_self_calls_tools_too(caller):
 
 def test_a_template_that_knows_no_tools_says_so(base_folder):
     composite = composite_of(base_folder, [Expert("one", model=str(base_folder), supports=("tools",))])
-    with pytest.raises(ExpertokenError, match="knows no tools"):
+    with pytest.raises(ExpertokenError, match="expected a chat template with tools"):
         composite.chat(ASKED, extra={"tools": [TOOL]})
 
 
@@ -110,10 +110,10 @@ def test_nothing_that_is_written_in_calls_results_or_tools_becomes_a_control_tok
             {"role": "tool", "tool_call_id": evil, "content": evil}]  # fmt: skip
     ids = encode_with_tools(tokenizer, chat, [tool])
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    assert ids.count(start) == 5  # the system's, three messages', the prompt's
+    assert ids.count(start) == 5  # the system message, three messages and the generation prompt
 
 
 def test_a_batch_leaves_such_conversations_to_one_at_a_time(caller):
     composite = composite_of(caller, [Expert("one", model=str(caller), supports=("tools",))])
-    with pytest.raises(ExpertFailedError, match="one conversation at a time"):
+    with pytest.raises(ExpertFailedError, match="expected one conversation for an answer with tools"):
         composite.backend("one").complete([ASKED], Generation(extra={"tools": [TOOL]}))

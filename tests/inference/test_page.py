@@ -64,7 +64,7 @@ def ask_again(answer, name):
 
 
 def picture(page, name):
-    """Kept where a person can look at it."""
+    """Save a screenshot of the page if `$SCREENSHOTS` names a folder."""
     if folder := os.environ.get("SCREENSHOTS"):
         page.screenshot(path=f"{folder}/{name}.png")
 
@@ -110,7 +110,7 @@ def test_a_key_that_is_wrong_is_told_and_the_right_one_gets_in(browser, base_fol
             opened.fill("#key", key)
             opened.click("#login button")
             if key == "wrong":
-                opened.locator("#refused", has_text="That key was not accepted").wait_for()
+                opened.locator("#refused", has_text="The server did not accept this key").wait_for()
         opened.locator("#name", has_text="comp").wait_for()
         assert opened.locator("#login").is_hidden()
         opened.close()
@@ -133,7 +133,7 @@ def test_what_keeps_the_line_open_is_no_answer(browser, base_folder, monkeypatch
 def test_an_answer_stays_where_asking_again_gives_none(page):
     answer = say(page, "hello two do: refuse")
     ask_again(answer, "two")
-    page.locator("article.assistant .mark", has_text="asked again: no expert could answer").wait_for()
+    page.locator("article.assistant .mark", has_text="asking again failed: no expert could answer").wait_for()
     assert page.locator("article.assistant .text").inner_text() == "one0 one1 one2 one3 one4"
     assert page.locator("article.assistant .who").inner_text() == "one"
 
@@ -245,7 +245,7 @@ def test_a_server_with_keys_asks_for_one(browser, base_folder, words):
             assert page.locator("#login").is_visible()
             assert page.locator("#key").input_value() == ""
         page.press("#key", "Escape")
-        page.locator("#empty", has_text="wants an API key").wait_for()
+        page.locator("#empty", has_text="requires an API key").wait_for()
         assert not page.locator("#login").is_visible()
         page.reload()
         page.fill("#key", "a-key-of-enough-letters")
@@ -287,7 +287,7 @@ print("<b>")
 
 @pytest.fixture
 def speaking(browser, base_folder):
-    """Opens a page on a composite whose expert streams these deltas."""
+    """Return a function that opens a page on a composite whose expert streams these deltas."""
     from contextlib import ExitStack
 
     from starlette.applications import Starlette
@@ -409,7 +409,7 @@ def test_what_had_come_of_an_answer_is_there_after_a_reload(speaking):
     page.reload()
     answer = page.locator("article.assistant")
     assert answer.locator(".text").inner_text().startswith("word0 word1")
-    assert answer.locator(".mark").inner_text() == "broken off"
+    assert answer.locator(".mark").inner_text() == "interrupted"
     answer.locator(".again button").click()
     page.locator("article.assistant.waiting").wait_for()
 
@@ -425,7 +425,7 @@ def test_the_seam_shows_where_another_expert_went_on(speaking):
       return render(document.querySelector("article.assistant"), turn);
     }""")
     text = page.locator("article.assistant .text")
-    text.locator(".seam", has_text="math goes on").wait_for()
+    text.locator(".seam", has_text="math continues").wait_for()
     picture(page, "seam")
     assert text.locator("div").all_inner_texts() == ["First part.", "Second part."]
 

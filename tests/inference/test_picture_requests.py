@@ -1,4 +1,4 @@
-"""Pictures over the wire: what is a picture, what is refused, and that nothing is fetched or opened."""
+"""Pictures in requests: which parts are pictures, which are refused, and that no address is fetched or opened."""
 
 import asyncio
 import base64
@@ -34,7 +34,7 @@ def content(*urls, text="What is it?"):
 
 
 def bomb(width=20_000, height=8_000):
-    """A PNG of few bytes that many pixels come out of."""
+    """Build a PNG of few bytes with very many pixels."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -72,11 +72,11 @@ ATTACKS = {
     "ftp": ("ftp://pictures.example/a.png", "expected the picture itself"),
     "empty": ("", "expected the picture itself"),
     "no base64": ("data:image/png;base64,%%%", "expected base64"),
-    "svg": (data_url(SVG, "image/svg+xml"), "no picture of PNG"),
-    "text": (data_url(b"just text"), "no picture of PNG"),
-    "cut header": (data_url(picture(0)[:20]), "no picture of PNG"),
-    "bomb": (data_url(bomb()), "20000 x 8000 pixels"),
-    "long side": (data_url(bomb(20_000, 8)), "20000 x 8 pixels"),
+    "svg": (data_url(SVG, "image/svg+xml"), "expected a picture in one of the formats PNG"),
+    "text": (data_url(b"just text"), "expected a picture in one of the formats PNG"),
+    "cut header": (data_url(picture(0)[:20]), "expected a picture in one of the formats PNG"),
+    "bomb": (data_url(bomb()), "got 20000 x 8000"),
+    "long side": (data_url(bomb(20_000, 8)), "got 20000 x 8"),
 }
 
 
@@ -157,7 +157,7 @@ def test_a_file_of_questions_names_pictures_below_its_folder_alone(composite, tm
     assert rows[0]["image"] == "a.png"
     assert all(row["answer"] for row in rows)
     for name, told in (
-        ("../secret.png", "lies outside of"),
+        ("../secret.png", "which leads out of it"),
         ("b.png", "no picture 'b.png' below"),
         (3, "expected a path"),
     ):
@@ -176,7 +176,7 @@ def test_the_terminal_shows_a_picture_with_the_next_question(composite, tmp_path
     chat._show(str(tmp_path / "a.png"))
     chat._answer("hello")
     assert "error:" in told.getvalue()
-    assert "1 with the next question" in told.getvalue()
+    assert "1 with the next message" in told.getvalue()
     assert [part["type"] for part in chat.messages[0]["content"]] == ["image_url", "text"]
     assert chat.pictures == []
 
@@ -191,7 +191,7 @@ def test_many_large_pictures_are_refused_together(url):
     given = data_url(bomb(6000, 6000))
     response = ask(url, content(given, given))
     assert response.status_code == 400
-    assert "64,000,000 pixels together" in response.json()["error"]["message"]
+    assert "64,000,000 pixels in a conversation's pictures" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -218,5 +218,7 @@ def test_another_picture_of_the_same_name_is_answered_anew(composite, tmp_path, 
     (tmp_path / "a.png").write_bytes(picture(2))
     assert _keys(source, "".join(_digests(source, tmp_path))) != first
     (tmp_path / "a.png").write_bytes(picture(2)[:-300])
-    with pytest.raises(ExpertokenError, match="conversation 1, image 'a.png': no picture of PNG"):
+    with pytest.raises(
+        ExpertokenError, match="conversation 1, image 'a.png': expected a picture in one of the formats"
+    ):
         generate_file(composite, source, tmp_path / "other.jsonl", images=tmp_path)

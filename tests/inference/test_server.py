@@ -124,11 +124,11 @@ def test_a_request_can_narrow_what_an_operator_allows_and_not_widen_it(composite
 
 def test_a_policy_that_fits_nobody_does_not_start(composite):
     composite.policy = Policy(deny=("one", "two", "self"))
-    with pytest.raises(ExpertokenError, match="nobody is left who may answer"):
+    with pytest.raises(ExpertokenError, match="allow and deny exclude all candidates"):
         create_app(composite)
 
 
-LARGE = 3_500_000  # bytes, about
+LARGE = 3_500_000  # bytes, approximately
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_no_body_stops_the_server_for_the_others(url, attack):
         time.sleep(0.01)
     asking.join(30)
     assert not asking.is_alive()
-    assert slowest < 2  # a second by itself; these tests may share the machine
+    assert slowest < 2  # one second on an idle machine, but other tests may run at the same time
 
 
 def test_models_are_the_composite_and_its_experts_each_of_which_can_be_addressed(client):
@@ -209,7 +209,7 @@ def test_a_failing_expert_is_not_seen_and_is_counted(client, url):
         ({"messages": [{"role": "user"}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0]"),
         ({"messages": HELLO * 600}, "at most 512"),
-        ({"model": "comp/self", "messages": [{"role": "user", "content": "word " * 2000}]}, "tokens; at most"),
+        ({"model": "comp/self", "messages": [{"role": "user", "content": "word " * 2000}]}, "tokens, got"),
         ({"messages": "hello"}, "messages"),
         ({"temperature": 9}, "temperature"),
         ({"n": 100}, "n:"),
@@ -249,7 +249,7 @@ def test_langchain_uses_it_unchanged(url):
 
 
 def test_experts_get_the_conversation_as_it_is_and_tools_with_it(base_folder):
-    """With an endpoint that answers by calling a tool, in parts, as OpenAI's does."""
+    """The endpoint answers with a tool call in several chunks, like OpenAI's."""
     from starlette.applications import Starlette
     from starlette.responses import StreamingResponse
     from starlette.routing import Route
@@ -295,7 +295,7 @@ def test_experts_get_the_conversation_as_it_is_and_tools_with_it(base_folder):
 
 
 def replying(*lines, status=200, end="data: [DONE]\n\n"):
-    """An endpoint that answers everybody with these chunks; and what it was asked."""
+    """Create an endpoint that answers every request with these chunks. Return it with the list of its requests."""
     asked = []
 
     async def answer(request):
@@ -346,7 +346,7 @@ def test_an_expert_that_gives_something_else_than_an_answer_costs_a_fallback(bas
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_json_can_not_say_is_left_out_of_an_experts_answer_and_what_it_adds_does_no_harm(base_folder, stream):
-    """Half a character, infinite log-probabilities, further keys: none may come as a 500 or as what no client reads."""
+    """Half a character, infinite log-probabilities and unknown keys cause no 500 and no invalid JSON."""
     call = {"index": 0, "id": "c1", "function": {"name": "f", "arguments": '{"a": "\ud83d"}', "strict": True}}
     logprob = {"token": "\ud83d", "logprob": -float("inf"), "top_logprobs": []}
     lines = [
@@ -464,14 +464,16 @@ def test_an_expert_that_is_addressed_answers_what_the_meta_llm_can_not_read(clie
     long = [{"role": "user", "content": "word " * 3000}]
     answer = client.chat.completions.create(model="comp/one", messages=long)
     assert answer.choices[0].message.content == ONE
-    decided = client.chat.completions.create(model="comp", messages=long)  # by the beginning and the end of it
+    decided = client.chat.completions.create(
+        model="comp", messages=long
+    )  # the decision reads its beginning and its end
     assert decided.choices[0].message.content == ONE
-    with pytest.raises(openai.BadRequestError, match="at most 511 are read"):
+    with pytest.raises(openai.BadRequestError, match="at most 511 tokens, got"):
         client.chat.completions.create(model="comp/self", messages=long)
 
 
 def test_what_is_far_too_long_is_not_encoded_whole(composite, monkeypatch):
-    """Seconds of work for each request would be an easy way to keep a server busy."""
+    """Otherwise long requests, with seconds of work each, could easily overload a server."""
     encode, lengths = type(composite.meta.tokenizer).apply_chat_template, []
 
     def counting(tokenizer, messages, **options):
@@ -493,7 +495,10 @@ def test_why_a_request_is_refused_is_told_and_counted_as_no_failure(base_folder)
     with served(create_app(composite, Settings(api_keys=(KEY,)))) as address:
         headers = {"authorization": f"Bearer {KEY}"}
         status, body, _ = post(address, {"model": "composite", "messages": sound}, headers)
-        told = "no expert could answer: a message has a part that is no text; models that run here read text only"
+        told = (
+            "no expert could answer: expected text in each part of a message, because models in this process read "
+            "text only"
+        )
         assert (status, body["error"]["message"]) == (400, told)
     counted = [line for line in composite.observer.failures.collect()[0].samples if line.name.endswith("_total")]
     assert {sample.labels["when"] for sample in counted} == {"refused"}
@@ -509,7 +514,7 @@ def test_who_cannot_serve_a_request_is_not_asked(base_folder, words):
         [told] = post(address, asked | {"tools": [tool]})[1]["expertoken"]
         assert (told["expert"], told["failures"]) == ("one", {})
         status, body, _ = post(address, asked | {"tools": [tool], "model": "composite/self"})
-        assert (status, body["error"]["message"]) == (400, "nobody here can serve this request: self can't call tools")
+        assert (status, body["error"]["message"]) == (400, "no expert can serve this request: self can't call tools")
 
 
 def test_models_tell_what_they_are_known_to_do(base_folder, words):
@@ -534,7 +539,7 @@ def test_the_operators_limit_of_tokens_holds_whoever_is_asked(composite):
         for model in ("comp", "comp/one"):
             status, body, _ = post(address, {"model": model, "messages": [{"role": "user", "content": "word " * 90}]})
             assert status == 400
-            assert "at most 50 are read" in body["error"]["message"]
+            assert "at most 50 tokens" in body["error"]["message"]
 
 
 def test_an_answer_that_may_be_the_beginning_of_a_stop_text_is_an_answer(base_folder):
@@ -578,7 +583,7 @@ def test_while_a_model_thinks_comments_keep_the_line_open(base_folder, monkeypat
 
 
 def test_comments_keep_the_line_open_in_mid_answer_too(base_folder, monkeypatch):
-    """The second expert is slow to go on where the first one stopped."""
+    """The second expert is slow to continue the first one's answer."""
     monkeypatch.setattr(streaming, "_SILENCE", 0.2)
     with (
         mock_expert("one", "--fault", "cut") as (one, _),
@@ -706,7 +711,7 @@ def test_who_sends_a_body_too_slowly_gives_up_its_place(composite, monkeypatch):
 
 
 def test_images_reach_the_expert_and_the_decision_reads_the_text_beside_them(client):
-    """The mock answers by the texts of the parts."""
+    """The mock expert reads the texts of the parts."""
     parts = [{"type": "text", "text": "hello"}, {"type": "image_url", "image_url": {"url": PIXEL}}]
     answer = client.chat.completions.create(model="comp/two", messages=[{"role": "user", "content": parts}])
     assert answer.choices[0].message.content.startswith("two0")
@@ -758,7 +763,7 @@ def test_a_body_over_the_limit_is_not_read_whole(composite):
         large = {"model": "composite", "messages": [{"role": "user", "content": "x" * 3000}]}
         assert post(address, large)[0] == 413
 
-        # In chunks, which tell no length.
+        # A chunked body does not state its length.
         chunks = b"".join(b"64\r\n" + b"x" * 100 + b"\r\n" for _ in range(50)) + b"0\r\n\r\n"
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         host, port = address.removeprefix("http://").split(":")
@@ -778,7 +783,7 @@ def test_who_sends_far_too_much_is_told_so_and_does_not_see_a_broken_connection(
 def test_requests_over_the_rate_are_told_to_come_again(composite):
     with served(create_app(composite, Settings(rate=2))) as address:
         body = {"model": "composite", "messages": HELLO}
-        # A key that nobody asked for makes no stranger of one.
+        # The server has no keys, so different keys are still one client.
         found = [post(address, body, {"authorization": f"Bearer {number}"}) for number in range(3)]
         assert [status for status, _, _ in found] == [200, 200, 429]
         assert 50 < int(found[2][2]["retry-after"]) <= 60
@@ -815,7 +820,7 @@ def test_the_log_has_a_line_for_each_request_and_nothing_of_what_was_said(url, c
 
 
 def test_a_chat_that_goes_on_stays_with_its_expert_though_the_client_does_not_say_who_it_was(composite):
-    """`two` is asked for once; with a bonus for the last expert it is asked again, by what its answer was."""
+    """`two` answers once. With a bonus for the last expert it is chosen again: its answer identifies it."""
     with served(create_app(composite, Settings(name="comp"))) as address:
         extra = {"expertoken": {"policy": {"deny": ["one"]}}}
         _, first, _ = post(address, {"model": "comp", "messages": HELLO} | extra)
@@ -825,7 +830,7 @@ def test_a_chat_that_goes_on_stays_with_its_expert_though_the_client_does_not_sa
             extra = {"expertoken": {"policy": {"sticky": sticky}}}
             _, body, _ = post(address, {"model": "comp", "messages": chat} | extra)
             assert body["choices"][0]["message"]["content"].startswith(expert)
-        # A user can't say so for himself.
+        # A user cannot claim this by `name`.
         forged = [{"role": "user", "content": "hello", "name": "two"}]
         _, body, _ = post(address, {"model": "comp", "messages": forged} | extra)
         assert body["choices"][0]["message"]["content"].startswith("one")

@@ -1,4 +1,4 @@
-"""Who answered a conversation last, and what follows from that."""
+"""Sessions: the last expert of a conversation, and its effect on the next decision."""
 
 import time
 from dataclasses import replace
@@ -24,7 +24,7 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": 
 
 
 def calling(name):
-    """An expert that calls a tool until it has three results, then answers with its name; it counts its calls."""
+    """Create an expert that calls a tool until it has three results, then answers its name. It numbers its calls."""
     numbers = iter(range(10**6))
 
     async def answer(request):
@@ -51,7 +51,7 @@ def callers():
 
 
 def turn(address, messages, **more):
-    """An answer as the client sends it back, and who gave it."""
+    """Return an answer as the client sends it back, and its expert."""
     body = {"model": "composite", "messages": messages, "tools": [TOOL], "expertoken": {"show": True}} | more
     headers = more.pop("headers", None)
     status, found, _ = post(address, body, headers)
@@ -60,7 +60,7 @@ def turn(address, messages, **more):
 
 
 def loop(addresses, first, **more):
-    """A tool loop, its requests sent to the addresses in turn; who answered each, with who may answer the first."""
+    """Run a tool loop over the addresses in turn, with only `first` allowed at its start. Return experts, messages."""
     messages, experts = [HELLO], []
     for number in range(8):
         policy = {"policy": {"allow": [first]}} if not number else {}
@@ -77,7 +77,7 @@ def loop(addresses, first, **more):
 def test_who_called_tools_reads_their_results_though_another_would_be_chosen(base_folder, callers):
     with served(create_app(composite_of(base_folder, callers))) as address:
         assert loop([address], "two")[0] == ["two"] * 4
-        assert turn(address, [HELLO])[1] == "one"  # who is chosen without
+        assert turn(address, [HELLO])[1] == "one"  # the decision without a session
 
 
 def test_two_servers_with_one_store_agree_inside_a_loop(tmp_path, base_folder, callers):
@@ -105,7 +105,7 @@ def test_after_the_loop_it_is_decided_anew(base_folder, callers):
 
 
 def test_a_session_that_the_client_names_is_known_whatever_became_of_its_messages(base_folder, callers):
-    """Agents shorten what they send: the request and the call itself are other ones then."""
+    """Agents shorten their messages, so the request and the call may differ from the earlier ones."""
     for given in ({"metadata": {"user_id": "u1"}}, {"prompt_cache_key": "k1"}):
         with served(create_app(composite_of(base_folder, callers))) as address:
             said, _ = turn(address, [HELLO], expertoken={"show": True, "policy": {"allow": ["two"]}}, **given)
@@ -116,7 +116,7 @@ def test_a_session_that_the_client_names_is_known_whatever_became_of_its_message
 
 
 def test_what_goes_on_beside_a_loop_under_the_same_id_does_not_end_it(base_folder, callers):
-    """Agents ask for titles and let subagents work, all under one id."""
+    """Agents request titles and run subagents under the same id."""
     given = {"metadata": {"user_id": "u1"}}
     with served(create_app(composite_of(base_folder, callers))) as address:
         said, _ = turn(address, [HELLO], expertoken={"show": True, "policy": {"allow": ["two"]}}, **given)
@@ -181,7 +181,7 @@ def test_a_switch_costs_what_the_last_expert_has_cached():
 
     chooser = Chooser(ExpertPool([priced("one"), priced("two", cached_input=0.1)]), chances=True)
     logits = torch.logit(torch.tensor([0.61, 0.60]))
-    policy = Policy(cost_weight=1.0)  # 100,000 tokens are 0.1 USD
+    policy = Policy(cost_weight=1.0)  # 100,000 tokens cost 0.1 USD
     asked = {"prompt_tokens": 100_000, "last": "two"}
     assert chooser.choose(policy, logits, **asked).expert == "one"
     assert chooser.choose(policy, logits, **asked, cached=90_000).expert == "two"

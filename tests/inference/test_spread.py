@@ -1,4 +1,4 @@
-"""A file that is answered by workers of a real Ray cluster, on this machine."""
+"""Answers to a file by workers of a real Ray cluster, on this machine."""
 
 import json
 import os
@@ -27,7 +27,7 @@ COUNT = 60
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    """One for all: its start takes as long as a test."""
+    """Start one cluster for all tests, because its start takes as long as a test."""
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
@@ -35,7 +35,7 @@ def cluster():
 
 @pytest.fixture
 def setting(tmp_path, base_folder):
-    """A composite whose experts are models of the workers' own, and a file of conversations."""
+    """Save a composite whose experts the workers load themselves, and a file of conversations."""
     composite = composite_of(
         base_folder,
         [Expert("one", model=str(base_folder)), Expert("two", model=str(base_folder)), Expert("self", "self")],
@@ -48,7 +48,7 @@ def setting(tmp_path, base_folder):
 
 
 def killed_once(seconds=120):
-    """Kill one of the workers while it answers; gives the thread that does so."""
+    """Kill one of the workers while it answers. Return the thread that does so and the list of killed processes."""
 
     def kill():
         end = time.monotonic() + seconds
@@ -76,7 +76,7 @@ def test_workers_answer_a_file_as_one_process_does_though_one_is_killed(setting,
         thread, killed = killed_once()
         counts = generate_file(workers, setting / "in.jsonl", setting / "there.jsonl", **given)
         thread.join()
-        with pytest.raises(ExpertokenError, match="is there already, and whole"):
+        with pytest.raises(ExpertokenError, match="exists already and is complete"):
             generate_file(workers, setting / "in.jsonl", setting / "there.jsonl", **given)
     assert killed
     assert sum(counts.values()) == COUNT
@@ -94,6 +94,6 @@ def test_what_is_wrong_with_the_composite_is_told_as_it_is_here(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n')
     with (
         RayWorkers(tmp_path / "none", 1, Cluster(cpus=0)) as workers,
-        pytest.raises(ExpertokenError, match="none: no composite folder"),
+        pytest.raises(ExpertokenError, match="none: expected a composite folder"),
     ):
         generate_file(workers, tmp_path / "in.jsonl", tmp_path / "out.jsonl")

@@ -13,7 +13,7 @@ from expertoken.modeling.errors import ExpertokenError
 
 
 class ScriptedStream(ReplyStream):
-    """Its pieces are given; an interruption among them comes as it does at a terminal, to whoever waits for a piece."""
+    """Stream of scripted pieces. An interruption among them is raised in the loop over the pieces, as at a terminal."""
 
     def __init__(self, pieces):
         probabilities = {"math": 0.8, "law": 0.1, "self": 0.1}
@@ -33,7 +33,7 @@ class ScriptedStream(ReplyStream):
 
 
 class Scripted:
-    """A composite whose answers are given: the terminal is what is tested here."""
+    """Composite with scripted answers, because only the terminal is tested."""
 
     def __init__(self, pool, answers):
         self.pool, self.answers, self.heard = pool, list(answers), []
@@ -66,7 +66,7 @@ def test_why_tells_who_answered_only_when_asked(talk):
     _, silent = talk(["one"], [["a"]])
     assert "math" not in silent
     _, told = talk(["/why", "one", "/why"], [["a"]])
-    assert "nothing was answered yet" in told
+    assert "no answer yet" in told
     assert "answered by math" in told
     assert "80.0%" in told
 

@@ -23,7 +23,7 @@ def test_out_of_memory_names_a_smaller_batch_and_what_is_kept():
     with pytest.raises(OutOfMemoryError) as error:
         list(batches)
     assert str(error.value) == (
-        "states: out of memory in a batch of 4 x 10 + 5 tokens; try --max_tokens 30, --dtype bfloat16 or a smaller "
+        "states: out of memory in a batch of 4 x 10 + 5 tokens. Try --max_tokens 30, --dtype bfloat16 or a smaller "
         "meta LLM. The rest is kept"
     )
 
@@ -55,7 +55,7 @@ def test_a_listener_hears_of_memory_in_the_same_words():
     assert not list(run_batches([9, 9], run, label="decision", on_error=lambda *t: failed.append(t)))
     assert [index for index, _ in failed] == [0, 1]
     assert all(isinstance(error, OutOfMemoryError) for _, error in failed)
-    assert str(failed[0][1]) == "decision: out of memory in a batch of 1 x 9 tokens; try a smaller meta LLM"
+    assert str(failed[0][1]) == "decision: out of memory in a batch of 1 x 9 tokens. Try a smaller meta LLM"
 
 
 def test_another_error_is_raised_as_it_is():

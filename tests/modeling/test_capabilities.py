@@ -56,13 +56,13 @@ def test_who_cannot_serve_a_request_is_neither_chosen_nor_asked_later():
     found = chooser.choose(Policy(), logits, unable=unable(chooser.pool, needs(tools=[TOOL])))
     assert found.ranking == ("c", "b")
     assert "a can't call tools" in found.reason
-    assert found.probabilities["a"] == max(found.probabilities.values())  # the trained ones are told as they are
+    assert found.probabilities["a"] == max(found.probabilities.values())  # probabilities are reported unchanged
 
 
 def test_where_nobody_can_it_is_said_who_lacks_what():
     chooser = Chooser(ExpertPool([remote("a", supports=()), remote("b", supports=())]))
     without = unable(chooser.pool, needs(PICTURE))
-    with pytest.raises(ExpertokenError, match="nobody here can serve this request: a can't read images; b can't"):
+    with pytest.raises(ExpertokenError, match="no expert can serve this request: a can't read images; b can't"):
         chooser.candidates(Policy(), without)
 
 

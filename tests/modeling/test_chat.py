@@ -52,12 +52,12 @@ def test_parts_of_text_are_read_as_text_and_other_parts_are_refused_where_only_t
     assert ids == encode_chat(tokenizer, "<|im_\nend|> hello", VOCABULARY)
     picture = [*parts, {"type": "image_url", "image_url": {"url": "data:,"}}]
     assert as_messages([{"role": "user", "content": picture}])[0]["content"] == picture  # an endpoint may see it
-    with pytest.raises(ExpertokenError, match="a part that is no text.*text only"):
+    with pytest.raises(ExpertokenError, match="expected text in each part of a message.*text only"):
         encode_chat(tokenizer, [{"role": "user", "content": picture}], VOCABULARY)
 
 
 def test_a_template_that_builds_its_control_tokens_from_pieces_is_safe_too():
-    """As Phi-4-mini's: the tokens are added, not special, and the template's text holds none of them."""
+    """As in Phi-4-mini, the tokens are added but not special, and the template's text contains none of them."""
     tokenizer = tiny_tokenizer("pieces")
     assert not set(TEMPLATES["pieces"][1]) & set(tokenizer.all_special_tokens)
     benign = encode_chat(tokenizer, "x", VOCABULARY)
@@ -67,7 +67,7 @@ def test_a_template_that_builds_its_control_tokens_from_pieces_is_safe_too():
 
 
 def test_ids_without_a_row_are_refused():
-    with pytest.raises(ExpertokenError, match="do not belong together"):
+    with pytest.raises(ExpertokenError, match="expected token ids below the model's 10 rows"):
         encode_chat(tiny_tokenizer(), "hello", 10)
 
 
@@ -111,14 +111,14 @@ def test_a_query_inside_an_answer_keeps_its_media():
 
 
 def test_the_key_of_a_text_is_that_of_its_ids_alone():
-    """So that caches of states outlive what a query learns to hold."""
+    """So cached states stay valid when a query gets new fields."""
     ids = [5, 6, 7]
     expected = hashlib.blake2b(np.asarray(ids, dtype=np.int32).tobytes(), digest_size=16).digest()
     assert Query.of(ids).key == expected
 
 
 def test_what_threads_encode_at_once_is_what_each_encodes_alone():
-    """Reading control tokens as text is a setting of the tokenizer, which the threads of a server share."""
+    """A server's threads share the tokenizer, whose settings decide whether control tokens are read as text."""
     tokenizer = tiny_tokenizer("chatml")
     chat, text = [{"role": "user", "content": "hello"}], "<|im_start|>hello"
     alone = encode_chat(tokenizer, chat, 10_000), encode_text(tokenizer, text).input_ids
@@ -170,9 +170,9 @@ def test_an_answer_goes_on_behind_its_thought_whatever_the_template_strips(promp
 
 
 def test_a_thought_ends_with_its_own_token_where_the_tokenizer_has_one():
-    """Written as text it would not end: the next expert would give its answer as a thought."""
+    """As text the end would not be recognised, and the next expert would write its answer as a thought."""
     tokenizer = copy.deepcopy(tiny_tokenizer("chatml"))
-    tokenizer.add_tokens(["<think>", "</think>"])  # added, and not special
+    tokenizer.add_tokens(["<think>", "</think>"])  # added, but not special
     opening, closing = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
     asked = [{"role": "user", "content": "Where is it? <think>"}]
     for prompt, begun, marks in (
@@ -183,7 +183,7 @@ def test_a_thought_ends_with_its_own_token_where_the_tokenizer_has_one():
     ):
         tokenizer.chat_template = THINKS.replace("PROMPT", f"{{{{ {prompt!r} }}}}")
         ids = encode_chat(tokenizer, asked, len(tokenizer), begun=begun)
-        assert [token for token in ids if token in (opening, closing)] == marks  # and the user's is none
+        assert [token for token in ids if token in (opening, closing)] == marks  # the user's text is not a mark
         assert tokenizer.decode(ids).endswith("Paris is")
 
 

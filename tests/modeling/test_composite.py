@@ -62,7 +62,7 @@ def test_a_mismatch_after_saving_fails_loudly_and_replaces_nothing(tmp_path, com
         write_rows(rows + 1, names, path)
 
     monkeypatch.setattr(module, "write_rows", wrong)
-    with pytest.raises(ExpertokenError, match="a fresh process comes to other logits"):
+    with pytest.raises(ExpertokenError, match="expected the trained model's logits in a fresh process, got others"):
         save_composite(composite, tmp_path / "composite", verify=True)
     assert contents(tmp_path / "composite") == before
 
@@ -82,7 +82,7 @@ def test_a_full_disk_while_saving_leaves_the_old_folder(tmp_path, composite, mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(composite.meta.tokenizer, "save_pretrained", full)
-    with pytest.raises(ExpertokenError, match="No space left on device.*it is as it was"):
+    with pytest.raises(ExpertokenError, match="No space left on device.*Nothing was changed"):
         save_composite(composite, tmp_path / "composite")
     assert contents(tmp_path / "composite") == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["composite"]
@@ -136,7 +136,7 @@ def test_who_reads_all_the_time_disturbs_no_save_and_always_finds_a_composite(tm
 def test_behind_a_symbolic_link_the_folder_it_leads_to_is_replaced(tmp_path, composite):
     (tmp_path / "disk").mkdir()
     (tmp_path / "c").symlink_to(tmp_path / "disk" / "c")
-    for _ in range(2):  # there is none yet, and then there is one
+    for _ in range(2):  # first a new folder, then an existing one
         save_composite(composite, tmp_path / "c", verify=False)
         assert (tmp_path / "c").is_symlink()
         assert read_manifest(tmp_path / "c").experts == ["math", "law"]
@@ -148,7 +148,7 @@ def test_a_mount_point_is_refused_with_what_to_do(tmp_path, composite, monkeypat
     monkeypatch.setattr(Path, "is_mount", lambda path: path == (tmp_path / "c").resolve())
     for write in (lambda: save_composite(composite, tmp_path / "c", verify=False),
                   lambda: check_product(tmp_path / "c", "supervision")):  # fmt: skip
-        with pytest.raises(ExpertokenError, match="c: is a mount point, .* such as .*c/new"):
+        with pytest.raises(ExpertokenError, match="c: expected a folder .*, got a mount point.* such as .*c/new"):
             write()
 
 
@@ -166,10 +166,10 @@ def test_saving_again_drops_our_stale_files_and_keeps_subfolders_and_what_others
     [
         (lambda f: (f / ROWS_FILE).write_bytes(b"\x10\x00garbage"), "expert_tokens.safetensors: missing or damaged"),
         (lambda f: (f / ROWS_FILE).unlink(), "expert_tokens.safetensors: missing or damaged"),
-        (lambda f: (f / MANIFEST_FILE).unlink(), "no composite folder"),
+        (lambda f: (f / MANIFEST_FILE).unlink(), "expected a composite folder"),
         (lambda f: (f / MANIFEST_FILE).write_text("{"), "expertoken.json: can't be read"),
         (lambda f: (f / MANIFEST_FILE).write_text('{"format_version": 99}'), "expected format_version 2, got 99"),
-        (lambda f: write_rows(torch.zeros(1, 32), ["math"], f / ROWS_FILE), "holds rows .* expected"),
+        (lambda f: write_rows(torch.zeros(1, 32), ["math"], f / ROWS_FILE), "expected rows .*, got "),
         (
             lambda f: (f / "experts.yaml").write_text("experts: [{name: math}]"),
             "experts.yaml: experts.0..model: needed",
@@ -190,7 +190,7 @@ def test_another_base_model_is_refused(tmp_path, composite):
     manifest = json.loads((tmp_path / "composite" / MANIFEST_FILE).read_text())
     manifest["base"]["model"] = str(other)
     (tmp_path / "composite" / MANIFEST_FILE).write_text(json.dumps(manifest))
-    with pytest.raises(ExpertokenError, match="trained on another base model"):
+    with pytest.raises(ExpertokenError, match="expected the base model that it was trained on"):
         load_composite(tmp_path / "composite", device="cpu")
 
 
@@ -203,7 +203,7 @@ def test_a_damaged_base_is_one_clear_line(tmp_path):
 
 
 def test_a_missing_base_is_one_clear_line(tmp_path):
-    with pytest.raises(ExpertokenError, match="no such folder"):
+    with pytest.raises(ExpertokenError, match="got a path that does not exist"):
         MetaLLM.from_pretrained(str(tmp_path / "nowhere"), 1)
 
 
@@ -214,8 +214,8 @@ def test_a_copy_whose_base_stayed_behind_says_where_it_looked_and_what_to_do(tmp
     base = json.loads((copy / MANIFEST_FILE).read_text())["base"]["model"]
     with pytest.raises(ExpertokenError) as error:
         load_composite(copy, device="cpu")
-    told = f"{copy}: its base model is not at {(copy / base).resolve()}; put it there, or write where it is into"
-    assert str(error.value) == f"{told} {copy / MANIFEST_FILE} (`base.model`)"
+    told = f"{copy}: expected the base model at {(copy / base).resolve()}, which does not exist. Move it there, or"
+    assert str(error.value) == f"{told} correct `base.model` in {copy / MANIFEST_FILE}"
 
 
 def test_a_folder_can_not_switch_on_remote_code_by_itself(tmp_path, composite):
@@ -223,7 +223,7 @@ def test_a_folder_can_not_switch_on_remote_code_by_itself(tmp_path, composite):
     manifest = json.loads((tmp_path / "composite" / MANIFEST_FILE).read_text())
     manifest["base"]["trust_remote_code"] = True
     (tmp_path / "composite" / MANIFEST_FILE).write_text(json.dumps(manifest))
-    with pytest.raises(ExpertokenError, match="say trust_remote_code=True"):
+    with pytest.raises(ExpertokenError, match="Pass trust_remote_code=True"):
         load_composite(tmp_path / "composite", device="cpu")
     load_composite(tmp_path / "composite", device="cpu", trust_remote_code=True)
 
@@ -235,7 +235,7 @@ def test_no_path_of_this_machine_is_in_a_card(tmp_path, composite):
 
 
 def test_a_file_limit_while_writing_rows_is_one_clear_line(tmp_path, composite, checked_at_once):
-    """The kernel's own refusal, in a process of its own."""
+    """The kernel refuses the write, in a separate process."""
     import subprocess
     import sys
 
@@ -250,7 +250,7 @@ def test_a_file_limit_while_writing_rows_is_one_clear_line(tmp_path, composite, 
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ExpertokenError" in done.stderr.splitlines()[-1]
-    assert "could not be written (File too large); it is as it was" in done.stderr
+    assert "could not be written (File too large). Nothing was changed" in done.stderr
     assert contents(tmp_path / "composite") == before
 
 
@@ -286,5 +286,5 @@ def test_a_base_that_does_not_fit_into_memory_says_what_to_change(tmp_path, base
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
-    with pytest.raises(ExpertokenError, match="does not fit into the memory of cpu; try --dtype bfloat16"):
+    with pytest.raises(ExpertokenError, match="does not fit into the memory of cpu. Try --dtype bfloat16"):
         MetaLLM.from_pretrained(Source(str(base_folder)), 1, device="cpu")

@@ -71,7 +71,7 @@ def test_cross_entropy_of_a_one_hot_target_is_torchs():
 
 
 def test_a_candidate_whose_score_is_unknown_is_left_out_of_the_query():
-    """Its logit changes neither loss nor gradient, whatever the objective."""
+    """Its logit changes neither loss nor gradient under any objective."""
     scores = torch.tensor([[1.0, 0.0, float("nan")]] * 5)
     targets = torch.tensor([[1.0, 0.0, 0.0]] * 5)
     for name, objective in OBJECTIVES.items():
@@ -99,12 +99,12 @@ def test_in_correctness_the_rows_do_not_know_of_each_other():
 
 
 def test_the_contrastive_loss_is_that_of_its_definition():
-    """RouterDC's (arXiv 2409.19886), query by query, candidate by candidate."""
+    """The reference is RouterDC's definition (arXiv 2409.19886), computed query by query and candidate by candidate."""
     rng = torch.Generator().manual_seed(0)
     logits = torch.randn(40, 7, generator=rng, requires_grad=True)
     scores = torch.rand(40, 7, generator=rng)
     scores[torch.rand(40, 7, generator=rng) < 0.2] = torch.nan
-    scores[0], scores[1] = 1.0, 0.0  # nobody to oppose, nobody to favour
+    scores[0], scores[1] = 1.0, 0.0  # one query without a negative, one without a positive
     weights = torch.rand(40, generator=rng)
     plain = 0.0
     for row, known, weight in zip(logits.tolist(), scores.tolist(), weights.tolist(), strict=True):

@@ -25,7 +25,7 @@ ASKED = [f"{start} {number}, {end}" for number in range(20) for start, end in KI
 
 
 def make(tmp_path, architecture="llama-tied", count=2, lora=False):
-    """A composite on disk with rows at random."""
+    """Save a composite with random rows and return its folder."""
     base = tiny_folder(tmp_path / "base", architecture)
     return make_on(tmp_path, base, count, lora)
 
@@ -47,7 +47,7 @@ def make_on(tmp_path, base, count, lora):
 
 
 def next_token(folder, prompt):
-    """Probabilities of the whole vocabulary, as any server computes them."""
+    """Compute the probabilities of the whole vocabulary, as a server does."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     chat = [{"role": "user", "content": prompt}]
@@ -73,7 +73,7 @@ def test_an_exported_checkpoint_dispatches_as_the_composite_does(tmp_path, archi
         experts = torch.stack([found[place] for place in ids.values()])
         decided = torch.cat([experts, 1 - experts.sum(0, keepdim=True)])
         assert wanted.max() - wanted[decided.argmax()] <= 0.05
-        # Among the experts nothing is approximate.
+        # The ratios among the experts are exact.
         ratios = (experts / experts.sum(), wanted[:2] / wanted[:2].sum())
         torch.testing.assert_close(*ratios, atol=1e-3, rtol=1e-3)
         chosen.append(int(wanted.argmax()))
@@ -93,7 +93,7 @@ def test_what_users_write_like_control_tokens_is_compared_as_text(tmp_path):
 
 @pytest.mark.parametrize("silent", [True, False])
 def test_rows_to_spare_are_used_where_the_model_gives_them_no_probability(tmp_path, silent):
-    """The tiny tokenizer has fewer tokens than its model has rows; a trained model never gives those."""
+    """The tiny tokenizer has fewer tokens than its model has rows. A trained model never generates the spare rows."""
     folder = make(tmp_path, "llama-untied")
     if silent:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_decides_otherwise_is_not_written(tmp_path, monkeypatc
         return place(model, tokenizer, tokens, rows.flip(0))
 
     monkeypatch.setattr(module, "_place", wrongly)
-    with pytest.raises(ExpertokenError, match=r"decides otherwise on .* of 8 prompts, on '"):
+    with pytest.raises(ExpertokenError, match=r"decides differently on .* of 8 prompts \(for instance '"):
         export_checkpoint(folder, tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
@@ -148,7 +148,7 @@ def test_wrong_rows_are_found_where_self_is_no_candidate_too(tmp_path, monkeypat
     monkeypatch.setattr(
         module, "_place", lambda model, tokenizer, tokens, rows: place(model, tokenizer, tokens, -3 * rows)
     )
-    with pytest.raises(ExpertokenError, match="decides otherwise"):
+    with pytest.raises(ExpertokenError, match="decides differently"):
         export_checkpoint(folder, tmp_path / "wrong", device="cpu")
 
 
@@ -186,7 +186,7 @@ def test_the_converter_is_called_where_it_is_installed_and_named_where_not(tmp_p
 
 @pytest.mark.parametrize("architecture", ["gemma2-softcap", "cohere-scaled", "gpt2"])
 def test_a_decision_at_a_lower_layer_is_exported_as_the_model_cut_there(tmp_path, architecture):
-    """Its own text means nothing, so self gets a token like the others."""
+    """The cut model's own text is meaningless, so self gets a token like the others."""
     base = tiny_folder(tmp_path / "base", architecture)
     meta = MetaLLM.from_pretrained(Source(str(base)), 3, device="cpu", state=StateSpec(1, "last"))
     meta.rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
@@ -207,5 +207,5 @@ def test_a_decision_by_the_mean_over_tokens_is_no_next_token(tmp_path, base_fold
     meta = MetaLLM.from_pretrained(Source(str(base_folder)), 2, device="cpu", state=StateSpec(1, "mean"))
     pool = ExpertPool([Expert("a", model=str(base_folder)), Expert("self", "self")])
     save_composite(Composite(meta, pool, Manifest(describe_base(meta), ["a"])), tmp_path / "c", verify=False)
-    with pytest.raises(ExpertokenError, match="reads a mean over all tokens"):
+    with pytest.raises(ExpertokenError, match="got a mean over all tokens"):
         export_checkpoint(tmp_path / "c", tmp_path / "out", prompts=ASKED, device="cpu")

@@ -80,7 +80,7 @@ def test_states_give_the_same_logits_as_the_forward_pass(architecture):
 def test_an_unknown_transform_behind_the_head_is_refused():
     meta = MetaLLM(tiny_model("cohere-scaled"), tiny_tokenizer(), Source("strange"), 1)
     meta.transform = LogitTransform()
-    with pytest.raises(ExpertokenError, match="changes logits in a way that is not known"):
+    with pytest.raises(ExpertokenError, match="its forward changes them differently"):
         meta.states([Query.of([20, 21, 22])])
 
 

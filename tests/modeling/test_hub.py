@@ -1,4 +1,4 @@
-"""The hub by a local stand-in that speaks its HTTP: what is pushed is what another machine loads by id."""
+"""Pushing to and loading from the hub, replaced by a local server with the same HTTP API."""
 
 import base64
 import hashlib
@@ -29,7 +29,7 @@ COMMIT = "a" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Repositories in memory; everything is uploaded and served as a regular file."""
+    """Repositories in memory. Every file is uploaded and served as a regular file."""
 
     repos: ClassVar[dict[str, dict[str, bytes]]] = {}
     protocol_version = "HTTP/1.1"
@@ -93,7 +93,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path):
-    """Gives a function that runs Python in a fresh process whose hub is the stand-in."""
+    """Return a function that runs Python in a fresh process with the stand-in as its hub."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     Hub.repos = {}
@@ -148,7 +148,7 @@ def test_a_composite_on_folders_of_this_machine_is_not_pushed(meta, pool):
 
 
 def test_what_is_no_folder_and_no_repository_is_one_line(tmp_path):
-    with pytest.raises(ExpertokenError, match="team/nowhere: no such folder, and as a repository of the hub"):
+    with pytest.raises(ExpertokenError, match="team/nowhere: expected a folder or a repository on the hub"):
         local_folder("team/nowhere")
     assert local_folder(tmp_path / "gone") == tmp_path / "gone"
 
@@ -157,17 +157,17 @@ def test_keys_of_this_machine_are_sent_where_a_composite_says_by_consent_only(tm
     keyed = Expert("math", "openai", "m", base_url="http://elsewhere.example/v1", api_key_env="SOME_KEY")
     pool = ExpertPool([keyed, Expert("law", model="team/law"), Expert("self", "self")])
     save_composite(Composite(meta, pool, Manifest(describe_base(meta), ["math", "law"])), tmp_path / "c", verify=False)
-    load_composite(tmp_path / "c", device="cpu")  # nothing is sent by who only reads it
+    load_composite(tmp_path / "c", device="cpu")  # reading the folder sends nothing
     monkeypatch.delenv("SOME_KEY", raising=False)
-    CompositeModel.from_pretrained(tmp_path / "c", device="cpu")  # and nothing where there is none
+    CompositeModel.from_pretrained(tmp_path / "c", device="cpu")  # without the variable there is no key to send
     monkeypatch.setenv("SOME_KEY", "word")
     monkeypatch.setenv("OPENAI_API_KEY", "word")
     with pytest.raises(ExpertokenError, match=r"SOME_KEY to http://elsewhere.example/v1.*--send-keys"):
         CompositeModel.from_pretrained(tmp_path / "c", device="cpu")
     CompositeModel.from_pretrained(tmp_path / "c", device="cpu", send_keys=True)
-    CompositeModel.from_pretrained(tmp_path / "c", device="cpu")  # it is remembered
-    # The same variable to somewhere else was not agreed to. What goes to OpenAI by the client's own variable is a key
-    # of this machine, too.
+    CompositeModel.from_pretrained(tmp_path / "c", device="cpu")  # the consent is remembered
+    # The consent does not cover another address for the same variable. The client's own variable for OpenAI is a key of
+    # this machine too.
     moved = Expert("law", "openai", "m", base_url="http://here.example/v1", api_key_env="SOME_KEY")
     pool = ExpertPool([Expert("math", "openai", "gpt-5"), moved, Expert("self", "self")])
     save_composite(Composite(meta, pool, Manifest(describe_base(meta), ["math", "law"])), tmp_path / "c", verify=False)

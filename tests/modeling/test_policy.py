@@ -46,7 +46,7 @@ def test_whatever_is_set_probabilities_stay_the_trained_ones_and_only_who_may_is
     policy = Policy(threshold, None, weight, tolerance, sticky, None, tuple(denied), fallbacks)
     logits = torch.tensor(logits)
     if len(denied) == 3:
-        with pytest.raises(ExpertokenError, match="nobody is left"):
+        with pytest.raises(ExpertokenError, match="allow and deny exclude all candidates"):
             choose(policy, logits)
         return
     dispatch = choose(policy, logits, prompt_tokens=100, last="cheap")

@@ -1,4 +1,4 @@
-"""A meta LLM that sees, over its families: what it reads, decides, answers and saves."""
+"""Vision-language meta LLMs of several families: what they read, decide, answer and save."""
 
 import asyncio
 import base64
@@ -49,7 +49,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seeing(folder):
-    """A meta LLM that sees, with rows of two experts and self."""
+    """Load a vision-language meta LLM with rows of two experts and self."""
     meta = MetaLLM.from_pretrained(Source(str(folder)), 3, device="cpu")
     meta.rows = torch.randn(3, meta.row_width, generator=torch.Generator().manual_seed(0)) / 4
     return meta
@@ -72,7 +72,7 @@ CONVERSATIONS = [
 
 @pytest.mark.skipif(TORCHVISION, reason="the families are tested by the tests beside this one")
 def test_all_families_where_torchvision_lies_apart():
-    """Beside a torch for CPUs alone PyPI's torchvision can't be imported: there it lies in a folder of its own."""
+    """PyPI's torchvision cannot be imported beside a CPU build of torch, so it is installed in a separate folder."""
     apart = Path(sys.prefix) / "vision"
     if not apart.exists():
         pytest.skip(f"no torchvision here, nor in {apart}")
@@ -87,7 +87,7 @@ def test_all_families_where_torchvision_lies_apart():
 
 @torch.inference_mode()
 def test_the_base_gives_the_logits_that_transformers_gives(folder, seeing):
-    """With the same pictures and the same text, by the processor alone."""
+    """The reference is the processor and the model of transformers, on the same pictures and text."""
     processor = seeing.sight.processor
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     content = [{"type": "image", "image": PICTURES[1].decoded()}, {"type": "text", "text": "What is it?"}]
@@ -144,7 +144,7 @@ def media_tokens(meta):
 
 
 def test_no_text_of_a_user_is_a_picture(seeing):
-    """Nor any other token of the template, alone or beside a picture."""
+    """Nor is it any other token of the template, alone or beside a picture."""
     special = set(seeing.tokenizer.added_tokens_decoder)
     plain = [i for i in seeing.encode(ask("x")).ids.tolist() if i in special]
     shown = [i for i in seeing.encode(ask("x", PICTURES[0])).ids.tolist() if i in special]
@@ -156,7 +156,7 @@ def test_no_text_of_a_user_is_a_picture(seeing):
 
 
 def test_pictures_stand_where_they_were_written(seeing):
-    """Between texts, over several turns, and behind what an agent wrote."""
+    """The pictures are between texts, in several turns, and after an agent's text."""
     before, after = {"type": "text", "text": "Compute"}, {"type": "text", "text": "plus this one"}
     mixed = [{"role": "user", "content": [before, part_of(PICTURES[0]), after, part_of(PICTURES[1])]}]
     text = seeing.tokenizer.decode(seeing.encode(mixed).ids)
@@ -185,7 +185,7 @@ def test_a_view_keeps_the_pictures_of_the_request_and_cuts_the_rest(folder):
 
 
 def composite_that_answers(folder, **options):
-    """A composite whose own model answers everything."""
+    """Build a composite that always chooses self."""
     pool = ExpertPool([Expert("one", model=str(folder)), Expert("self", "self")])
     meta = MetaLLM.from_pretrained(Source(str(folder)), 2, device="cpu")
     hidden, _ = meta.states([meta.encode(conversation) for conversation in CONVERSATIONS])
@@ -196,7 +196,7 @@ def composite_that_answers(folder, **options):
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS, ids=["one", "none", "two", "other"])
 def test_self_goes_on_from_what_the_decision_has_seen(folder, conversation):
-    """Token by token what `generate` says of the whole conversation, also after other pictures were decided on."""
+    """The answer equals `generate` on the whole conversation, also after decisions on other pictures."""
     composite = composite_that_answers(folder)
     meta = composite.meta
     query = meta.encode(conversation)
@@ -218,7 +218,7 @@ def test_self_goes_on_from_what_the_decision_has_seen(folder, conversation):
 
 @torch.inference_mode()
 def test_a_cache_made_in_a_batch_is_the_one_made_alone(seeing):
-    """Row by row: what self goes on from has no part of its neighbours' pictures."""
+    """A row of the cache from which self continues contains nothing of its neighbours' pictures."""
     from expertoken.inference.decider import Decider, Question
     from expertoken.modeling.dispatch import Dispatch
 
@@ -238,7 +238,7 @@ def test_a_cache_made_in_a_batch_is_the_one_made_alone(seeing):
 
 
 def test_a_local_expert_answers_about_pictures(folder):
-    """Alone and in a batch, as `generate` does."""
+    """Its answers, alone and in a batch, equal `generate`'s."""
     composite = composite_that_answers(folder)
     backend = composite.backend("one")
     from expertoken.modeling.backend import Generation
@@ -288,7 +288,7 @@ def test_what_is_saved_decides_the_same_in_a_fresh_process(folder, tmp_path, sta
 
 
 def test_an_exported_checkpoint_decides_on_pictures_as_the_composite(folder, tmp_path):
-    """Its processor lies beside it, so that a server can show it pictures."""
+    """The processor is exported too, so that a server can pass pictures to the model."""
     saved(folder, tmp_path / "c")
     prompts = [ask(f"What is it, number {count}?", Picture.of(picture(count))) for count in range(10)]
     export_checkpoint(tmp_path / "c", tmp_path / "out", prompts=prompts, device="cpu")
@@ -317,7 +317,7 @@ def test_rows_at_a_lower_layer_read_the_pictures_too(folder):
 
 def test_a_family_that_can_not_be_read_safely_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "idefics3", "vision_config": {}}))
-    with pytest.raises(ExpertokenError, match="family idefics3 are not read here"):
+    with pytest.raises(ExpertokenError, match="family idefics3 are not supported"):
         MetaLLM.from_pretrained(Source(str(tmp_path)), 2, device="cpu")
 
 
@@ -334,7 +334,9 @@ def test_an_address_of_a_picture_is_a_placeholder_and_not_fetched(seeing, monkey
 
 def test_a_picture_that_breaks_off_is_one_clear_error(seeing):
     url = f"data:image/png;base64,{base64.b64encode(PICTURES[0].source[:-200]).decode()}"
-    with pytest.raises(ExpertokenError, match=r"messages\[0\]: picture 1: no picture of PNG"):
+    with pytest.raises(
+        ExpertokenError, match=r"messages\[0\]: picture 1: expected a picture in one of the formats PNG"
+    ):
         seeing.encode([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}])
 
 

@@ -56,7 +56,7 @@ def test_at_the_last_layer_the_last_token_is_the_heads_own_state(tmp_path, archi
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, *HYBRIDS])
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_the_models_logits_are_the_rows_products_with_the_cached_states(tmp_path, architecture, pooling):
-    """Whatever the model does to its own logits: soft caps and scales are made for the last layer's."""
+    """The model's soft caps and scales do not apply, because they are made for the last layer's logits."""
     meta = with_rows(meta_of(tiny_folder(tmp_path / "base", architecture), f"1:{pooling}"))
     queries = [meta.encode(text) for text in TEXTS]
     states = cached_states(meta, queries)
@@ -88,7 +88,7 @@ def test_one_pass_fills_the_cache_of_every_layer(base_folder, monkeypatch):
 
 @pytest.fixture
 def composite(base_folder):
-    """Of a lower layer's mean: math for `hello`, self for what is long."""
+    """Build a composite that reads a lower layer's mean. It chooses math for `hello` and self for the long text."""
     meta = meta_of(base_folder, "1:mean")
     hidden = cached_states(meta, [meta.encode(text) for text in TEXTS]).hidden
     wanted = torch.tensor([[9.0, 0, 0], [0, 9, 0], [0, 9, 0], [0, 0, 9]])
@@ -100,7 +100,7 @@ def test_the_upper_layers_run_only_where_self_answers(composite):
     model = CompositeModel(composite)
     ran = []
     composite.meta.plain.model.layers[1].register_forward_hook(lambda *_: ran.append(1))
-    assert composite.meta.reader  # one token goes through the whole model, once
+    assert composite.meta.reader  # creating the reader passes one token through the whole model, once
     ran.clear()
     for text, name in zip(TEXTS[:3], ("math", "law", "law"), strict=True):
         question = model._question([{"role": "user", "content": text}], None, answer=True)
@@ -159,7 +159,7 @@ def test_rows_of_a_lower_layer_can_be_trained_as_they_are(base_folder):
 
 
 def test_a_layer_that_the_model_has_not_is_refused(base_folder):
-    with pytest.raises(ExpertokenError, match="the model has 2 layers; expected 1 to 2"):
+    with pytest.raises(ExpertokenError, match="expected one of the model's 2 layers, from 1 to 2, got 3"):
         meta_of(base_folder, "3:last")
 
 
@@ -189,7 +189,9 @@ def test_a_model_that_does_more_to_its_logits_than_is_known_is_refused(tmp_path,
         return output
 
     monkeypatch.setattr(kind, "forward", scaled)
-    with pytest.raises(ExpertokenError, match=r"can't be read at layer 1 \(its logits or its states are others"):
+    with pytest.raises(
+        ExpertokenError, match=r"can't be read at layer 1 \(the logits or states of the cut model differ"
+    ):
         meta.read_at(StateSpec(1), 3)
 
 

@@ -98,7 +98,7 @@ def test_batches_hold_at_most_so_many_tokens_and_every_query_once():
 
 
 def test_two_runs_that_begin_together_fill_one_block(meta, monkeypatch):
-    """The second run finds the first one's block made between its look and its own turn."""
+    """The other run creates the block after this run's lookup and before its own creation."""
     create, made = cache_module._create, []
     monkeypatch.setattr(cache_module, "_create", lambda *a: made.append(a[0]) or create(*a))
     places = cache_module.StateCache.places
@@ -107,7 +107,7 @@ def test_two_runs_that_begin_together_fill_one_block(meta, monkeypatch):
     def too_early(cache):
         looked.append(None)
         if len(looked) == 1:
-            states_of(meta, TEXTS)  # the other run, between the look and what follows
+            states_of(meta, TEXTS)  # the other run, between lookup and creation
             return {}, {}
         return places(cache)
 
@@ -135,7 +135,7 @@ def test_what_an_interrupted_pass_left_open_is_filled_and_not_made_again(meta, m
 
 
 def halved(block):
-    """Cut the file of the states: a copy that broke off."""
+    """Truncate the file of the states, like an interrupted copy."""
     file = block / "hidden.npy"
     file.write_bytes(file.read_bytes()[:200])
 
@@ -190,7 +190,7 @@ def test_a_cache_that_can_only_be_read_serves_and_what_is_missing_is_computed_al
     assert found.computed == 10
     np.testing.assert_array_equal(found.hidden[:10], expected)
     np.testing.assert_allclose(found.hidden[10:], meta.states([meta.encode(t) for t in TEXTS[10:]])[0], atol=1e-5)
-    assert "states are computed and not kept" in caplog.text
+    assert "so the states are computed but not cached" in caplog.text
 
 
 def test_what_the_cache_holds_is_listed_and_what_nobody_used_is_removed(meta):
@@ -222,7 +222,7 @@ def test_out_of_memory_says_what_to_change_and_keeps_what_was_computed(meta, mon
         return states(sequences)
 
     monkeypatch.setattr(meta, "states", full)
-    with pytest.raises(ExpertokenError, match=r"out of memory in a batch of \d+ x \d+ tokens; try --max_tokens \d+"):
+    with pytest.raises(ExpertokenError, match=r"out of memory in a batch of \d+ x \d+ tokens\. Try --max_tokens \d+"):
         states_of(meta, texts, max_tokens=200)
     monkeypatch.setattr(meta, "states", states)
     assert 0 < states_of(meta, texts, max_tokens=200).computed < len(texts)

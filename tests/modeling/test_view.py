@@ -136,7 +136,7 @@ def test_a_tokenizer_without_offsets_cuts_by_characters():
 
 
 def test_where_the_template_leaves_no_room_it_is_one_line():
-    with pytest.raises(ExpertokenError, match="does not fit into 12 tokens"):
+    with pytest.raises(ExpertokenError, match="expected a newest request of at most 12 tokens"):
         View().read(tiny_tokenizer(), "Compute 1 plus 2 and tell me all about it", ROWS, 12)
 
 
@@ -144,7 +144,7 @@ def test_a_template_that_prints_the_date_reads_alike_every_day():
     tokenizer = refusing("Today: {{ strftime_now('%Y-%m-%d') }}\n")
     query, text = read("hello", tokenizer=tokenizer)
     assert text.startswith("Today: 2026-01-01")
-    assert not query.whole  # an answer is written behind today's date
+    assert not query.whole  # self's own answer follows a prompt with today's date
     assert read("hello", tokenizer=tokenizer, view=View(date="2025-12-24"))[1].startswith("Today: 2025-12-24")
-    with pytest.raises(ExpertokenError, match="date 'today': expected one such as 2026-01-01"):
+    with pytest.raises(ExpertokenError, match="view.date: expected a date such as 2026-01-01, got 'today'"):
         View(date="today")

@@ -56,7 +56,7 @@ def arguments(folder, **more):
 
 
 def options(base, data, **more):
-    # One strength: most of a short run's time would go into choosing among nine, which test_tokens.py tests.
+    # With one strength. Choosing among nine would take most of a short run's time, and test_tokens.py tests that.
     given = {"method": "lora", "verify": False, "lora_r": 4, "l2": [0.1]} | more
     return ExpertokenArguments(meta=str(base), data=str(data), **given)
 
@@ -69,7 +69,7 @@ def test_lora_and_rows_are_trained_saved_and_loaded(tmp_path, base_folder, super
     assert 0 <= manifest["training"]["validation_score"] <= 1
     composite = load_composite(folder, device="cpu")
     plain = AutoModelForCausalLM.from_pretrained(base_folder)
-    wrapped = PeftModel.from_pretrained(plain, folder).eval()  # the folder is a plain adapter to PEFT
+    wrapped = PeftModel.from_pretrained(plain, folder).eval()  # PEFT reads the folder as a plain adapter
     ids = composite.meta.encode("Compute 1 plus 3.")
     with torch.no_grad():
         logits = wrapped(torch.tensor([list(ids)])).logits[0, -1].logsumexp(-1)
@@ -101,7 +101,7 @@ def test_resuming_equals_the_straight_run(tmp_path, base_folder, supervision):
 
 
 def test_a_resume_by_name_does_not_adopt_later_checkpoints_of_another_run(tmp_path, base_folder, supervision):
-    """Resumed once more with auto, it would go on from those."""
+    """A later resume with auto would continue from those."""
     folder = train(options(base_folder, supervision), arguments(tmp_path / "c"))
     by_name = options(base_folder, supervision, resume=str(folder / "checkpoint-4"))
     with pytest.raises(
@@ -122,7 +122,7 @@ def test_auto_resume_refuses_checkpoints_of_another_run(tmp_path, base_folder, s
     with pytest.raises(ExpertokenError, match="holds checkpoints of a run with other arguments"):
         train(options(base_folder, supervision, lora_r=2), arguments(tmp_path / "c"))
     train(options(base_folder, supervision, lora_r=2, resume="never"), arguments(tmp_path / "c", max_steps=4))
-    # The old run's checkpoint-8 is gone: a later resume must not go on from it.
+    # The old run's checkpoint-8 is removed, because a later resume must not continue from it.
     assert last_complete_checkpoint(tmp_path / "c").name == "checkpoint-4"
 
 
@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, base_folder, supervision):
 
 
 def test_the_loss_of_a_large_batch_is_the_mean_of_its_parts(tmp_path, base_folder, supervision):
-    """What one process and two, or accumulated batches, have in common; queries have unequal weights here."""
+    """One process, two processes and accumulated batches rely on this. The queries have unequal weights here."""
     from expertoken.data_prep.supervision import Supervision
     from expertoken.train.lora import DispatchTrainer, Examples, wrap_with_lora
 
@@ -201,7 +201,7 @@ def test_out_of_memory_says_what_to_change(tmp_path, base_folder, supervision, m
     monkeypatch.setattr(lora, "dispatch_forward", full)
     cold = options(base_folder, supervision, warm_start=False)
     with pytest.raises(
-        ExpertokenError, match=r"out of memory at step 0, 8 queries a batch; try --per_device_train_batch"
+        ExpertokenError, match=r"out of memory at step 0 with 8 queries per batch. Try --per_device_train_batch"
     ) as e:
         train(cold, arguments(tmp_path / "c", gradient_accumulation_steps=2))
     assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 4 (the same batches)" in str(e.value)
@@ -294,7 +294,7 @@ def test_gradient_checkpointing_and_eager_attention_change_nothing(tmp_path, bas
 
 
 def test_mixed_precision_is_for_training_alone(tmp_path, base_folder, supervision):
-    """A float32 model trained with --bf16 decides in float32 again: a fresh process comes to the same logits."""
+    """A float32 model trained with --bf16 decides in float32. A fresh process computes the same logits."""
     train(options(base_folder, supervision, verify=True), arguments(tmp_path / "c", max_steps=4, bf16=True))
 
 
@@ -316,7 +316,7 @@ def test_lora_trains_heads_and_backbones_of_many_kinds(tmp_path, supervision, ar
 
 
 def test_only_what_texts_pass_is_adapted(tmp_path, supervision):
-    """A vision tower's adapters would get no gradients, which several processes do not take."""
+    """Adapters of a vision tower would get no gradients, and training in several processes would fail."""
     base = seeing_folder(tmp_path / "base", "gemma3")
     folder = train(options(base, supervision, verify=True, warm_start=False), arguments(tmp_path / "c", max_steps=4))
     adapted = [name for name in trained(folder) if "lora_B" in name]
@@ -331,7 +331,7 @@ def test_tokens_are_learnt_on_a_meta_llm_in_few_bits(tmp_path, base_folder, supe
     given = options(base_folder, supervision, method="tokens", quantization=bits, verify=True)
     folder = train(given, arguments(tmp_path / "c"))
     assert load_composite(folder, device="cpu").meta.quantization == bits
-    with pytest.raises(ExpertokenError, match="--quantization nf4: not with method lora"):
+    with pytest.raises(ExpertokenError, match="--quantization nf4: not supported by method lora"):
         train(options(base_folder, supervision, quantization="nf4"), arguments(tmp_path / "d"))
 
 
@@ -372,7 +372,7 @@ def test_rows_have_no_weight_decay(tmp_path, base_folder, supervision, monkeypat
 
 
 def heed_ctrl_c():
-    """Where the tests run in the background, a shell has told its children to ignore it."""
+    """Restore Ctrl-C, because a shell makes its background processes ignore it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -389,7 +389,7 @@ def test_ctrl_c_in_training_ends_in_one_line_and_the_same_command_goes_on(tmp_pa
     process.send_signal(signal.SIGINT)
     shown = process.communicate(timeout=60)[1]
     assert process.returncode == 1
-    assert "interrupted; what was computed is kept" in shown
+    assert "Interrupted. Finished work is kept" in shown
     assert "Traceback" not in shown
     deadline = time.monotonic() + 120
     stopped = int(last_complete_checkpoint(tmp_path / "c").name.removeprefix("checkpoint-"))
@@ -398,17 +398,17 @@ def test_ctrl_c_in_training_ends_in_one_line_and_the_same_command_goes_on(tmp_pa
         assert time.monotonic() < deadline
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    assert f"continuing {tmp_path / 'c' / 'checkpoint-'}" in process.communicate(timeout=60)[1]
+    assert f"resuming from {tmp_path / 'c' / 'checkpoint-'}" in process.communicate(timeout=60)[1]
 
 
 @pytest.mark.slow
 def test_processes_that_do_not_know_of_each_other_are_refused():
     environment = os.environ | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     environment["ACCELERATE_USE_CPU"] = "true"
-    code = "from expertoken.train.processes import check_world\ncheck_world(1)"  # what a plain launcher on CPU comes to
+    code = "from expertoken.train.processes import check_world\ncheck_world(1)"  # like a plain launcher on a CPU
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "2 processes were launched but 1 work together" in done.stderr
+    assert "expected 2 processes in one group, as launched, found 1" in done.stderr
 
 
 def test_no_path_of_this_machine_is_in_a_lora_composite(tmp_path, base_folder, supervision):
@@ -442,13 +442,13 @@ def test_a_supervision_in_memory_is_kept_inside_the_composite(tmp_path, base_fol
 
 
 def test_a_run_goes_on_in_a_folder_that_was_moved(tmp_path, base_folder, supervision):
-    """Which run a checkpoint belongs to does not depend on where it lies."""
+    """The run of a checkpoint does not depend on its path."""
     argv = ["lora", "--meta", str(base_folder), "--data", str(supervision), "--report_to", "none", "--verify", "false",
             "--save_strategy", "steps", "--save_steps", "4", "--learning_rate", "1e-2"]  # fmt: skip
     train(*parse_arguments([*argv, "--out", str(tmp_path / "one"), "--max_steps", "8"]))
     (tmp_path / "one").rename(tmp_path / "two")
     train(*parse_arguments([*argv, "--out", str(tmp_path / "two"), "--max_steps", "8"]))
-    assert read_manifest(tmp_path / "two").training["seconds"] == 0.0  # nothing was left to do
+    assert read_manifest(tmp_path / "two").training["seconds"] == 0.0  # no step was left
 
 
 @pytest.mark.parametrize("rate", ["1e-2", "1e-9"], ids=["a later checkpoint is the best", "the start is"])
@@ -462,7 +462,7 @@ def test_a_finished_run_is_not_trained_again_whichever_checkpoint_is_left(tmp_pa
     train(*parse_arguments(argv))
     assert read_manifest(tmp_path / "c").training["seconds"] == 0.0
     assert {name: (tmp_path / "c" / name).read_bytes() for name in first} == first
-    train(*parse_arguments([*argv, "--seed", "7", "--resume", "never"]))  # another run is another run
+    train(*parse_arguments([*argv, "--seed", "7", "--resume", "never"]))  # another seed is another run
     assert read_manifest(tmp_path / "c").training["seconds"] > 0
 
 
@@ -474,7 +474,9 @@ def test_a_short_run_has_checkpoints_and_a_log_with_its_speed_by_itself(tmp_path
     logged = [entry for entry in state["log_history"] if "loss" in entry]
     assert len(logged) == 20
     assert all(entry["tokens_per_second"] > 0 for entry in logged)
-    assert len([entry for entry in state["log_history"] if "eval_score" in entry]) == 11  # the start, too
+    assert (
+        len([entry for entry in state["log_history"] if "eval_score" in entry]) == 11
+    )  # ten checkpoints and the start
 
 
 def test_a_checkpoint_asks_no_hub(tmp_path, base_folder, supervision, monkeypatch):
@@ -493,7 +495,7 @@ def test_two_folders_for_one_run_are_refused(tmp_path, base_folder, supervision)
 
 
 def test_lora_learns_from_pictures_what_texts_do_not_tell(tmp_path):
-    """Decoder alone; the checkpoint decides by the picture after it is loaded again."""
+    """Only the decoder is adapted. The loaded checkpoint decides by the picture."""
     base = seeing_folder(tmp_path / "base", "llava")
     table = draw_pictures(tmp_path, count=6)
     pool = ExpertPool([Expert(kind, model=str(base), supports=("images",)) for kind in KINDS])
@@ -506,4 +508,6 @@ def test_lora_learns_from_pictures_what_texts_do_not_tell(tmp_path):
     asked = Supervision.load(tmp_path / "s").queries("test", meta)
     assert all(query.media for query in asked)
     logits = meta.candidate_logits(asked)
-    assert len({tuple(row) for row in logits.mul(1e3).round().int().tolist()}) > 1  # one question, other pictures
+    assert (
+        len({tuple(row) for row in logits.mul(1e3).round().int().tolist()}) > 1
+    )  # one question about different pictures

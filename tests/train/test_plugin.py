@@ -97,10 +97,10 @@ def test_an_eleventh_expert_leaves_ten_rows_and_their_logits(tmp_path, base_fold
 
 
 def test_known_queries_keep_their_states_and_sides(composite_folder, base_folder, results, monkeypatch):
-    """An expert measured on the very queries of the supervision needs no forward pass at all."""
+    """An expert measured on the supervision's own queries needs no forward pass."""
     again = results.select(["math"])
     again.models = ["twin"]
-    evaluate(composite_folder, baselines=["kNN"])  # caches the states of all sides
+    evaluate(composite_folder, baselines=["kNN"])  # caches the states of all splits
     monkeypatch.setattr(MetaLLM, "states", lambda *_: pytest.fail("states were computed again"))
     change = add_expert(composite_folder, Expert("twin", model=str(base_folder)), again, verify=False)
     assert change.queries == 24
@@ -137,7 +137,7 @@ def test_results_of_someone_else_are_refused(composite_folder, base_folder):
 def test_an_id_that_stands_for_another_question_is_refused(composite_folder, base_folder):
     clash = new_results()
     clash.queries.loc[0, "id"] = "q0"  # of the supervision, about something else
-    with pytest.raises(ResultsError, match="query id 'q0' stands for another question"):
+    with pytest.raises(ResultsError, match="query id 'q0' belongs to another question"):
         add_expert(composite_folder, Expert("sql", model=str(base_folder)), clash)
 
 
@@ -180,7 +180,7 @@ def test_repeated_questions_are_matched_one_by_one():
 
 
 def lucky(results, count, right=1.0):
-    """A newcomer that was measured on a few of the composite's own questions, and right on each."""
+    """Return results of a new expert on a few of the composite's own queries, on which it is always right."""
     again = results.take(np.arange(count))
     return BenchmarkResults(again.queries, ["lucky"], np.full((count, 1), right))
 
@@ -199,7 +199,7 @@ def test_a_few_lucky_answers_take_no_routes_from_experts_that_are_known_to_be_go
 
 
 def test_beside_many_old_queries_a_newcomer_is_learnt_as_beside_few(tmp_path, base_folder):
-    """Its chance of being right is told as well from 60 results beside 60 old queries as beside 6,000."""
+    """Its chance is learnt from 60 results equally well beside 60 and 3,000 old queries."""
     rng = np.random.default_rng(0)
     prompts = [f"{('Compute', 'What is the law in case')[index % 2]} {index}, please." for index in range(60)]
     scores = (rng.random(60) < np.where(np.arange(60) % 2, 0.1, 0.9)).astype(float)
@@ -253,11 +253,11 @@ def test_an_expert_without_results_to_learn_from_is_refused(composite_folder, ba
 def test_the_change_says_how_many_queries_only_the_newcomer_was_measured_on(composite_folder, base_folder):
     change = add_expert(composite_folder, Expert("sql", model=str(base_folder)), new_results(), verify=False)
     assert change.unmeasured == 8
-    assert "on 8 of them nobody else was measured" in str(change)
+    assert "on 8 of them no other candidate was measured" in str(change)
 
 
 def test_what_a_supervision_says_beyond_the_new_expert_stays(results, pool):
-    """Whole conversations, targets, weights, costs; nothing is made again."""
+    """Whole conversations, targets, weights and costs stay unchanged."""
     old = build_supervision(replace(results, costs=[[0.1, 0.2, 0.3]] * len(results)), pool)
     talk = [
         {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
@@ -312,4 +312,4 @@ def test_a_new_train_query_that_stands_in_the_test_side_is_dropped_with_a_warnin
     extended = extend_supervision(old, pool, Expert("sql", model="x"), new)
     assert extended.info.leaks["equal"]["found"] == 3
     assert len(extended.data["train"]) == len(old.data["train"])
-    assert "3 train queries stand in the test side as well" in caplog.text
+    assert "3 train queries are also in the test split" in caplog.text

@@ -33,7 +33,9 @@ def test_out_of_memory_says_what_to_change(meta, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(meta.plain, "generate", full)
-    with pytest.raises(ExpertokenError, match=r"out of memory in a batch of 3 x \d+ \+ 6 tokens; try --max_tokens \d+"):
+    with pytest.raises(
+        ExpertokenError, match=r"out of memory in a batch of 3 x \d+ \+ 6 tokens\. Try --max_tokens \d+"
+    ):
         own_answers(meta, [meta.encode(text) for text in TEXTS], 6)
 
 
@@ -55,7 +57,7 @@ def test_positions_begin_with_the_starts_and_share_a_querys_weight():
 def test_a_composite_trained_anywhere_decides_better_inside_answers_and_as_well_at_the_start(
     tmp_path, base_folder, results, pool, method
 ):
-    """Of a random model of 32 dimensions little of the question is left inside an answer, but that is found."""
+    """Inside an answer a random model of 32 dimensions keeps little of the question, and the rows use it."""
     build_supervision(results, pool, test=0.4).save(tmp_path / "s")
     side = Supervision.load(tmp_path / "s").side("test")
     right = {}
@@ -75,7 +77,7 @@ def test_a_composite_trained_anywhere_decides_better_inside_answers_and_as_well_
         right[each] = torch.cat(logits).argmax(1).numpy() == wanted
     starts, inside = slice(0, len(side)), slice(len(side), None)
     assert right[4][inside].mean() > right[0][inside].mean() + 0.1
-    assert right[4][inside].mean() > 0.5  # a third is chance
+    assert right[4][inside].mean() > 0.5  # chance is one third
     assert right[4][starts].mean() > 0.9
 
 

@@ -1,4 +1,4 @@
-"""Training at a lower layer: a state that is named, and one that is chosen."""
+"""Training at a lower layer, with a given state and with `auto`."""
 
 import json
 
@@ -27,7 +27,7 @@ def supervision(results, pool):
 
 
 def kinds_right(folder):
-    """Share of unseen questions that go where the tiny results say."""
+    """Return the share of unseen questions for which the right candidate of the tiny results is chosen."""
     composite = load_composite(folder, device="cpu")
     kinds = ("Compute {} plus 3.", "What is the law in case {}?", "Tell me something, take {}.")
     asked = [(kind, text.format(number)) for number in range(900, 920) for kind, text in enumerate(kinds)]
@@ -60,7 +60,7 @@ def test_of_candidates_that_tie_the_cheapest_is_taken():
 
 
 def test_subjects_that_carry_over_are_worth_more(tmp_path, base_folder, pool):
-    """Where queries have subjects, whole subjects are left out, too."""
+    """If queries have subjects, folds of whole subjects are held out too."""
     rows, scores = [], []
     for index in range(120):
         kind, subject = index % 2, f"s{index % 12}"
@@ -96,7 +96,7 @@ def test_an_expert_is_plugged_in_at_the_composites_state(tmp_path, base_folder, 
 
 
 def test_what_cannot_be_is_told_before_a_model_is_loaded(tmp_path, supervision):
-    with pytest.raises(ExpertokenError, match="state 'deep': expected head, or LAYER:POOLING such as 8:mean"):
+    with pytest.raises(ExpertokenError, match="state: expected head, or LAYER:POOLING such as 8:mean .*, got 'deep'"):
         train_composite("nowhere", supervision, tmp_path / "c", state="deep")
     with pytest.raises(ExpertokenError, match=r"--state 1:last: positions inside an answer .* expected head"):
         train_composite("nowhere", supervision, tmp_path / "c", state="1:last", anywhere=2)

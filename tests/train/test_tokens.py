@@ -22,7 +22,7 @@ def make_problem(count=200, candidates=3, seed=0):
     hidden[:, 0] += 3
     truth = np.random.default_rng(9).normal(size=(DIM, candidates))
     noisy = hidden @ truth + 0.3 * rng.gumbel(size=(count, candidates))
-    noisy -= noisy.mean(0)  # no candidate wins by far: routing is worth something
+    noisy -= noisy.mean(0)  # no candidate is best by far, so routing is useful
     targets = np.eye(candidates, dtype=np.float32)[noisy.argmax(1)]
     mass = np.zeros(count, np.float32)
     return Problem(States(hidden, mass), targets, targets, np.ones(count, np.float32), np.array(["b"] * count))
@@ -34,7 +34,7 @@ def fit(problem, **options):
 
 
 def nothing(problem):
-    """A prior without mass."""
+    """Return a prior without mass."""
     return problem.take(np.zeros(0, dtype=int))
 
 
@@ -43,8 +43,8 @@ def test_the_rows_solve_the_same_problem_as_a_reference_solver():
     problem, strength = make_problem(), 0.1
     found = fit(problem, l2=[strength], prior=nothing(problem))
     space = RowSpace(problem.states.hidden, LogitTransform())
-    # The reference gets the same coordinates: states over their root mean square, and the bias direction, which it
-    # must not regularise; scaled up a thousandfold it as good as doesn't.
+    # The reference gets the same coordinates: states over their root mean square, and the bias direction. It must not
+    # regularise the bias direction, and a thousandfold scale makes that penalty negligible.
     hidden = problem.states.hidden.astype(np.float64)
     design = np.column_stack([hidden / space.scale, 1e3 * (hidden @ space.bias.numpy())])
     share = strength / problem.targets.shape[1]  # a strength is shared by the candidates
@@ -88,7 +88,7 @@ def test_a_choice_at_the_edge_of_the_grid_is_told():
 
 
 def test_random_labels_reach_the_score_of_chance_on_queries_left_out():
-    """What is told of a fit is of queries that it has not seen."""
+    """The reported score of a fit is on unseen queries."""
     problem = make_problem(300)
     shuffled = np.random.default_rng(0).permutation(300)
     problem = replace(problem, targets=problem.targets[shuffled], scores=problem.scores[shuffled])
@@ -97,7 +97,7 @@ def test_random_labels_reach_the_score_of_chance_on_queries_left_out():
 
 
 def test_what_a_fold_leaves_out_is_not_told_by_its_benchmark_either():
-    """A benchmark for each label: its name would say it all, and the queries left out are to be unseen."""
+    """Each label has its own benchmark, whose name would reveal the labels of the unseen queries."""
     problem = make_problem(300)
     shuffled = np.random.default_rng(0).permutation(300)
     targets = problem.targets[shuffled]
@@ -106,7 +106,7 @@ def test_what_a_fold_leaves_out_is_not_told_by_its_benchmark_either():
 
 
 def test_queries_of_one_group_fall_into_one_fold():
-    """Else a position inside an answer would be judged by rows that were fitted on the answer's other positions."""
+    """Otherwise rows would be tested on positions of an answer whose other positions they were fitted on."""
     problem = make_problem(30)
     twice = replace(problem.take(np.repeat(np.arange(30), 2)), groups=np.repeat(np.arange(30), 2))
     for rows in _folds(twice, 5):
@@ -127,7 +127,7 @@ def test_fixed_rows_stay_and_the_new_row_is_fitted_beside_them():
 
 
 def correct(chances, count, seed=0):
-    """States that tell nothing, and who was right at random with these chances."""
+    """Draw states without information, and candidates that are right with these chances."""
     rng = np.random.default_rng(seed)
     hidden = rng.normal(size=(count, DIM)).astype(np.float32)
     hidden[:, 0] += 3
@@ -137,7 +137,7 @@ def correct(chances, count, seed=0):
 
 
 def test_self_has_a_chance_of_its_own():
-    """Experts right in 60 and 55 % of the queries, self in 95 %: self answers."""
+    """The experts are right on 60 and 55 % of the queries and self on 95 %, so self is chosen."""
     found = fit(correct([0.60, 0.55, 0.95], 400), objective="correctness", l2=[10.0, 1.0, 0.1])
     unseen = correct([0.60, 0.55, 0.95], 1000, seed=1)
     chances = state_logits(found.rows, unseen.states, LogitTransform()).sigmoid()
@@ -169,7 +169,7 @@ def test_the_best_expert_gets_its_questions_though_few_of_them_were_measured(sha
 
 @pytest.mark.parametrize("lucky", [1, 5, 20])
 def test_a_column_of_one_class_has_an_optimum_that_lucky_answers_move_little(lucky):
-    """A candidate that was right on each of its few queries, beside one that is right in 80 % of many."""
+    """One candidate is right on each of its few queries, the other on 80 % of many."""
     problem = correct([0.8, 1.0], 300)
     problem.scores[lucky:, 1] = np.nan
     found = fit(problem, objective="correctness", l2=[1.0])
@@ -188,11 +188,11 @@ def test_weightless_queries_count_for_nothing():
     loss = RowLoss([problem], OBJECTIVES["cross_entropy"], LogitTransform())
     same = RowLoss([half], OBJECTIVES["cross_entropy"], LogitTransform())
     rows = torch.randn(3, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(loss(rows).float(), same(rows).float())  # the states' products are float32
+    torch.testing.assert_close(loss(rows).float(), same(rows).float())  # the products with the states are float32
 
 
 def test_who_has_no_usable_result_takes_no_routes():
-    """Contaminated in its only benchmark, say: a chance of 1/2 beside one of 0.3 would take them all."""
+    """This happens if its only benchmark is contaminated. A chance of 1/2 beside one of 0.3 would always be chosen."""
     problem = correct([0.3, 0.5], 300)
     problem.scores[:, 1] = np.nan
     found = fit(problem, objective="correctness", l2=[1.0])
@@ -201,17 +201,17 @@ def test_who_has_no_usable_result_takes_no_routes():
 
 
 def test_an_expert_of_one_benchmark_is_told_no_score_in_the_others():
-    """Most of its cells there are left out of the loss; they are wrong all the same."""
+    """Most of its cells in the others are left out of the loss, but they still count as wrong."""
     problem = correct([0.0, 1.0], 400)
     names = np.array([f"b{index % 20}" for index in range(400)])
     absent = np.zeros((400, 2), dtype=bool)
     absent[names != "b0", 1] = True
     problem.scores[absent] = 0
     left_out = thinned(problem.scores, absent)
-    assert left_out.sum() == absent.sum() - 2  # a tenth of its own 20 is kept
+    assert left_out.sum() == absent.sum() - 2  # a tenth of its own 20 results is kept
     problem = replace(problem, benchmarks=names, absent=absent, left_out=left_out)
     found = fit(problem, objective="correctness", l2=[1.0])
-    assert found.chosen["validation_score"] < 0.06  # one benchmark of twenty
+    assert found.chosen["validation_score"] < 0.06  # one of twenty benchmarks
     prior = prior_of(problem)
     assert np.isnan(prior.scores[np.asarray(prior.benchmarks) != "b0", 1]).all()
 
@@ -222,7 +222,7 @@ def test_the_mean_score_is_over_benchmarks_and_an_unknown_score_counts_as_the_ca
 
 
 def test_in_the_objective_correctness_an_expert_more_changes_no_other_row():
-    """Each row is a problem of its own, however many there are: with the strength too."""
+    """Each row is its own problem, and the strength does not depend on the number of rows."""
     problem = make_problem()
     alone = replace(problem, targets=problem.targets[:, :1], scores=problem.scores[:, :1])
     options = {"objective": "correctness", "l2": [0.1]}

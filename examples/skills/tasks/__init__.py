@@ -22,23 +22,26 @@ SKILLS: dict[str, ModuleType] = {
 """The skills that have an expert, in pool order."""
 
 BENCHMARKS: dict[str, ModuleType] = {**SKILLS, "general": general}
-"""Everything that is asked; `general` has no expert, so that self has something to win."""
+"""All benchmarks. `general` has no expert, so that self is the best candidate somewhere."""
 
 __all__ = ["BENCHMARKS", "SKILLS", "Task", "side_of", "tasks"]
 
 
 def side_of(prompt: str) -> str:
-    """Which side a prompt belongs to: `held_in`, `held_out` (a fifth each) or `expert` (the rest).
+    """Return the part that a prompt belongs to: `held_in`, `held_out` (a fifth each) or `expert` (the rest).
 
-    Hashing the prompt, rather than drawing with different seeds, makes the three sides disjoint by construction: no
-    expert was trained on a question that it is later scored on.
+    The prompt's hash makes the three parts disjoint, which different seeds would not. No expert is scored on a question
+    that it was trained on.
     """
     bucket = hashlib.sha256(prompt.encode()).digest()[0] % 5
     return {0: "held_in", 1: "held_out"}.get(bucket, "expert")
 
 
 def tasks(benchmark: str, side: str, seed: int = 0) -> Iterator[Task]:
-    """Distinct tasks of one benchmark and side, in an order fixed by `seed`; ends when nothing new turns up."""
+    """Yield distinct tasks of one benchmark and part, in an order fixed by `seed`.
+
+    The iterator ends after 2,000 draws in a row without a new task.
+    """
     rng = random.Random(f"{benchmark}/{side}/{seed}")
     seen: set[str] = set()
     misses = 0

@@ -14,7 +14,7 @@ _PHRASES = {
 
 
 def make_task(rng: random.Random) -> Task:
-    """One calculation, in one of a few wordings."""
+    """Make a calculation, in one of a few wordings."""
     operator = rng.choice("+-*")
     if operator == "*":
         a, b = rng.randint(2, 12), rng.randint(2, 12)
@@ -27,5 +27,5 @@ def make_task(rng: random.Random) -> Task:
 
 
 def score(response: str, answer: str) -> float:
-    """1 when the last number of the response is the result."""
+    """Return 1 if the last number of the response is the result, else 0."""
     return float(last_number(response) == last_number(answer))

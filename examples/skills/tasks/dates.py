@@ -1,4 +1,4 @@
-"""A date some days before or after another, and the weekday so many days on."""
+"""Dates and weekdays, some days before or after another."""
 
 import calendar
 import random
@@ -22,9 +22,9 @@ _WEEKDAY_PHRASES = (
 
 
 def make_task(rng: random.Random) -> Task:
-    """One reckoning, by date or by weekday.
+    """Make a calculation with a date or a weekday.
 
-    Answers show their steps: a small model that may count from day to day gets far more of them right.
+    Answers show their steps, because a small model that counts day by day is right far more often.
     """
     n, sign = rng.randint(2, 6), rng.choice((1, -1))
     way = "after" if sign == 1 else "before"
@@ -38,12 +38,12 @@ def make_task(rng: random.Random) -> Task:
 
 
 def _steps(start: date, days: int) -> str:
-    """The sum of days, what a month's end does to it, and the date."""
+    """Write the sum of days, its correction at the end of a month, and the date."""
     end = start + timedelta(days=days)
     total = start.day + days
     text = f"{start.day} {'+' if days > 0 else '-'} {abs(days)} = {total}"
     if end.month != start.month:
-        # Over the end of a month its days are taken off, over its start those of the month before are put on.
+        # Past a month's end the month's length is subtracted. Before its start the previous month's length is added.
         month = start if days > 0 else end
         length = calendar.monthrange(month.year, month.month)[1]
         text += f", {total} {'-' if days > 0 else '+'} {length} = {end.day}"
@@ -51,7 +51,7 @@ def _steps(start: date, days: int) -> str:
 
 
 def score(response: str, answer: str) -> float:
-    """1 when the last date or weekday of the first line is the right one."""
+    """Return 1 if the last date or weekday of the first line is the right one, else 0."""
 
     def last(text: str) -> str | None:
         found = re.findall(rf"\d{{4}}-\d{{2}}-\d{{2}}|{'|'.join(_WEEKDAYS)}", first_line(text))

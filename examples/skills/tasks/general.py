@@ -1,4 +1,4 @@
-"""Plain questions that need none of the skills: what the meta LLM should answer itself."""
+"""Plain questions that need none of the skills, which the meta LLM should answer itself."""
 
 import random
 import re
@@ -88,10 +88,10 @@ _QUESTIONS = (
 
 
 def make_task(rng: random.Random) -> Task:
-    """One question of a fixed list."""
+    """Draw a question from a fixed list."""
     return rng.choice(_QUESTIONS)
 
 
 def score(response: str, answer: str) -> float:
-    """1 when the answer stands in the response as a word of its own."""
+    """Return 1 if the response contains the answer as a whole word, else 0."""
     return float(re.search(rf"\b{re.escape(answer)}\b", response, re.IGNORECASE) is not None)

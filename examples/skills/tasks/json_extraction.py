@@ -25,7 +25,7 @@ _PHRASES = (
 
 
 def make_task(rng: random.Random) -> Task:
-    """One sentence and the keys to take from it."""
+    """Make a sentence and the keys to extract from it."""
     facts = {
         "name": rng.choice(_NAMES),
         "age": rng.randint(21, 69),
@@ -39,7 +39,7 @@ def make_task(rng: random.Random) -> Task:
 
 
 def score(response: str, answer: str) -> float:
-    """1 when the response is one JSON object equal to the answer (order of keys aside)."""
+    """Return 1 if the response is a JSON object equal to the answer, in any order of keys, else 0."""
     try:
         return float(json.loads(response) == json.loads(answer))
     except ValueError:

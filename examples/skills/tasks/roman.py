@@ -19,7 +19,7 @@ _PHRASES = (
 
 
 def to_roman(n: int) -> str:
-    """The Roman numeral of `n` (1 to 3999)."""
+    """Convert `n` (1 to 3999) to a Roman numeral."""
     numeral = ""
     for value, sign in _SIGNS:
         count, n = divmod(n, value)
@@ -28,11 +28,11 @@ def to_roman(n: int) -> str:
 
 
 def make_task(rng: random.Random) -> Task:
-    """One number below 400, in one of a few wordings."""
+    """Make a conversion of a number below 400, in one of a few wordings."""
     n = rng.randint(1, 399)
     return Task(rng.choice(_PHRASES).format(n=n), to_roman(n))
 
 
 def score(response: str, answer: str) -> float:
-    """1 when the first line, less a closing full stop, is the numeral."""
+    """Return 1 if the first line, without a final full stop, is the numeral, else 0."""
     return float(first_line(response).rstrip(".") == answer)

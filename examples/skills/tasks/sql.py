@@ -29,7 +29,7 @@ _PHRASES = (
 
 
 def make_task(rng: random.Random) -> Task:
-    """One question about one table; the answer is a statement that gives the right rows."""
+    """Make a question about a table, with a statement that selects the right rows as its answer."""
     table, (key, text, number) = rng.choice(list(_TABLES.items()))
     value, limit = rng.choice(_TEXTS[text]), rng.randint(2, 9) * 10
     request, statement = rng.choice(
@@ -50,22 +50,22 @@ def make_task(rng: random.Random) -> Task:
 
 
 def _rows(statement: str) -> list[tuple]:
-    """The rows that `statement` gives on a fixed database, or an `sqlite3.Error`."""
+    """Return the rows that `statement` selects from a fixed database, or raise an `sqlite3.Error`."""
     if not statement.lstrip().upper().startswith("SELECT"):
-        raise sqlite3.ProgrammingError("only SELECT is run")
+        raise sqlite3.ProgrammingError("The statement must be a SELECT.")
     rng = random.Random(0)
     with sqlite3.connect(":memory:") as database:
         for table, (key, text, number) in _TABLES.items():
             database.execute(f"CREATE TABLE {table} ({key} TEXT, {text} TEXT, {number} INTEGER)")
             rows = [(f"{table}-{i}", rng.choice(_TEXTS[text]), rng.randint(1, 99)) for i in range(40)]
             database.executemany(f"INSERT INTO {table} VALUES (?, ?, ?)", rows)
-        # Model output is run: a statement that would compute for long is stopped after a million instructions.
+        # The statement is a model's output, so it is stopped after a million instructions.
         database.set_progress_handler(lambda: 1, 1_000_000)
         return sorted(database.execute(statement.split(";")[0]).fetchall())
 
 
 def score(response: str, answer: str) -> float:
-    """1 when the response selects the same rows as the answer."""
+    """Return 1 if the response selects the same rows as the answer, else 0."""
     try:
         return float(_rows(first_line(response)) == _rows(answer))
     except (sqlite3.Error, sqlite3.Warning, TypeError):

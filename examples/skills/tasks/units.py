@@ -30,12 +30,12 @@ _PHRASES = (
 
 
 def make_task(rng: random.Random) -> Task:
-    """One conversion from the larger unit to the smaller."""
+    """Make a conversion from a larger unit to a smaller one."""
     large, small, factor = rng.choice(_FACTORS)
     n = rng.randint(2, 20 if factor in (60, 24, 7, 12) else 60)
     return Task(rng.choice(_PHRASES).format(n=n, a=large, b=small), f"{n} {large} = {n * factor} {small}")
 
 
 def score(response: str, answer: str) -> float:
-    """1 when the last number of the response is the converted value."""
+    """Return 1 if the last number of the response is the converted value, else 0."""
     return float(last_number(response) == last_number(answer))

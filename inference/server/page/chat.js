@@ -1,31 +1,32 @@
-// The chat page: talks to this server's own /v1, keeps the chat in the browser, loads nothing from elsewhere.
+// The chat page. It sends requests to this server's /v1, stores the chat in the browser, and loads nothing from other
+// hosts.
 "use strict";
 
 const COLOURS = ["#3467b0", "#c8553d", "#588157", "#b08d2e", "#7d5ba6", "#2a9d8f", "#d1698c", "#6c757d"];
-const SHOWN = 7; // candidates in a bar; the others are one part
+const SHOWN = 7; // candidates in a bar, the others share one part
 const STORE = "expertoken-chat";
 const $ = (id) => document.getElementById(id);
 
-const RENDERED = 400; // milliseconds between two renderings of an answer that is coming
-const KEPT = 1000; // and between two savings of it
+const RENDERED = 400; // milliseconds between two renderings of a streaming answer
+const KEPT = 1000; // milliseconds between two saves of a streaming answer
 
 const state = { turns: [], models: [], controller: null, editing: null };
 
-// --- what is kept over a reload ---------------------------------------------------------------------------------
+// --- storage across reloads -------------------------------------------------------------------------------------
 
 function store() {
-  return `${STORE}-${state.name}`; // one for each composite of this address
+  return `${STORE}-${state.name}`; // one entry for each composite at this address
 }
 
 function save() {
   const turns = state.turns.map(({ html, ...turn }) => turn);
   for (const kept of [turns, turns.map(({ pictures, ...turn }) => turn)]) {
     try {
-      sessionStorage.setItem(store(), JSON.stringify(kept)); // each tab has a chat of its own; a new one begins with the newest
+      sessionStorage.setItem(store(), JSON.stringify(kept)); // each tab has its own chat, a new tab gets the newest
       localStorage.setItem(store(), JSON.stringify(kept));
       return;
     } catch {
-      // There is no room for pictures, or (in a private window) for nothing: the chat goes on without.
+      // The storage has no room for pictures, or (in a private window) for anything. The chat continues without it.
     }
   }
 }
@@ -41,11 +42,11 @@ function restore() {
   }
 }
 
-// --- talking to the server --------------------------------------------------------------------------------------
+// --- requests to the server -------------------------------------------------------------------------------------
 
 async function ask(path, options = {}) {
   const key = sessionStorage.getItem("expertoken-key");
-  if (/[^!-~]/.test(key ?? "")) { // no header can hold it
+  if (/[^!-~]/.test(key ?? "")) { // a header can't hold such a key
     await login(true);
     return ask(path, options);
   }
@@ -69,7 +70,7 @@ function login(refused) {
   $("refused").hidden = !refused;
   $("login").showModal();
   return new Promise((resolve, reject) => {
-    $("login").oncancel = () => reject(new Error("this server wants an API key; reload the page to give one"));
+    $("login").oncancel = () => reject(new Error("this server requires an API key. Reload the page to enter one."));
     $("login").onclose = () => {
       sessionStorage.setItem("expertoken-key", $("key").value.trim());
       resolve();
@@ -89,7 +90,7 @@ async function* events(response) {
     const parts = rest.split("\n\n");
     rest = parts.pop();
     for (const part of parts) {
-      if (!part.startsWith("data: ")) continue; // a comment, which keeps the line open
+      if (!part.startsWith("data: ")) continue; // a comment, which keeps the connection open
       const data = part.slice("data: ".length);
       if (data === "[DONE]") return;
       yield JSON.parse(data);
@@ -97,23 +98,23 @@ async function* events(response) {
   }
 }
 
-// Answers are Markdown. The server makes HTML of it, without any that was in the answer.
+// Answers are Markdown. The server renders it as HTML and escapes HTML in the answer.
 async function render(article, turn) {
   const { content, told } = turn;
   const seam = told?.handed_over?.after_characters;
-  const characters = seam ? [...content] : []; // the server counts characters, and not halves of them
+  const characters = seam ? [...content] : []; // the server counts characters, JavaScript counts UTF-16 units
   const texts = seam ? [characters.slice(0, seam).join(""), characters.slice(seam).join("")] : [content];
   try {
     const { html } = await (await ask("render", { method: "POST", body: JSON.stringify({ texts }) })).json();
-    if ((turn.html?.length ?? 0) > content.length && turn.content.startsWith(content)) return; // a later one is there
+    if ((turn.html?.length ?? 0) > content.length && turn.content.startsWith(content)) return; // a later one exists
     turn.html = { parts: html, length: content.length };
     draw(article, turn);
   } catch {
-    // It stays the text that it is.
+    // The answer stays plain text.
   }
 }
 
-// --- what is seen -----------------------------------------------------------------------------------------------
+// --- display ----------------------------------------------------------------------------------------------------
 
 function colour(name) {
   const place = state.models.indexOf(name);
@@ -147,14 +148,14 @@ function draw(article, turn) {
   const thought = article.querySelector(".thought");
   thought.hidden = !turn.thought;
   thought.querySelector("div").textContent = turn.thought ?? "";
-  if (turn.waiting) thought.open = !turn.content; // it is what there is until the answer begins
+  if (turn.waiting) thought.open = !turn.content; // open until the answer begins
   article.querySelector(".edit").hidden = turn.role !== "user";
   const mark = article.querySelector(".mark");
   mark.hidden = !turn.error;
   mark.textContent = turn.error ?? "";
   const why = article.querySelector(".why");
   why.hidden = !turn.told;
-  // Of the last answer only: what came after another one was said to that.
+  // Only the last answer can be replaced, since later messages refer to the earlier ones.
   article.querySelector(".again").hidden = turn.role !== "assistant" || Boolean(turn.waiting) || turn !== state.turns.at(-1);
   if (!turn.told) return;
   const { expert, probabilities, reason, failures, cost, seconds, decided_seconds: decided, handed_over: handed } =
@@ -168,7 +169,7 @@ function draw(article, turn) {
   const price = cost === null ? "" : ` · ${dollars(cost)}`;
   article.querySelector(".numbers").textContent = seconds ? `${(decided + seconds).toFixed(1)} s${price}` : "";
   const failed = Object.entries(failures).map(([name, why]) => `${name} failed: ${why}`);
-  const over = handed ? [`after ${handed.after_characters} characters ${handed.expert} was called ` +
+  const over = handed ? [`self handed over to ${handed.expert} after ${handed.after_characters} characters ` +
     `(${percent(handed.probabilities[handed.expert])})`] : [];
   article.querySelector(".reason").textContent = [reason, ...over, ...failed].join(". ");
   article.querySelector(".shares").replaceChildren(...all.map(([name, share]) =>
@@ -182,7 +183,7 @@ function drawText(place, turn) {
     place.textContent = turn.content;
     return;
   }
-  const seam = element("p", { className: "seam", textContent: `${turn.told?.expert} goes on` });
+  const seam = element("p", { className: "seam", textContent: `${turn.told?.expert} continues` });
   place.replaceChildren(...turn.html.parts.flatMap((html, part) =>
     [...(part ? [seam] : []), element("div", { innerHTML: html })]), turn.content.slice(turn.html.length));
   for (const link of place.querySelectorAll("a")) Object.assign(link, { target: "_blank", rel: "noopener noreferrer" });
@@ -226,13 +227,13 @@ function drawHead() {
   $("cost").textContent = cost ? `${dollars(cost)} so far` : "";
 }
 
-// --- what happens -----------------------------------------------------------------------------------------------
+// --- actions ----------------------------------------------------------------------------------------------------
 
 async function answer(expert = "", spent = 0, before = null) {
   const index = state.turns.length;
   const turn = { role: "assistant", content: "", waiting: true, spent };
-  // Who gave an answer goes along: a policy may keep a chat with its expert.
-  // A question that got no answer is left out: some models refuse two questions in a row.
+  // Each answer is sent with its expert's name, since a policy may keep a chat with its expert.
+  // A message without an answer is omitted, since some models refuse two user messages in a row.
   const answered = state.turns.filter((t, place) => t.content && (t.role === "assistant" ||
     place === state.turns.length - 1 || state.turns[place + 1]?.content));
   const system = $("system").value.trim();
@@ -272,8 +273,9 @@ async function answer(expert = "", spent = 0, before = null) {
     turn.error = error.name === "AbortError" ? "stopped" : error.message;
   }
   turn.waiting = false;
-  if (before && !turn.content) { // nothing came of asking again: what was there stays
-    Object.assign(turn, before, { error: `asked again: ${turn.error ?? "an empty answer"}`, spent: before.spent ?? 0 });
+  if (before && !turn.content) { // asking again failed, so the earlier answer stays
+    Object.assign(turn, before, { error: `asking again failed: ${turn.error ?? "an empty answer"}`,
+      spent: before.spent ?? 0 });
   }
   if (turn.content) await render(article, turn);
   $("said").textContent = turn.error ?? `${turn.told?.expert ?? "the composite"} answered`;
@@ -300,7 +302,7 @@ function leaveEditing() {
 
 function retry(index, expert) {
   if (state.controller?.signal && !$("stop").hidden) return;
-  // What the thrown-away answers cost was spent all the same.
+  // Discarded answers count towards the cost too.
   const before = state.turns[index];
   state.turns.length = index;
   drawAll();
@@ -323,13 +325,13 @@ async function send() {
   $("text").value = "";
   grow();
   await pictures.coming;
-  await ready; // whoever types faster than the page starts: the chat that was kept comes before their message
-  if ($("send").disabled || !$("stop").hidden) { // it could not start, or another message was waiting too
+  await ready; // if the page has not started yet, the stored chat comes before this message
+  if ($("send").disabled || !$("stop").hidden) { // the page could not start, or another message was sent meanwhile
     $("text").value = [content, $("text").value].filter(Boolean).join("\n");
     grow();
     return;
   }
-  if (state.editing !== null) { // what was said behind the question was said to another one
+  if (state.editing !== null) { // later messages refer to the message before the edit
     state.turns.length = state.editing;
     leaveEditing();
     drawAll();
@@ -390,10 +392,10 @@ async function start() {
   }
   restore();
   for (const turn of state.turns) {
-    if (turn.waiting) Object.assign(turn, { waiting: false, error: "broken off" }); // the page was left meanwhile
+    if (turn.waiting) Object.assign(turn, { waiting: false, error: "interrupted" }); // the page was closed or reloaded
   }
-  if (state.turns.at(-1)?.role === "user") { // the page was left before the answer came
-    state.turns.push({ role: "assistant", content: "", error: "broken off" });
+  if (state.turns.at(-1)?.role === "user") { // the page was closed or reloaded before the answer
+    state.turns.push({ role: "assistant", content: "", error: "interrupted" });
   }
   drawAll();
   $("chat").scrollTop = $("chat").scrollHeight;

@@ -1,8 +1,8 @@
-// Pictures for the next question: chosen, pasted or dropped, shrunken here, and shown before they are sent.
+// Pictures for the next message: chosen, pasted or dropped, scaled down here, and shown before they are sent.
 "use strict";
 
-const MOST = 8; // pictures of a question
-const LONGEST = 1024; // pixels of a side that is sent
+const MOST = 8; // pictures in a message
+const LONGEST = 1024; // longest side in pixels of a picture that is sent
 
 const pictures = { waiting: [], coming: Promise.resolve() };
 
@@ -13,7 +13,7 @@ async function shrunken(file) {
   canvas.width = Math.max(1, Math.round(bitmap.width * scale));
   canvas.height = Math.max(1, Math.round(bitmap.height * scale));
   const context = canvas.getContext("2d");
-  context.fillStyle = "white"; // what is transparent would be black
+  context.fillStyle = "white"; // JPEG would turn transparent pixels black
   context.fillRect(0, 0, canvas.width, canvas.height);
   context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
   bitmap.close();
@@ -21,20 +21,20 @@ async function shrunken(file) {
 }
 
 function take(files) {
-  return pictures.coming = pictures.coming.then(() => takeIn(files)); // a question that is sent meanwhile waits for them
+  return pictures.coming = pictures.coming.then(() => takeIn(files)); // a message sent meanwhile waits for them
 }
 
 async function takeIn(files) {
   $("unseen").textContent = "";
   for (const file of files) {
     if (pictures.waiting.length === MOST) {
-      $("unseen").textContent = `A question can have ${MOST} pictures.`;
+      $("unseen").textContent = `A message can have at most ${MOST} pictures.`;
       break;
     }
     try {
       pictures.waiting.push(await shrunken(file));
     } catch {
-      $("unseen").textContent = `${file.name || "That"} can't be read as a picture.`;
+      $("unseen").textContent = `${file.name || "This file"} can't be read as a picture.`;
     }
   }
   drawWaiting();
@@ -42,19 +42,19 @@ async function takeIn(files) {
 
 function drawWaiting() {
   $("waiting").replaceChildren(...pictures.waiting.map((url, place) => {
-    const drop = element("button", { type: "button", textContent: "×", ariaLabel: `Leave picture ${place + 1} out` });
+    const drop = element("button", { type: "button", textContent: "×", ariaLabel: `Remove picture ${place + 1}` });
     drop.onclick = () => {
       pictures.waiting.splice(place, 1);
       drawWaiting();
       $("text").focus();
     };
-    return element("li", {}, element("img", { src: url, alt: `Picture ${place + 1} of the next question` }), drop);
+    return element("li", {}, element("img", { src: url, alt: `Picture ${place + 1} of the next message` }), drop);
   }));
   $("waiting").hidden = !pictures.waiting.length;
 }
 
 function shown(urls) {
-  return (urls ?? []).map((url, place) => element("img", { src: url, alt: `Picture ${place + 1} of the question` }));
+  return (urls ?? []).map((url, place) => element("img", { src: url, alt: `Picture ${place + 1} of the message` }));
 }
 
 function asked({ content, pictures: urls }) {
@@ -82,6 +82,6 @@ $("text").onpaste = (event) => {
 };
 document.ondragover = (event) => event.preventDefault();
 document.ondrop = (event) => {
-  event.preventDefault(); // else the browser leaves the chat for the file
+  event.preventDefault(); // otherwise the browser opens the file in place of the chat
   take([...event.dataTransfer.files]);
 };
