@@ -7,7 +7,7 @@ For each engine the benchmark prints how many decisions and how many of self's g
 also prints two largest differences of a probability. The first is from the same checkpoint under transformers, and the
 engine causes it. The second is from the composite, and the engine and the export cause it.
 
-`make demo` creates a composite. docs/deploy.md describes how to install the engines on a CPU.
+`make demo` creates a composite. docs/guides/deploy.md describes how to install the engines on a CPU.
 """
 
 import argparse

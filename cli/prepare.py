@@ -14,6 +14,7 @@ from .choice import one_of
 
 if TYPE_CHECKING:
     from ..data_prep.results import BenchmarkResults
+    from ..modeling.pool import ExpertPool
 
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def prepare(
             **one_of("label", STRATEGIES),
             help="Labels. query: each query's own winner. subject: its subject's winner. mixed: both. soft: "
             "softmax of scores. correctness: a binary problem per expert. expected_score: the scores themselves "
-            "(docs/data.md).",
+            "(docs/guides/labels.md).",
         ),
     ] = "query",
     ties: Annotated[
@@ -140,7 +141,7 @@ def prepare(
     candidates = ExpertPool.from_yaml(pool) if pool else None
     for sentence in candidates.missing() if candidates else ():
         logger.warning(sentence)
-    merged = read_all(results, format, option).flag(_pair(text) for text in contaminated or ())
+    merged = read_all(results, format, option, candidates).flag(_pair(text) for text in contaminated or ())
     if images is not None:
         from ..data_prep.images import with_pictures
 
@@ -212,20 +213,26 @@ def _hold_out(text: str | None) -> tuple[str, list[str]] | None:
     return field, names.split(",")
 
 
-def read_all(paths: "list[Path]", format: str, options: list[str] | None) -> "BenchmarkResults":  # noqa: A002
+def read_all(
+    paths: "list[Path]",
+    format: str,  # noqa: A002
+    options: list[str] | None,
+    pool: "ExpertPool | None" = None,
+) -> "BenchmarkResults":
     """Read the results of all paths and merge them.
 
     Args:
         paths: Files or folders of results.
         format: Name of the format, or auto.
         options: Options of the reader as KEY=VALUE.
+        pool: Candidates that may have different names in different files.
     """
     from ..data_prep.reading import detect, parse_options, read_results
-    from ..data_prep.results import BenchmarkResults
+    from ..data_prep.results import BenchmarkResults, with_one_name
 
     parts, names = [], [text.partition("=")[0] for text in options or ()]
     for path in paths:
         kind = detect(path, names) if format == "auto" and path.exists() else format
         # For a missing path `auto` stays, because `read_results` raises the clearest error.
         parts.append(read_results(path, kind, **({} if kind == "auto" else parse_options(kind, options or []))))
-    return BenchmarkResults.merge(parts)
+    return BenchmarkResults.merge(parts if pool is None else with_one_name(parts, pool))

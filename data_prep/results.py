@@ -340,3 +340,27 @@ def _put(
         query, model = ids.iloc[place[0][row, 0]], models[place[1][0, column]]
         raise ResultsError(f"query {query!r}, model {model!r}: two different {what}s. Keep one of the files.")
     target[place] = np.where(np.isnan(values), there, values)
+
+
+def with_one_name(parts: Sequence[BenchmarkResults], pool: "ExpertPool") -> list[BenchmarkResults]:
+    """Return results in which each candidate has the name of its first part.
+
+    A benchmark's table may name a model by its hub id and a feedback file by its expert. Under two names, one of the
+    columns would be ignored.
+
+    Args:
+        parts: Results of several files.
+        pool: Candidates, with the names that results may have for them.
+    """
+    known: dict[str, str] = {}
+    named = []
+    for part in parts:
+        changed: dict[str, str] = {}
+        for candidate in pool.candidates:
+            found = candidate.find_in(part.models)
+            if found is not None and known.setdefault(candidate.name, found) not in part.models:
+                changed[found] = known[candidate.name]
+        models = [changed.get(name, name) for name in part.models]
+        contaminated = frozenset((changed.get(name, name), benchmark) for name, benchmark in part.contaminated)
+        named.append(replace(part, models=models, contaminated=contaminated))
+    return named

@@ -236,8 +236,8 @@ def _write_gateway(folder: Path, name: str, ids: dict[str, int], control: list[s
     pool = yaml.safe_load((folder / POOL_FILE).read_text("utf-8"))
     document = yaml.safe_dump({"meta": meta} | pool, sort_keys=False, allow_unicode=True)
     head = (
-        "# Copy this file, put experts that are no endpoints behind servers of their own (docs/deploy.md), and fill\n"
-        "# in all addresses. `expertoken serve` of the copy needs no models of its own.\n"
+        "# Copy this file, put experts that are no endpoints behind servers of their own (docs/guides/deploy.md), and\n"
+        "# fill in all addresses. `expertoken serve` of the copy needs no models of its own.\n"
     )
     (folder / GATEWAY_FILE).write_text(head + document, "utf-8")
 

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,10 +64,11 @@ class Text(NamedTuple):
     text: str
 
 
-def modules() -> Iterator[tuple[str, ast.Module]]:
-    """Yield each module's path in the project and its syntax tree."""
-    for file in [ROOT / "__init__.py", *(file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py")))]:
-        yield file.relative_to(ROOT).as_posix(), ast.parse(file.read_text())
+@cache
+def modules() -> list[tuple[str, ast.Module]]:
+    """Return each module's path in the project and its syntax tree."""
+    files = [ROOT / "__init__.py", *(file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py")))]
+    return [(file.relative_to(ROOT).as_posix(), ast.parse(file.read_text())) for file in files]
 
 
 def docstrings() -> Iterator[Docstring]:

@@ -61,11 +61,6 @@ def _read_file(file: Path, correct_above_zero: bool | None, chosen: list[str]) -
         if correct_above_zero:
             chosen.append(file.name)
     if correct_above_zero:
-        logger.info(
-                "%s: the scores look like probabilities of the right option, so above zero is right (--set "
-                "correct_above_zero=false keeps the scores)", file,
-            )  # fmt: skip
-    if correct_above_zero:
         scores = np.where(np.isnan(scores), np.nan, scores > 0)
     stem = stem_of(file) if benchmark_of(file) in stem_of(file) else f"{benchmark_of(file)}/{stem_of(file)}"
     queries = pd.DataFrame(

@@ -2,8 +2,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from expertoken.data_prep.results import BenchmarkResults
+from expertoken.data_prep.results import BenchmarkResults, with_one_name
+from expertoken.data_prep.supervision import select_candidates
 from expertoken.modeling.errors import ResultsError
+from expertoken.modeling.experts import Expert
+from expertoken.modeling.pool import ExpertPool
 
 
 def make(ids, models, scores, **columns):
@@ -82,3 +85,20 @@ def test_a_side_that_only_one_file_states_is_kept_and_two_sides_are_refused():
     assert BenchmarkResults.merge([plain, stated]).queries["split"].tolist() == ["train", "test"]
     with pytest.raises(ResultsError, match="on different splits"):
         BenchmarkResults.merge([stated, make(["1"], ["c"], [[1]], split=["test"])])
+
+
+def test_files_may_use_different_names_of_a_pool_for_one_expert():
+    """As a leaderboard with hub ids and the feedback of a server with the experts' names."""
+    pool = ExpertPool([Expert("law", model="org/law-8b"), Expert("math", model="org/math-7b", results="math-7b")])
+    board = make(["a", "b"], ["law-8b", "math-7b"], [[1, 0], [0, 1]])
+    feedback = make(["c", "d"], ["law", "math"], [[1, np.nan], [np.nan, 0]])
+    merged = BenchmarkResults.merge(with_one_name([board, feedback], pool))
+    chosen = select_candidates(merged, pool)
+    np.testing.assert_array_equal(chosen.scores, [[1, 0], [0, 1], [1, np.nan], [np.nan, 0]])
+
+
+def test_a_column_that_is_another_model_in_the_same_file_stays_so():
+    pool = ExpertPool([Expert("math", model="org/math-7b", results="math-7b")])
+    board = make(["a", "b"], ["math", "math-7b"], [[1, 0], [1, 1]])
+    [named] = with_one_name([board], pool)
+    assert named.models == ["math", "math-7b"]

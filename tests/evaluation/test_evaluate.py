@@ -122,7 +122,7 @@ def test_a_candidate_without_a_known_cost_is_told_and_left_out_of_the_curves(com
     assert "AIQ, composite" in report.metrics
     assert report.composite.usd_per_query is None  # it chooses self on some queries, whose cost is unknown
     assert report.row("math").usd_per_query == pytest.approx(0.01)
-    assert "no cost is known: self" in report.markdown()
+    assert "because of unknown costs: self" in report.markdown()
 
 
 @pytest.mark.parametrize("split", ["validation", "train"])

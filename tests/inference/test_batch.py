@@ -169,7 +169,7 @@ def test_a_second_run_on_one_file_is_kept_out(composite, source, tmp_path, monke
     answers = batch._answers
 
     def meanwhile(*arguments):
-        with pytest.raises(ExpertokenError, match="out.jsonl: another run is writing it"):
+        with pytest.raises(ExpertokenError, match="out.jsonl: another run is writing this file"):
             generate_file(composite, source, tmp_path / "out.jsonl", generation=GENERATION)
         yield from answers(*arguments)
 
@@ -189,7 +189,7 @@ def test_an_answer_carries_no_error_of_an_earlier_run(composite, tmp_path):
 
 def test_a_whole_file_is_answered_anew_on_demand_only_and_never_over_its_questions(composite, source, tmp_path):
     generate_file(composite, source, tmp_path / "out.jsonl", generation=GENERATION)
-    with pytest.raises(ExpertokenError, match="out.jsonl: is there already, and whole; --overwrite"):
+    with pytest.raises(ExpertokenError, match="out.jsonl: exists already and is complete. Pass --overwrite"):
         generate_file(composite, source, tmp_path / "out.jsonl", generation=GENERATION)
     before = lines(tmp_path / "out.jsonl")
     generate_file(composite, source, tmp_path / "out.jsonl", generation=GENERATION, overwrite=True)

@@ -1,0 +1,218 @@
+"""The code of the README and the manual: every block is run, loaded, or parsed by the command that it names."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from markdown_it import MarkdownIt
+from typer.testing import CliRunner
+
+import expertoken
+from expertoken.cli import app
+from expertoken.data_prep.reading import read_results
+from expertoken.data_prep.supervision import build_supervision
+from expertoken.examples.smollm2 import smollm2
+from expertoken.inference.composite_model import CompositeModel
+from expertoken.inference.gateway import GatewayModel
+from expertoken.inference.server import Settings
+from expertoken.inference.server.app import create_app
+from expertoken.modeling.composite import load_composite
+from expertoken.modeling.pool import ExpertPool
+from expertoken.tests.inference.conftest import served
+from expertoken.train.launch import BESIDE
+from expertoken.train.run import train_composite
+
+ROOT = Path(expertoken.__file__).parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("README.md"))]
+SERVER = "http://127.0.0.1:8000"
+
+
+def blocks(page, language):
+    """Return the code blocks of a page."""
+    fences = [token for token in MarkdownIt().parse(page.read_text()) if token.type == "fence"]
+    return [token.content for token in fences if token.info.split()[:1] == [language]]
+
+
+def pages_with(language):
+    """Return the pages that have such blocks, as test parameters."""
+    named = [page for page in PAGES if blocks(page, language)]
+    return pytest.mark.parametrize("page", named, ids=[page.relative_to(ROOT).as_posix() for page in named])
+
+
+def commands(block):
+    """Return the words of each line that runs `expertoken`, without comments and variables."""
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            del words[0]
+        if words[:1] == ["expertoken"]:
+            yield words[1:]
+
+
+def on_small_models(text, model):
+    """Replace hub ids of models by a model that is here."""
+    return re.sub(r"\b(your-organisation|your|Qwen|HuggingFaceTB)/[\w.-]+", str(model), text)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, base_folder):
+    """Make the folder that the pages' code assumes: results, a pool, a supervision, and a composite."""
+    folder = tmp_path_factory.mktemp("manual")
+    [table] = blocks(ROOT / "README.md", "csv")
+    [pool] = blocks(ROOT / "README.md", "yaml")
+    header, *rows = table.strip().splitlines()
+    many = [f"{number}. {row}" for number in range(20) for row in rows]
+    (folder / "results.csv").write_text("\n".join([header, *many]) + "\n")
+    (folder / "pool.yaml").write_text(on_small_models(pool, base_folder))
+    (folder / "sql.csv").write_text("query,sql\n" + "".join(f"Write SQL query {i} please,1\n" for i in range(30)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EXPERTOKEN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        candidates = ExpertPool.from_yaml(folder / "pool.yaml")
+        supervision = build_supervision(read_results(folder / "results.csv"), candidates, near_duplicates="ignore")
+        supervision.save(folder / "supervision")
+        options = {"use_cpu": True, "report_to": "none", "verify": False}
+        train_composite(str(base_folder), folder / "supervision", folder / "composite", **options)
+    return folder
+
+
+@pages_with("python")
+def test_the_python_of_a_page_runs(page, workplace, base_folder, tmp_path, monkeypatch, capsys):
+    if page.name in ("README.md", "tutorial.md", "python.md"):
+        pytest.skip("has a test of its own, below or in test_readme.py")
+    shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    code = [on_small_models(block, base_folder) for block in blocks(page, "python")]
+    if any(SERVER in block for block in code):
+        model = CompositeModel.from_pretrained("composite/")
+        with served(create_app(model, Settings(name="composite"))) as address:
+            run([block.replace(SERVER, address) for block in code], page)
+    else:
+        run(code, page)
+
+
+def run(code, page):
+    """Run blocks in one namespace."""
+    namespace = {}
+    for block in code:
+        exec(compile(block, str(page), "exec"), namespace)
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_makes_a_composite_that_decides(tmp_path, monkeypatch, capsys):
+    """In at most 20 lines, on the real small model, with the decisions that the README shows."""
+    [code] = blocks(ROOT / "README.md", "python")
+    assert 15 <= len([line for line in code.splitlines() if line.strip()]) <= 20
+    monkeypatch.chdir(tmp_path)
+    run([on_small_models(code, smollm2())], ROOT / "README.md")
+    printed = capsys.readouterr().out
+    [shown] = [block for block in blocks(ROOT / "README.md", "text") if "math" in block]
+    for line in shown.splitlines():
+        expert, probability, question = re.match(r"(\w+) +([\d.]+)  (.*)", line).groups()
+        found = re.search(rf"^{expert} +([\d.]+)  {re.escape(question)}$", printed, re.MULTILINE)
+        assert found, printed
+        assert abs(float(found[1]) - float(probability)) < 0.02
+
+
+@pages_with("bash")
+def test_the_commands_of_a_page_take_their_arguments(page):
+    for block in blocks(page, "bash"):
+        checked = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stderr
+        for words in commands(block):
+            if words[0] == "train":
+                check_training(words[1:])
+            elif words[0] != "lm-eval":  # all arguments go to the harness
+                parse(list(words))
+
+
+def parse(words):
+    """Parse a command line as the command does, without running it."""
+    command = typer.main.get_command(app)
+    name = "expertoken"
+    while hasattr(command, "commands"):
+        name = words.pop(0)
+        assert name in command.commands, f"no verb {name!r}"
+        command = command.commands[name]
+    command.make_context(name, words)
+
+
+def check_training(words):
+    """Check that each argument of `expertoken train` exists."""
+    from transformers import TrainingArguments
+
+    from expertoken.train.arguments import ExpertokenArguments
+
+    known = {*ExpertokenArguments.__dataclass_fields__, *TrainingArguments.__dataclass_fields__, "accelerate_config"}
+    known |= {name.removeprefix("--") for name in BESIDE}
+    given = {word.removeprefix("--") for word in words if word.startswith("--")}
+    assert given <= known, given - known
+
+
+@pages_with("yaml")
+def test_the_yaml_of_a_page_loads(page, tmp_path, monkeypatch):
+    for number, block in enumerate(blocks(page, "yaml")):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(block)
+        document = yaml.safe_load(block)
+        if isinstance(document, dict) and "meta" in document and "experts" in document:
+            GatewayModel.from_yaml(file)
+        elif isinstance(document, dict) and "experts" in document:
+            assert ExpertPool.from_yaml(file).names
+
+
+@pages_with("csv")
+def test_the_tables_of_a_page_are_results(page, tmp_path):
+    for number, block in enumerate(blocks(page, "csv")):
+        file = tmp_path / f"{number}.csv"
+        file.write_text(block)
+        assert len(read_results(file))
+
+
+@pages_with("json")
+def test_the_json_of_a_page_is_json(page):
+    for block in blocks(page, "json"):
+        json.loads(block)
+
+
+@pages_with("toml")
+def test_the_toml_of_a_page_is_toml(page):
+    tomllib = pytest.importorskip("tomllib", reason="part of Python 3.11 and later")
+    for block in blocks(page, "toml"):
+        tomllib.loads(block)
+
+
+@pytest.mark.slow
+def test_the_tutorial_leads_from_a_table_to_a_plugged_in_expert(tmp_path, monkeypatch):
+    """Word for word, on the real small model in place of all models of the hub."""
+    page, small = ROOT / "docs" / "tutorial.md", smollm2()
+    monkeypatch.chdir(tmp_path)
+    [script] = blocks(page, "python")
+    Path("table.py").write_text(script)
+    subprocess.run([sys.executable, "table.py"], check=True)
+    table, roman = blocks(page, "csv")
+    written = Path("results.csv").read_text().splitlines()
+    assert {line for line in table.splitlines() if line} <= set(written)
+    [pool] = blocks(page, "yaml")
+    Path("pool.yaml").write_text(on_small_models(pool, small))
+    header, *rows = roman.strip().splitlines()
+    more = [f"Write {number} in Roman numerals.,1" for number in range(100, 120)]
+    Path("roman.csv").write_text("\n".join([header, *rows, *more]) + "\n")
+    for block in blocks(page, "bash"):
+        for words in commands(on_small_models(block, small)):
+            if words[0] not in ("chat", "serve"):
+                extra = ["--use_cpu", "true", "--report_to", "none", "--verify", "false"] if words[0] == "train" else []
+                result = CliRunner().invoke(app, [*words, *extra])
+                assert result.exit_code == 0, f"{words}: {result.output} {result.exception}"
+    assert "names" in Path("composite/report/report.md").read_text()
+    assert load_composite("composite").pool.names == ["math", "law", "roman", "self"]
+    composite = CompositeModel.from_pretrained("composite")
+    assert composite.route("What is 7 times 45?").expert == "math"
+    assert composite.route("May a tenant change the locks?").expert == "law"
+    assert composite.chat("Hello! How are you?", max_new_tokens=8).expert == "self"
