@@ -104,22 +104,6 @@ def run(code, page):
         exec(compile(block, str(page), "exec"), namespace)
 
 
-@pytest.mark.slow
-def test_the_python_of_the_readme_makes_a_composite_that_decides(tmp_path, monkeypatch, capsys):
-    """In at most 20 lines, on the real small model, with the decisions that the README shows."""
-    [code] = blocks(ROOT / "README.md", "python")
-    assert 15 <= len([line for line in code.splitlines() if line.strip()]) <= 20
-    monkeypatch.chdir(tmp_path)
-    run([on_small_models(code, smollm2())], ROOT / "README.md")
-    printed = capsys.readouterr().out
-    [shown] = [block for block in blocks(ROOT / "README.md", "text") if "math" in block]
-    for line in shown.splitlines():
-        expert, probability, question = re.match(r"(\w+) +([\d.]+)  (.*)", line).groups()
-        found = re.search(rf"^{expert} +([\d.]+)  {re.escape(question)}$", printed, re.MULTILINE)
-        assert found, printed
-        assert abs(float(found[1]) - float(probability)) < 0.02
-
-
 @pages_with("bash")
 def test_the_commands_of_a_page_take_their_arguments(page):
     for block in blocks(page, "bash"):
@@ -216,3 +200,30 @@ def test_the_tutorial_leads_from_a_table_to_a_plugged_in_expert(tmp_path, monkey
     assert composite.route("What is 7 times 45?").expert == "math"
     assert composite.route("May a tenant change the locks?").expert == "law"
     assert composite.chat("Hello! How are you?", max_new_tokens=8).expert == "self"
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_decides_as_the_readme_shows(tmp_path, monkeypatch):
+    """The README's Python is part of the notebook, so that one run on the real small model covers both."""
+    nbclient = pytest.importorskip("nbclient")
+    import nbformat
+
+    notebook = nbformat.read(ROOT / "examples" / "first_composite.ipynb", 4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "clear the outputs before you commit"
+    [readme] = blocks(ROOT / "README.md", "python")
+    lines = [line for line in readme.splitlines() if line.strip()]
+    assert 15 <= len(lines) <= 20
+    assert set(lines) <= {line for cell in notebook.cells for line in cell.source.splitlines()}
+    for cell in notebook.cells:
+        cell.source = on_small_models(cell.source, smollm2())
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert outputs[-1].strip().endswith("roman")
+    printed = "\n".join(outputs)
+    [shown] = [block for block in blocks(ROOT / "README.md", "text") if "math" in block]
+    for line in shown.splitlines():
+        expert, probability, question = re.match(r"(\w+) +([\d.]+)  (.*)", line).groups()
+        found = re.search(rf"^{expert} +([\d.]+)  {re.escape(question)}$", printed, re.MULTILINE)
+        assert found, printed
+        assert abs(float(found[1]) - float(probability)) < 0.02
