@@ -26,7 +26,9 @@ def calibrate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
 ) -> None:
-    """Set a composite's threshold (--share) or cost weight (--cost), and store it in the composite.
+    """Set how often experts answer, or what answers cost.
+
+    Finds the threshold (--share) or the cost weight (--cost), and stores it in the composite.
 
     An earlier calibration is replaced.
     """

@@ -54,7 +54,10 @@ def evaluate(
     plot: Annotated[bool, typer.Option(help="Draw figures too, if the extra `eval` is installed.")] = True,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
 ) -> None:
-    """Score a composite, its experts, baselines and the oracle, and write the report as a folder."""
+    """Score a composite beside its rivals. Write a report.
+
+    Rivals are its experts, trivial and learned baselines, and the oracle.
+    """
     from ..evaluation.evaluate import evaluate as run
     from .tables import chats_table, report_table, wide_console
 

@@ -12,7 +12,7 @@ from .choice import one_of
 
 logger = logging.getLogger(__name__)
 
-app = typer.Typer(help="Add an expert to a trained composite, list its experts, or remove one.", no_args_is_help=True)
+app = typer.Typer(help="Add, list or remove experts of a composite.", no_args_is_help=True)
 
 _Composite = Annotated[Path, typer.Argument(help="Composite folder.")]
 _Name = Annotated[str, typer.Option(help="Name of the expert.")]

@@ -55,7 +55,7 @@ def export(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
 ) -> None:
-    """Write a plain Hugging Face checkpoint with a real token for every expert.
+    """Write a checkpoint with a real token per expert.
 
     Its decisions are checked on prompts.
     """

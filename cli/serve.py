@@ -106,7 +106,7 @@ def serve(
         ),
     ] = False,
 ) -> None:
-    """Serve a composite as an OpenAI-compatible server with a chat page.
+    """Serve a composite: HTTP APIs and a chat page.
 
     Paths: POST /v1/chat/completions, GET /v1/models, /health, /ready, /metrics, the chat page at /.
 

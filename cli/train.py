@@ -6,7 +6,7 @@ PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def train(context: typer.Context) -> None:
-    """Train expert tokens (arguments as `accelerate launch -m expertoken.train`). --accelerate_config NAME launches."""
+    """Train expert tokens and write a composite folder."""
     from ..train.entry import main
     from ..train.launch import relaunch
 
