@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("PIL")
 
-from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from expertoken.inference.composite_model import CompositeModel
 from expertoken.modeling.chat import count_media
@@ -338,7 +338,3 @@ def test_a_picture_that_breaks_off_is_one_clear_error(seeing):
         ExpertokenError, match=r"messages\[0\]: picture 1: expected a picture in one of the formats PNG"
     ):
         seeing.encode([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}])
-
-
-def test_a_cache_of_the_config_fits(seeing):
-    assert DynamicCache(config=seeing.plain.config) is not None
