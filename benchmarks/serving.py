@@ -219,10 +219,10 @@ def main() -> None:
     )
     parser.add_argument("--words", type=int, default=20, help="Words of an answer. Default: %(default)s.")
     parser.add_argument(
-        "--first", type=float, default=0.5, help="Seconds of an expert to its first word. Default: %(default)s."
+        "--first", type=float, default=0.5, help="Mean seconds to a mock expert's first word. Default: %(default)s."
     )
     parser.add_argument(
-        "--between", type=float, default=0.25, help="Seconds of an expert between two words. Default: %(default)s."
+        "--between", type=float, default=0.25, help="Mean seconds between its words. Default: %(default)s."
     )
     parser.add_argument(
         "--spread",

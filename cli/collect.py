@@ -13,7 +13,7 @@ def collect(
     pool: Annotated[Path, typer.Argument(help="Pool file (YAML).")],
     tasks: Annotated[str, typer.Option(help="Tasks or groups of lm-evaluation-harness: NAME[,NAME].")],
     out: Annotated[Path, typer.Option(help="Folder for the results, the input of `expertoken prepare`.")],
-    meta: Annotated[str | None, typer.Option(help="Meta LLM, which `self` and adapters without a base run on.")] = None,
+    meta: Annotated[str | None, typer.Option(help="Meta LLM. self and adapters that name no base use it.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with your own tasks (YAML).")] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Number of questions per task, taken from its beginning. Default: all.")

@@ -19,7 +19,7 @@ TIES = ("all", "cheapest", "best")
 
 @dataclass(frozen=True)
 class Labelling:
-    """Rules that make labels from results.
+    """Settings that turn results into labels, the targets of training.
 
     Attributes:
         strategy: A key of `STRATEGIES`.

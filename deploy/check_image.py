@@ -224,10 +224,17 @@ def main() -> None:
     )
     parser.add_argument("--build-arg", action="append", default=[], metavar="NAME=VALUE", help="Value for ARG.")
     parser.add_argument(
-        "--host-file", type=Path, action="append", default=[], help="File that a build needs here, such as pip.conf."
+        "--host-file",
+        type=Path,
+        action="append",
+        default=[],
+        help="File of this machine that RUN instructions read, such as pip.conf. Repeatable.",
     )
     parser.add_argument(
-        "--host-variable", action="append", default=[], help="Name of an environment variable that a build needs here."
+        "--host-variable",
+        action="append",
+        default=[],
+        help="Name of a variable here that RUN instructions read.",
     )
     arguments = parser.parse_args()
     stage = build(

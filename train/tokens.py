@@ -133,7 +133,10 @@ def fit_rows(
 
 
 class _Solver:
-    """Solver of one problem for several strengths and several weightings of its queries."""
+    """Solver of one problem, for several strengths of L2 and several weights of its queries.
+
+    Weight 0 leaves a query out, for cross-validation.
+    """
 
     def __init__(
         self,

@@ -79,7 +79,10 @@ def make_model(folder: Path, seed: int = 0) -> Path:
 
 @torch.inference_mode()
 def _scale_projector(model: Any) -> None:
-    """Scale the projector so that a picture's tokens are as large as a text's, as the language model expects."""
+    """Scale the projector so that embeddings of pictures have the root mean square of those of text.
+
+    The language model expects embeddings of that size. The last bias becomes zero.
+    """
     noise = torch.randn(4, 3, SIDE, SIDE)
     seen = torch.cat(list(model.get_image_features(pixel_values=noise).pooler_output))
     text = model.get_input_embeddings().weight.square().mean().sqrt()

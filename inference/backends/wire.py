@@ -41,7 +41,7 @@ def events_of(stream: Any) -> Any:
                 held = len(part) - end if end >= 0 else held + len(part)
                 if held > _EVENT_BYTES or len(part) > _EVENT_BYTES:
                     raise ExpertFailedError(
-                        f"expected chunks of at most {_EVENT_BYTES:,} bytes from the endpoint, got more"
+                        f"expected chunks of at most {_EVENT_BYTES:,} bytes from the endpoint, got a longer one"
                     )
                 yield part
 

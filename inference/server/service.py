@@ -295,7 +295,7 @@ class Service:
         logger.info(json.dumps(entry))
 
     def trace(self, completion: Completion) -> None:
-        """Add the log's values to the request's span.
+        """Add the answer's id, and the log's values of the first answer, to the request's span.
 
         The span ends with the response's last byte, so the call comes before it.
         """
