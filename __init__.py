@@ -1,4 +1,4 @@
-"""expertoken makes many LLMs answer as one: one trained vocabulary token per expert, learned from benchmark results.
+"""expertoken makes many LLMs answer as one: one trained vocabulary token per expert, learnt from benchmark results.
 
 The names below are loaded at their first use, so that `import expertoken` stays light (no torch).
 """

@@ -51,7 +51,7 @@ def root(
         bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Make many LLMs answer as one: one trained token per expert, learned from benchmark results."""
+    """Make many LLMs answer as one: one trained token per expert, learnt from benchmark results."""
 
 
 app.command()(collect.collect)

@@ -12,7 +12,10 @@ _DAY = 86400
 
 @app.command("list")
 def list_models() -> None:
-    """List the models whose states are cached, least recently written first."""
+    """List the models whose states are cached.
+
+    The least recently written model comes first.
+    """
     from rich.table import Table
 
     from ..modeling.files import cache_folder

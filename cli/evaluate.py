@@ -56,7 +56,7 @@ def evaluate(
 ) -> None:
     """Score a composite beside its rivals. Write a report.
 
-    Rivals are its experts, trivial and learned baselines, and the oracle.
+    Rivals are its experts, trivial and learnt baselines, and the oracle.
     """
     from ..evaluation.evaluate import evaluate as run
     from .tables import chats_table, report_table, wide_console

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from yaml import YAMLError
 
 from ..modeling.errors import ExpertokenError, did_you_mean, one_line
 from ..modeling.files import atomic_file
@@ -184,7 +185,7 @@ class Report:
         scores = {"mean over benchmarks": self.composite.mean_score, **self.composite.score_by_benchmark}
         try:
             add_scores(Path(composite), scores, self.settings["split"])
-        except OSError as error:  # a folder that may only be read must not cost the report
+        except (OSError, ValueError, YAMLError) as error:  # a card that can't be written must not cost the report
             logger.warning("The scores are not in the model card of %s: %s", composite, one_line(error))
 
     def markdown(self, pictures: list[str] | None = None) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
 from .files import atomic_file
@@ -36,13 +37,13 @@ def model_card(
         sees: The meta LLM reads pictures.
     """
     base = _public(model)
-    stated = _license(model)
+    terms = _terms(model)
+    stated = "license" in terms
     card = ModelCardData(
-        base_model=base,
+        base_model=None if Path(model).expanduser().exists() else model,
         datasets=data.get("datasets") or None,
         library_name="expertoken",
-        license=stated or "other",
-        license_name=None if stated else _UNKNOWN_LICENSE,
+        **(terms or {"license": "other", "license_name": _UNKNOWN_LICENSE}),
         pipeline_tag="image-text-to-text" if sees else "text-generation",
         tags=["expertoken", "llm-routing", "mixture-of-experts"],
     )
@@ -133,16 +134,24 @@ def _public(model: str) -> str:
     return Path(model).name if model and Path(model).expanduser().exists() else model
 
 
-def _license(model: str) -> str | None:
-    """Return the licence in the base model's own card, if the card is a local or cached file."""
+def _terms(model: str) -> dict[str, str]:
+    """Return the licence in the base model's own card, with its name and link.
+
+    Only a card that is a local or cached file is read.
+    """
     path = Path(model).expanduser()
+    card: Any = None
     if path.exists():
-        card: Any = path / CARD_FILE
+        card = path / CARD_FILE
     elif model.count("/") == 1:
         card = try_to_load_from_cache(model, CARD_FILE)
-    else:
-        card = None
     if not isinstance(card, str | Path) or not Path(card).is_file():
-        return None
-    stated = (metadata_load(card) or {}).get("license")
-    return stated if isinstance(stated, str) else None
+        return {}
+    try:
+        stated = metadata_load(card) or {}
+    except (ValueError, yaml.YAMLError):  # a broken card must not stop a training run
+        return {}
+    found = {
+        key: stated[key] for key in ("license", "license_name", "license_link") if isinstance(stated.get(key), str)
+    }
+    return found if "license" in found else {}

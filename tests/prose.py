@@ -100,7 +100,7 @@ def arguments() -> Iterator[Text]:
 
 
 def helps() -> Iterator[Text]:
-    """Yield the help texts of the commands' options: `help=` and `"help":`."""
+    """Yield the help texts of options and the descriptions of the HTTP API's fields."""
     for path, tree in modules():
         for node in ast.walk(tree):
             pairs: list[tuple[str | None, ast.expr]] = []
@@ -113,7 +113,7 @@ def helps() -> Iterator[Text]:
                     if isinstance(key, ast.Constant)
                 ]
             for name, value in pairs:
-                if name == "help" and isinstance(value, ast.Constant) and isinstance(value.value, str):
+                if name in ("help", "description") and isinstance(value, ast.Constant) and isinstance(value.value, str):
                     yield Text(f"{path}:{value.lineno} help", value.value)
 
 
@@ -153,7 +153,7 @@ def comments() -> Iterator[Text]:
 
 def pages() -> list[Path]:
     """Return the documentation's Markdown files."""
-    top = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
+    top = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "RELEASE.md")]
     return top + sorted((ROOT / "docs").rglob("*.md")) + sorted((ROOT / "examples").rglob("README.md"))
 
 
@@ -169,6 +169,14 @@ def paragraphs(page: Path) -> Iterator[Text]:
         plain = re.sub(r"\s+", " ", re.sub(r"^\s*(?:[-*]|\d+\.) ", "", plain)).strip()
         if plain:
             yield Text(path, plain)
+
+
+def prose_lines(page: Path) -> Iterator[str]:
+    """Yield a page's lines without code, tables, headings, and lines that a link makes long."""
+    text = re.sub(r"^( *)(```|~~~).*?^\1\2 *$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for line in text.splitlines():
+        if not re.match(r"\s*(\||#|!\[|---)", line) and "](" not in line and "http" not in line:
+            yield line
 
 
 def sentences(text: str) -> list[str]:

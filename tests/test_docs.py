@@ -6,12 +6,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import typer
 import yaml
 from markdown_it import MarkdownIt
+from transformers import TrainingArguments
 from typer.testing import CliRunner
 
 import expertoken
@@ -23,15 +25,21 @@ from expertoken.inference.composite_model import CompositeModel
 from expertoken.inference.gateway import GatewayModel
 from expertoken.inference.server import Settings
 from expertoken.inference.server.app import create_app
+from expertoken.inference.server.keys import read_keys
 from expertoken.modeling.composite import load_composite
+from expertoken.modeling.experts import Expert
+from expertoken.modeling.policy import Policy
 from expertoken.modeling.pool import ExpertPool
 from expertoken.tests.inference.conftest import served
+from expertoken.train.arguments import ExpertokenArguments
+from expertoken.train.config import parse_arguments
 from expertoken.train.launch import BESIDE
 from expertoken.train.run import train_composite
 
 ROOT = Path(expertoken.__file__).parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("README.md"))]
 SERVER = "http://127.0.0.1:8000"
+ARGUMENTS = {*ExpertokenArguments.__dataclass_fields__, *TrainingArguments.__dataclass_fields__}
 
 
 def blocks(page, language):
@@ -40,10 +48,11 @@ def blocks(page, language):
     return [token.content for token in fences if token.info.split()[:1] == [language]]
 
 
-def pages_with(language):
+def pages_with(language, *without):
     """Return the pages that have such blocks, as test parameters."""
-    named = [page for page in PAGES if blocks(page, language)]
-    return pytest.mark.parametrize("page", named, ids=[page.relative_to(ROOT).as_posix() for page in named])
+    named = {page.relative_to(ROOT).as_posix(): page for page in PAGES if blocks(page, language)}
+    chosen = [page for name, page in named.items() if name not in without]
+    return pytest.mark.parametrize("page", chosen, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
 def commands(block):
@@ -82,10 +91,11 @@ def workplace(tmp_path_factory, base_folder):
     return folder
 
 
-@pages_with("python")
+OWN_TEST = ("README.md", "docs/tutorial.md", "docs/reference/python.md")  # below, and in test_readme.py
+
+
+@pages_with("python", *OWN_TEST)
 def test_the_python_of_a_page_runs(page, workplace, base_folder, tmp_path, monkeypatch, capsys):
-    if page.name in ("README.md", "tutorial.md", "python.md"):
-        pytest.skip("has a test of its own, below or in test_readme.py")
     shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     code = [on_small_models(block, base_folder) for block in blocks(page, "python")]
@@ -128,15 +138,45 @@ def parse(words):
 
 
 def check_training(words):
-    """Check that each argument of `expertoken train` exists."""
-    from transformers import TrainingArguments
+    """Parse the arguments of `expertoken train` as the command does, but for those of the launcher."""
+    ours, place = [], 0
+    while place < len(words):
+        if words[place] in ("--accelerate_config", *BESIDE):
+            place += 2
+            continue
+        ours.append(words[place])
+        place += 1
+    parse_arguments([*ours, "--use_cpu", "true", "--bf16", "false"])
 
-    from expertoken.train.arguments import ExpertokenArguments
 
-    known = {*ExpertokenArguments.__dataclass_fields__, *TrainingArguments.__dataclass_fields__, "accelerate_config"}
-    known |= {name.removeprefix("--") for name in BESIDE}
-    given = {word.removeprefix("--") for word in words if word.startswith("--")}
-    assert given <= known, given - known
+@pages_with("bash")
+def test_the_extras_of_a_page_exist(page):
+    known = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+    for block in blocks(page, "bash"):
+        for extras in re.findall(r"(?:expertoken|-e '?\.)\[([\w,]+)\]", block):
+            assert set(extras.split(",")) <= known
+
+
+LINKED = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "RELEASE.md")]
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.name)
+def test_the_links_of_a_page_outside_of_the_site_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#:]+)(#[^)]+)?\)", page.read_text())
+    for target, anchor in links:
+        assert (page.parent / target).exists(), target
+        if anchor and target.endswith(".md"):
+            headings = re.findall(r"^#+ (.+)$", (page.parent / target).read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+            assert anchor[1:] in slugs, target + anchor
+
+
+@pytest.mark.parametrize("kind", [Expert, Policy], ids=lambda kind: kind.__name__)
+def test_the_configuration_page_names_every_key(kind):
+    page = (ROOT / "docs" / "reference" / "configuration.md").read_text()
+    others = {"options"}  # keys of the kinds of other packages
+    missing = [item.name for item in fields(kind) if item.name not in others and f"`{item.name}`" not in page]
+    assert missing == []
 
 
 @pages_with("yaml")
@@ -149,6 +189,14 @@ def test_the_yaml_of_a_page_loads(page, tmp_path, monkeypatch):
             GatewayModel.from_yaml(file)
         elif isinstance(document, dict) and "experts" in document:
             assert ExpertPool.from_yaml(file).names
+        elif isinstance(document, dict) and "keys" in document:
+            assert read_keys(file)
+        elif isinstance(document, dict) and set(document) <= ARGUMENTS:
+            assert document  # a recipe
+        else:
+            known = ("services", "model_list", "providers", "policy")
+            assert isinstance(document, dict), block
+            assert set(document) & set(known), f"a block of no kind that this test knows: {block}"
 
 
 @pages_with("csv")
@@ -194,7 +242,7 @@ def test_the_tutorial_leads_from_a_table_to_a_plugged_in_expert(tmp_path, monkey
                 extra = ["--use_cpu", "true", "--report_to", "none", "--verify", "false"] if words[0] == "train" else []
                 result = CliRunner().invoke(app, [*words, *extra])
                 assert result.exit_code == 0, f"{words}: {result.output} {result.exception}"
-    assert "names" in Path("composite/report/report.md").read_text()
+    assert re.search(r"^\| names \| \d", Path("composite/report/report.md").read_text(), re.MULTILINE)
     assert load_composite("composite").pool.names == ["math", "law", "roman", "self"]
     composite = CompositeModel.from_pretrained("composite")
     assert composite.route("What is 7 times 45?").expert == "math"
@@ -213,7 +261,8 @@ def test_the_notebook_runs_and_decides_as_the_readme_shows(tmp_path, monkeypatch
     [readme] = blocks(ROOT / "README.md", "python")
     lines = [line for line in readme.splitlines() if line.strip()]
     assert 15 <= len(lines) <= 20
-    assert set(lines) <= {line for cell in notebook.cells for line in cell.source.splitlines()}
+    run_in_notebook = iter(line for cell in notebook.cells for line in cell.source.splitlines())
+    assert all(line in run_in_notebook for line in lines), "the notebook runs the README's lines, in their order"
     for cell in notebook.cells:
         cell.source = on_small_models(cell.source, smollm2())
     monkeypatch.setenv("MPLBACKEND", "agg")

@@ -50,6 +50,8 @@ def test_a_page_is_written_in_short_sentences(page):
         for pattern, instead in prose.BANNED.items()
         for match in re.finditer(pattern, paragraph.text, re.IGNORECASE)
     ]
+    wide = [line for line in prose.prose_lines(page) if len(line) > 110]
+    assert wide == [], "lines are wrapped at 100 to 110 characters"
     assert long == [], "paragraphs of at most 70 words"
     assert banned == []
     assert sum(sentence.count(";") for sentence in sentences) <= max(1, 0.05 * len(sentences))

@@ -43,9 +43,9 @@ def on_startup(command: str, dirty: bool) -> None:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
-    pages = {"reference/cli.md": command_line(), "reference/http.md": http_api(), "llms.txt": _llms(files, config)}
-    for name, content in pages.items():
+    for name, content in {"reference/cli.md": command_line(), "reference/http.md": http_api()}.items():
         files.append(File.generated(config, name, content=content))
+    files.append(File.generated(config, "llms.txt", content=_llms(files, config)))
     return files
 
 
@@ -75,6 +75,7 @@ def http_api() -> str:
         "",
         "`expertoken serve` answers these routes. The same description is at `/openapi.json` of a running server.",
         "[Serving](../guides/serving.md) and [Agents](../guides/agents.md) show how to use them.",
+        "A field without a meaning here has the meaning of the API that the route follows.",
         "",
     ]
     for path, methods in document["paths"].items():
@@ -133,8 +134,8 @@ def _llms(files: Files, config: MkDocsConfig) -> str:
     """Return an index of the manual for language models (llmstxt.org)."""
     lines = [f"# {config.site_name}", "", f"> {config.site_description}", "", "## Manual", ""]
     for file in sorted(files.documentation_pages(), key=lambda file: file.src_uri):
-        text = Path(file.abs_src_path or "").read_text("utf-8")
-        title = re.search(r"^# (.+)$", text, re.MULTILINE)
-        first = re.search(r"^(?!#|!\[|<|```|\s)(.+)$", text, re.MULTILINE)
-        lines.append(f"- [{title[1] if title else file.src_uri}]({file.src_uri}): {first[1] if first else ''}")
+        title = re.search(r"^# (.+)$", file.content_string, re.MULTILINE)
+        text = re.search(r"\n\n(?!#|!\[|<|`{3}|\s|\|)((?:.+\n?)+)", file.content_string)
+        summary = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(text[1].split())) if text else ""
+        lines.append(f"- [{title[1] if title else file.src_uri}]({file.url}): {summary}")
     return "\n".join([*lines, ""])

@@ -79,7 +79,7 @@ def make_model(folder: Path, seed: int = 0) -> Path:
 
 @torch.inference_mode()
 def _scale_projector(model: Any) -> None:
-    """Scale the projector so that embeddings of pictures have the root mean square of those of text.
+    """Scale the projector, so that pictures and text have embeddings of the same root mean square.
 
     The language model expects embeddings of that size. The last bias becomes zero.
     """

@@ -39,7 +39,7 @@ def generation_options(generation: Generation) -> dict[str, Any]:
 def within(generation: Generation, left: int) -> Generation:
     """Limit an answer to the positions that are left.
 
-    A model has not learned positions beyond its context, and fails or degrades there.
+    A model has not learnt positions beyond its context, and fails or degrades there.
     """
     wanted = left if generation.max_new_tokens is None else generation.max_new_tokens
     return replace(generation, max_new_tokens=min(wanted, left))

@@ -40,6 +40,23 @@ def test_the_licence_is_that_of_the_base_models_own_card(tmp_path):
     assert card(tmp_path).data.license == "apache-2.0"
 
 
+def test_a_licence_of_its_own_keeps_its_name_and_link(tmp_path):
+    terms = {"license": "other", "license_name": "qwen-research", "license_link": "https://example.org/LICENSE"}
+    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump(terms)}---\n")
+    data = card(tmp_path).data
+    assert (data.license, data.license_name, data.license_link) == tuple(terms.values())
+
+
+@pytest.mark.parametrize("text", ["---\nlicense: [\n---\n", "---\n- a\n---\n", "", "no metadata"])
+def test_a_broken_card_of_the_base_costs_nothing(tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    assert card(tmp_path).data.license == "other"
+
+
+def test_a_base_that_is_a_folder_is_no_id_of_the_hub(tmp_path):
+    assert card(tmp_path).data.base_model is None
+
+
 def test_a_licence_that_nobody_states_is_not_invented():
     data = card().data
     assert data.license == "other"
