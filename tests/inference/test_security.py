@@ -82,10 +82,11 @@ def test_nothing_that_a_gateway_sends_its_meta_llm_has_an_experts_token_or_a_con
 
 
 @pytest.fixture(scope="module")
-def app(base_folder, words):
-    return create_app(
-        composite_of(base_folder, [*words, Expert("self", "self")]), Settings(name="comp", max_new_tokens=4)
-    )
+def app(base_folder, words, tmp_path_factory):
+    """Return an application with all routes."""
+    feedback = tmp_path_factory.mktemp("feedback") / "feedback.jsonl"
+    given = Settings(name="comp", max_new_tokens=4, feedback=feedback)
+    return create_app(composite_of(base_folder, [*words, Expert("self", "self")]), given)
 
 
 def test_the_openapi_description_holds_against_whatever_is_sent(app):
@@ -104,10 +105,14 @@ def test_the_openapi_description_holds_against_whatever_is_sent(app):
 
         check()
 
+    paths = set()
     for operation in schemathesis.openapi.from_asgi("/openapi.json", app, headers=HOST).get_all_operations():
+        paths.add(operation.ok().path)
         try_out(operation.ok(), GenerationMode.POSITIVE)
         if operation.ok().method.upper() == "POST":  # the others have no arguments that could be wrong
             try_out(operation.ok(), GenerationMode.NEGATIVE)
+    written = ("chat/completions", "messages", "messages/count_tokens", "responses", "route", "feedback")
+    assert {f"/v1/{name}" for name in written} <= paths
     assert {200, 404} <= statuses
     assert 400 in statuses
 
