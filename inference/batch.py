@@ -361,6 +361,7 @@ def _replied(composite: AnsweringModel, answer: Piece, dispatch: Dispatch, gener
         dispatch,
         finish="stop" if stops.reached else answer.finish,
         cost=composite.pool[dispatch.expert].price(*(answer.usage or (0, 0))),
+        stopped_by=stops.found,
     )
 
 

@@ -33,6 +33,7 @@ class Reply:
         thought: Thought of the models, by the field in which their servers sent it.
         details: Further token counts from servers (`completion_tokens_details`, ...).
         calls: Ids of the tool calls in the answer.
+        stopped_by: Stop text of the request that ended the answer, or None.
     """
 
     text: str
@@ -52,6 +53,7 @@ class Reply:
     thought: Mapping[str, str] = field(default_factory=dict)
     details: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     calls: tuple[str, ...] = ()
+    stopped_by: str | None = None
 
 
 class ReplyStream:
@@ -254,5 +256,6 @@ class Turn:
         if rest and not self.begun:
             self.stream.reply = replace(self.stream.reply, first=self.elapsed)
         finish = "stop" if self.stops.reached else self._finish or "stop"
-        self.stream.reply = replace(self.stream.reply, text=self.text + rest, finish=finish)
+        stopped = self.stops.found
+        self.stream.reply = replace(self.stream.reply, text=self.text + rest, finish=finish, stopped_by=stopped)
         return Piece(rest, finish=finish, usage=self.usage)

@@ -8,22 +8,30 @@ class StopTexts:
 
     Args:
         stops: Texts that end the answer.
+
+    Attributes:
+        found: Stop text that ended the answer, or None.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._held = ""
-        self.reached = False
+        self.found: str | None = None
+
+    @property
+    def reached(self) -> bool:
+        """True if a stop text ended the answer."""
+        return self.found is not None
 
     def feed(self, text: str) -> str:
         """Add the next piece, and return the text to send. A possible beginning of a stop text is held back."""
         if not self._stops:
             return text
         self._held += text
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        places = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if places:
-            self.reached = True
-            told, self._held = self._held[: min(places)], ""
+            place, self.found = min(places)
+            told, self._held = self._held[:place], ""
             return told
         keep = max(
             (

@@ -33,6 +33,7 @@ from pydantic import ConfigDict, Field, StringConstraints
 from ...modeling.backend import Piece
 from ...modeling.errors import ExpertokenError
 from ..backends.wire import sendable
+from ..reply import Reply
 from .blocks import Added, Closed, Opened, steps_of, thought_of
 from .completions import Completion, public
 from .dialect import event
@@ -186,10 +187,17 @@ def _usage(completion: Completion) -> dict[str, Any]:
     return counts | ({"cache_read_input_tokens": cached} if cached else {})
 
 
-def _end(finish: str | None, *, called: bool) -> Any:
-    """Return the reason why an answer ended. If the request names the function to call, servers send `stop`."""
-    found = _ENDS.get(finish or "", "end_turn")
-    return "tool_use" if called and found == "end_turn" else found
+def _end(reply: Reply) -> Any:
+    """Return the reason why an answer ended, and the stop text that ended it.
+
+    Servers send `stop` for a call too, if the request names the function to call.
+    """
+    found = _ENDS.get(reply.finish or "", "end_turn")
+    if found == "end_turn" and reply.calls:
+        found = "tool_use"
+    elif reply.stopped_by is not None:
+        found = "stop_sequence"
+    return {"stop_reason": found, "stop_sequence": reply.stopped_by}
 
 
 def _id(completion: Completion) -> str:
@@ -221,8 +229,7 @@ class MessagesDialect:
             role="assistant",
             model=body["model"],
             content=blocks,
-            stop_reason=_end(choice["finish_reason"], called=bool(told.get("tool_calls"))),
-            stop_sequence=None,
+            **_end(completion.replies[0]),
             usage=Usage(**_usage(completion)),
         )
         shown = {"expertoken": body["expertoken"]} if "expertoken" in body else {}
@@ -262,7 +269,7 @@ class MessagesDialect:
                 yield told
             return
         reply = completion.replies[0]
-        ended = Delta.construct(stop_reason=_end(reply.finish, called=bool(reply.calls)), stop_sequence=None)
+        ended = Delta.construct(**_end(reply))
         usage = MessageDeltaUsage(**_usage(completion))
         last = RawMessageDeltaEvent.construct(type="message_delta", delta=ended, usage=usage)
         shown = completion.shown(completion.replies[0]) if completion.request.expertoken.show else None

@@ -151,6 +151,17 @@ def test_why_an_answer_ended_is_told_in_the_words_of_each(base_folder, finish, s
             assert [event.type for event in stream][-1] == f"response.{status}"
 
 
+def test_a_stop_text_that_ended_a_message_is_named(base_folder):
+    with serving(base_folder, TEXT) as (address, _):
+        asked = {"model": "comp", "max_tokens": 50, "messages": HELLO, "stop_sequences": ["zzz", "lo"]}
+        message = claude(address).messages.create(**asked)
+        assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", "lo")
+        with claude(address).messages.stream(**asked) as stream:
+            streamed = stream.get_final_message()
+    assert (streamed.stop_reason, streamed.stop_sequence) == ("stop_sequence", "lo")
+    assert "lo" not in "".join(block.text for block in streamed.content)
+
+
 def test_every_event_of_a_response_has_its_number(base_folder):
     with serving(base_folder, EVERYTHING, "tool_calls") as (address, _):
         events = list(gpt(address).responses.create(model="comp", input="hello", stream=True))
