@@ -66,7 +66,7 @@ def serve(
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(help="Host name besides localhost that clients may use if there are no API keys. Repeatable."),
+        typer.Option(help="Without API keys: another name of this server. Other machines may then use it. Repeatable."),
     ] = None,
     image_host: Annotated[
         list[str] | None,

@@ -55,7 +55,7 @@ _MOST = 2**53  # tokens, far above any real count
 
 
 def as_usage(given: Any) -> tuple[int, int] | None:
-    """Return a backend's counts of prompt and completion tokens, or None if they are not two counts."""
+    """Return a backend's counts of prompt and completion tokens, or None unless both are plausible integers."""
     try:
         read, written = given
     except (TypeError, ValueError):

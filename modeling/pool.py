@@ -288,7 +288,7 @@ class ExpertPool:
             raise PoolError(f"{path}: expected a pool file (YAML with `experts:`). {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise PoolError(
-                f"{path}: expected UTF-8, which byte {error.start} is not. Save the file as UTF-8"
+                f"{path}: expected UTF-8, found another byte at offset {error.start}. Save the file as UTF-8"
             ) from None
         except yaml.YAMLError as error:
             # PyYAML's own message quotes the line, which may hold a key.

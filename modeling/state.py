@@ -210,7 +210,7 @@ class LayerReader:
         following = [*self._layers, *self._tail[:1]]
         if max(layers) >= len(following):
             raise ExpertokenError(
-                f"{type(self.model).__name__}: expected a norm behind the layers, found none. Pass --state {HEAD}"
+                f"{type(self.model).__name__}: expected a final norm after the layers, found none. Pass --state {HEAD}"
             )
         numbers = {following[layer]: layer for layer in layers}
         finishing = False  # True while the hook itself runs the tail, whose own calls must be ignored

@@ -49,7 +49,7 @@ class Positions:
 
     @classmethod
     def inside(cls, answers: Sequence[np.ndarray], each: int) -> "Positions":
-        """Return the starts, and up to `each` positions inside every answer, drawn without replacement."""
+        """Return the start of every answer, and up to `each` distinct random positions inside it."""
         starts = cls.starts(len(answers))
         rng = np.random.default_rng(_SEED)
         query, prefixes, share = [], [], []
