@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument(
         "--lengths",
         default="128,512,1024",
-        help="Lengths for the second part, in tokens: N,N. Queries are repeated or cut to each. '' skips it. Default: %(default)s.",
+        help="Lengths of the second part, in tokens. Queries repeat or are cut. '' skips it. Default: %(default)s.",
     )
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--supervision", type=Path, help=argparse.SUPPRESS)
