@@ -134,7 +134,7 @@ def _public(model: str) -> str:
     return Path(model).name if model and Path(model).expanduser().exists() else model
 
 
-def _terms(model: str) -> dict[str, str]:
+def _terms(model: str) -> dict[str, Any]:
     """Return the licence in the base model's own card, with its name and link.
 
     Only a card that is a local or cached file is read.

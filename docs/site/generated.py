@@ -30,7 +30,8 @@ def on_startup(command: str, dirty: bool) -> None:
     The checkout itself is no such place: it holds a virtual environment, and its folder has any name. griffe would scan
     it too, because the package is installed in editable mode.
     """
-    griffe.ModuleFinder._extend_from_pth_files = lambda _: None
+    finder: Any = griffe.ModuleFinder
+    finder._extend_from_pth_files = lambda _: None
     root = Path(__file__).parents[2]
     package = root / "build" / "api" / "expertoken"
     shutil.rmtree(package, ignore_errors=True)
