@@ -141,7 +141,8 @@ def prepare(
     candidates = ExpertPool.from_yaml(pool) if pool else None
     for sentence in candidates.missing() if candidates else ():
         logger.warning(sentence)
-    merged = read_all(results, format, option, candidates).flag(_pair(text) for text in contaminated or ())
+    merged = read_all(results, format, option, candidates)
+    merged = merged.flag(_column(_pair(text), merged, candidates) for text in contaminated or ())
     if images is not None:
         from ..data_prep.images import with_pictures
 
@@ -201,6 +202,15 @@ def _pair(text: str) -> tuple[str, str]:
     model, equals, benchmark = text.rpartition("=")
     if not equals:
         raise ExpertokenError(f"--contaminated {text}: expected MODEL=BENCHMARK")
+    return model, benchmark
+
+
+def _column(pair: tuple[str, str], results: "BenchmarkResults", pool: "ExpertPool | None") -> tuple[str, str]:
+    """Return a (model, benchmark) pair under the model's name in merged results, which may come from another file."""
+    model, benchmark = pair
+    if model not in results.models and pool is not None:
+        meant = next((candidate for candidate in pool.candidates if candidate.find_in([model])), None)
+        model = (meant.find_in(results.models) if meant is not None else None) or model
     return model, benchmark
 
 

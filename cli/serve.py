@@ -108,7 +108,8 @@ def serve(
 ) -> None:
     """Serve a composite: HTTP APIs and a chat page.
 
-    Paths: POST /v1/chat/completions, GET /v1/models, /health, /ready, /metrics, the chat page at /.
+    Paths: POST /v1/chat/completions, /v1/responses, /v1/messages and /v1/route. GET /v1/models, /health, /ready,
+    /metrics, and the chat page at /.
 
     API keys, separated by commas, are read from the environment variable EXPERTOKEN_API_KEYS.
     """

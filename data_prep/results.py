@@ -1,6 +1,7 @@
 """Benchmark results: the score of each model on each query."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -355,11 +356,18 @@ def with_one_name(parts: Sequence[BenchmarkResults], pool: "ExpertPool") -> list
     known: dict[str, str] = {}
     named = []
     for part in parts:
+        found = {candidate.name: candidate.find_in(part.models) for candidate in pool.candidates}
+        shared = {name for name, count in Counter(found.values()).items() if count > 1}
         changed: dict[str, str] = {}
-        for candidate in pool.candidates:
-            found = candidate.find_in(part.models)
-            if found is not None and known.setdefault(candidate.name, found) not in part.models:
-                changed[found] = known[candidate.name]
+        for name, column in found.items():
+            # A column that means several candidates, such as two experts of one model, keeps its name.
+            if column is None or column in shared:
+                continue
+            other = known.setdefault(name, column)
+            if other not in part.models and other not in changed.values():
+                changed[column] = other
+            elif other != column:
+                logger.warning("results name expert %r both %s and %s: %s is used", name, other, column, column)
         models = [changed.get(name, name) for name in part.models]
         contaminated = frozenset((changed.get(name, name), benchmark) for name, benchmark in part.contaminated)
         named.append(replace(part, models=models, contaminated=contaminated))

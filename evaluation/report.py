@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from yaml import YAMLError
 
 from ..modeling.errors import ExpertokenError, did_you_mean, one_line
 from ..modeling.files import atomic_file
-from ..modeling.model_card import add_scores
+from ..modeling.model_card import BROKEN, add_scores
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +184,7 @@ class Report:
         scores = {"mean over benchmarks": self.composite.mean_score, **self.composite.score_by_benchmark}
         try:
             add_scores(Path(composite), scores, self.settings["split"])
-        except (OSError, ValueError, YAMLError) as error:  # a card that can't be written must not cost the report
+        except BROKEN as error:  # a card that can't be written must not cost the report
             logger.warning("The scores are not in the model card of %s: %s", composite, one_line(error))
 
     def markdown(self, pictures: list[str] | None = None) -> str:

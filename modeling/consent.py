@@ -64,5 +64,6 @@ def check_agreed(experts: Iterable[Expert], folder: Path | str) -> None:
     if new := [f"{variable} to {address}" for variable, address in asked]:
         raise ExpertokenError(
             f"{folder}: sends keys of this machine to addresses that you have not agreed to ({'; '.join(new)}). If you "
-            f"trust the folder, pass --send-keys (send_keys=True), which stores your agreement in {_file()}"
+            f"trust the folder, pass --send-keys (send_keys=True), which stores your agreement in {_file()} "
+            "(--check stores nothing)"
         )

@@ -1,6 +1,7 @@
 """Model card of a composite folder: a README.md whose metadata the Hugging Face Hub reads."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,16 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
+from .errors import ExpertokenError, one_line
 from .files import atomic_file
 from .pool import ExpertPool
 
+logger = logging.getLogger(__name__)
+
 CARD_FILE = "README.md"
+
+BROKEN = (ExpertokenError, OSError, ValueError, TypeError, RecursionError, yaml.YAMLError)
+"""Errors of a card that can't be read or written: it may have been edited by hand."""
 
 _UNKNOWN_LICENSE = "licences-of-the-models-it-uses"
 """Name of the licence of a composite whose base model does not state one. The Hub asks for a name beside `other`."""
@@ -111,10 +118,13 @@ def add_scores(folder: Path, scores: Mapping[str, float], split: str) -> None:
 
 
 def copy_scores(source: Path, folder: Path) -> None:
-    """Copy the scores of one composite's model card into another's, if there are any."""
+    """Copy the scores of one composite's model card into another's, if there are any that can be read."""
     file = source / CARD_FILE
-    if file.is_file():
-        _write_results(folder, ModelCard.load(file).data.eval_results or ())
+    try:
+        if file.is_file():
+            _write_results(folder, ModelCard.load(file).data.eval_results or ())
+    except BROKEN as error:
+        logger.warning("The scores of %s are not copied: %s", file, one_line(error))
 
 
 def _write_results(folder: Path, results: Sequence[EvalResult]) -> None:
@@ -141,15 +151,15 @@ def _terms(model: str) -> dict[str, Any]:
     """
     path = Path(model).expanduser()
     card: Any = None
-    if path.exists():
-        card = path / CARD_FILE
-    elif model.count("/") == 1:
-        card = try_to_load_from_cache(model, CARD_FILE)
-    if not isinstance(card, str | Path) or not Path(card).is_file():
-        return {}
     try:
+        if path.exists():
+            card = path / CARD_FILE
+        elif model.count("/") == 1:
+            card = try_to_load_from_cache(model, CARD_FILE)
+        if not isinstance(card, str | Path) or not Path(card).is_file():
+            return {}
         stated = metadata_load(card) or {}
-    except (ValueError, yaml.YAMLError):  # a broken card must not stop a training run
+    except BROKEN:  # a broken card, or a model that is no id of the hub, must not stop a training run
         return {}
     found = {
         key: stated[key] for key in ("license", "license_name", "license_link") if isinstance(stated.get(key), str)

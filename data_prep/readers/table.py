@@ -179,7 +179,8 @@ def from_frame(frame: pd.DataFrame, source: str, benchmark: str, columns: Column
     _ask_about_names(frame, source, columns)
     if columns.query not in frame:
         raise ResultsError(
-            f"{source}: no column {columns.query!r} with the question, {did_you_mean(columns.query, frame.columns)}"
+            f"{source}: no column {columns.query!r} with the question, {did_you_mean(columns.query, frame.columns)}. "
+            "Name it with --set query=COLUMN"
         )
     queries = _queries(frame, columns, source, benchmark)
     if columns.models is None and columns.model in frame:

@@ -128,7 +128,7 @@ def _type(entry: dict[str, Any]) -> str:
     kind = entry.get("type", "any")
     if kind == "array":
         return f"list of {_type(entry.get('items', {}))}"
-    return "any" if kind == "null" and len(entry) == 1 else str(kind)
+    return str(kind)
 
 
 def _llms(files: Files, config: MkDocsConfig) -> str:

@@ -197,7 +197,7 @@ def _end(reply: Reply) -> Any:
         found = "tool_use"
     elif reply.stopped_by is not None:
         found = "stop_sequence"
-    return {"stop_reason": found, "stop_sequence": reply.stopped_by}
+    return {"stop_reason": found, "stop_sequence": reply.stopped_by if found == "stop_sequence" else None}
 
 
 def _id(completion: Completion) -> str:

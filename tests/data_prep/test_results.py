@@ -102,3 +102,10 @@ def test_a_column_that_is_another_model_in_the_same_file_stays_so():
     board = make(["a", "b"], ["math", "math-7b"], [[1, 0], [1, 1]])
     [named] = with_one_name([board], pool)
     assert named.models == ["math", "math-7b"]
+
+
+def test_a_model_of_two_experts_keeps_its_column_whichever_file_comes_first():
+    pool = ExpertPool([Expert("a", model="org/x"), Expert("b", model="org/x")])
+    own, shared = make(["1"], ["a", "b"], [[1, 0]]), make(["2"], ["org/x"], [[1]])
+    for parts in ([own, shared], [shared, own]):
+        assert set(BenchmarkResults.merge(with_one_name(parts, pool)).models) == {"a", "b", "org/x"}

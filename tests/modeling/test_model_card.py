@@ -4,7 +4,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from expertoken.modeling.experts import Expert
-from expertoken.modeling.model_card import add_scores, copy_scores, model_card
+from expertoken.modeling.model_card import BROKEN, add_scores, copy_scores, model_card
 from expertoken.modeling.pool import ExpertPool
 
 POOL = ExpertPool([Expert("math", model="org/math-7b", description="sums | products"), Expert("self", "self")])
@@ -94,6 +94,21 @@ def test_a_second_evaluation_replaces_the_scores_of_the_first(folder):
 def test_a_folder_without_a_card_gets_none(tmp_path):
     add_scores(tmp_path, {"gsm8k": 0.8}, "test")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["---\non: push\n---\nx", "---\na: [\n---\n", "---\n- a\n---\n"])
+def test_a_card_that_was_broken_by_hand_costs_the_scores_alone(folder, tmp_path, caplog, text):
+    (folder / "README.md").write_text(text)
+    (tmp_path / "copy").mkdir()
+    copy_scores(folder, tmp_path / "copy")
+    with pytest.raises(BROKEN):
+        add_scores(folder, {"gsm8k": 0.8}, "test")
+    assert "are not copied" in caplog.text
+
+
+@pytest.mark.parametrize("model", ["a/b--c", "a/b@main", "./gone"])
+def test_a_base_that_is_no_id_of_the_hub_has_no_terms(model):
+    assert card(model).data.license == "other"
 
 
 def test_scores_go_along_with_a_copy(folder, tmp_path):
