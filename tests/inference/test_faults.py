@@ -104,15 +104,17 @@ def wedges(address):
     """Run clients that do not read their answers, and clients that do not finish their requests."""
     endless = {"model": "composite/endless", "messages": [{"role": "user", "content": "hello"}], "stream": True}
     body = json.dumps(endless).encode()
-    head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\n\r\n"
-    ).encode()
+
+    def head(length):
+        text = "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+        return f"{text}content-length: {length}\r\n\r\n".encode()
+
     host, port = address.removeprefix("http://").split(":")
     with ExitStack() as stack:
         opened = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(4)]
         for number, connection in enumerate(opened):
-            connection.sendall(head + (body if number % 2 else body[:10]))
+            # So long that the drops never complete it, however late a busy server reads them.
+            connection.sendall(head(len(body)) + body if number % 2 else head(100_000) + body[:10])
         over = threading.Event()
 
         def drip():
