@@ -45,7 +45,6 @@ def model_card(
     """
     base = _public(model)
     terms = _terms(model)
-    stated = "license" in terms
     card = ModelCardData(
         base_model=None if Path(model).expanduser().exists() else model,
         datasets=data.get("datasets") or None,
@@ -82,7 +81,7 @@ def model_card(
         "```",
         "",
     ]
-    if not stated:
+    if not terms:
         lines += ["The licences of the base model and of each expert apply.", ""]
     data = {key: value for key, value in data.items() if key != "path"}
     for name, entries in (("Training", training), ("Data", data), ("Versions", versions)):

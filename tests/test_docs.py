@@ -70,15 +70,19 @@ def on_small_models(text, model):
     return re.sub(r"\b(your-organisation|your|Qwen|HuggingFaceTB)/[\w.-]+", str(model), text)
 
 
+def lengthened(table):
+    """Return a page's table with twenty copies of each row, under different questions: enough for splits."""
+    header, *rows = table.strip().splitlines()
+    return "\n".join([header, *(f"{number}. {row}" for number in range(20) for row in rows)]) + "\n"
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, base_folder):
     """Make the folder that the pages' code assumes: results, a pool, a supervision, and a composite."""
     folder = tmp_path_factory.mktemp("manual")
     [table] = blocks(ROOT / "README.md", "csv")
     [pool] = blocks(ROOT / "README.md", "yaml")
-    header, *rows = table.strip().splitlines()
-    many = [f"{number}. {row}" for number in range(20) for row in rows]
-    (folder / "results.csv").write_text("\n".join([header, *many]) + "\n")
+    (folder / "results.csv").write_text(lengthened(table))
     (folder / "pool.yaml").write_text(on_small_models(pool, base_folder))
     (folder / "sql.csv").write_text("query,sql\n" + "".join(f"Write SQL query {i} please,1\n" for i in range(30)))
     with pytest.MonkeyPatch.context() as patch:

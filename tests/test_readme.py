@@ -12,6 +12,7 @@ from expertoken.data_prep.reading import read_results
 from expertoken.data_prep.supervision import select_candidates
 from expertoken.modeling.composite import load_composite
 from expertoken.modeling.pool import ExpertPool
+from expertoken.tests.test_docs import lengthened
 
 ROOT = Path(expertoken.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -25,10 +26,8 @@ def test_the_python_of_the_manual_goes_from_a_table_to_a_plugged_in_expert(tmp_p
     assert "TrainingArguments" not in code
     code = re.sub(r'"(your-organisation|Qwen)/[^"]+"', repr(str(base_folder)), code)
     [table] = re.findall(r"```csv\n(.*?)```", README, re.DOTALL)
-    header, *rows = table.strip().splitlines()
-    header = header.replace("math-7b", "math").replace("law-8b", "law")
-    many = [f"{number}. {row}" for number in range(20) for row in rows]
-    (tmp_path / "results.csv").write_text("\n".join([header, *many]) + "\n")
+    table = table.replace("math-7b", "math").replace("law-8b", "law")
+    (tmp_path / "results.csv").write_text(lengthened(table))
     (tmp_path / "sql.csv").write_text("query,sql\n" + "".join(f"Write SQL query {i} please,1\n" for i in range(30)))
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "python.md", "exec"), {})
@@ -61,9 +60,7 @@ def test_the_two_commands_of_the_training_manual_train_a_composite(tmp_path, bas
     )
     [table] = re.findall(r"```csv\n(.*?)```", README, re.DOTALL)
     [pool] = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    header, *rows = table.strip().splitlines()
-    many = [f"{number}. {row}" for number in range(20) for row in rows]
-    (tmp_path / "results.csv").write_text("\n".join([header, *many]) + "\n")
+    (tmp_path / "results.csv").write_text(lengthened(table))
     (tmp_path / "pool.yaml").write_text(pool)
     monkeypatch.chdir(tmp_path)
     prepare, training = (shlex.split(line)[1:] for line in commands.strip().splitlines())
