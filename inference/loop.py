@@ -17,6 +17,7 @@ T = TypeVar("T")
 
 _AT_EXIT = 5.0  # seconds that the program's exit waits for threads at work
 _INTERRUPTED = 2.0  # the same after Ctrl-C
+_STATUS = 128 + signal.SIGINT  # exit status of a program that Ctrl-C ended, as shells report it
 _working: set[threading.Event] = set()  # one for each thread at work, set at its end
 _lock = threading.Lock()
 
@@ -86,8 +87,8 @@ def end_interrupted() -> NoReturn:
     if not _wait(_INTERRUPTED):
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
-    sys.exit(1)
+        os._exit(_STATUS)
+    sys.exit(_STATUS)
 
 
 class BackgroundLoop:

@@ -10,7 +10,7 @@ import typer
 import yaml
 from dockerfile_parse import DockerfileParser
 
-from expertoken.cli import app
+from expertoken.cli.app import app
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from typer.testing import CliRunner
 
 import expertoken
-from expertoken.cli import app
+from expertoken.cli.app import app
 from expertoken.data_prep.reading import read_results
 from expertoken.data_prep.supervision import build_supervision
 from expertoken.examples.smollm2 import smollm2

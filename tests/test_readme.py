@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 import expertoken
-from expertoken.cli import app
+from expertoken.cli.app import app
 from expertoken.data_prep.reading import read_results
 from expertoken.data_prep.supervision import select_candidates
 from expertoken.modeling.composite import load_composite

@@ -55,7 +55,7 @@ def command_line() -> str:
     import typer
     from typer.cli import get_docs_for_click
 
-    from expertoken.cli import app
+    from expertoken.cli.app import app
     from expertoken.train.config import parse_arguments
 
     group: Any = typer.main.get_command(app)

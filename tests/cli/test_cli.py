@@ -13,7 +13,7 @@ import torch
 from typer.models import OptionInfo
 from typer.testing import CliRunner
 
-from expertoken.cli import app
+from expertoken.cli.app import app
 from expertoken.cli.prepare import _hold_out
 from expertoken.data_prep.results import QUERY_COLUMNS
 from expertoken.modeling.errors import ExpertokenError
@@ -44,6 +44,39 @@ def test_help_reads_well_and_needs_no_torch(verb):
     assert shown.returncode == 0, shown.stderr
     assert "usage" in shown.stdout.lower()
     assert len(shown.stdout.splitlines()) > 5
+
+
+@pytest.mark.parametrize("where", ["expertoken.cli.app", "typer"])
+def test_ctrl_c_during_the_imports_ends_in_one_line(where):
+    """Interrupts itself when it begins to import a module."""
+    code = f"""
+import signal, sys
+class Interrupt:
+    def find_spec(self, name, *others):
+        if name == {where!r}:
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+from expertoken.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_ctrl_c_in_a_verb_ends_in_one_line(tmp_path):
+    code = """
+import signal
+from expertoken.cli import main
+from expertoken.data_prep import reading
+def read(*arguments, **options):
+    signal.raise_signal(signal.SIGINT)
+reading.read_results = read
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, "prepare", "x.csv", "--out", str(tmp_path / "d")], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: " ".join(verb) or "expertoken")

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from expertoken.cli import app
+from expertoken.cli.app import app
 from expertoken.data_prep.extension import extend_supervision
 from expertoken.data_prep.images import digest_of, with_pictures
 from expertoken.data_prep.leaks import IMAGES, questions_of

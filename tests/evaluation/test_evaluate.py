@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from transformers import TrainingArguments
 from typer.testing import CliRunner
 
-from expertoken.cli import app
+from expertoken.cli.app import app
 from expertoken.data_prep.labels import Labelling
 from expertoken.data_prep.results import BenchmarkResults
 from expertoken.data_prep.supervision import Supervision, build_supervision

@@ -5,7 +5,7 @@ import openai
 import pytest
 from typer.testing import CliRunner
 
-from expertoken.cli import app as command
+from expertoken.cli.app import app as command
 from expertoken.inference.server import Settings, create_app
 from expertoken.inference.server.keys import KeyRing, add_key, hashed, read_keys, remove_key
 from expertoken.modeling.errors import ExpertokenError
