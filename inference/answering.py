@@ -463,7 +463,7 @@ class AnsweringModel(ABC):
 
     def _tell_spent(self, name: str, decision: Decision, turn: Turn) -> None:
         """Record the tokens and the cost of a candidate's part of the turn, complete or not."""
-        if not turn.part and turn.usage is None:
+        if not turn.part and turn.usage is None and not turn.finished:
             return
         read, written = turn.usage or (decision.prompt_tokens, self.count(turn.part))
         cost = self.pool[name].price(read, written, turn.cached)

@@ -180,6 +180,7 @@ class Turn:
         self.cached = 0
         self._before = self.stream.reply.details
         self._finish: str | None = None
+        self._stopped_by: str | None = None
         self._from = len(self.text)
 
     @property
@@ -204,9 +205,13 @@ class Turn:
 
     @property
     def is_empty(self) -> bool:
-        """True if the answer is empty without a limit, a filter or a stop text as the reason."""
+        """True if the answer is empty without a limit, a filter or a stop text as the reason.
+
+        Most servers do not report which stop text ended an answer, so an end at once may be one.
+        """
         given = self.begun or self.stops.reached or self.stops.holds
-        return not given and self._finish in (None, "stop")
+        may_be_stopped = self._finish == "stop" and bool(self.generation.stop)
+        return not given and not may_be_stopped and self._finish in (None, "stop")
 
     @property
     def handed_over(self) -> bool:
@@ -230,6 +235,8 @@ class Turn:
         """Yield the part of a piece that is sent to the user."""
         self.usage = piece.usage or self.usage
         self._finish = piece.finish or self._finish
+        if piece.stopped_by in self.generation.stop:
+            self._stopped_by = piece.stopped_by
         text = self.stops.feed(piece.text)
         if not self.begun and (text or piece.tool_calls):
             self.stream.reply = replace(self.stream.reply, first=self.elapsed)
@@ -256,6 +263,6 @@ class Turn:
         if rest and not self.begun:
             self.stream.reply = replace(self.stream.reply, first=self.elapsed)
         finish = "stop" if self.stops.reached else self._finish or "stop"
-        stopped = self.stops.found
+        stopped = self.stops.found or self._stopped_by
         self.stream.reply = replace(self.stream.reply, text=self.text + rest, finish=finish, stopped_by=stopped)
         return Piece(rest, finish=finish, usage=self.usage)

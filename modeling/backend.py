@@ -81,6 +81,7 @@ class Piece:
         thought: Next part of the model's reasoning before its answer, by the server's name for the field
             (`reasoning_content`, `reasoning`). It is no part of the answer.
         details: Further counts beside the usage, by their names in OpenAI's API (`prompt_tokens_details`, ...).
+        stopped_by: Stop text that ended the answer, if the backend applies stop texts itself and reports the text.
     """
 
     text: str = ""
@@ -90,6 +91,7 @@ class Piece:
     usage: tuple[int, int] | None = None
     thought: Mapping[str, str] | None = None
     details: Mapping[str, Mapping[str, int]] | None = None
+    stopped_by: str | None = None
 
     def __post_init__(self) -> None:
         if self.usage is not None:

@@ -28,9 +28,11 @@ class StopTexts:
         if not self._stops:
             return text
         self._held += text
-        places = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:
-            place, self.found = min(places)
+        # The stop text that is complete first counts, as in a server that checks after each token. The leftmost one
+        # would depend on the pieces: a longer stop text that began before it may still be incomplete.
+        ends = [(place + len(stop), place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if ends:
+            _, place, self.found = min(ends)
             told, self._held = self._held[:place], ""
             return told
         keep = max(

@@ -111,6 +111,7 @@ def piece_of(chunk: Any, unicode: "Unicode") -> Piece:
             return Piece(usage=usage, details=details)
         delta = choices[0].get("delta") or {}
         finish = choices[0].get("finish_reason") or None
+        stopped_by = choices[0].get("stop_reason") or choices[0].get("matched_stop")  # vLLM, SGLang: a text or an id
         if finish in _BROKEN:
             raise ExpertFailedError(f"the endpoint ended its answer with {finish!r}")
         text, thinking = _parts(delta.get("content"))
@@ -125,6 +126,7 @@ def piece_of(chunk: Any, unicode: "Unicode") -> Piece:
             usage=usage,
             thought=thought or None,
             details=details,
+            stopped_by=stopped_by if isinstance(stopped_by, str) else None,
         )
     except (AttributeError, TypeError, ValueError, LookupError) as error:
         raise ExpertFailedError(_NO_ANSWER) from error

@@ -1,3 +1,5 @@
+import pytest
+
 from expertoken.inference.breaker import Breaker
 from expertoken.modeling.stops import StopTexts
 
@@ -49,6 +51,20 @@ def test_who_tried_and_went_away_leaves_the_try_to_the_next_one():
     assert not breaker.admits()
     now = 30.0
     assert breaker.admits()
+
+
+@pytest.mark.parametrize("stops", [["abc", "b"], ["ab", "b"], ["b", "abcd", "cd"], ["abcx", "bc", "c"]])
+def test_stop_texts_that_overlap_cut_at_the_same_place_however_pieces_fall(stops):
+    text = "xabcdabcdx"
+    found = set()
+    for size in range(1, len(text)):
+        cut, told = StopTexts(stops), ""
+        for start in range(0, len(text), size):
+            told += cut.feed(text[start : start + size])
+            if cut.reached:
+                break
+        found.add((told, cut.found))
+    assert len(found) == 1
 
 
 def test_a_stop_text_is_found_wherever_pieces_fall_and_nothing_else_is_lost():

@@ -635,6 +635,23 @@ def test_an_answer_that_a_stop_text_or_a_limit_leaves_empty_is_one_and_no_failur
     assert composite.chat("hello").expert == "math"
 
 
+def test_an_end_at_once_may_be_a_stop_text_that_the_server_applied(make):
+    composite = make(winner=0)
+    composite._backends["math"] = Odd([Piece(finish="stop")])
+    for _ in range(5):
+        reply = composite.chat("hello", stop=("H",))
+        assert (reply.text, reply.expert, reply.finish, reply.stopped_by) == ("", "math", "stop", None)
+    composite._backends["math"] = Odd(["one ", Piece(finish="stop", stopped_by="END")])
+    assert composite.chat("hello", stop=("H", "END")).stopped_by == "END"
+    assert composite.chat("hello", stop=("H",)).stopped_by is None  # no stop text of this request
+
+
+def test_an_answer_that_a_stop_text_left_empty_counts_what_was_read(make):
+    composite = make(winner=0)
+    composite._backends["math"] = Odd(["Hello"])
+    assert composite.chat("hello", stop=("H",)).prompt_tokens > 0
+
+
 def test_a_request_that_an_expert_can_not_take_is_not_held_against_it(make):
     composite = make(winner=0)
     with composite.backend("math").models.lease(composite.backend("math").source) as resident:

@@ -162,6 +162,22 @@ def test_a_stop_text_that_ended_a_message_is_named(base_folder):
     assert "lo" not in "".join(block.text for block in streamed.content)
 
 
+@pytest.mark.parametrize("field", ["stop_reason", "matched_stop"])  # of vLLM, of SGLang
+def test_a_stop_text_that_the_experts_server_applied_is_named(base_folder, field):
+    end = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop", field: "END"}]}
+
+    async def answer(request):
+        parts = [chunk({"content": "one "}), f"data: {json.dumps(end)}\n\n".encode()]
+        return StreamingResponse(iter(parts), media_type="text/event-stream")
+
+    with served(Starlette(routes=[Route("/v1/chat/completions", answer, methods=["POST"])])) as url:
+        composite = composite_of(base_folder, [Expert("one", "openai", "m", base_url=f"{url}/v1")])
+        with served(create_app(composite, Settings(name="comp"))) as address:
+            asked = {"model": "comp", "max_tokens": 50, "messages": HELLO, "stop_sequences": ["END"]}
+            message = claude(address).messages.create(**asked)
+    assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", "END")
+
+
 def test_every_event_of_a_response_has_its_number(base_folder):
     with serving(base_folder, EVERYTHING, "tool_calls") as (address, _):
         events = list(gpt(address).responses.create(model="comp", input="hello", stream=True))
