@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..modeling.errors import ResultsError, did_you_mean
+from ..modeling.source import local_path
 from .readers import hf_datasets, readers, table
 from .readers.frames import SUFFIXES, load_table, tidy
 from .readers.text import head_of, lines_of, read_text, suffix_of
@@ -79,7 +80,7 @@ def read_results(path: Path | str, format: str = "auto", **options: Any) -> Benc
         _check_options(format, options)
     if format == "datasets":
         return hf_datasets.read(path, **options)
-    path = Path(path).expanduser()
+    path = local_path(path)
     if not path.exists():
         raise ResultsError(f"{path}: no such file or folder. Expected benchmark results.")
     if format == "auto":

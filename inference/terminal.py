@@ -3,7 +3,6 @@
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.text import Text
 from ..modeling.errors import ExpertokenError
 from ..modeling.files import cache_folder
 from ..modeling.pictures import url_part
+from ..modeling.source import local_path
 from .answering import AnsweringModel
 from .reply import Reply
 
@@ -89,8 +89,8 @@ class TerminalChat:
 
     def _show(self, name: str) -> None:
         try:
-            self.pictures.append(url_part(Path(name).expanduser(), name))
-        except (ExpertokenError, ImportError, RuntimeError) as error:  # RuntimeError: `~NAME` of an unknown user
+            self.pictures.append(url_part(local_path(name), name))
+        except (ExpertokenError, ImportError) as error:
             self.console.print(f"error: {error}", markup=False)
             return
         self.console.print(f"{len(self.pictures)} with the next message", markup=False)

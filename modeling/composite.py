@@ -20,7 +20,7 @@ from .meta import MetaLLM
 from .model_card import CARD_FILE, model_card
 from .policy import Chooser, Policy
 from .pool import ExpertPool
-from .source import Source, is_path
+from .source import Source, is_path, local_path
 from .state import HEAD, StateSpec
 from .view import View
 
@@ -238,7 +238,7 @@ def _name_base(file: Path, base: str) -> None:
 
 def portable(model: str, folder: Path) -> str:
     """Return a local path relative to a folder, so that a tree can move. A hub id is returned unchanged."""
-    path = Path(model).expanduser()
+    path = local_path(model)
     return relpath(path.resolve(), folder.resolve()) if path.exists() else model
 
 

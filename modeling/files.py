@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import ExpertokenError, one_line
-from .source import is_path
+from .source import is_path, local_path
 
 PRODUCTS = {"composite": "expertoken.json", "supervision": "supervision.json"}
 """Kinds of folders that users name, with the file that identifies each."""
@@ -65,7 +65,7 @@ def local_folder(path: Path | str, revision: str | None = None) -> Path:
     Raises:
         ExpertokenError: The folder does not exist, and the hub gives no such repository.
     """
-    folder = Path(path)
+    folder = local_path(path)
     name = str(path)
     if folder.exists() or "/" not in name or is_path(name):
         return folder
@@ -83,7 +83,7 @@ def local_folder(path: Path | str, revision: str | None = None) -> Path:
 def cache_folder(kind: str) -> Path:
     """Return the folder for one kind of cache, under `$EXPERTOKEN_CACHE` or the user's cache directory."""
     root = os.environ.get("EXPERTOKEN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "expertoken"
-    return Path(root).expanduser() / kind
+    return local_path(root) / kind
 
 
 def _sync(path: Path) -> None:

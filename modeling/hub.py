@@ -8,6 +8,7 @@ from .composite import Composite
 from .errors import ExpertokenError, one_line
 from .model_card import copy_scores
 from .saving import save_composite
+from .source import local_path
 
 
 def push(composite: Composite, repo: str, *, private: bool = True, message: str = "A composite of experts") -> str:
@@ -33,7 +34,7 @@ def push(composite: Composite, repo: str, *, private: bool = True, message: str 
         paths = (expert.entry().get(key) for key in expert.kind.paths)
         models += [(f"expert {expert.name!r}", path) for path in paths if path]
     for what, model in models:
-        if Path(model).expanduser().exists():
+        if local_path(model).exists():
             raise ExpertokenError(
                 f"expected hub ids in the composite, but {what} is a folder of this machine ({model}). Push that "
                 "folder first and name it by its id"

@@ -11,7 +11,7 @@ from torch import nn
 from .errors import ExpertokenError, is_out_of_memory, one_line, require_extra
 from .from_gguf import converted
 from .sight import Sight, sees
-from .source import DTYPES, QUANTIZATIONS, Source, is_path
+from .source import DTYPES, QUANTIZATIONS, Source, is_path, local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,7 +87,7 @@ def load_causal_lm(
 
     device = as_device(device)
     dtype = as_dtype(dtype or (torch.float32 if device.type == "cpu" else "auto"))
-    path = Path(source.model).expanduser()
+    path = local_path(source.model)
     if path.suffix == ".gguf":
         path = converted(path)
     elif not path.exists() and is_path(source.model):

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load,
 from .errors import ExpertokenError, one_line
 from .files import atomic_file
 from .pool import ExpertPool
+from .source import is_address, is_path, local_path
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def model_card(
     base = _public(model)
     terms = _terms(model)
     card = ModelCardData(
-        base_model=None if Path(model).expanduser().exists() else model,
+        base_model=None if local_path(model).exists() else model,
         datasets=data.get("datasets") or None,
         library_name="expertoken",
         **(terms or {"license": "other", "license_name": _UNKNOWN_LICENSE}),
@@ -140,15 +141,16 @@ def _write_results(folder: Path, results: Sequence[EvalResult]) -> None:
 
 def _public(model: str) -> str:
     """Return a model's hub id, or the last part of a path: a card names no folder of the machine that wrote it."""
-    return Path(model).name if model and Path(model).expanduser().exists() else model
+    return Path(model).name if model and (is_path(model) or local_path(model).exists()) else model
 
 
 def _terms(model: str) -> dict[str, Any]:
     """Return the licence in the base model's own card, with its name and link.
 
-    Only a card that is a local or cached file is read.
+    Only a card that is a local or cached file is read. A link to a file beside that card becomes an address on the hub,
+    and is left out for a local model.
     """
-    path = Path(model).expanduser()
+    path = local_path(model)
     card: Any = None
     try:
         if path.exists():
@@ -163,4 +165,9 @@ def _terms(model: str) -> dict[str, Any]:
     found = {
         key: stated[key] for key in ("license", "license_name", "license_link") if isinstance(stated.get(key), str)
     }
+    link = found.pop("license_link", "")
+    if is_address(link):
+        found["license_link"] = link
+    elif link and not path.exists():
+        found["license_link"] = f"https://huggingface.co/{model}/blob/main/{link}"
     return found if "license" in found else {}

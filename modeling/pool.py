@@ -12,7 +12,7 @@ import yaml
 from .errors import PoolError, did_you_mean, one_line
 from .experts import CAPABILITIES, DEFAULT_KIND, SELF, Expert, ExpertKind, kind_names, kind_of, usable_kinds
 from .files import atomic_file
-from .source import is_address, is_path
+from .source import is_address, is_path, local_path
 
 RESERVED = (
     "composite", "random", "oracle", "names", "words", "kNN", "guarded-kNN", "linear", "MLP", "ensemble", "ranking",
@@ -236,7 +236,7 @@ class ExpertPool:
             f"expert {expert.name!r}: {path} does not exist on this machine"
             for expert in self.experts
             for path in (expert.entry().get(key) for key in expert.kind.paths)
-            if path and is_path(path) and not Path(path).exists()
+            if path and is_path(path) and not local_path(path).exists()
         ]
 
     @classmethod

@@ -1,5 +1,6 @@
 """Origins of models, and the forms in which they can be loaded. This module does not import torch."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,16 @@ class Source:
 
     def resolved(self) -> "Source":
         """Return the same source with a local path made absolute."""
-        path = Path(self.model).expanduser()
+        path = local_path(self.model)
         return Source(str(path.resolve()), self.revision, self.trust_remote_code) if path.exists() else self
+
+
+def local_path(name: str | Path) -> Path:
+    """Return the path that a name may mean, with `~` replaced by the user's home.
+
+    `~NAME` of an unknown user stays as it is: such a path does not exist, and the caller reports that.
+    """
+    return Path(os.path.expanduser(name))  # noqa: PTH111 - pathlib raises RuntimeError for an unknown user
 
 
 def is_address(value: object) -> bool:

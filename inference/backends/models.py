@@ -16,7 +16,7 @@ import torch
 
 from ...modeling.errors import ExpertFailedError, ExpertokenError, did_you_mean, one_line
 from ...modeling.loading import LOADING, as_dtype, load_causal_lm, share_weights
-from ...modeling.source import QUANTIZATIONS, Source
+from ...modeling.source import QUANTIZATIONS, Source, local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -387,7 +387,7 @@ def _weights(source: Source) -> list[Path]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    folder = Path(source.model).expanduser()
+    folder = local_path(source.model)
     if not folder.exists():
         try:
             folder = Path(snapshot_download(source.model, revision=source.revision, local_files_only=True))

@@ -76,6 +76,8 @@ def test_a_malformed_table_is_one_line_that_names_the_place(tmp_path, text, mess
 def test_missing_files_and_formats_are_named(tmp_path):
     with pytest.raises(ResultsError, match="no such file or folder"):
         read_results(tmp_path / "none.csv")
+    with pytest.raises(ResultsError, match="no such file or folder"):
+        read_results("~no-such-user/results.csv")
     with pytest.raises(ResultsError, match="unknown format 'routerd', did you mean 'routerdc'"):
         read_results(tmp_path, "routerd")
     with pytest.raises(ResultsError, match="no format known here. Pass one with --format"):

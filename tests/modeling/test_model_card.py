@@ -47,6 +47,19 @@ def test_a_licence_of_its_own_keeps_its_name_and_link(tmp_path):
     assert (data.license, data.license_name, data.license_link) == tuple(terms.values())
 
 
+def test_a_link_to_a_file_beside_the_licence_is_no_link_from_here(tmp_path):
+    terms = {"license": "other", "license_name": "own", "license_link": "LICENSE"}
+    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump(terms)}---\n")
+    assert card(tmp_path).data.license_link is None
+
+
+def test_a_card_names_no_folder_even_of_experts_that_are_elsewhere():
+    pool = ExpertPool([Expert("far", model="/home/someone/models/math-7b")])
+    text = model_card(pool, "org/base", {}, {}, {})
+    assert "`math-7b`" in text
+    assert "/home" not in text
+
+
 @pytest.mark.parametrize("text", ["---\nlicense: [\n---\n", "---\n- a\n---\n", "", "no metadata"])
 def test_a_broken_card_of_the_base_costs_nothing(tmp_path, text):
     (tmp_path / "README.md").write_text(text)
