@@ -56,7 +56,7 @@ class Change:
     def __str__(self) -> str:
         text = (
             f"routes changed: {self.changed} of {self.queries} ({self.split} split), "
-            f"score {self.before:.4f} before, {self.after:.4f} after"
+            f"mean score over benchmarks {self.before:.4f} before, {self.after:.4f} after"
         )
         if self.unmeasured:
             text += f" (on {self.unmeasured} of them no other candidate was measured: all others count as wrong there)"

@@ -380,7 +380,7 @@ def _long(frame: pd.DataFrame, queries: pd.DataFrame, source: str, columns: Colu
 
     if twice.any():
         logger.info("%s: %d rows are further attempts at a query, so the mean is the score", source, int(twice.sum()))
-    _tell_left_out(frame, source, {*columns.roles.values(), columns.image, numbered})
+    _tell_left_out(frame, source, {*columns.roles.values(), columns.image, numbered}, columns)
     first = queries.drop_duplicates("id")
     flagged: frozenset[tuple[str, str]] = frozenset()
     if columns.contaminated in frame:
@@ -394,10 +394,11 @@ def _scaled(scores: np.ndarray, columns: Columns) -> np.ndarray:
     return scores if columns.scale == 1 else (scores / np.float32(columns.scale)).astype(np.float32)
 
 
-def _tell_left_out(frame: pd.DataFrame, source: str, taken: Iterable[Any]) -> None:
+def _tell_left_out(frame: pd.DataFrame, source: str, taken: Iterable[Any], columns: Columns) -> None:
     left = [str(name) for name in frame.columns if name not in set(taken)]
     if left:
-        logger.info("%s: left out: %s", source, ", ".join(left))
+        hint = "" if columns.benchmark in frame else f" (to use a column: --set benchmark={left[0]})"
+        logger.info("%s: left out: %s%s", source, ", ".join(left), hint)
 
 
 def _is_score(column: pd.Series) -> bool:
@@ -439,7 +440,7 @@ def _wide(frame: pd.DataFrame, queries: pd.DataFrame, source: str, columns: Colu
             "duplicate, or give repeated queries an 'id' column."
         )
     paid = {model: name for name, model in costs.items() if model in models}
-    _tell_left_out(frame, source, {*taken, *models, *paid.values()})
+    _tell_left_out(frame, source, {*taken, *models, *paid.values()}, columns)
     scores = np.stack([numbers(frame[name], source, name) for name in models], axis=1)
     blank = np.full(len(frame), np.nan, dtype=np.float32)
     prices = [numbers(frame[paid[m]], source, paid[m], words=False) if m in paid else blank for m in models]
