@@ -8,6 +8,7 @@ import base64
 import binascii
 import hashlib
 import io
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -31,6 +32,12 @@ MOST_PICTURES = 32
 _DATA = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.ASCII)
 
 
+_IDENTIFIED = 4096  # files, of 100 bytes each
+_identified: dict[bytes, tuple[bytes, tuple[int, int]]] = {}
+"""Key and size by hash of the file. A chat sends its pictures with every turn, and each decision reads a
+conversation several times, so that a large picture would be decoded again and again."""
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """A picture of a conversation.
@@ -38,12 +45,12 @@ class Picture:
     Attributes:
         source: File of the picture, or the file's bytes.
         key: Hash of the pixels, which identifies the picture in caches. Another lossless format gives the same key.
-        pixels: Number of pixels, or 0 if unknown.
+        size: Width and height in pixels, or None if unknown.
     """
 
     source: Path | bytes
     key: bytes
-    pixels: int = 0
+    size: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, source: Path | bytes, name: str = "picture") -> "Picture":
@@ -53,12 +60,25 @@ class Picture:
             source: File of the picture, or the file's bytes.
             name: Name of the picture in errors.
         """
-        picture = decoded(source, name)
-        return cls(source, digest(picture), picture.width * picture.height)
+        data = source if isinstance(source, bytes) else _read(source, name)
+        file = hashlib.sha256(data).digest()
+        if (known := _identified.get(file)) is None:
+            picture = decoded(data, name)
+            known = digest(picture), picture.size
+            while len(_identified) >= _IDENTIFIED:
+                _identified.pop(next(iter(_identified)), None)
+            _identified[file] = known
+        return cls(source, *known)
 
     def decoded(self) -> Any:
         """Return the picture as an RGB image of Pillow. Errors as in the function `decoded`."""
         return decoded(self.source, "picture")
+
+    def blank(self) -> Any:
+        """Return a black image of the same size, which takes no decoding. Without a known size the picture itself."""
+        from PIL import Image
+
+        return self.decoded() if self.size is None else Image.new("RGB", self.size)
 
     @property
     def url(self) -> str:
@@ -123,15 +143,11 @@ def decoded(source: Path | bytes, name: str) -> Any:
 
 def _check_header(source: Path | bytes, name: str) -> Any:
     """Return a picture that is not decoded yet, after a check of its bytes, format and sides."""
+    _check_size(source, name)
     try:
-        size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        if size > MOST_BYTES:
-            raise ExpertokenError(f"{name}: expected a picture of up to {MOST_BYTES:,} bytes, got {size:,}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the limit below replaces Pillow's warning
             picture = _opened(source)
-    except ExpertokenError:
-        raise
     except Exception as error:
         raise _no_picture(name, error) from None
     width, height = picture.size
@@ -140,6 +156,23 @@ def _check_header(source: Path | bytes, name: str) -> Any:
             f"{name}: expected up to {MOST_PIXELS:,} pixels and sides of up to {LONGEST_SIDE:,}, got {width} x {height}"
         )
     return picture
+
+
+def _check_size(source: Path | bytes, name: str) -> None:
+    try:
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    except OSError as error:
+        raise _no_picture(name, error) from None
+    if size > MOST_BYTES:
+        raise ExpertokenError(f"{name}: expected a picture of up to {MOST_BYTES:,} bytes, got {size:,}")
+
+
+def _read(file: Path, name: str) -> bytes:
+    _check_size(file, name)
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise _no_picture(name, error) from None
 
 
 def _no_picture(name: str, error: Exception) -> ExpertokenError:
@@ -337,7 +370,7 @@ def _marked_part(part: dict[str, Any], place: str, pictures: list[Picture]) -> d
     if len(pictures) == MOST_PICTURES:
         raise ExpertokenError(f"{place}: expected up to {MOST_PICTURES} pictures in a conversation")
     pictures.append(picture)
-    _check_total(sum(one.pixels for one in pictures), place)
+    _check_total(sum(math.prod(one.size) for one in pictures if one.size), place)
     return {"type": "text", "text": chr(_FIRST + len(pictures) - 1)}
 
 

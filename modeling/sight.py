@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -127,7 +127,8 @@ class Sight:
         Raises:
             ExpertokenError: The template or the processor refuses the conversation.
         """
-        return self._processed([conversation], **options)["input_ids"][0].tolist()
+        # The number of a picture's tokens depends on its size alone, so nothing is decoded.
+        return self._processed([conversation], Picture.blank, **options)["input_ids"][0].tolist()
 
     def tokens_of(self, picture: Picture) -> int:
         """Return the approximate number of a picture's tokens."""
@@ -152,7 +153,7 @@ class Sight:
             media: Pictures of each of N queries.
             ids: Padded token ids of the queries, `[N, T]`.
         """
-        found = self._processed(list(map(_showing, media)))
+        found = self._processed(list(map(_showing, media)), Picture.decoded)
         shape = found["input_ids"].shape
         tensors = {key: value for key, value in found.items() if key not in ("input_ids", "attention_mask")}
         of_tokens = [key for key, value in tensors.items() if value.shape == shape]
@@ -160,18 +161,25 @@ class Sight:
             tensors |= dict.fromkeys(of_tokens, torch.tensor(self.processor.create_mm_token_type_ids(ids.tolist())))
         return tensors
 
-    def _processed(self, conversations: Sequence[Sequence[_Message]], **options: Any) -> Any:
+    def _processed(
+        self, conversations: Sequence[Sequence[_Message]], image: Callable[[Picture], Any], **options: Any
+    ) -> Any:
         from jinja2 import TemplateError
 
         # Only decoded pictures are passed on. Processors would open or fetch a user's text in their place.
-        shown = [[message | {"content": list(map(_shown, message["content"]))} for message in c] for c in conversations]
+        def shown(part: dict[str, Any]) -> dict[str, Any]:
+            return {"type": "image", "image": image(part["image"])} if part["type"] == "image" else dict(part)
+
         tokenizer: Any = self.processor.tokenizer
         if tokenizer.pad_token_id is None:  # processors pad, though the padding is never read
             tokenizer.pad_token = tokenizer.eos_token
         try:
             with exclusive(tokenizer):
                 found = self.processor.apply_chat_template(
-                    shown,
+                    [
+                        [message | {"content": list(map(shown, message["content"]))} for message in c]
+                        for c in conversations
+                    ],
                     add_generation_prompt=True,
                     tokenize=True,
                     return_dict=True,
@@ -197,7 +205,3 @@ def _showing(pictures: Sequence[Any]) -> list[_Message]:
     """Return a conversation with pictures and a minimal text."""
     parts = [{"type": "image", "image": picture} for picture in pictures]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]}]
-
-
-def _shown(part: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "image", "image": part["image"].decoded()} if part["type"] == "image" else dict(part)

@@ -5,6 +5,7 @@ import base64
 import copy
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ pytest.importorskip("PIL")
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from expertoken.inference.composite_model import CompositeModel
+from expertoken.modeling import pictures
 from expertoken.modeling.chat import count_media
 from expertoken.modeling.composite import Composite, Manifest, describe_base, load_composite
 from expertoken.modeling.errors import ExpertokenError
@@ -136,6 +138,24 @@ def test_the_same_picture_in_another_format_is_the_same(seeing):
     one, other = (Picture.of(picture(5, kind=kind)) for kind in ("PNG", "BMP"))
     assert one.source != other.source
     assert seeing.encode(ask("?", one)).key == seeing.encode(ask("?", other)).key
+
+
+def test_a_picture_that_comes_with_every_turn_is_decoded_once_more_at_most(seeing, monkeypatch):
+    calls = []
+    decode = pictures.decoded
+
+    def counted(source, name):
+        calls.append(name)
+        return decode(source, name)
+
+    monkeypatch.setattr(pictures, "decoded", counted)
+    new = base64.b64encode(picture(random.getrandbits(30))).decode()
+    for most in (2, 1):  # to identify it and to read it, then to read it
+        calls.clear()
+        part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{new}"}}
+        query = seeing.encode([{"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}])
+        seeing.states([query])
+        assert len(calls) <= most
 
 
 def media_tokens(meta):
