@@ -1,19 +1,14 @@
 """Answers to a file of conversations from several machines: each worker of a Ray cluster holds the whole composite."""
 
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..modeling.backend import Generation
-from ..modeling.cluster import Cluster
-from ..modeling.errors import ExpertokenError, one_line
+from ..modeling.cluster import Cluster, Workers
 from ..modeling.policy import Policy
 from .batch import Answer, Block, answers_of, settings_of
 from .factory import open_model
-
-_AHEAD = 2  # blocks queued at each worker
-_AGAIN = 3  # retries of a block after its worker was lost
 
 
 class RayWorkers:
@@ -28,25 +23,15 @@ class RayWorkers:
 
     def __init__(self, path: Path | str, workers: int, cluster: Cluster | None = None, **options: Any) -> None:
         here = Path(path)
-        self._path = str(here.absolute() if here.exists() else path)  # or `owner/name` on the hub
-        self._workers, self._options = workers, options
-        self._cluster = cluster or Cluster()
-        self._actors: list[Any] = []
+        path = str(here.absolute() if here.exists() else path)  # or `owner/name` on the hub
+        self._workers = Workers(cluster or Cluster(), workers, _Worker, path, options)
 
     def __enter__(self) -> "RayWorkers":
-        self._connection = self._cluster.connected()
-        self._ray = self._connection.__enter__()
-        # A worker that is lost with its machine restarts on another one and repeats its block.
-        given = {"num_cpus": self._cluster.cpus, "num_gpus": self._cluster.gpus, "max_restarts": -1,
-                 "max_task_retries": _AGAIN}  # fmt: skip
-        worker = self._ray.remote(**given)(_Worker)
-        self._actors = [worker.remote(self._path, self._options) for _ in range(self._workers)]
+        self._workers.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for actor in self._actors:
-            self._ray.kill(actor)
-        self._connection.__exit__(*error)
+        self._workers.__exit__(*error)
 
     def settings(self, policy: Policy | None) -> list[Any]:
         """Return the settings that answers depend on, as in `batch.settings_of`.
@@ -54,7 +39,7 @@ class RayWorkers:
         Raises:
             ExpertokenError: A worker can't open the composite.
         """
-        return self._result(self._actors[0].settings.remote(policy))
+        return self._workers.one("settings", policy)
 
     def answers(
         self, blocks: Iterator[Block], generation: Generation, policy: Policy | None, concurrent: int
@@ -64,27 +49,9 @@ class RayWorkers:
         Raises:
             ExpertokenError: A worker can't open the composite, or was lost too often.
         """
-        pending: dict[Any, Any] = {}
-
-        def give(actor: Any) -> None:
-            for block in islice(blocks, 1):
-                pending[actor.answers.remote(block, generation, policy, concurrent)] = actor
-
-        for actor in self._actors * _AHEAD:
-            give(actor)
-        while pending:
-            [done], _ = self._ray.wait(list(pending), num_returns=1)
-            give(pending.pop(done))
-            yield from self._result(done)
-
-    def _result(self, future: Any) -> Any:
-        errors = self._ray.exceptions
-        try:
-            return self._ray.get(future)
-        except errors.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, ExpertokenError) else error from None
-        except errors.RayError as error:
-            raise ExpertokenError(f"a worker of the cluster was lost ({one_line(error)})") from None
+        parts = ((block, generation, policy, concurrent) for block in blocks)
+        for _, answered in self._workers.each("answers", parts):
+            yield from answered
 
 
 class _Worker:

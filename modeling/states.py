@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from .logits import LogitTransform
 from .meta import MetaLLM
 from .sharding import is_split
 from .state_cache import Block, Place, StateCache, gather, room_for, tensor_of
+from .state_workers import StateWorkers
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ def cached_states(
     *,
     max_tokens: int | None = None,
     team: Team = ALONE,
+    workers: StateWorkers | None = None,
     label: str = "states",
 ) -> States:
     """Return the states that decide `queries` (see `state.StateSpec`), from the cache or from a forward pass.
@@ -109,12 +111,13 @@ def cached_states(
         queries: N queries.
         max_tokens: Limit on the padded tokens of one batch, if an option sets it. See `batching.run_batches`.
         team: Processes that share the work.
+        workers: Workers on a cluster that run the forward passes. None to run them in this process.
         label: Name of the work in the progress bar and in errors.
 
     Raises:
         ExpertokenError: The meta LLM gives no finite logits for a query, memory ran out, or the cache is not shared.
     """
-    found = _cached(meta, queries, max_tokens, team, label)
+    found = _cached(meta, queries, max_tokens, team, workers, label)
     if meta.state.layer is None:
         return found
     return replace(found, hidden=found.hidden[:, meta.state.columns(meta.head.in_features)])
@@ -131,7 +134,14 @@ def _cache_of(meta: MetaLLM, layer: int | None) -> StateCache:
     return StateCache(f"{_FORMAT}-{model}-{dtype}-layer{layer}", 2 * width)
 
 
-def _cached(meta: MetaLLM, queries: Sequence[Query], max_tokens: int | None, team: Team, label: str) -> States:
+def _cached(
+    meta: MetaLLM,
+    queries: Sequence[Query],
+    max_tokens: int | None,
+    team: Team,
+    workers: StateWorkers | None,
+    label: str,
+) -> States:
     hashes = [query.key for query in queries]
     cache = _cache_of(meta, meta.state.layer)
     place, room = cache.places()
@@ -149,7 +159,7 @@ def _cached(meta: MetaLLM, queries: Sequence[Query], max_tokens: int | None, tea
     if missing:
         batches = list(token_batches([len(queries[index]) for index in missing], max_tokens or MAX_TOKENS))
         mine = sorted(missing[row] for batch in batches[team.rank :: team.world] for row in batch)
-        compute = partial(_compute, meta, max_tokens=max_tokens, label=label, quiet=team.rank > 0)
+        compute = partial(_compute, meta, max_tokens=max_tokens, workers=workers, label=label, quiet=team.rank > 0)
         try:
             for block, rows, indices in _parts(cache, room, hashes, mine):
                 with block.writing() as write:
@@ -229,15 +239,26 @@ def _uncached(
 
 
 def _compute(
-    meta: MetaLLM, queries: list[Query], write: _Write, *, max_tokens: int | None, label: str, quiet: bool
+    meta: MetaLLM,
+    queries: list[Query],
+    write: _Write,
+    *,
+    max_tokens: int | None,
+    workers: StateWorkers | None,
+    label: str,
+    quiet: bool,
 ) -> None:
     lengths = list(map(len, queries))
-    batches = run_batches(
-        lengths,
-        lambda batch: meta.states([queries[row] for row in batch]),
-        label=label,
-        max_tokens=max_tokens,
-        kept="States computed so far are kept",
+    batches: Iterator[Any] = (
+        workers.states(queries, max_tokens=max_tokens, label=label)
+        if workers is not None
+        else run_batches(
+            lengths,
+            lambda batch: meta.states([queries[row] for row in batch]),
+            label=label,
+            max_tokens=max_tokens,
+            kept="States computed so far are kept",
+        )
     )
     for batch, (states, mass) in _with_bar(batches, lengths, label, quiet=quiet):
         _check_finite(meta, [queries[row] for row in batch], torch.cat([states, mass[:, None]], 1), label)
@@ -263,7 +284,13 @@ def _with_bar(
 
 
 def cache_layers(
-    meta: MetaLLM, queries: Sequence[Query], layers: Sequence[int], *, max_tokens: int | None, label: str
+    meta: MetaLLM,
+    queries: Sequence[Query],
+    layers: Sequence[int],
+    *,
+    max_tokens: int | None,
+    workers: StateWorkers | None = None,
+    label: str,
 ) -> None:
     """Compute the states behind several layers in one pass into the cache.
 
@@ -272,6 +299,7 @@ def cache_layers(
         queries: N queries.
         layers: Numbers of the layers.
         max_tokens: Limit on the padded tokens of one batch. See `cached_states`.
+        workers: Workers on a cluster that run the forward passes. None to run them in this process.
         label: Name of the work.
     """
     hashes = [query.key for query in queries]
@@ -292,12 +320,17 @@ def cache_layers(
                 for block, rows, indices in _parts(cache, room, hashes, missing[layer]):
                     write = stack.enter_context(block.writing())
                     targets[layer] |= {index: (write, row) for index, row in zip(indices, rows, strict=True)}
-            batches = run_batches(
-                lengths,
-                lambda batch: meta.states_behind([queries[new[row]] for row in batch], layers),
-                label=label,
-                max_tokens=max_tokens,
-                kept="States computed so far are kept",
+            asked = [queries[index] for index in new]
+            batches: Iterator[Any] = (
+                workers.states(asked, layers=layers, max_tokens=max_tokens, label=label)
+                if workers is not None
+                else run_batches(
+                    lengths,
+                    lambda batch: meta.states_behind([asked[row] for row in batch], layers),
+                    label=label,
+                    max_tokens=max_tokens,
+                    kept="States computed so far are kept",
+                )
             )
             for batch, found in _with_bar(batches, lengths, label):
                 for layer, states in found.items():

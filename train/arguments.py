@@ -20,7 +20,17 @@ METHODS = ("tokens", "lora", "qlora")
 L2 = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 """L2 strengths to try by default."""
 
-_LEAST = {"max_tokens": 1, "context_tokens": 0, "anywhere": 0, "anywhere_tokens": 1, "lora_r": 1, "lora_alpha": 1}
+_LEAST = {
+    "max_tokens": 1,
+    "ray_workers": 0,
+    "ray_cpus": 0,
+    "ray_gpus": 0,
+    "context_tokens": 0,
+    "anywhere": 0,
+    "anywhere_tokens": 1,
+    "lora_r": 1,
+    "lora_alpha": 1,
+}
 
 
 def _option(default: T, text: str, choices: Iterable[str] | None = None) -> T:
@@ -91,6 +101,13 @@ class ExpertokenArguments:
     )
     trust_remote_code: bool = _option(False, "Allow the meta LLM's repository to run its own code on this machine.")
     max_tokens: int = _option(MAX_TOKENS, "Padded tokens in one batch of the forward pass. For method tokens.")
+    ray_workers: int = _option(
+        0,
+        "Workers on a Ray cluster that compute the states, each with the whole meta LLM (extra ray). 0: this process.",
+    )
+    ray_address: str | None = _option(None, "Address of the Ray cluster. Defaults to a new local cluster.")
+    ray_cpus: float = _option(1.0, "CPUs per Ray worker.")
+    ray_gpus: float = _option(0.0, "GPUs per Ray worker.")
     context_tokens: int = _option(
         1024,
         "Tokens that a decision reads from the context of the newest request: system prompt, earlier turns and tool "

@@ -4,7 +4,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import torch
 from ..data_prep.labels import OBJECTIVE_OF
 from ..data_prep.supervision import Supervision, kept_at
 from ..modeling.chat import Query
+from ..modeling.cluster import Cluster
 from ..modeling.composite import Composite, Manifest, Trained, describe_base
 from ..modeling.dispatch import gives_chances
 from ..modeling.distributed import Team, barrier
@@ -27,6 +29,7 @@ from ..modeling.saving import save_composite
 from ..modeling.sharding import is_split
 from ..modeling.source import Source
 from ..modeling.state import AUTO, HEAD, StateSpec, candidates_for
+from ..modeling.state_workers import StateWorkers
 from ..modeling.states import cache_layers, cached_states
 from ..modeling.view import View
 from .arguments import ExpertokenArguments
@@ -84,6 +87,11 @@ def check_run(options: ExpertokenArguments, arguments: "TrainingArguments", supe
     check_offload(arguments)
     if options.method == "qlora" and getattr(arguments.deepspeed_plugin, "zero_stage", 0) == 3:
         raise ExpertokenError("method qlora: ZeRO-3 can't split 4-bit weights. Launch it with ddp or zero2")
+    if options.ray_workers and arguments.world_size > 1:
+        raise ExpertokenError(
+            f"--ray_workers {options.ray_workers}: expected one training process, which gives the states to Ray's "
+            f"workers, got {arguments.world_size}. Several processes divide the states among themselves without Ray"
+        )
     if arguments.n_gpu > 1:
         # The Trainer would wrap the model in DataParallel, which wrongly splits `logits_to_keep`.
         raise ExpertokenError(
@@ -186,6 +194,21 @@ class Run:
         manifest = describe(options, arguments, self.supervision, self.meta, self.objective)
         self.composite = Composite(self.meta, self.pool, manifest)
         self._queries: dict[str, list[Query]] = {}
+        self._workers: StateWorkers | None = None
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Compute states within the block as the options say: on a cluster, or in this process."""
+        options = self.options
+        if not options.ray_workers:
+            yield
+            return
+        cluster = Cluster(options.ray_address, options.ray_cpus, options.ray_gpus)
+        try:
+            with StateWorkers(self.meta, options.ray_workers, cluster) as self._workers:
+                yield
+        finally:
+            self._workers = None
 
     def queries(self, name: str) -> list[Query]:
         """Return the queries of a split. Each split is encoded once per run."""
@@ -221,7 +244,8 @@ class Run:
         if self.team.world == 1:
             asked = [query for side in sides for query in self.queries(side)]
             layers = sorted({spec.layer or self.meta.layers for spec in specs})
-            cache_layers(self.meta, asked, layers, max_tokens=self.options.max_tokens, label="states of all layers")
+            how: dict[str, Any] = {"max_tokens": self.options.max_tokens, "workers": self._workers}
+            cache_layers(self.meta, asked, layers, label="states of all layers", **how)
         known = [self.supervision.subjects(side) for side in sides]
         subjects = [names for names in known if names is not None]
         by_subject = len(subjects) == len(sides) and len(np.unique(np.concatenate(subjects))) >= FOLDS
@@ -284,15 +308,17 @@ class Run:
             arrays.append((targets, scores, weights * positions.share, benchmarks, groups, absent, left_out))
         joined = (np.concatenate(parts) for parts in zip(*arrays, strict=True))
         label = " and ".join(sides) + " states"
-        states = cached_states(self.meta, queries, max_tokens=self.options.max_tokens, team=self.team, label=label)
+        how: dict[str, Any] = {"max_tokens": self.options.max_tokens, "team": self.team, "workers": self._workers}
+        states = cached_states(self.meta, queries, label=label, **how)
         return Problem(states, *joined)
 
     def run_tokens(self) -> dict[str, Any]:
         """Run method `tokens` and return the entries for the manifest."""
         started = time.perf_counter()
         # The fit also uses the validation split, since the strength is chosen by folds of both.
-        states = self.choose_state("train", "validation")
-        fit = self.fit_tokens("train", "validation")
+        with self._computing():
+            states = self.choose_state("train", "validation")
+            fit = self.fit_tokens("train", "validation")
         self.meta.rows = fit.rows
         self._log_path(fit)
         seconds = round(time.perf_counter() - started, 1)
@@ -303,10 +329,11 @@ class Run:
         """Run method `lora` or `qlora` and return the entries for the manifest."""
         from .lora import train_lora
 
-        states = self.choose_state("train")
-        if self.options.warm_start:
-            # Not on validation, which chooses among the checkpoints.
-            self.meta.rows = self.fit_tokens("train").rows
+        with self._computing():
+            states = self.choose_state("train")
+            if self.options.warm_start:
+                # Not on validation, which chooses among the checkpoints.
+                self.meta.rows = self.fit_tokens("train").rows
         outcome = train_lora(
             self.composite,
             self._examples("train", self.positions("train"), learn=True),
@@ -333,7 +360,8 @@ class Run:
 
     def _identity(self) -> dict[str, Any]:
         """Return the settings that a checkpoint depends on: data and base by content, not by path, and batch totals."""
-        ignored = ("resume", "verify", "max_tokens", "meta", "data", "out", "attn_implementation")
+        ignored = ("resume", "verify", "max_tokens", "meta", "data", "out", "attn_implementation", "ray_workers",
+                   "ray_address", "ray_cpus", "ray_gpus")  # fmt: skip
         run = {key: value for key, value in asdict(self.options).items() if key not in ignored}
         run["objective"] = self.objective
         run["state"] = str(self.meta.state)  # the state chosen, since a checkpoint's rows and layers belong to it

@@ -1,4 +1,4 @@
-"""Answers to a file by workers of a real Ray cluster, on this machine."""
+"""Answers and states by workers of a real Ray cluster, on this machine."""
 
 import json
 import os
@@ -6,18 +6,25 @@ import signal
 import threading
 import time
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
+from expertoken.data_prep.supervision import build_supervision
 from expertoken.inference import batch
 from expertoken.inference.batch import generate_file
 from expertoken.inference.factory import open_model
 from expertoken.modeling.backend import Generation
 from expertoken.modeling.cluster import Cluster
+from expertoken.modeling.composite import load_composite
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
+from expertoken.modeling.state_workers import StateWorkers
+from expertoken.modeling.states import cached_states, encode_all, states_of
 from expertoken.tests.inference.conftest import composite_of
+from expertoken.tests.tiny import tiny_pool, tiny_results
+from expertoken.train.run import train_composite
 
 pytestmark = pytest.mark.slow
 ray = pytest.importorskip("ray")
@@ -47,14 +54,14 @@ def setting(tmp_path, base_folder):
     return tmp_path
 
 
-def killed_once(seconds=120):
-    """Kill one of the workers while it answers. Return the thread that does so and the list of killed processes."""
+def killed_once(method, seconds=120):
+    """Kill one of the workers while it runs a method. Return its thread and the killed processes."""
 
     def kill():
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             for process in psutil.process_iter(["cmdline"]):
-                if "ray::_Worker.answers" in " ".join(process.info["cmdline"] or []):
+                if f"ray::_Worker.{method}" in " ".join(process.info["cmdline"] or []):
                     os.kill(process.pid, signal.SIGKILL)
                     killed.append(process.pid)
                     return
@@ -73,7 +80,7 @@ def test_workers_answer_a_file_as_one_process_does_though_one_is_killed(setting,
     given = {"generation": Generation(max_new_tokens=16)}
     generate_file(open_model(setting / "c", device="cpu"), setting / "in.jsonl", setting / "here.jsonl", **given)
     with RayWorkers(setting / "c", 2, Cluster(cpus=1), device="cpu") as workers:
-        thread, killed = killed_once()
+        thread, killed = killed_once("answers")
         counts = generate_file(workers, setting / "in.jsonl", setting / "there.jsonl", **given)
         thread.join()
         with pytest.raises(ExpertokenError, match="exists already and is complete"):
@@ -97,3 +104,49 @@ def test_what_is_wrong_with_the_composite_is_told_as_it_is_here(tmp_path):
         pytest.raises(ExpertokenError, match="none: expected a composite folder"),
     ):
         generate_file(workers, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+
+
+@pytest.fixture
+def elsewhere(monkeypatch, tmp_path):
+    """Return a function that switches to an empty cache of states."""
+
+    def switch(name):
+        monkeypatch.setenv("EXPERTOKEN_CACHE", str(tmp_path / name))
+
+    switch("first")
+    return switch
+
+
+def test_workers_compute_the_states_of_one_process_though_one_is_killed(meta, elsewhere):
+    texts = [f"question {number} of {number * 7}" for number in range(COUNT)]
+    here = states_of(meta, texts)
+    elsewhere("second")
+    with StateWorkers(meta, 2, Cluster(cpus=1)) as workers:
+        thread, killed = killed_once("states")
+        there = cached_states(meta, encode_all(meta, texts), max_tokens=64, workers=workers)
+        thread.join()
+    assert killed
+    assert there.computed == here.computed == COUNT
+    np.testing.assert_allclose(there.hidden, here.hidden, atol=1e-5)
+    np.testing.assert_allclose(there.log_mass, here.log_mass, atol=1e-5)
+    assert cached_states(meta, encode_all(meta, texts)).computed == 0  # they are in this machine's cache
+
+
+def test_other_weights_on_a_machine_of_the_cluster_are_noticed(meta, elsewhere):
+    meta.base_fingerprint = "another"
+    with (
+        StateWorkers(meta, 1, Cluster(cpus=1)) as workers,
+        pytest.raises(ExpertokenError, match="other weights under this name"),
+    ):
+        cached_states(meta, encode_all(meta, ["hello"]), workers=workers)
+
+
+def test_a_run_with_workers_trains_the_rows_of_a_run_without(base_folder, tmp_path, elsewhere):
+    data = build_supervision(tiny_results(), tiny_pool(base_folder))
+    how = {"state": "auto", "verify": False}
+    alone = train_composite(str(base_folder), data, tmp_path / "alone", **how)
+    elsewhere("second")
+    spread = train_composite(str(base_folder), data, tmp_path / "spread", ray_workers=2, **how)
+    found = [load_composite(folder, device="cpu") for folder in (alone, spread)]
+    assert found[0].meta.state == found[1].meta.state
+    torch.testing.assert_close(found[0].meta.rows, found[1].meta.rows, rtol=1e-3, atol=1e-3)
