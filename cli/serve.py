@@ -92,6 +92,15 @@ def serve(
         bool, typer.Option(help="Trust X-Forwarded-For from a proxy on this machine (others: FORWARDED_ALLOW_IPS).")
     ] = False,
     log_content: Annotated[bool, typer.Option(help="Write questions and answers to the log.")] = False,
+    ext_proc: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Port of an external processor for Envoy, which decides and lets Envoy route (extra "
+            "`envoy`). Default: none.",
+        ),
+    ] = None,
     otel: Annotated[bool, typer.Option(help="Trace requests with OpenTelemetry (extra `otel`).")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... Default: the first accelerator, or cpu.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let the base model's repository run its own code.")] = False,
@@ -116,10 +125,12 @@ def serve(
     from ..modeling.errors import require_extra
 
     require_extra("fastapi", "serve")
+    if ext_proc is not None:
+        require_extra("envoy_data_plane", "envoy")
     from ..inference.factory import open_model
     from ..inference.server import Settings
     from ..inference.server.keys import keys_from_environment
-    from ..inference.server.serve import check_free, run
+    from ..inference.server.serve import check_free, delay_reloads, run
     from ..modeling.backend import Timeouts
 
     settings = Settings(
@@ -144,6 +155,7 @@ def serve(
     if check:
         _check(composite, keys)
         return
+    delay_reloads()
     check_free(host, port)  # fails before a model is loaded
     timeouts = Timeouts(decision=decision_timeout, first=first_timeout, idle=idle_timeout)
     model = open_model(
@@ -156,7 +168,16 @@ def serve(
         pinned=pin or (),
         quantization=expert_quantization,
     )
-    run(model, settings, port=port, drain=drain, shutdown=shutdown, trust_proxy=trust_proxy, otel=otel)
+    run(
+        model,
+        settings,
+        port=port,
+        drain=drain,
+        shutdown=shutdown,
+        trust_proxy=trust_proxy,
+        otel=otel,
+        ext_proc=ext_proc,
+    )
 
 
 def _check(composite: Path, keys: Path | None) -> None:

@@ -183,18 +183,42 @@ def keys_of(
         scope: Namespace of a client. One client must not find another client's sessions.
         tools: Tools of the request.
     """
-    first = next((place for place, message in enumerate(messages) if message.get("role") == "user"), 0)
-    beginning = [(message.get("role"), message.get("content")) for message in messages[: first + 1]]
     asked = next((m.get("content") for m in reversed(messages) if m.get("role") == "user"), None)
     said = next((m for m in reversed(messages) if m.get("role") == "assistant"), {})
     given = said.get("tool_calls")
     calls = [call.get("id") for call in given if isinstance(call, dict)] if isinstance(given, list) else []
-    where = [session] if session is not None else [beginning, tools or None]
+    where = _where(messages, session, tools)
     # Agents send calls back unchanged, but may have shortened earlier messages.
     exact = (
         _digest("calls", scope, where, calls) if calls else _digest("turn", scope, where, asked, said.get("content"))
     )
     return [exact] if session is None else [exact, _digest("id", scope, session)]
+
+
+def key_of_request(
+    messages: Sequence[Message], *, session: str | None = None, scope: str = "", tools: Any = None
+) -> str:
+    """Return the key of the expert that a request was sent to, for a caller that does not send its answer back.
+
+    The conversation's next request has the same messages before its last answer.
+
+    Args:
+        messages: Conversation up to its last answer, without that answer.
+        session: Session id from the client, or None.
+        scope: Namespace of a client.
+        tools: Tools of the request.
+    """
+    last = messages[-1] if messages else {}
+    asked = [last.get(name) for name in ("role", "content", "tool_call_id")]
+    return _digest("asked", scope, _where(messages, session, tools), asked)
+
+
+def _where(messages: Sequence[Message], session: str | None, tools: Any) -> list[Any]:
+    """Return what identifies a session: its id, or else the beginning of the conversation."""
+    if session is not None:
+        return [session]
+    first = next((place for place, message in enumerate(messages) if message.get("role") == "user"), 0)
+    return [[(message.get("role"), message.get("content")) for message in messages[: first + 1]], tools or None]
 
 
 def _digest(*parts: Any) -> str:

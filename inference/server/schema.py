@@ -49,6 +49,11 @@ class Extension(RequestBody):
     policy: dict[str, Any] | None = Field(
         default=None, description="Fields of the composite's policy to override for this request."
     )
+    remember: bool = Field(
+        default=False,
+        description="If true, /v1/route keeps its decision as the conversation's last expert, for a caller that sends "
+        "the conversation there. The next decision may then stay with that expert.",
+    )
 
 
 class ChatRequest(RequestBody):

@@ -6,11 +6,13 @@ import signal
 from socket import SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, getaddrinfo, socket
 from threading import Timer
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from ...modeling.errors import ExpertokenError
 from ..answering import AnsweringModel
+from . import envoy
 from .app import create_app
 from .connections import Connection
 from .settings import Settings
@@ -33,6 +35,12 @@ def check_free(host: str, port: int) -> None:
         ) from None
 
 
+def delay_reloads() -> None:
+    """Hold a reload signal (SIGHUP) back until the server runs. Before that, the signal would end the process."""
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+
+
 def run(
     composite: AnsweringModel,
     settings: Settings,
@@ -42,6 +50,7 @@ def run(
     shutdown: int = 30,
     trust_proxy: bool = False,
     otel: bool = False,
+    ext_proc: int | None = None,
 ) -> None:
     """Serve until a signal arrives, then refuse new requests and exit when the in-flight requests have ended.
 
@@ -54,9 +63,10 @@ def run(
         shutdown: Seconds for in-flight requests to end after that.
         trust_proxy: If true, a proxy on this machine (or in `FORWARDED_ALLOW_IPS`) sets the address of the client.
         otel: If true, requests are traced with OpenTelemetry. See `tracing`.
+        ext_proc: Port of the external processor for Envoy. See `envoy`. None for no such service.
 
     Raises:
-        ImportError: `otel` is true and its extra is not installed.
+        ImportError: `otel` or `ext_proc` is set and its extra is not installed.
     """
     app = create_app(composite, settings)
     tracing = app.state.service.tracing
@@ -68,6 +78,7 @@ def run(
         proxy_headers=trust_proxy, http=Connection,
     )  # fmt: skip
 
+    processors: list[Any] = []
     tasks: set[asyncio.Task] = set()  # an event loop holds only weak references to its tasks
 
     class Server(uvicorn.Server):
@@ -79,6 +90,8 @@ def run(
             app.state.service.draining = True
 
         async def startup(self, sockets: list[socket] | None = None) -> None:
+            if ext_proc is not None:
+                processors.append(await envoy.start(app, ext_proc))
             await super().startup(sockets)
             if hasattr(signal, "SIGHUP"):  # not on Windows
                 reloading = app.state.service.reload
@@ -90,9 +103,12 @@ def run(
                     task.add_done_callback(tasks.discard)
 
                 loop.add_signal_handler(signal.SIGHUP, reload)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
         async def shutdown(self, sockets: list[socket] | None = None) -> None:
             running = list(self.server_state.tasks)
+            for processor in processors:
+                await envoy.stop(processor)
             await super().shutdown(sockets)
             if running:  # requests that were cut off still have to log their line
                 await asyncio.wait(running, timeout=5)

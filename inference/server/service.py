@@ -20,9 +20,10 @@ from ...modeling.errors import ExpertokenError, NoAnswerError, one_line
 from ...modeling.pictures import check_pictures
 from ...modeling.policy import Policy
 from ..answering import AnsweringModel
+from ..decider import Decision
 from ..loop import in_thread
 from ..reply import Reply
-from ..sessions import Affinity, LastAnswer, keys_of, open_store
+from ..sessions import Affinity, LastAnswer, key_of_request, keys_of, open_store
 from .completions import Completion, visible
 from .feedback import Feedback, FeedbackRequest
 from .keys import Client, KeyRing, ring_of
@@ -159,10 +160,15 @@ class Service:
         answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         known, exact = None, True
         if answers:
-            so_far, where = messages[: answers[-1] + 1], session_of(request, http)
-            for place, key in enumerate(await asyncio.to_thread(keys_of, so_far, tools=request.tools, **where)):
+
+            def keys() -> list[str]:
+                so_far, where = messages[: answers[-1] + 1], session_of(request, http)
+                answered, *of_session = keys_of(so_far, tools=request.tools, **where)
+                return [answered, key_of_request(so_far[:-1], tools=request.tools, **where), *of_session]
+
+            for place, key in enumerate(await asyncio.to_thread(keys)):
                 if (known := await self.sessions.get(key)) is not None:
-                    exact = place == 0
+                    exact = place < 2  # keys of this conversation, not of its session
                     break
         return await asyncio.to_thread(partial(Affinity.of, messages, composite.pool, known, exact=exact))
 
@@ -193,15 +199,22 @@ class Service:
         http.scope["state"]["request_id"] = found
         return found
 
-    async def answer(self, request: ChatRequest, http: Request) -> Completion:
-        """Decide on a request. No request is sent to an expert yet."""
+    async def _decide(
+        self, request: ChatRequest, http: Request
+    ) -> tuple[AnsweringModel, list[Message], Affinity, Decision]:
+        """Return the decision on a request, with the composite that made it and what it read."""
         policy, composite = self.policy(request, client_of(http)), self.composite
         messages = await asyncio.to_thread(self.messages, request)  # megabytes take a while
         affinity = await self.affinity(composite, messages, request, http)
-        first = request.generation(self.settings.max_new_tokens)
+        generation = request.generation(self.settings.max_new_tokens)
         with self.tracing.span("decide"):
-            decision = await composite.adecide(messages, policy, first, affinity)
-        streams = [composite.answer(messages, decision, first)]
+            decision = await composite.adecide(messages, policy, generation, affinity)
+        return composite, messages, affinity, decision
+
+    async def answer(self, request: ChatRequest, http: Request) -> Completion:
+        """Decide on a request. No request is sent to an expert yet."""
+        composite, messages, affinity, decision = await self._decide(request, http)
+        streams = [composite.answer(messages, decision, request.generation(self.settings.max_new_tokens))]
         for number in range(1, request.n):
             # The decision's KV cache serves one answer only, which changes it.
             other = request.generation(self.settings.max_new_tokens, number)
@@ -223,13 +236,13 @@ class Service:
         No request is sent to an expert.
         """
         self.begin(http)
-        policy, composite = self.policy(request, client_of(http)), self.composite
-        messages = await asyncio.to_thread(self.messages, request)
-        affinity = await self.affinity(composite, messages, request, http)
-        generation = request.generation(self.settings.max_new_tokens)
-        decision = await composite.adecide(messages, policy, generation, affinity)
+        composite, messages, affinity, decision = await self._decide(request, http)
         dispatch, names = decision.dispatch, composite.pool.names
         client = client_of(http)
+        if request.expertoken.remember:
+            key = partial(key_of_request, messages, tools=request.tools, **session_of(request, http))
+            sent = LastAnswer(dispatch.expert, decision.prompt_tokens, time.time())
+            await self.sessions.put(await asyncio.to_thread(key), sent)
 
         def seen(table: Mapping[str, float]) -> dict[str, float]:
             return visible(table, None if client is None else client.experts)

@@ -29,10 +29,13 @@ from expertoken.tests.inference.conftest import composite_of, mock_expert, serve
 HELLO = [{"role": "user", "content": "hello secret word"}]
 
 
+COMMAND = (str(Path(sys.executable).parent / "expertoken"),)
+
+
 @contextmanager
-def serve(*arguments, **environment):
+def serve(*arguments, program=COMMAND, **environment):
     """Run the command and yield its process, its address, and the lines it prints."""
-    command = [str(Path(sys.executable).parent / "expertoken"), "serve", *arguments, "--port", "0", "--device", "cpu"]
+    command = [*program, "serve", *arguments, "--port", "0", "--device", "cpu"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment
     )
@@ -219,6 +222,24 @@ def test_a_reload_takes_in_what_changed_and_loses_no_stream(base_folder, words, 
             process.send_signal(signal.SIGHUP)
             until(lambda: any("reload failed, keeping pool and keys: " in line for line in lines))
             assert client(address).chat.completions.create(model="c", messages=HELLO)
+
+
+def test_a_reload_that_is_asked_for_while_the_server_loads_follows_its_start(folder):
+    """The signal arrives when loading begins."""
+    code = """
+import os, signal
+from expertoken.cli import main
+from expertoken.inference import factory
+load = factory.open_model
+def open_model(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGHUP)
+    return load(*arguments, **options)
+factory.open_model = open_model
+main()
+"""
+    with serve(str(folder), program=(sys.executable, "-c", code)) as (_, address, lines):
+        until(lambda: any("reloaded: " in line for line in lines))
+        assert status(address, "/health") == 200
 
 
 def test_a_gateway_reads_its_file_again(words, tmp_path):

@@ -1,6 +1,8 @@
 """Sessions: the last expert of a conversation, and its effect on the next decision."""
 
+import json
 import time
+import urllib.request
 from dataclasses import replace
 
 import pytest
@@ -78,6 +80,24 @@ def test_who_called_tools_reads_their_results_though_another_would_be_chosen(bas
     with served(create_app(composite_of(base_folder, callers))) as address:
         assert loop([address], "two")[0] == ["two"] * 4
         assert turn(address, [HELLO])[1] == "one"  # the decision without a session
+
+
+@pytest.mark.parametrize("remember", [True, False])
+def test_a_decision_is_kept_for_a_caller_that_asks_the_expert_itself(base_folder, callers, remember):
+    call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    with served(create_app(composite_of(base_folder, callers))) as address:
+
+        def route(messages, **options):
+            asked = {"model": "composite", "messages": messages, "expertoken": {"remember": remember} | options}
+            data = json.dumps(asked).encode()
+            sent = urllib.request.Request(f"{address}/v1/route", data, {"content-type": "application/json"})
+            with urllib.request.urlopen(sent) as response:
+                return json.load(response)["expert"]
+
+        assert route([HELLO], policy={"allow": ["two"]}) == "two"
+        said = {"role": "assistant", "content": None, "tool_calls": [call]}
+        result = {"role": "tool", "tool_call_id": "c1", "content": "ok"}
+        assert route([HELLO, said, result]) == ("two" if remember else "one")
 
 
 def test_two_servers_with_one_store_agree_inside_a_loop(tmp_path, base_folder, callers):
