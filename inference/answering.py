@@ -304,7 +304,9 @@ class AnsweringModel(ABC):
     @staticmethod
     def _check_length(tokens: int, most: int | None) -> None:
         if most is not None and tokens > most:
-            raise ExpertokenError(f"expected a conversation of at most {most} tokens, got {tokens}")
+            raise ExpertokenError(
+                f"expected a conversation of at most {most} tokens, got {tokens}. Shorten it, or start a new chat."
+            )
 
     def answer(self, messages: Sequence[Message], decision: Decision, generation: Generation) -> ReplyStream:
         """Return the stream of the answer that follows a decision.

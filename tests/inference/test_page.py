@@ -233,6 +233,21 @@ def test_on_a_phone_everything_is_within_its_width(browser, url):
     context.close()
 
 
+def test_an_error_of_a_chat_that_is_too_long_is_seen_with_what_to_do(browser, base_folder, words):
+    settings = Settings(name="comp", max_prompt_tokens=50)
+    context = browser.new_context(viewport={"width": 375, "height": 700}, color_scheme="dark")
+    with served(create_app(composite_of(base_folder, words), settings)) as address:
+        page = context.new_page()
+        page.goto(address)
+        answer = say(page, "many words " * 300)
+        picture(page, "too-long")
+        assert "Shorten it, or start a new chat" in answer.inner_text()
+        lowest = page.locator("#ask").bounding_box()["y"]
+        button = answer.locator(".again button").bounding_box()
+        assert button["y"] + button["height"] <= lowest
+    context.close()
+
+
 def test_a_server_with_keys_asks_for_one(browser, base_folder, words):
     composite = composite_of(base_folder, words)
     with served(create_app(composite, Settings(name="comp", api_keys=("a-key-of-enough-letters",)))) as address:

@@ -281,6 +281,7 @@ async function answer(expert = "", spent = 0, before = null) {
   $("said").textContent = turn.error ?? `${turn.told?.expert ?? "the composite"} answered`;
   busy(false);
   draw(article, turn);
+  scroll();
   drawHead();
   save();
 }
