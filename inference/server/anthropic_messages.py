@@ -28,7 +28,7 @@ from anthropic.types import (
     Usage,
 )
 from anthropic.types.raw_message_delta_event import Delta
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import ConfigDict, Field
 
 from ...modeling.backend import Piece
 from ...modeling.errors import ExpertokenError
@@ -38,7 +38,21 @@ from .blocks import Added, Closed, Opened, steps_of, thought_of
 from .completions import Completion, public
 from .dialect import event
 from .guard import anthropic_error
-from .schema import ChatRequest, Extension, RequestBody, StopText
+from .schema import (
+    OURS,
+    ChatRequest,
+    Extension,
+    MaxTokens,
+    Messages,
+    Metadata,
+    Model,
+    RequestBody,
+    StopText,
+    Stream,
+    Temperature,
+    Tools,
+    TopP,
+)
 
 _ENDS = {"length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}  # else `end_turn`
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -49,19 +63,23 @@ class MessagesRequest(RequestBody):
 
     model_config = ConfigDict(extra="ignore")
 
-    model: Annotated[str, StringConstraints(max_length=300)]
-    messages: list[dict[str, Any]] = Field(min_length=1, fail_fast=True)
-    max_tokens: int | None = Field(None, ge=1)
-    system: str | list[dict[str, Any]] | None = None
-    stream: bool = False
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    stop_sequences: Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = None
-    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
-    tool_choice: dict[str, Any] | None = None
-    output_config: dict[str, Any] | None = None
-    metadata: dict[str, Any] | None = None
-    expertoken: Extension = Field(default_factory=Extension)
+    model: Model
+    messages: Messages
+    max_tokens: MaxTokens = None
+    system: str | list[dict[str, Any]] | None = Field(None, description="System prompt.")
+    stream: Stream = False
+    temperature: Temperature = None
+    top_p: TopP = None
+    stop_sequences: Annotated[list[StopText], Field(max_length=16, fail_fast=True)] | None = Field(
+        None, description="Texts that end the answer before them."
+    )
+    tools: Tools = None
+    tool_choice: dict[str, Any] | None = Field(None, description="Whether the expert calls a function, or which one.")
+    output_config: dict[str, Any] | None = Field(
+        None, description="Format of the answer. Experts that can't keep to a JSON schema are skipped."
+    )
+    metadata: Metadata = None
+    expertoken: Extension = Field(default_factory=Extension, description=OURS)
 
     def chat(self) -> ChatRequest:
         """Return the request in the form of OpenAI's chat API.

@@ -31,8 +31,10 @@ class FeedbackRequest(RequestBody):
     model_config = ConfigDict(extra="forbid")
 
     id: str = Field(max_length=200, description="Id of the answer, from its response.")
-    thumb: str | None = Field(None, pattern="^(up|down)$")
-    score: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    thumb: str | None = Field(None, pattern="^(up|down)$", description="Judgement, up for 1 and down for 0.")
+    score: float | None = Field(
+        None, ge=0, le=1, allow_inf_nan=False, description="Judgement from 0 to 1, in place of a thumb."
+    )
 
     @property
     def value(self) -> float:

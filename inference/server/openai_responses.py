@@ -16,7 +16,7 @@ from openai.types.responses.response_content_part_added_event import PartReasoni
 from openai.types.responses.response_content_part_done_event import PartReasoningText as WholeReasoningText
 from openai.types.responses.response_reasoning_item import Content
 from openai.types.responses.response_usage import InputTokensDetails, OutputTokensDetails
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import ConfigDict, Field
 
 from ...modeling.backend import Piece
 from ...modeling.errors import ExpertokenError
@@ -24,7 +24,22 @@ from ..backends.wire import sendable
 from .blocks import Added, Closed, Opened, steps_of, thought_of
 from .completions import Completion, public
 from .dialect import event
-from .schema import ChatRequest, Extension, RequestBody
+from .schema import (
+    OURS,
+    CacheKey,
+    ChatRequest,
+    Extension,
+    MaxTokens,
+    Metadata,
+    Model,
+    ParallelCalls,
+    RequestBody,
+    Stream,
+    Temperature,
+    ToolChoice,
+    Tools,
+    TopP,
+)
 
 _TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 _DONE_ELSEWHERE = (
@@ -41,29 +56,36 @@ _INCOMPLETE: dict[str, Literal["max_output_tokens", "content_filter"]] = {
 }
 
 
+_STORED = "Refused, because the server stores no conversations."
+
+
 class ResponsesRequest(RequestBody):
     """Body of `POST /v1/responses`. Unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
-    model: Annotated[str, StringConstraints(max_length=300)]
-    input: str | Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)]
-    instructions: str | None = None
-    previous_response_id: str | None = None
-    conversation: Any = None
-    background: bool = False
-    stream: bool = False
-    max_output_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    reasoning: dict[str, Any] | None = None
-    text: dict[str, Any] | None = None
-    metadata: dict[str, Any] | None = None
-    prompt_cache_key: Annotated[str, StringConstraints(max_length=300)] | None = None
-    expertoken: Extension = Field(default_factory=Extension)
+    model: Model
+    input: str | Annotated[list[dict[str, Any]], Field(min_length=1, fail_fast=True)] = Field(
+        description="Question, or the items of a conversation, with the oldest first."
+    )
+    instructions: str | None = Field(None, description="System prompt.")
+    previous_response_id: str | None = Field(None, description=_STORED)
+    conversation: Any = Field(None, description=_STORED)
+    background: bool = Field(default=False, description=_STORED)
+    stream: Stream = False
+    max_output_tokens: MaxTokens = None
+    temperature: Temperature = None
+    top_p: TopP = None
+    tools: Tools = None
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: ParallelCalls = None
+    reasoning: dict[str, Any] | None = Field(None, description="`effort` is forwarded to endpoints.")
+    text: dict[str, Any] | None = Field(
+        None, description="Format of the answer. Experts that can't keep to a JSON schema are skipped."
+    )
+    metadata: Metadata = None
+    prompt_cache_key: CacheKey = None
+    expertoken: Extension = Field(default_factory=Extension, description=OURS)
 
     @property
     def functions(self) -> list[dict[str, Any]]:

@@ -15,6 +15,51 @@ _PASSED = (
 
 StopText = Annotated[str, StringConstraints(max_length=200)]
 
+# Fields that several APIs share. Four megabytes of wrong items would give a million errors, so validation of a list
+# stops at the first.
+Model = Annotated[
+    str,
+    StringConstraints(max_length=300),
+    Field(description="Name of the composite, or `composite/expert` for one of its experts."),
+]
+Messages = Annotated[
+    list[dict[str, Any]],
+    Field(min_length=1, fail_fast=True, description="Conversation, with its oldest message first."),
+]
+Stream = Annotated[bool, Field(description="If true, the answer is sent as server-sent events while it is written.")]
+MaxTokens = Annotated[
+    int | None,
+    Field(ge=1, description="Maximum length of the answer in tokens. Default: what the expert's context leaves."),
+]
+Temperature = Annotated[
+    float | None, Field(ge=0, le=2, description="Sampling temperature. 0: greedy. Default: the expert's own.")
+]
+TopP = Annotated[
+    float | None,
+    Field(gt=0, le=1, description="Probability mass of the tokens to sample from. Default: the expert's own."),
+]
+Tools = Annotated[
+    Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None,
+    Field(description="Functions that the expert may call. Experts that can't call any are skipped."),
+]
+ToolChoice = Annotated[
+    Literal["none", "auto", "required"] | dict[str, Any] | None,
+    Field(description="Whether the expert calls a function, or which one."),
+]
+ParallelCalls = Annotated[
+    bool | None, Field(description="If false, the expert calls one function at a time, where its server supports that.")
+]
+Metadata = Annotated[
+    dict[str, Any] | None, Field(description="Values of the client. `user_id` identifies the session.")
+]
+CacheKey = Annotated[
+    Annotated[str, StringConstraints(max_length=300)] | None,
+    Field(description="Id of the session, whose chats stay with an expert where that is cheaper."),
+]
+
+
+_UNCHANGED = "Forwarded to endpoints unchanged. Experts in the server's own process ignore it."
+
 
 class RequestBody(BaseModel):
     """Body of a request. Null fields count as missing, since clients send missing fields as null."""
@@ -34,7 +79,7 @@ class RenderRequest(RequestBody):
 class StreamOptions(RequestBody):
     """Options of a streamed answer."""
 
-    include_usage: bool = False
+    include_usage: bool = Field(default=False, description="If true, the stream ends with the counts of tokens.")
 
 
 class Extension(RequestBody):
@@ -56,36 +101,42 @@ class Extension(RequestBody):
     )
 
 
+OURS = "Options of the composite, beyond the API."
+
+
 class ChatRequest(RequestBody):
     """Body of `POST /v1/chat/completions`. Unknown fields are ignored, as other servers do."""
 
     model_config = ConfigDict(extra="ignore")
 
-    model: Annotated[str, StringConstraints(max_length=300)]
-    # Four megabytes of wrong items would give a million errors, so validation stops at the first.
-    messages: list[dict[str, Any]] = Field(min_length=1, fail_fast=True)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    n: int = Field(1, ge=1, le=8)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: StopText | Annotated[list[StopText], Field(max_length=4, fail_fast=True)] | None = None
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Any] | None = Field(None, max_length=4096)  # experts check its content
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
-    reasoning_effort: str | None = None
-    metadata: dict[str, Any] | None = None
-    prompt_cache_key: Annotated[str, StringConstraints(max_length=300)] | None = None
-    expertoken: Extension = Field(default_factory=Extension)
+    model: Model
+    messages: Messages
+    stream: Stream = False
+    stream_options: StreamOptions | None = Field(None, description="Options of a streamed answer.")
+    n: int = Field(1, ge=1, le=8, description="Number of answers, all by the expert of one decision.")
+    max_tokens: MaxTokens = None
+    max_completion_tokens: MaxTokens = None
+    temperature: Temperature = None
+    top_p: TopP = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Seed for sampling. Default: random.")
+    stop: StopText | Annotated[list[StopText], Field(max_length=4, fail_fast=True)] | None = Field(
+        None, description="Texts that end the answer before them."
+    )
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, description=_UNCHANGED)
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description=_UNCHANGED)
+    logit_bias: dict[str, Any] | None = Field(None, max_length=4096, description=_UNCHANGED)
+    logprobs: bool | None = Field(None, description=_UNCHANGED)
+    top_logprobs: int | None = Field(None, ge=0, le=20, description=_UNCHANGED)
+    tools: Tools = None
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: ParallelCalls = None
+    response_format: dict[str, Any] | None = Field(
+        None, description="Format of the answer. Experts that can't keep to a JSON schema are skipped."
+    )
+    reasoning_effort: str | None = Field(None, description=_UNCHANGED)
+    metadata: Metadata = None
+    prompt_cache_key: CacheKey = None
+    expertoken: Extension = Field(default_factory=Extension, description=OURS)
 
     @property
     def session(self) -> str | None:
