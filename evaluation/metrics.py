@@ -103,14 +103,26 @@ def bootstrap_interval(
 
 
 def paired_p_value(difference: np.ndarray, benchmarks: Names, *, resamples: int = 5000, seed: int = 0) -> float:
-    """Return the two-sided p-value that a mean difference is zero, by the same bootstrap.
+    """Return the two-sided p-value that two routers are alike, by flips of the signs of their paired differences.
 
-    It is twice the share of resampled means on the other side of zero (Efron and Tibshirani, An Introduction to the
-    Bootstrap, 15.4), at least `1 / resamples`.
+    If the routers are alike, each query's difference may as well be the opposite (Fisher's randomisation test for
+    pairs). On few queries it stays honest: 6 differences of one sign give 0.03, where a bootstrap gives 0.0002.
+
+    Args:
+        difference: `[N]` differences of the two routers' scores.
+        benchmarks: N names. The statistic is the mean over benchmarks.
+        resamples: Number of random flips. The least value is `1 / (resamples + 1)`.
+        seed: Seed of the flips.
     """
-    means = _resampled(difference, benchmarks, resamples, seed)
-    share = min((means <= 0).mean(), (means >= 0).mean())
-    return float(min(1.0, max(2 * share, 1 / resamples)))
+    weights = benchmark_weights(np.ones((1, len(difference))), benchmarks)[0]
+    # Differences of equal size are interchangeable, so drawing the number of flips among them is exact and cheap.
+    sizes, counts = np.unique(np.abs(weights * difference), return_counts=True)
+    rng, observed = np.random.default_rng(seed), abs(float(weights @ difference))
+    step, beyond = max(1, _DRAWS // len(sizes)), 0
+    for start in range(0, resamples, step):
+        kept = rng.binomial(counts, 0.5, size=(min(step, resamples - start), len(sizes)))
+        beyond += int((np.abs((2 * kept - counts) @ sizes) >= observed * (1 - 1e-9)).sum())
+    return (1 + beyond) / (1 + resamples)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -24,6 +24,7 @@ WITHOUT_PICTURES = "without pictures"
 
 _TRIVIAL = ("names", "words", "untrained", "text-only", BLIND, WITHOUT_PICTURES)
 _SURE = 0.05
+_FEW = 30  # queries: a bootstrap of fewer is too narrow
 _BOUNDS = (_SURE / 2, 1 - _SURE / 2)
 _MOST_EXPERTS = 30  # readable number of lines in a table
 
@@ -242,6 +243,8 @@ class Report:
             "of the query. `names` sees only the names of benchmark and subject, `words` only the words of the "
             "question."
         )
+        if few := [f"{name} ({count})" for name, count in self.queries_by_benchmark.items() if count < _FEW]:
+            text += f" Intervals are too narrow on few queries, fewer than {_FEW}: {', '.join(few)}."
         if timed:
             text += " Milliseconds are a learnt router's time per query, features excluded."
         if gaps:

@@ -202,6 +202,14 @@ def test_a_p_value_is_small_for_a_real_difference_and_large_for_none():
     assert paired_p_value(np.zeros(400), names) == 1
 
 
+@pytest.mark.parametrize("same", [1, 6, 8])
+def test_a_p_value_on_few_queries_is_that_of_the_exact_test(same):
+    """All differences have one sign, so that two of the 2^n flips are as extreme."""
+    difference = np.array([1.0] * same + [0.0] * 2)
+    found = paired_p_value(difference, np.array(["a"] * len(difference)), resamples=20_000)
+    assert found == pytest.approx(2 / 2**same, abs=0.01, rel=0.3)
+
+
 def test_the_bootstrap_agrees_with_the_normal_approximation():
     rng = np.random.default_rng(0)
     values = rng.integers(0, 2, 400).astype(float)
