@@ -120,9 +120,19 @@ class Supervision:
         from ..modeling.states import encode_all
 
         conversations = self.conversations(name)
-        if meta.sight is not None and not quiet:
-            parts = (part for messages in conversations for message in messages for part in message["content"])
-            if absent := sum(part["type"] == IMAGE and not isinstance(part.get("image"), Picture) for part in parts):
+        if not quiet:
+            contents = (message["content"] for messages in conversations for message in messages)
+            parts = (part for content in contents if isinstance(content, list) for part in content)
+            shown = [part for part in parts if part["type"] == IMAGE]
+            absent = sum(not isinstance(part.get("image"), Picture) for part in shown)
+            if shown and meta.sight is None:
+                logger.warning(
+                    "%s: %s reads text only, so it reads a placeholder for each of the %d pictures",
+                    name,
+                    meta.source.model,
+                    len(shown),
+                )
+            elif absent:
                 logger.warning(
                     "%s: %d pictures are missing (see prepare --images), so the meta LLM reads a placeholder",
                     name,

@@ -128,7 +128,7 @@ def generate_file(
     asked = asdict(generation) | {"extra": dict(generation.extra)}
     # Pictures are checked before anything is answered. Answers about other pictures are not reused.
     shown = [] if images is None else _digests(source, images)
-    keys = _keys(source, _hash([asked, *answering.settings(policy), *shown]))
+    keys = _keys(source, _hash([asked, *answering.settings(policy), *shown]), pictures=images is not None)
     part = out.with_name(f".{out.name}.part")
     if out.exists() and source.samefile(out):
         raise ExpertokenError(f"{out}: expected a file for the answers, got the input file. Pass another file.")
@@ -406,17 +406,27 @@ def _told(reply: Reply) -> dict[str, Any]:
     }
 
 
-def _keys(source: Path, run: str) -> list[str]:
+def _keys(source: Path, run: str, *, pictures: bool) -> list[str]:
     """Return a key for each row of a JSONL file.
 
     Identical rows have different keys, because each is answered.
 
+    Args:
+        source: JSONL file.
+        run: Hash of everything else that the answers depend on.
+        pictures: The folder of the rows' pictures is known.
+
     Raises:
-        ExpertokenError: The file is missing or empty, or a line is no conversation.
+        ExpertokenError: The file is missing or empty, a line is no conversation, or it names pictures of an unknown
+            folder.
     """
     seen: Counter[str] = Counter()
     keys = []
-    for row in _rows(source):
+    for number, row in enumerate(_rows(source), start=1):
+        if row.get("image") and not pictures:  # its answer would be about the text alone
+            raise ExpertokenError(
+                f"{source}, conversation {number}, image: expected --images with the folder of the pictures"
+            )
         digest = _hash(row)
         seen[digest] += 1
         keys.append(f"{run}-{digest}-{seen[digest]}")

@@ -10,6 +10,7 @@ import hashlib
 import io
 import math
 import re
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ _DATA = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.ASCII)
 
 
 _IDENTIFIED = 4096  # files, of 100 bytes each
+_identifying = threading.Lock()
 _identified: dict[bytes, tuple[bytes, tuple[int, int]]] = {}
 """Key and size by hash of the file. A chat sends its pictures with every turn, and each decision reads a
 conversation several times, so that a large picture would be decoded again and again."""
@@ -65,9 +67,10 @@ class Picture:
         if (known := _identified.get(file)) is None:
             picture = decoded(data, name)
             known = digest(picture), picture.size
-            while len(_identified) >= _IDENTIFIED:
-                _identified.pop(next(iter(_identified)), None)
-            _identified[file] = known
+            with _identifying:
+                _identified[file] = known
+                while len(_identified) > _IDENTIFIED:
+                    del _identified[next(iter(_identified))]
         return cls(source, *known)
 
     def decoded(self) -> Any:
@@ -81,9 +84,14 @@ class Picture:
         return self.decoded() if self.size is None else Image.new("RGB", self.size)
 
     @property
+    def data(self) -> bytes:
+        """Bytes of the picture's file."""
+        return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+
+    @property
     def url(self) -> str:
         """Picture as a `data:` URL, the form that endpoints accept."""
-        data = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+        data = self.data
         return f"data:{_media_type(data)};base64,{base64.b64encode(data).decode()}"
 
 
@@ -176,7 +184,11 @@ def _read(file: Path, name: str) -> bytes:
 
 
 def _no_picture(name: str, error: Exception) -> ExpertokenError:
-    return ExpertokenError(f"{name}: expected a picture in one of the formats {', '.join(FORMATS)} ({one_line(error)})")
+    if isinstance(error, FileNotFoundError):
+        return ExpertokenError(f"{name}: no such file. Expected a picture.")
+    # Pillow names the stream in memory where the content has no known format.
+    why = "" if type(error).__name__ == "UnidentifiedImageError" else f" ({one_line(error)})"
+    return ExpertokenError(f"{name}: expected a picture in one of the formats {', '.join(FORMATS)}{why}")
 
 
 def _opened(source: Path | bytes) -> Any:
@@ -286,7 +298,14 @@ def check_pictures(messages: Sequence[dict[str, Any]], hosts: Sequence[str] = ()
             if part.get("type") not in _PASSED:
                 # Parts of other types hold addresses too, and engines fetch them.
                 raise ExpertokenError(f"messages[{index}]: expected parts of the types {', '.join(_PASSED)}")
-            if part["type"] != IMAGE or isinstance(part.get("image"), Picture):
+            if isinstance(part.get("image"), Picture):
+                continue
+            if part["type"] != IMAGE:
+                # Engines that recognise a part by its keys would take a text with an address for a picture.
+                if media := [key for key in part if key.endswith("_url") or key in _MEDIA]:
+                    raise ExpertokenError(
+                        f"messages[{index}]: expected no field {media[0][:40]!r} in a part of type {part['type']!r}"
+                    )
                 continue
             count += 1
             place = f"messages[{index}]: picture {count}"
@@ -312,6 +331,7 @@ def check_pictures(messages: Sequence[dict[str, Any]], hosts: Sequence[str] = ()
 _PASSED = ("text", IMAGE, "input_audio", "file", "refusal", "thinking", "redacted_thinking")
 """Types of parts that hold their content and no address, in OpenAI's API and other APIs."""
 
+_MEDIA = {"image", "video", "audio", "url"}
 _PICTURE_KEYS = {"type", "image_url", "detail", "cache_control"}
 _PLAIN_ADDRESS = re.compile(r"https?://[^\s\\@]+")
 

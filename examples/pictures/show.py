@@ -1,4 +1,4 @@
-"""The whole path with pictures, on a CPU in two minutes: `python -m expertoken.examples.pictures.show`.
+"""The whole path with pictures, on a CPU in three minutes: `python -m expertoken.examples.pictures.show`.
 
 The example draws pictures of four kinds and makes a small vision-language model. It trains a composite on the results
 of four experts, each right about one kind. The question is always the same, so only the picture can decide.

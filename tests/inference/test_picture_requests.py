@@ -166,6 +166,13 @@ def test_a_file_of_questions_names_pictures_below_its_folder_alone(composite, tm
             generate_file(composite, source, tmp_path / "o.jsonl", images=root)
 
 
+def test_a_file_that_names_pictures_of_no_folder_is_refused(composite, tmp_path):
+    """Its answers would be about the texts alone."""
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}\n{"prompt": "What is it?", "image": "a.png"}\n')
+    with pytest.raises(ExpertokenError, match="conversation 2, image: expected --images"):
+        generate_file(composite, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+
+
 def test_the_terminal_shows_a_picture_with_the_next_question(composite, tmp_path):
     from rich.console import Console
 
@@ -200,6 +207,7 @@ def test_many_large_pictures_are_refused_together(url):
         {"type": "video_url", "video_url": {"url": "http://169.254.169.254/"}},
         {"type": "input_image", "image_url": "http://127.0.0.1:9/a.png"},
         {"type": "image", "url": "http://127.0.0.1:9/a.png"},
+        {"type": "text", "text": "hi", "image_url": {"url": "http://127.0.0.1:9/a.png"}},
         {"type": "image_url", "image_url": {"url": data_url(picture(1))}, "image": "http://127.0.0.1:9/a.png"},
     ],
 )
@@ -214,9 +222,9 @@ def test_another_picture_of_the_same_name_is_answered_anew(composite, tmp_path, 
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text(json.dumps({"prompt": "hello", "image": "a.png"}) + "\n")
     generate_file(composite, source, out, generation=Generation(max_new_tokens=8), images=tmp_path)
-    first = _keys(source, "".join(_digests(source, tmp_path)))
+    first = _keys(source, "".join(_digests(source, tmp_path)), pictures=True)
     (tmp_path / "a.png").write_bytes(picture(2))
-    assert _keys(source, "".join(_digests(source, tmp_path))) != first
+    assert _keys(source, "".join(_digests(source, tmp_path)), pictures=True) != first
     (tmp_path / "a.png").write_bytes(picture(2)[:-300])
     with pytest.raises(
         ExpertokenError, match="conversation 1, image 'a.png': expected a picture in one of the formats"
