@@ -1,11 +1,12 @@
 """States from several machines: each worker of a Ray cluster holds the meta LLM (extra `ray`)."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from .batching import MAX_TOKENS, run_batches, token_batches
+from .batching import KEPT, MAX_TOKENS, run_batches, token_batches
 from .chat import Query
 from .cluster import Cluster, Workers
 from .errors import ExpertokenError
@@ -24,11 +25,12 @@ class StateWorkers:
         meta: Meta LLM. Every machine of the cluster needs its files under the same name.
         count: Number of workers.
         cluster: Cluster to run on, with the resources of each worker.
+        attention: Implementation of attention. Defaults to the one that transformers chooses.
     """
 
-    def __init__(self, meta: MetaLLM, count: int, cluster: Cluster) -> None:
+    def __init__(self, meta: MetaLLM, count: int, cluster: Cluster, attention: str | None = None) -> None:
         self._meta = meta
-        options = {"dtype": meta.plain.dtype, "quantization": meta.quantization}
+        options = {"dtype": meta.plain.dtype, "quantization": meta.quantization, "attention": attention}
         self._workers = Workers(
             cluster, count, _Worker, meta.source.resolved(), options, meta.base_fingerprint, cluster.gpus == 0
         )
@@ -59,7 +61,7 @@ class StateWorkers:
             raise ExpertokenError(f"{label}: workers have no adapter. Compute these states without a cluster")
         batches = token_batches([len(query) for query in queries], max_tokens or MAX_TOKENS)
         how = (self._meta.state, tuple(layers), max_tokens, label)
-        parts = ((batch, [queries[index] for index in batch], *how) for batch in batches)
+        parts = ((batch, [_portable(queries[index]) for index in batch], *how) for batch in batches)
         for (batch, *_), found in self._workers.each("states", parts):
             yield batch, found
 
@@ -88,7 +90,7 @@ class _Worker:
 
     def states(
         self,
-        _: Sequence[int],
+        indices: Sequence[int],
         queries: Sequence[Query],
         state: StateSpec,
         layers: Sequence[int],
@@ -101,11 +103,13 @@ class _Worker:
             asked = [queries[index] for index in batch]
             return meta.states_behind(asked, layers) if layers else meta.states(asked)
 
-        # `run_batches` turns an exhausted memory into advice. The batch is one, in its own order.
-        [(order, found)] = run_batches(
-            [len(query) for query in queries], run, label=label, max_tokens=max_tokens, kept="States so far are kept"
-        )
-        back = torch.argsort(torch.tensor(order))
-        if isinstance(found, dict):
-            return {layer: states[back] for layer, states in found.items()}
-        return found[0][back], found[1][back]
+        # The part is one batch, longest first. `run_batches` turns an exhausted memory into advice.
+        [(_, found)] = run_batches(list(map(len, queries)), run, label=label, max_tokens=max_tokens, kept=KEPT)
+        return found
+
+
+def _portable(query: Query) -> Query:
+    """Return a query whose pictures are bytes, since another machine lacks their files."""
+    if not query.media:
+        return query
+    return replace(query, media=tuple(replace(one, source=one.data) for one in query.media))

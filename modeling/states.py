@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .batching import MAX_TOKENS, run_batches, token_batches
+from .batching import KEPT, MAX_TOKENS, run_batches, token_batches
 from .chat import Message, Query
 from .distributed import ALONE, Team
 from .errors import ExpertokenError, one_line
@@ -249,20 +249,30 @@ def _compute(
     quiet: bool,
 ) -> None:
     lengths = list(map(len, queries))
-    batches: Iterator[Any] = (
-        workers.states(queries, max_tokens=max_tokens, label=label)
-        if workers is not None
-        else run_batches(
-            lengths,
-            lambda batch: meta.states([queries[row] for row in batch]),
-            label=label,
-            max_tokens=max_tokens,
-            kept="States computed so far are kept",
-        )
-    )
+    batches = _batches(meta, queries, workers, max_tokens=max_tokens, label=label)
     for batch, (states, mass) in _with_bar(batches, lengths, label, quiet=quiet):
         _check_finite(meta, [queries[row] for row in batch], torch.cat([states, mass[:, None]], 1), label)
         write(batch, states.numpy(), mass.numpy())
+
+
+def _batches(
+    meta: MetaLLM,
+    queries: Sequence[Query],
+    workers: StateWorkers | None,
+    layers: Sequence[int] = (),
+    *,
+    max_tokens: int | None,
+    label: str,
+) -> Iterator[tuple[list[int], Any]]:
+    """Yield batches of queries, by their indices, with their states: at the meta LLM's state, or behind layers."""
+    if workers is not None:
+        return workers.states(queries, layers=layers, max_tokens=max_tokens, label=label)
+
+    def run(batch: list[int]) -> Any:
+        asked = [queries[index] for index in batch]
+        return meta.states_behind(asked, layers) if layers else meta.states(asked)
+
+    return run_batches(list(map(len, queries)), run, label=label, max_tokens=max_tokens, kept=KEPT)
 
 
 def _check_finite(meta: MetaLLM, queries: Sequence[Query], values: torch.Tensor, label: str) -> None:
@@ -321,17 +331,7 @@ def cache_layers(
                     write = stack.enter_context(block.writing())
                     targets[layer] |= {index: (write, row) for index, row in zip(indices, rows, strict=True)}
             asked = [queries[index] for index in new]
-            batches: Iterator[Any] = (
-                workers.states(asked, layers=layers, max_tokens=max_tokens, label=label)
-                if workers is not None
-                else run_batches(
-                    lengths,
-                    lambda batch: meta.states_behind([asked[row] for row in batch], layers),
-                    label=label,
-                    max_tokens=max_tokens,
-                    kept="States computed so far are kept",
-                )
-            )
+            batches = _batches(meta, asked, workers, layers, max_tokens=max_tokens, label=label)
             for batch, found in _with_bar(batches, lengths, label):
                 for layer, states in found.items():
                     _check_finite(meta, [queries[new[row]] for row in batch], states, label)

@@ -5,6 +5,8 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -15,14 +17,18 @@ from expertoken.data_prep.supervision import build_supervision
 from expertoken.inference import batch
 from expertoken.inference.batch import generate_file
 from expertoken.inference.factory import open_model
+from expertoken.modeling import cluster as cluster_module
 from expertoken.modeling.backend import Generation
+from expertoken.modeling.chat import Query
 from expertoken.modeling.cluster import Cluster
 from expertoken.modeling.composite import load_composite
 from expertoken.modeling.errors import ExpertokenError
 from expertoken.modeling.experts import Expert
-from expertoken.modeling.state_workers import StateWorkers
+from expertoken.modeling.pictures import Picture
+from expertoken.modeling.state_workers import StateWorkers, _portable
 from expertoken.modeling.states import cached_states, encode_all, states_of
 from expertoken.tests.inference.conftest import composite_of
+from expertoken.tests.seeing import picture
 from expertoken.tests.tiny import tiny_pool, tiny_results
 from expertoken.train.run import train_composite
 
@@ -130,6 +136,35 @@ def test_workers_compute_the_states_of_one_process_though_one_is_killed(meta, el
     np.testing.assert_allclose(there.hidden, here.hidden, atol=1e-5)
     np.testing.assert_allclose(there.log_mass, here.log_mass, atol=1e-5)
     assert cached_states(meta, encode_all(meta, texts)).computed == 0  # they are in this machine's cache
+
+
+def test_more_workers_than_the_cluster_has_room_for_do_not_stop_the_work(meta, elsewhere, caplog, monkeypatch):
+    monkeypatch.setattr(cluster_module, "_PATIENCE", 1.0)
+    with StateWorkers(meta, 3, Cluster(cpus=1)) as workers:  # on two CPUs
+        assert cached_states(meta, encode_all(meta, ["one", "two"]), workers=workers).computed == 2
+    with StateWorkers(meta, 1, Cluster(cpus=100)) as workers:
+
+        def wait():
+            with suppress(ExpertokenError):  # the end of the block ends the worker
+                list(workers.states(encode_all(meta, ["a"]), max_tokens=8, label="states"))
+
+        waiting = threading.Thread(target=wait, daemon=True)
+        waiting.start()
+        waiting.join(5)
+        assert "no room for a worker so far. Each of the 1 needs 100 CPUs and 0 GPUs" in caplog.text
+
+
+def test_resources_that_ray_refuses_are_one_clear_error(meta):
+    with pytest.raises(ExpertokenError, match="workers of a Ray cluster: "), StateWorkers(meta, 1, Cluster(gpus=1.5)):
+        pass
+
+
+def test_workers_get_pictures_and_no_paths(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(1))
+    query = replace(Query.of([1, 2]), media=(Picture.of(tmp_path / "a.png"),))
+    [sent] = _portable(query).media
+    assert sent.source == picture(1)
+    assert _portable(query).key == query.key
 
 
 def test_other_weights_on_a_machine_of_the_cluster_are_noticed(meta, elsewhere):

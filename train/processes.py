@@ -11,10 +11,12 @@ import torch
 from filelock import FileLock, Timeout
 
 from ..modeling.distributed import Team, barrier
-from ..modeling.errors import ExpertokenError
+from ..modeling.errors import ExpertokenError, require_extra
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+    from .arguments import ExpertokenArguments
 
 _ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_hf")
 
@@ -52,6 +54,25 @@ def check_offload(arguments: "TrainingArguments") -> None:
         raise ExpertokenError(
             f"--optim {optimizer}: with optimizer states on the CPU DeepSpeed replaces any optimizer by its own "
             "Adam. Use adamw_torch, or a configuration without offload"
+        )
+
+
+def check_workers(options: "ExpertokenArguments", processes: int) -> None:
+    """Refuse options of a Ray cluster that can't be followed.
+
+    Raises:
+        ExpertokenError: Options contradict each other.
+        ImportError: The extra `ray` is not installed.
+    """
+    if not options.ray_workers:
+        if options.ray_address is not None or options.ray_gpus:
+            raise ExpertokenError("--ray_address and --ray_gpus need --ray_workers, the number of workers")
+        return
+    require_extra("ray", "ray")
+    if processes > 1:
+        raise ExpertokenError(
+            f"--ray_workers {options.ray_workers}: expected one training process, got {processes}. Launch without "
+            "accelerate, or drop --ray_workers"
         )
 
 

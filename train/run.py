@@ -36,7 +36,7 @@ from .arguments import ExpertokenArguments
 from .config import make_arguments
 from .positions import Positions, own_answers
 from .prior import FEW, thinned
-from .processes import check_offload, check_world, exclusive, loading
+from .processes import check_offload, check_workers, check_world, exclusive, loading
 from .row_optimizer import Problem
 from .tokens import FOLDS, Fit, fit_rows, mean_score
 
@@ -87,11 +87,7 @@ def check_run(options: ExpertokenArguments, arguments: "TrainingArguments", supe
     check_offload(arguments)
     if options.method == "qlora" and getattr(arguments.deepspeed_plugin, "zero_stage", 0) == 3:
         raise ExpertokenError("method qlora: ZeRO-3 can't split 4-bit weights. Launch it with ddp or zero2")
-    if options.ray_workers and arguments.world_size > 1:
-        raise ExpertokenError(
-            f"--ray_workers {options.ray_workers}: expected one training process, which gives the states to Ray's "
-            f"workers, got {arguments.world_size}. Several processes divide the states among themselves without Ray"
-        )
+    check_workers(options, arguments.world_size)
     if arguments.n_gpu > 1:
         # The Trainer would wrap the model in DataParallel, which wrongly splits `logits_to_keep`.
         raise ExpertokenError(
@@ -200,12 +196,13 @@ class Run:
     def _computing(self) -> Iterator[None]:
         """Compute states within the block as the options say: on a cluster, or in this process."""
         options = self.options
-        if not options.ray_workers:
+        computes = options.method == "tokens" or options.warm_start or options.state == AUTO
+        if not options.ray_workers or not computes:
             yield
             return
         cluster = Cluster(options.ray_address, options.ray_cpus, options.ray_gpus)
         try:
-            with StateWorkers(self.meta, options.ray_workers, cluster) as self._workers:
+            with StateWorkers(self.meta, options.ray_workers, cluster, options.attn_implementation) as self._workers:
                 yield
         finally:
             self._workers = None
@@ -244,8 +241,8 @@ class Run:
         if self.team.world == 1:
             asked = [query for side in sides for query in self.queries(side)]
             layers = sorted({spec.layer or self.meta.layers for spec in specs})
-            how: dict[str, Any] = {"max_tokens": self.options.max_tokens, "workers": self._workers}
-            cache_layers(self.meta, asked, layers, label="states of all layers", **how)
+            most, label = self.options.max_tokens, "states of all layers"
+            cache_layers(self.meta, asked, layers, max_tokens=most, workers=self._workers, label=label)
         known = [self.supervision.subjects(side) for side in sides]
         subjects = [names for names in known if names is not None]
         by_subject = len(subjects) == len(sides) and len(np.unique(np.concatenate(subjects))) >= FOLDS
@@ -308,8 +305,8 @@ class Run:
             arrays.append((targets, scores, weights * positions.share, benchmarks, groups, absent, left_out))
         joined = (np.concatenate(parts) for parts in zip(*arrays, strict=True))
         label = " and ".join(sides) + " states"
-        how: dict[str, Any] = {"max_tokens": self.options.max_tokens, "team": self.team, "workers": self._workers}
-        states = cached_states(self.meta, queries, label=label, **how)
+        most = self.options.max_tokens
+        states = cached_states(self.meta, queries, max_tokens=most, team=self.team, workers=self._workers, label=label)
         return Problem(states, *joined)
 
     def run_tokens(self) -> dict[str, Any]:
