@@ -97,8 +97,8 @@ def serve(
         typer.Option(
             min=0,
             max=65535,
-            help="Port of an external processor for Envoy, which decides and lets Envoy route (extra "
-            "`envoy`). Default: none.",
+            help="Port of the external processor for Envoy, which returns the expert for each request (extra `envoy`, "
+            "Python 3.11 or newer). Needs API keys. Default: no processor.",
         ),
     ] = None,
     otel: Annotated[bool, typer.Option(help="Trace requests with OpenTelemetry (extra `otel`).")] = False,
@@ -122,15 +122,18 @@ def serve(
 
     API keys, separated by commas, are read from the environment variable EXPERTOKEN_API_KEYS.
     """
+    from ..inference.signals import delay_reloads
     from ..modeling.errors import require_extra
 
+    delay_reloads()  # before the imports that take seconds
     require_extra("fastapi", "serve")
     if ext_proc is not None:
         require_extra("envoy_data_plane", "envoy")
     from ..inference.factory import open_model
     from ..inference.server import Settings
+    from ..inference.server.envoy import check_keys
     from ..inference.server.keys import keys_from_environment
-    from ..inference.server.serve import check_free, delay_reloads, run
+    from ..inference.server.serve import check_free, run
     from ..modeling.backend import Timeouts
 
     settings = Settings(
@@ -155,7 +158,9 @@ def serve(
     if check:
         _check(composite, keys)
         return
-    delay_reloads()
+    if ext_proc is not None:
+        check_keys(settings)
+        check_free(host, ext_proc)
     check_free(host, port)  # fails before a model is loaded
     timeouts = Timeouts(decision=decision_timeout, first=first_timeout, idle=idle_timeout)
     model = open_model(

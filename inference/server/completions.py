@@ -7,13 +7,15 @@ import uuid
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ...modeling.backend import Piece
 from ...modeling.errors import ExpertokenError, NoAnswerError
 from ..reply import Reply, ReplyStream, added
 from .guard import error_body
 from .schema import ChatRequest
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -193,7 +195,7 @@ def _add_call(calls: dict[int, dict[str, Any]], delta: dict[str, Any]) -> None:
         call["function"][key] += (delta.get("function") or {}).get(key) or ""
 
 
-def visible(table: Mapping[str, float], names: Collection[str] | None) -> dict[str, float]:
+def visible(table: Mapping[str, T], names: Collection[str] | None) -> dict[str, T]:
     """Return the entries of a table by candidate that a client may see."""
     return {name: value for name, value in table.items() if names is None or name in names}
 

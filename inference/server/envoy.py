@@ -8,7 +8,8 @@ Rejected: gRPC's own package of Envoy's protocols (xds-protos). It overwrites fi
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +17,26 @@ import httpx
 from fastapi import FastAPI
 
 from ...modeling.errors import ExpertokenError, require_extra
+from ..backends.wire import sendable
 from .service import Service
+from .settings import Settings
 
 if TYPE_CHECKING:
     import grpc.aio
+
+logger = logging.getLogger(__name__)
 
 EXPERT = "x-expertoken-expert"
 """Header with the name of the chosen candidate, which Envoy's routes match."""
 
 _SERVICE = "envoy.service.ext_proc.v3.ExternalProcessor"
 _PATH = "/v1/chat/completions"
-_PASSED = ("authorization", "x-api-key", "content-type", "x-session-id", "x-request-id", "traceparent", "tracestate")
+_FORWARDED = (
+    "authorization", "x-api-key", "content-type", "x-session-id", "x-request-id", "traceparent", "tracestate",
+)  # fmt: skip
 _KEYS = ("authorization", "x-api-key")
+_LIMITS = ("max_completion_tokens", "max_tokens")
 _FRAME = 64 * 2**10  # bytes of a message beside the body: the headers
-_GRACE = 5.0  # seconds for decisions in progress at the end
 
 
 async def start(app: FastAPI, port: int) -> "grpc.aio.Server":
@@ -37,38 +44,47 @@ async def start(app: FastAPI, port: int) -> "grpc.aio.Server":
 
     Args:
         app: Application whose `/v1/route` decides, with its keys and limits.
-        port: Port to bind to. 0 for a free one.
+        port: Port to bind to. 0 for a free one, which the log names.
 
     Returns:
         Running gRPC server.
 
     Raises:
         ImportError: The extra `envoy` is not installed.
-        ExpertokenError: The port can't be bound.
+        ExpertokenError: The server has no keys, or the port can't be bound.
     """
     messages: Any = require_extra("envoy_data_plane.envoy.service.ext_proc.v3", "envoy")
     import grpc.aio
 
     settings = app.state.service.settings
+    check_keys(settings)
     process = grpc.stream_stream_rpc_method_handler(
         Processor(app, messages).process,
         request_deserializer=messages.ProcessingRequest.FromString,
         response_serializer=bytes,
     )
-    server = grpc.aio.server(options=[("grpc.max_receive_message_length", settings.max_body + _FRAME)])
+    # Without the second option another server could bind the same port, and each would get a part of the requests.
+    options = [("grpc.max_receive_message_length", settings.max_body + _FRAME), ("grpc.so_reuseport", 0)]
+    server = grpc.aio.server(options=options)
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(_SERVICE, {"Process": process})])
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     try:
-        server.add_insecure_port(f"{host}:{port}")
+        bound = server.add_insecure_port(f"{host}:{port}")
     except RuntimeError:
         raise ExpertokenError(f"--ext-proc {port}: can't be served on {settings.host}. Choose another port.") from None
     await server.start()
+    logger.warning("Envoy's external processor listens on %s:%d", host, bound)
     return server
 
 
-async def stop(server: "grpc.aio.Server") -> None:
-    """Stop an external processor after its decisions in progress."""
-    await server.stop(_GRACE)
+def check_keys(settings: Settings) -> None:
+    """Check that requests need keys: all of them come from Envoy, so their own origin is unknown.
+
+    Raises:
+        ExpertokenError: The server has no keys.
+    """
+    if not settings.api_keys and settings.key_file is None:
+        raise ExpertokenError("--ext-proc: needs API keys, since Envoy's clients are other machines. Pass --keys FILE.")
 
 
 class Processor:
@@ -87,59 +103,65 @@ class Processor:
         self._client = httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=None)  # noqa: S113
 
     async def process(self, requests: AsyncIterator[Any], _: Any) -> AsyncIterator[Any]:
-        """Answer each stage of one HTTP request with the changes that Envoy makes to it."""
-        answer, headers = self._messages.ProcessingResponse, dict[str, str]()
-        async for request in requests:
-            if request.request_headers is not None:
-                headers = _headers_of(request.request_headers.headers)
-                # A client must not choose the upstream by itself.
-                unset = self._messages.HeaderMutation(remove_headers=[EXPERT])
-                changes = self._messages.CommonResponse(header_mutation=unset, clear_route_cache=EXPERT in headers)
-                yield answer(request_headers=self._messages.HeadersResponse(response=changes))
-            elif request.request_body is not None:
-                yield await self._decided(headers, request.request_body.body)
-            elif request.response_headers is not None:
-                yield answer(response_headers=self._messages.HeadersResponse())
-            elif request.response_body is not None:
-                yield answer(response_body=self._messages.BodyResponse())
-            else:
-                stage = "request_trailers" if request.request_trailers is not None else "response_trailers"
-                yield answer(**{stage: self._messages.TrailersResponse()})
+        """Answer the headers and the body of one HTTP request with the changes that Envoy makes to them.
 
-    async def _decided(self, headers: Mapping[str, str], body: bytes) -> Any:
+        The stream ends there. Otherwise it would last as long as the expert's answer, and the end of this server would
+        cut that answer off.
+        """
+        messages = self._messages
+        headers: dict[str, bytes] = {}
+        async for request in requests:
+            if request.request_body is not None:
+                yield await self._decided(headers, request.request_body.body)
+                return
+            if request.request_headers is None:
+                return
+            headers = _headers_of(request.request_headers.headers)
+            # A client must not choose the upstream by itself.
+            unset = messages.HeaderMutation(remove_headers=[EXPERT])
+            changes = messages.CommonResponse(header_mutation=unset, clear_route_cache=EXPERT in headers)
+            yield messages.ProcessingResponse(request_headers=messages.HeadersResponse(response=changes))
+            if request.request_headers.end_of_stream:
+                return
+
+    async def _decided(self, headers: Mapping[str, bytes], body: bytes) -> Any:
         """Return the changes to a request that send it to the chosen candidate, or the response of an error."""
         messages = self._messages
-        if headers.get(":method") != "POST" or headers.get(":path", "").partition("?")[0] != _PATH:
+        if headers.get(":method") != b"POST" or headers.get(":path", b"").partition(b"?")[0] != _PATH.encode():
             return messages.ProcessingResponse(request_body=messages.BodyResponse())
-        passed = {name: headers[name] for name in _PASSED if name in headers}
+        before = self._service.composite.pool  # a reload during the decision may remove the expert
+        forwarded = [(name.encode(), headers[name]) for name in _FORWARDED if name in headers]
         asked = await asyncio.to_thread(_remembered, body)  # megabytes take a while
-        found = await self._client.post("/v1/route", content=asked, headers=passed)
-        if found.status_code != HTTPStatus.OK:
-            return messages.ProcessingResponse(immediate_response=self._refusal(found))
-        decision = found.json()
-        expert = self._service.composite.pool[decision["expert"]]
-        # A model of this process is reached through the server's own API, and an endpoint under its own name.
-        model = expert.model if expert.kind.remote else decision["model"]
-        changed = await asyncio.to_thread(lambda: json.dumps(json.loads(body) | {"model": model}).encode())
-        told = {EXPERT: expert.name, "content-length": str(len(changed))}
+        response = await self._client.post("/v1/route", content=asked, headers=forwarded)
+        if response.status_code != HTTPStatus.OK:
+            return messages.ProcessingResponse(immediate_response=self._refusal(response))
+        decision = response.json()
+        name = decision["expert"]
+        expert = before[name] if name in before.names else self._service.composite.pool[name]
+        remote = expert.kind.remote
+        if remote:
+            most = (self._service.settings.max_new_tokens, expert.max_output_tokens)
+            changed = await asyncio.to_thread(_for_expert, body, expert.model, [one for one in most if one is not None])
+        else:  # a model of this process, which the server's own API reaches and limits
+            changed = await asyncio.to_thread(_changed, body, {"model": decision["model"]})
         mutation = messages.HeaderMutation(
-            set_headers=[_header(name, value) for name, value in told.items()],
-            # A key of this server is no key of the expert's.
-            remove_headers=list(_KEYS) if expert.kind.remote and self._service.keys else [],
+            set_headers=[_header(EXPERT, name), _header("content-length", str(len(changed)))],
+            remove_headers=list(_KEYS) if remote else [],  # a key of this server is no key of the expert's
         )
         changes = messages.CommonResponse(
             header_mutation=mutation, body_mutation=messages.BodyMutation(body=changed), clear_route_cache=True
         )
         return messages.ProcessingResponse(request_body=messages.BodyResponse(response=changes))
 
-    def _refusal(self, found: httpx.Response) -> Any:
+    def _refusal(self, response: httpx.Response) -> Any:
         from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
 
-        kept = [name for name in ("content-type", "retry-after") if name in found.headers]
+        kept = [name for name in ("content-type", "retry-after") if name in response.headers]
+        headers = [_header(name, response.headers[name]) for name in kept]
         return self._messages.ImmediateResponse(
-            status=HttpStatus(code=StatusCode(found.status_code)),
-            headers=self._messages.HeaderMutation(set_headers=[_header(name, found.headers[name]) for name in kept]),
-            body=found.content,
+            status=HttpStatus(code=StatusCode(response.status_code)),
+            headers=self._messages.HeaderMutation(set_headers=headers),
+            body=response.content,
             details="expertoken",
         )
 
@@ -157,15 +179,32 @@ def _header(name: str, value: str) -> Any:
     )
 
 
-def _headers_of(headers: Any) -> dict[str, str]:
-    return {one.key: one.value or one.raw_value.decode("latin-1") for one in headers.headers}
+def _headers_of(headers: Any) -> dict[str, bytes]:
+    return {one.key: one.raw_value or one.value.encode() for one in headers.headers}
 
 
 def _remembered(body: bytes) -> bytes:
     """Return the body of a request that asks for its decision to be kept. A body that is no object is unchanged."""
     try:
-        asked = json.loads(body)
-        options = asked.get("expertoken") or {}
-        return json.dumps(asked | {"expertoken": options | {"remember": True}}).encode()
+        options = json.loads(body).get("expertoken")
+        return _changed(body, {"expertoken": ({} if options is None else options) | {"remember": True}})
     except (ValueError, RecursionError, AttributeError, TypeError):
         return body  # the route reports what is wrong
+
+
+def _for_expert(body: bytes, model: str | None, most: Sequence[int]) -> bytes:
+    """Return the body that an endpoint gets: its own model, no options of the composite, and a limit within `most`."""
+    request = json.loads(body)
+    limits = {name: request[name] for name in _LIMITS if request.get(name) is not None}
+    if most:
+        limits = {name: min(limit, *most) for name, limit in limits.items()} or {"max_tokens": min(most)}
+    kept = {name: value for name, value in request.items() if name != "expertoken"}
+    return _dumped(kept | limits | {"model": model})
+
+
+def _changed(body: bytes, fields: Mapping[str, Any]) -> bytes:
+    return _dumped(json.loads(body) | fields)
+
+
+def _dumped(request: Mapping[str, Any]) -> bytes:
+    return json.dumps(sendable(dict(request)), ensure_ascii=False).encode()

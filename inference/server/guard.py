@@ -29,6 +29,9 @@ _PATIENCE = 10.0  # seconds between two chunks of a body
 _WHOLE = 60.0  # seconds for a whole body
 _ANSWERS = ("/v1/chat/completions", "/v1/messages", "/v1/responses", "/v1/route", "/v1/messages/count_tokens",
             "/v1/feedback")  # fmt: skip
+GONE = 499
+"""Status of a request whose client disconnected, as nginx logs it. No client receives it."""
+
 _RENDER = "/render"  # the page's Markdown: limited like a request for an answer, but not counted as one
 _ANTHROPIC = "/v1/messages"
 
@@ -214,6 +217,7 @@ class Guard:
                 await _refuse(send, 408, error_body(told, "invalid_request_error"))
         except asyncio.CancelledError:
             if not self._stopping() or begun:
+                status = status if begun else GONE
                 raise
             # The server stops and the request's grace period is over: an error to report, not a crash.
             status = 503

@@ -12,6 +12,7 @@ import uvicorn
 
 from ...modeling.errors import ExpertokenError
 from ..answering import AnsweringModel
+from ..signals import reload_was_asked
 from . import envoy
 from .app import create_app
 from .connections import Connection
@@ -33,12 +34,6 @@ def check_free(host: str, port: int) -> None:
         raise ExpertokenError(
             f"{host}:{port} can't be served ({error.strerror or error}). Choose another --port or --host."
         ) from None
-
-
-def delay_reloads() -> None:
-    """Hold a reload signal (SIGHUP) back until the server runs. Before that, the signal would end the process."""
-    if hasattr(signal, "SIGHUP"):  # not on Windows
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
 
 
 def run(
@@ -103,13 +98,13 @@ def run(
                     task.add_done_callback(tasks.discard)
 
                 loop.add_signal_handler(signal.SIGHUP, reload)
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+                if reload_was_asked():
+                    reload()
 
         async def shutdown(self, sockets: list[socket] | None = None) -> None:
             running = list(self.server_state.tasks)
-            for processor in processors:
-                await envoy.stop(processor)
-            await super().shutdown(sockets)
+            ending = [processor.stop(shutdown) for processor in processors]
+            await asyncio.gather(super().shutdown(sockets), *ending)
             if running:  # requests that were cut off still have to log their line
                 await asyncio.wait(running, timeout=5)
             await app.state.service.sessions.aclose()

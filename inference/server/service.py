@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import math
 import re
 import time
 import uuid
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 
@@ -19,6 +20,7 @@ from ...modeling.chat import Message, as_messages
 from ...modeling.errors import ExpertokenError, NoAnswerError, one_line
 from ...modeling.pictures import check_pictures
 from ...modeling.policy import Policy
+from ...modeling.utility import expected_usd
 from ..answering import AnsweringModel
 from ..decider import Decision
 from ..loop import in_thread
@@ -34,10 +36,9 @@ from .tracing import Tracing
 
 logger = logging.getLogger("expertoken.requests")
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+T = TypeVar("T")
 
-GONE = 499
-"""Status of a request whose client disconnected, as nginx logs it. No client receives it."""
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 STOPPED = HTTPStatus.SERVICE_UNAVAILABLE
 """Status of a request whose answer was not complete when the server stopped."""
@@ -235,6 +236,7 @@ class Service:
 
         No request is sent to an expert.
         """
+        started = time.time()
         self.begin(http)
         composite, messages, affinity, decision = await self._decide(request, http)
         dispatch, names = decision.dispatch, composite.pool.names
@@ -243,11 +245,17 @@ class Service:
             key = partial(key_of_request, messages, tools=request.tools, **session_of(request, http))
             sent = LastAnswer(dispatch.expert, decision.prompt_tokens, time.time())
             await self.sessions.put(await asyncio.to_thread(key), sent)
+            if affinity.last is not None:
+                self.metrics.went_on(affinity.last, dispatch.expert)
+        self.log(None, request, HTTPStatus.OK, started, http, decided=dispatch.expert)
 
-        def seen(table: Mapping[str, float]) -> dict[str, float]:
+        def seen(table: Mapping[str, T]) -> dict[str, T]:
             return visible(table, None if client is None else client.experts)
 
-        usd = composite.chooser.usd(decision.prompt_tokens, {affinity.last or "": affinity.cached})
+        cached = {affinity.last or "": affinity.cached}
+        usd = expected_usd(
+            composite.pool.candidates, decision.prompt_tokens, composite.chooser.usd_per_query, cached
+        ).tolist()
         return {
             "object": "route",
             "model": f"{self.settings.name}/{dispatch.expert}",
@@ -256,7 +264,7 @@ class Service:
             "ranking": list(dispatch.ranking),
             "probabilities": seen(dispatch.probabilities),
             "chances": None if dispatch.chances is None else seen(dispatch.chances),
-            "costs": seen(dict(zip(names, usd.tolist(), strict=True))),
+            "costs": seen({name: None if math.isnan(cost) else cost for name, cost in zip(names, usd, strict=True)}),
             "last": affinity.last,
             "prompt_tokens": decision.prompt_tokens,
             "view": await asyncio.to_thread(composite.view, messages),
@@ -286,9 +294,25 @@ class Service:
         return told
 
     def log(
-        self, completion: Completion | None, request: ChatRequest, status: int, started: float, http: Request
+        self,
+        completion: Completion | None,
+        request: ChatRequest,
+        status: int,
+        started: float,
+        http: Request,
+        *,
+        decided: str | None = None,
     ) -> None:
-        """Log one line about a request. It holds messages and answers only if the operator enables that."""
+        """Log one line about a request. It holds messages and answers only if the operator enables that.
+
+        Args:
+            completion: Answers, or None if there are none.
+            request: Request.
+            status: HTTP status of the response.
+            started: Time of the request's arrival, as in `time.time()`.
+            http: Request as the web framework has it.
+            decided: Candidate that a decision without an answer chose.
+        """
         http.scope["state"]["logged"] = True
         entry: dict[str, Any] = {
             "time": round(started, 3),
@@ -300,6 +324,8 @@ class Service:
             "request_id": http.scope["state"].get("request_id"),
             "messages": len(request.messages),
         }
+        if decided is not None:
+            entry["decided"] = decided
         if completion is not None:
             entry |= {"id": completion.id, "answers": [_told(reply) for reply in completion.replies]}
         if self.settings.log_content:

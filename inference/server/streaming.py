@@ -13,8 +13,9 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ...modeling.backend import Piece
 from .completions import Completion, merged
 from .dialect import CHAT, Dialect
+from .guard import GONE
 from .schema import ChatRequest
-from .service import GONE, STOPPED, Service, status_of
+from .service import STOPPED, Service, status_of
 
 T = TypeVar("T")
 

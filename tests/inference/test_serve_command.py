@@ -237,7 +237,8 @@ def open_model(*arguments, **options):
 factory.open_model = open_model
 main()
 """
-    with serve(str(folder), program=(sys.executable, "-c", code)) as (_, address, lines):
+    # A library's own thread must not receive the signal in place of the main one.
+    with serve(str(folder), program=(sys.executable, "-c", code), OMP_NUM_THREADS="2") as (_, address, lines):
         until(lambda: any("reloaded: " in line for line in lines))
         assert status(address, "/health") == 200
 
