@@ -47,7 +47,7 @@ def model_card(
     base = _public(model)
     terms = _terms(model)
     card = ModelCardData(
-        base_model=None if local_path(model).exists() else model,
+        base_model=None if is_path(model) or local_path(model).exists() else model,
         datasets=data.get("datasets") or None,
         library_name="expertoken",
         **(terms or {"license": "other", "license_name": _UNKNOWN_LICENSE}),
@@ -168,6 +168,6 @@ def _terms(model: str) -> dict[str, Any]:
     link = found.pop("license_link", "")
     if is_address(link):
         found["license_link"] = link
-    elif link and not path.exists():
+    elif link and "://" not in link and not path.exists():
         found["license_link"] = f"https://huggingface.co/{model}/blob/main/{link}"
     return found if "license" in found else {}

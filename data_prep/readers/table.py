@@ -397,7 +397,7 @@ def _scaled(scores: np.ndarray, columns: Columns) -> np.ndarray:
 def _tell_left_out(frame: pd.DataFrame, source: str, taken: Iterable[Any], columns: Columns) -> None:
     left = [str(name) for name in frame.columns if name not in set(taken)]
     if left:
-        hint = "" if columns.benchmark in frame else f" (to use a column: --set benchmark={left[0]})"
+        hint = "" if columns.benchmark in frame else " (--set benchmark=COLUMN uses one)"
         logger.info("%s: left out: %s%s", source, ", ".join(left), hint)
 
 
@@ -437,7 +437,7 @@ def _wide(frame: pd.DataFrame, queries: pd.DataFrame, source: str, columns: Colu
         row = int(repeated.to_numpy().argmax())
         raise ResultsError(
             f"{source}: row {frame.index[row]}: query {queries['id'].iloc[row][:80]!r} came before. Drop the "
-            "duplicate, or give repeated queries an 'id' column."
+            "duplicate, or give repeated queries an 'id' column. For questions about pictures: --set image=COLUMN."
         )
     paid = {model: name for name, model in costs.items() if model in models}
     _tell_left_out(frame, source, {*taken, *models, *paid.values()}, columns)

@@ -133,7 +133,7 @@ def test_costs_beside_the_models_are_costs_and_a_difficulty_is_told_as_left_out(
         results = read(table(tmp_path, "t.csv", text))
     assert results.models == ["gpt", "llama"]
     np.testing.assert_allclose(results.costs, [[0.003, 0.001], [0.004, 0.001]])
-    assert "left out: difficulty (to use a column: --set benchmark=difficulty)" in caplog.text
+    assert "left out: difficulty (--set benchmark=COLUMN uses one)" in caplog.text
 
 
 def test_scores_up_to_a_hundred_are_scaled_where_that_is_said(tmp_path):
