@@ -94,7 +94,7 @@ def composite_of(sources: list[Source], budget: int) -> Decided:
 
 
 def main() -> None:
-    """Parse the command line, answer the requests in each way and print a table."""
+    """Parse the command line, answer the same requests in the three ways, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=60, help="Number of requests. Default: %(default)s.")
     parser.add_argument("--tokens", type=int, default=16, help="Tokens of an answer. Default: %(default)s.")

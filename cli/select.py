@@ -13,7 +13,10 @@ def select(
     ],
     labelled: Annotated[
         Path | None,
-        typer.Option(help="Results on a few further inputs of the task, in any format of `expertoken prepare`."),
+        typer.Option(
+            help="Results of the experts on a few more inputs of the task, which correct the ranking. Any format of "
+            "`expertoken prepare`."
+        ),
     ] = None,
     data: Annotated[
         Path | None,

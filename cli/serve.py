@@ -98,7 +98,7 @@ def serve(
             min=0,
             max=65535,
             help="Port of the external processor for Envoy, which returns the expert for each request (extra `envoy`, "
-            "Python 3.11 or newer). Needs API keys. Default: no processor.",
+            "Python 3.11 or newer). Clients need API keys. Default: no processor.",
         ),
     ] = None,
     otel: Annotated[bool, typer.Option(help="Trace requests with OpenTelemetry (extra `otel`).")] = False,

@@ -122,7 +122,7 @@ def _file(out: Path, expert: Expert, task: str) -> Path:
 
 
 def _task_manager(task: str, evaluation: Evaluation) -> "TaskManager":
-    """Return a task manager that has a task.
+    """Return a task manager of the harness that knows the given task.
 
     The harness's own tasks are thousands of files and take many seconds to read. They are read only if the task is not
     in the user's folder.
