@@ -6,7 +6,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -101,7 +101,9 @@ def options(typer_app):
     """Yield every option of a command line with the names of its function and parameter."""
     for command in typer_app.registered_commands:
         for name, hint in get_type_hints(command.callback, include_extras=True).items():
-            for information in getattr(hint, "__metadata__", ()):
+            # Python 3.10 puts an option without a value into an Optional.
+            marked = (hint, *get_args(hint))
+            for information in (one for part in marked for one in getattr(part, "__metadata__", ())):
                 if isinstance(information, OptionInfo):
                     yield f"{command.callback.__name__} {name}", information
     for group in typer_app.registered_groups:
