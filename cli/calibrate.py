@@ -41,7 +41,6 @@ def calibrate(
     from ..inference.composite_model import CompositeModel
     from ..modeling.composite import load_composite, write_calibration
     from ..modeling.errors import ExpertokenError
-    from ..modeling.utility import expected_usd
 
     if not composite.is_dir():
         raise ExpertokenError(
@@ -64,7 +63,7 @@ def calibrate(
     write_calibration(composite, {"policy": found.policy.document(), "target": target, **reached})
     typer.echo(f"policy: {found.policy.document()}")
     typer.echo(f"on {found.prompts} prompts: {found.share:.1%} to experts instead of the default")
-    usd = expected_usd(model.pool.candidates, 1, model.chooser.usd_per_query)
+    usd = model.chooser.known_usd(1)
     if unknown := [name for name, price in zip(model.pool.names, usd, strict=True) if np.isnan(price)]:
         typer.echo(f"costs are unknown: no price for {', '.join(unknown)}")
     else:

@@ -131,7 +131,6 @@ def serve(
         require_extra("envoy_data_plane", "envoy")
     from ..inference.factory import open_model
     from ..inference.server import Settings
-    from ..inference.server.envoy import check_keys
     from ..inference.server.keys import keys_from_environment
     from ..inference.server.serve import check_free, run
     from ..modeling.backend import Timeouts
@@ -154,12 +153,12 @@ def serve(
         session_store=session_store,
         check_interval=check_interval,
         feedback=feedback,
+        ext_proc=ext_proc,
     )
     if check:
         _check(composite, keys)
         return
     if ext_proc is not None:
-        check_keys(settings)
         check_free(host, ext_proc)
     check_free(host, port)  # fails before a model is loaded
     timeouts = Timeouts(decision=decision_timeout, first=first_timeout, idle=idle_timeout)
@@ -173,16 +172,7 @@ def serve(
         pinned=pin or (),
         quantization=expert_quantization,
     )
-    run(
-        model,
-        settings,
-        port=port,
-        drain=drain,
-        shutdown=shutdown,
-        trust_proxy=trust_proxy,
-        otel=otel,
-        ext_proc=ext_proc,
-    )
+    run(model, settings, port=port, drain=drain, shutdown=shutdown, trust_proxy=trust_proxy, otel=otel)
 
 
 def _check(composite: Path, keys: Path | None) -> None:

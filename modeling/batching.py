@@ -10,9 +10,6 @@ T = TypeVar("T")
 MAX_TOKENS = 4096
 """Default limit on the padded tokens of one batch."""
 
-KEPT = "States computed so far are kept"
-"""Sentence for the error of a pass whose states are cached."""
-
 
 def token_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Yield batches of sequences of similar length, longest first, of at most `max_tokens` padded tokens each.

@@ -151,16 +151,20 @@ class Chooser:
                     "chances of being right, got one without them. Train such a composite, or use threshold, allow "
                     "and deny"
                 )
-            usd = expected_usd(self.pool.candidates, 1, self.usd_per_query)
+            usd = self.known_usd(1)
             if np.isnan(usd).any() and not (usd > 0).any():
                 raise ExpertokenError(
                     f"policy.{weighed}: no candidate's cost is known. Add `cost` to the pool's entries"
                 )
         return names
 
+    def known_usd(self, prompt_tokens: int, cached: Mapping[str, int] | None = None) -> np.ndarray:
+        """Return each candidate's expected cost of a request, `[C]` USD, with NaN for unknown costs."""
+        return expected_usd(self.pool.candidates, prompt_tokens, self.usd_per_query, cached)
+
     def usd(self, prompt_tokens: int, cached: Mapping[str, int] | None = None) -> np.ndarray:
         """Return each candidate's expected cost of a request, `[C]` USD. See `utility.priced` for unknown costs."""
-        return priced(expected_usd(self.pool.candidates, prompt_tokens, self.usd_per_query, cached))
+        return priced(self.known_usd(prompt_tokens, cached))
 
     def choose(
         self,

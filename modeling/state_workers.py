@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .batching import KEPT, MAX_TOKENS, run_batches, token_batches
+from .batching import MAX_TOKENS, run_batches, token_batches
 from .chat import Query
 from .cluster import Cluster, Workers
 from .errors import ExpertokenError
@@ -16,6 +16,32 @@ from .state import StateSpec
 
 Found = tuple[torch.Tensor, torch.Tensor] | dict[int, torch.Tensor]
 """Result of `MetaLLM.states`, or of `MetaLLM.states_behind`."""
+
+
+def state_batches(
+    meta: MetaLLM, queries: Sequence[Query], layers: Sequence[int], *, max_tokens: int | None, label: str
+) -> Iterator[tuple[list[int], Found]]:
+    """Yield batches of queries, by their indices, with their states. Arguments and errors as in `StateWorkers.states`.
+
+    Args:
+        meta: Meta LLM of this process, at whose state the queries are read.
+        queries: N queries.
+        layers: Layers whose states are computed in one pass instead.
+        max_tokens: Limit on the padded tokens of one batch.
+        label: Name of the work in errors.
+    """
+
+    def run(batch: list[int]) -> Found:
+        asked = [queries[index] for index in batch]
+        return meta.states_behind(asked, layers) if layers else meta.states(asked)
+
+    return run_batches(
+        list(map(len, queries)),
+        run,
+        label=label,
+        max_tokens=max_tokens,
+        kept="States computed so far are kept",
+    )
 
 
 class StateWorkers:
@@ -97,14 +123,8 @@ class _Worker:
         max_tokens: int | None,
         label: str,
     ) -> Found:
-        meta = self.meta(state)
-
-        def run(batch: list[int]) -> Found:
-            asked = [queries[index] for index in batch]
-            return meta.states_behind(asked, layers) if layers else meta.states(asked)
-
-        # The part is one batch, longest first. `run_batches` turns an exhausted memory into advice.
-        [(_, found)] = run_batches(list(map(len, queries)), run, label=label, max_tokens=max_tokens, kept=KEPT)
+        # The part is one batch, longest first. An exhausted memory becomes advice, as in one process.
+        [(_, found)] = state_batches(self.meta(state), queries, layers, max_tokens=max_tokens, label=label)
         return found
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .batching import KEPT, MAX_TOKENS, run_batches, token_batches
+from .batching import MAX_TOKENS, token_batches
 from .chat import Message, Query
 from .distributed import ALONE, Team
 from .errors import ExpertokenError, one_line
@@ -28,7 +28,7 @@ from .logits import LogitTransform
 from .meta import MetaLLM
 from .sharding import is_split
 from .state_cache import Block, Place, StateCache, gather, room_for, tensor_of
-from .state_workers import StateWorkers
+from .state_workers import StateWorkers, state_batches
 
 logger = logging.getLogger(__name__)
 
@@ -267,12 +267,7 @@ def _batches(
     """Yield batches of queries, by their indices, with their states: at the meta LLM's state, or behind layers."""
     if workers is not None:
         return workers.states(queries, layers=layers, max_tokens=max_tokens, label=label)
-
-    def run(batch: list[int]) -> Any:
-        asked = [queries[index] for index in batch]
-        return meta.states_behind(asked, layers) if layers else meta.states(asked)
-
-    return run_batches(list(map(len, queries)), run, label=label, max_tokens=max_tokens, kept=KEPT)
+    return state_batches(meta, queries, layers, max_tokens=max_tokens, label=label)
 
 
 def _check_finite(meta: MetaLLM, queries: Sequence[Query], values: torch.Tensor, label: str) -> None:

@@ -19,7 +19,6 @@ from fastapi import FastAPI
 from ...modeling.errors import ExpertokenError, require_extra
 from ..backends.wire import sendable
 from .service import Service
-from .settings import Settings
 
 if TYPE_CHECKING:
     import grpc.aio
@@ -39,25 +38,23 @@ _LIMITS = ("max_completion_tokens", "max_tokens")
 _FRAME = 64 * 2**10  # bytes of a message beside the body: the headers
 
 
-async def start(app: FastAPI, port: int) -> "grpc.aio.Server":
-    """Start the external processor of an application, on the same host.
+async def start(app: FastAPI) -> "grpc.aio.Server":
+    """Start the external processor of an application, on its host and the port `ext_proc` of its settings.
 
     Args:
         app: Application whose `/v1/route` decides, with its keys and limits.
-        port: Port to bind to. 0 for a free one, which the log names.
 
     Returns:
         Running gRPC server.
 
     Raises:
         ImportError: The extra `envoy` is not installed.
-        ExpertokenError: The server has no keys, or the port can't be bound.
+        ExpertokenError: The port can't be bound.
     """
     messages: Any = require_extra("envoy_data_plane.envoy.service.ext_proc.v3", "envoy")
     import grpc.aio
 
     settings = app.state.service.settings
-    check_keys(settings)
     process = grpc.stream_stream_rpc_method_handler(
         Processor(app, messages).process,
         request_deserializer=messages.ProcessingRequest.FromString,
@@ -69,22 +66,14 @@ async def start(app: FastAPI, port: int) -> "grpc.aio.Server":
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(_SERVICE, {"Process": process})])
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        bound = server.add_insecure_port(f"{host}:{settings.ext_proc}")
     except RuntimeError:
-        raise ExpertokenError(f"--ext-proc {port}: can't be served on {settings.host}. Choose another port.") from None
+        raise ExpertokenError(
+            f"--ext-proc {settings.ext_proc}: can't be served on {settings.host}. Choose another port."
+        ) from None
     await server.start()
     logger.warning("Envoy's external processor listens on %s:%d", host, bound)
     return server
-
-
-def check_keys(settings: Settings) -> None:
-    """Check that requests need keys: all of them come from Envoy, so their own origin is unknown.
-
-    Raises:
-        ExpertokenError: The server has no keys.
-    """
-    if not settings.api_keys and settings.key_file is None:
-        raise ExpertokenError("--ext-proc: needs API keys, since Envoy's clients are other machines. Pass --keys FILE.")
 
 
 class Processor:
@@ -131,7 +120,7 @@ class Processor:
             return messages.ProcessingResponse(request_body=messages.BodyResponse())
         before = self._service.composite.pool  # a reload during the decision may remove the expert
         forwarded = [(name.encode(), headers[name]) for name in _FORWARDED if name in headers]
-        asked = await asyncio.to_thread(_remembered, body)  # megabytes take a while
+        request, asked = await asyncio.to_thread(_remembered, body)  # megabytes take a while
         response = await self._client.post("/v1/route", content=asked, headers=forwarded)
         if response.status_code != HTTPStatus.OK:
             return messages.ProcessingResponse(immediate_response=self._refusal(response))
@@ -141,9 +130,11 @@ class Processor:
         remote = expert.kind.remote
         if remote:
             most = (self._service.settings.max_new_tokens, expert.max_output_tokens)
-            changed = await asyncio.to_thread(_for_expert, body, expert.model, [one for one in most if one is not None])
+            changed = await asyncio.to_thread(
+                _for_expert, request, expert.model, [one for one in most if one is not None]
+            )
         else:  # a model of this process, which the server's own API reaches and limits
-            changed = await asyncio.to_thread(_changed, body, {"model": decision["model"]})
+            changed = await asyncio.to_thread(_dumped, request | {"model": decision["model"]})
         mutation = messages.HeaderMutation(
             set_headers=[_header(EXPERT, name), _header("content-length", str(len(changed)))],
             remove_headers=list(_KEYS) if remote else [],  # a key of this server is no key of the expert's
@@ -183,27 +174,26 @@ def _headers_of(headers: Any) -> dict[str, bytes]:
     return {one.key: one.raw_value or one.value.encode() for one in headers.headers}
 
 
-def _remembered(body: bytes) -> bytes:
-    """Return the body of a request that asks for its decision to be kept. A body that is no object is unchanged."""
+def _remembered(body: bytes) -> tuple[dict[str, Any], bytes]:
+    """Return a parsed request, and its body with the wish that the decision is kept.
+
+    The body of no request is returned unchanged, with an empty request: the route reports what is wrong.
+    """
     try:
-        options = json.loads(body).get("expertoken")
-        return _changed(body, {"expertoken": ({} if options is None else options) | {"remember": True}})
+        request = json.loads(body)
+        options = request.get("expertoken")
+        return request, _dumped(request | {"expertoken": ({} if options is None else options) | {"remember": True}})
     except (ValueError, RecursionError, AttributeError, TypeError):
-        return body  # the route reports what is wrong
+        return {}, body
 
 
-def _for_expert(body: bytes, model: str | None, most: Sequence[int]) -> bytes:
+def _for_expert(request: Mapping[str, Any], model: str | None, most: Sequence[int]) -> bytes:
     """Return the body that an endpoint gets: its own model, no options of the composite, and a limit within `most`."""
-    request = json.loads(body)
     limits = {name: request[name] for name in _LIMITS if request.get(name) is not None}
     if most:
         limits = {name: min(limit, *most) for name, limit in limits.items()} or {"max_tokens": min(most)}
     kept = {name: value for name, value in request.items() if name != "expertoken"}
     return _dumped(kept | limits | {"model": model})
-
-
-def _changed(body: bytes, fields: Mapping[str, Any]) -> bytes:
-    return _dumped(json.loads(body) | fields)
 
 
 def _dumped(request: Mapping[str, Any]) -> bytes:

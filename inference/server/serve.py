@@ -45,7 +45,6 @@ def run(
     shutdown: int = 30,
     trust_proxy: bool = False,
     otel: bool = False,
-    ext_proc: int | None = None,
 ) -> None:
     """Serve until a signal arrives, then refuse new requests and exit when the in-flight requests have ended.
 
@@ -58,10 +57,9 @@ def run(
         shutdown: Seconds for in-flight requests to end after that.
         trust_proxy: If true, a proxy on this machine (or in `FORWARDED_ALLOW_IPS`) sets the address of the client.
         otel: If true, requests are traced with OpenTelemetry. See `tracing`.
-        ext_proc: Port of the external processor for Envoy. See `envoy`. None for no such service.
 
     Raises:
-        ImportError: `otel` or `ext_proc` is set and its extra is not installed.
+        ImportError: `otel` or the setting `ext_proc` is set, and its extra is not installed.
     """
     app = create_app(composite, settings)
     tracing = app.state.service.tracing
@@ -85,8 +83,8 @@ def run(
             app.state.service.draining = True
 
         async def startup(self, sockets: list[socket] | None = None) -> None:
-            if ext_proc is not None:
-                processors.append(await envoy.start(app, ext_proc))
+            if settings.ext_proc is not None:
+                processors.append(await envoy.start(app))
             await super().startup(sockets)
             if hasattr(signal, "SIGHUP"):  # not on Windows
                 reloading = app.state.service.reload

@@ -15,12 +15,11 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from ...modeling.backend import REQUEST_HEADERS
+from ...modeling.backend import REQUEST_HEADERS, Generation
 from ...modeling.chat import Message, as_messages
 from ...modeling.errors import ExpertokenError, NoAnswerError, one_line
 from ...modeling.pictures import check_pictures
 from ...modeling.policy import Policy
-from ...modeling.utility import expected_usd
 from ..answering import AnsweringModel
 from ..decider import Decision
 from ..loop import in_thread
@@ -201,21 +200,21 @@ class Service:
         return found
 
     async def _decide(
-        self, request: ChatRequest, http: Request
+        self, request: ChatRequest, http: Request, generation: Generation
     ) -> tuple[AnsweringModel, list[Message], Affinity, Decision]:
         """Return the decision on a request, with the composite that made it and what it read."""
         policy, composite = self.policy(request, client_of(http)), self.composite
         messages = await asyncio.to_thread(self.messages, request)  # megabytes take a while
         affinity = await self.affinity(composite, messages, request, http)
-        generation = request.generation(self.settings.max_new_tokens)
         with self.tracing.span("decide"):
             decision = await composite.adecide(messages, policy, generation, affinity)
         return composite, messages, affinity, decision
 
     async def answer(self, request: ChatRequest, http: Request) -> Completion:
         """Decide on a request. No request is sent to an expert yet."""
-        composite, messages, affinity, decision = await self._decide(request, http)
-        streams = [composite.answer(messages, decision, request.generation(self.settings.max_new_tokens))]
+        first = request.generation(self.settings.max_new_tokens)
+        composite, messages, affinity, decision = await self._decide(request, http, first)
+        streams = [composite.answer(messages, decision, first)]
         for number in range(1, request.n):
             # The decision's KV cache serves one answer only, which changes it.
             other = request.generation(self.settings.max_new_tokens, number)
@@ -238,7 +237,8 @@ class Service:
         """
         started = time.time()
         self.begin(http)
-        composite, messages, affinity, decision = await self._decide(request, http)
+        generation = request.generation(self.settings.max_new_tokens)
+        composite, messages, affinity, decision = await self._decide(request, http, generation)
         dispatch, names = decision.dispatch, composite.pool.names
         client = client_of(http)
         if request.expertoken.remember:
@@ -253,9 +253,7 @@ class Service:
             return visible(table, None if client is None else client.experts)
 
         cached = {affinity.last or "": affinity.cached}
-        usd = expected_usd(
-            composite.pool.candidates, decision.prompt_tokens, composite.chooser.usd_per_query, cached
-        ).tolist()
+        usd = composite.chooser.known_usd(decision.prompt_tokens, cached).tolist()
         return {
             "object": "route",
             "model": f"{self.settings.name}/{dispatch.expert}",

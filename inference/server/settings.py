@@ -27,12 +27,14 @@ class Settings:
         image_hosts: Hosts whose picture addresses are passed on to experts. Any other address is refused.
         hosts: Further host names that requests may use while there are no keys.
         origins: Origins of pages on other hosts that may send requests from a browser.
+        ext_proc: Port of the external processor for Envoy, see `envoy`. 0 for a free one, None for no processor.
         feedback: File for users' judgements of answers, with their messages. None to accept no judgements.
         check_interval: Seconds between health checks of an expert's several addresses. 0 for no checks.
         session_store: URL of the Redis in which several servers share sessions. None for this process's memory.
 
     Raises:
-        ExpertokenError: The host can be reached from other machines, and there are no API keys.
+        ExpertokenError: The host can be reached from other machines, or requests come through Envoy, and there are no
+            API keys.
     """
 
     name: str = "composite"
@@ -52,9 +54,16 @@ class Settings:
     session_store: str | None = None
     check_interval: float = 10.0
     feedback: Path | None = None
+    ext_proc: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.api_keys and self.key_file is None and not is_loopback(self.host):
+        if self.api_keys or self.key_file is not None:
+            return
+        if self.ext_proc is not None:  # every request comes from Envoy, so its own origin is unknown
+            raise ExpertokenError(
+                "--ext-proc: needs API keys, since Envoy's clients are other machines. Pass --keys FILE."
+            )
+        if not is_loopback(self.host):
             raise ExpertokenError(
                 f"--host {self.host} can be reached from other machines, so the server needs API keys. Put them, "
                 f"separated by commas, into the environment variable {KEYS_VARIABLE} or a file (--keys), or bind to "
